@@ -1,0 +1,47 @@
+"""Dispatchers: a plan and the pair of moves that carry it out."""
+
+from functools import partial
+
+from moekit.dispatch.plans import Priority, by_position, dropless_plan, padded_plan
+from moekit.dispatch.rows import gather_rows, scatter_rows
+from moekit.types import Dispatcher
+
+
+def dropless() -> Dispatcher:
+    """Return the dispatcher that drops nothing and pads nothing.
+
+    Causal. No host synchronisation. Deterministic on CUDA for token choice.
+
+    Example:
+        >>> dropless().plan.__name__
+        'dropless_plan'
+    """
+    return Dispatcher(dropless_plan, gather_rows, scatter_rows)
+
+
+def padded(*, capacity_factor: float, priority: Priority = by_position) -> Dispatcher:
+    """Return the dispatcher that gives every expert C rows; a capacity factor of 0 means dropless, as in OpenLM.
+
+    Causal with ``by_position`` only. No host synchronisation. Deterministic on CUDA for token choice.
+
+    Args:
+        capacity_factor: >= 0, see ``capacity``.
+        priority: who keeps a place when an expert is full.
+
+    Raises:
+        ValueError: if the capacity factor is negative or not finite.
+
+    Example:
+        >>> padded(capacity_factor=0) == dropless()
+        True
+    """
+    if capacity_factor == 0:
+        return dropless()
+    if not 0 < capacity_factor < float("inf"):
+        raise ValueError(
+            f"capacity_factor = {capacity_factor}; expected a finite number >= 0, where 0 means dropless. "
+            f"1.25 is OpenLM's default."
+        )
+    return Dispatcher(
+        partial(padded_plan, capacity_factor=capacity_factor, priority=priority), gather_rows, scatter_rows
+    )

@@ -1,0 +1,189 @@
+"""Plans: which assignment each row of the experts' input carries. Integers only."""
+
+from collections.abc import Callable
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from moekit.segments import exclusive_cumsum, sort_by_expert
+from moekit.types import DispatchPlan, Groups, Routing
+
+Priority = Callable[[Routing], Tensor]
+
+
+def dropless_plan(routing: Routing) -> DispatchPlan:
+    """Give every assignment a row, grouped by expert; R = N.
+
+    Within an expert, rows keep the order of the flattened routing. Assignments that do not exist (-1) leave padding
+    rows at the end, past the last group.
+
+    Causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        routing: any routing.
+
+    Returns:
+        DispatchPlan of N rows; ``groups.capacity`` is None.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> plan = dropless_plan(round_robin(torch.zeros(3, 2), k=1))
+        >>> plan.assignments, plan.groups.sizes
+        (tensor([0, 2, 1]), tensor([2, 1], dtype=torch.int32))
+    """
+    experts = routing.expert_indices.flatten()
+    order, sizes = sort_by_expert(experts, routing.num_experts)
+    rows = torch.arange(order.shape[0], device=order.device)
+    assignments = torch.where(rows < sizes.sum(), order, -1)
+    return DispatchPlan(assignments, Groups(sizes.to(torch.int32), capacity=None))
+
+
+def by_position(routing: Routing) -> Tensor:
+    """Let earlier assignments keep their place: token-major order, as MegaBlocks and OpenLM. Causal.
+
+    Args:
+        routing: any routing.
+
+    Returns:
+        (N,) int64, assignments in order of priority.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> by_position(round_robin(torch.zeros(2, 2), k=2))
+        tensor([0, 1, 2, 3])
+    """
+    return torch.arange(routing.expert_indices.numel(), device=routing.expert_indices.device)
+
+
+def by_choice(routing: Routing) -> Tensor:
+    """Let every token's first choice come before any second choice, as GShard.
+
+    Not causal: a later token's first choice can push out an earlier token's second.
+
+    Args:
+        routing: of shape (T, K), choices in falling order.
+
+    Returns:
+        (N,) int64, assignments in order of priority.
+
+    Raises:
+        ValueError: if the routing is not (T, K).
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> by_choice(round_robin(torch.zeros(2, 2), k=2))
+        tensor([0, 2, 1, 3])
+
+    References:
+        Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
+    """
+    num_tokens, k = _token_choice_shape(routing, "by_choice")
+    return by_position(routing).view(num_tokens, k).T.flatten()
+
+
+def by_weight(routing: Routing) -> Tensor:
+    """Let tokens with the largest router weight keep their place, first choices before second ones, as V-MoE.
+
+    Not causal: a later token can push out an earlier one.
+
+    Args:
+        routing: of shape (T, K), choices in falling order.
+
+    Returns:
+        (N,) int64, assignments in order of priority.
+
+    Raises:
+        ValueError: if the routing is not (T, K).
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> by_weight(top_k(torch.tensor([[1.0, 0.0], [5.0, 0.0]]), k=1))
+        tensor([1, 0])
+
+    References:
+        Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, Algorithm 2 (batch prioritized routing,
+        scored by the largest weight), https://arxiv.org/abs/2106.05974
+    """
+    num_tokens, k = _token_choice_shape(routing, "by_weight")
+    best = routing.weights.detach().masked_fill(routing.expert_indices < 0, 0.0).amax(dim=-1)
+    tokens = torch.sort(best, descending=True, stable=True).indices
+    return by_position(routing).view(num_tokens, k)[tokens].T.flatten()
+
+
+def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority = by_position) -> DispatchPlan:
+    """Give every expert the same number of rows; assignments beyond it are dropped, missing ones padded. R = E * C.
+
+    C is ``capacity(routing, capacity_factor=...)``. Within an expert, rows are in order of priority.
+
+    Causal with ``by_position`` only. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        routing: any routing.
+        capacity_factor: > 0; 1 gives room for a perfectly balanced load and no more.
+        priority: who keeps a place when an expert is full: ``by_position``, ``by_choice`` or ``by_weight``.
+
+    Returns:
+        DispatchPlan of E * C rows; ``groups.capacity`` is C.
+
+    Raises:
+        ValueError: if the capacity factor is not a positive, finite number.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> routing = top_k(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1)
+        >>> padded_plan(routing, capacity_factor=1.0).assignments
+        tensor([ 0, -1])
+    """
+    num_experts, rows_each = routing.num_experts, capacity(routing, capacity_factor=capacity_factor)
+    experts = routing.expert_indices.flatten()
+    preferred = priority(routing)
+    order, sizes = sort_by_expert(experts[preferred], num_experts)
+    order = torch.cat([preferred[order], preferred.new_full((1,), -1)])  # the last entry is what padding points to
+    slots = torch.arange(rows_each, device=experts.device)  # (C,)
+    sources = exclusive_cumsum(sizes).unsqueeze(1) + slots  # (E, C)
+    sources = torch.where(slots < sizes.unsqueeze(1), sources, experts.shape[0])
+    return DispatchPlan(
+        order[sources].flatten(), Groups(torch.full_like(sizes, rows_each, dtype=torch.int32), rows_each)
+    )
+
+
+def capacity(routing: Routing, *, capacity_factor: float) -> int:
+    """Compute the rows per expert, C = max(1, trunc(cf * K * T / E)), as MegaBlocks and OpenLM do.
+
+    T is ``routing.pool_tokens``, the tokens that compete. Other systems round up, to multiples of 4 or 8, or leave K
+    out. The factor is taken as the decimal number that was written, so 1.1 * 10 is 11.
+
+    Args:
+        routing: any routing; K is its assignments per token.
+        capacity_factor: > 0.
+
+    Returns:
+        C, known without reading the device.
+
+    Raises:
+        ValueError: if the capacity factor is not a positive, finite number.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> capacity(round_robin(torch.zeros(4096, 8), k=2), capacity_factor=1.25)
+        1280
+    """
+    if not 0 < capacity_factor < float("inf"):
+        raise ValueError(
+            f"capacity_factor = {capacity_factor}; expected a positive, finite number. To drop nothing, use the "
+            f"dropless dispatcher (on the command line: --moe-capacity-factor 0)."
+        )
+    numerator, denominator = Fraction(str(capacity_factor)).as_integer_ratio()
+    assignments = routing.expert_indices.numel() * routing.pool_tokens  # K * T * (T of the pool)
+    return max(1, numerator * assignments // max(1, denominator * routing.num_tokens * routing.num_experts))
+
+
+def _token_choice_shape(routing: Routing, name: str) -> tuple[int, int]:
+    shape = routing.expert_indices.shape
+    if len(shape) != 2:
+        raise ValueError(
+            f"{name} orders the choices of tokens, but the routing has shape {tuple(shape)}, not (T, K). "
+            f"Use by_position for this router."
+        )
+    return shape[0], shape[1]

@@ -1,0 +1,186 @@
+"""Moving rows: tokens to grouped rows, and grouped rows back to weighted sums. Each is the other's transpose.
+
+For token choice, (T, K), both directions are gathers: a token's gradient is the sum over its K rows, so nothing is
+scattered and nothing needs atomics. Other routings go through ``index_add``, which is also the plainer version that
+the tests compare with.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.segments import rows_of_assignments
+from moekit.types import DispatchPlan, Routing
+
+
+def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Copy each token to the rows that the plan gives its assignments. Padding rows are zero.
+
+    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings add gradients with
+    ``index_add``, whose order on CUDA varies.
+
+    Args:
+        x: (T, D).
+        routing: over T tokens.
+        plan: of R rows.
+
+    Returns:
+        (R, D), the dtype of ``x``.
+
+    Raises:
+        ValueError: if ``x`` is not (T, D) with the routing's T.
+
+    Example:
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(3, 2), k=1)
+        >>> gather_rows(torch.tensor([[0.0], [1.0], [2.0]]), routing, dropless_plan(routing)).flatten()
+        tensor([0., 2., 1.])
+    """
+    _check_rows("gather_rows: x", x, routing.num_tokens, "T, the tokens of the routing")
+    if routing.expert_indices.ndim == 2:
+        return _GatherTokens.apply(x, *_links(routing, plan))
+    return gather_rows_by_index(x, routing, plan)
+
+
+def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Sum each token's rows, weighted by the router. What padding rows hold is never read, NaN included.
+
+    A token all of whose assignments were dropped gets zero. Sums are taken in float32 (float64 for float64 rows).
+
+    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings use ``index_add``, whose
+    order on CUDA varies.
+
+    Args:
+        rows: (R, D), the experts' output.
+        routing: over T tokens.
+        plan: of R rows.
+
+    Returns:
+        (T, D), the dtype of ``rows``.
+
+    Raises:
+        ValueError: if ``rows`` is not (R, D) with the plan's R.
+
+    Example:
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(2, 2), k=2, normalize=True)
+        >>> scatter_rows(torch.ones(4, 1), routing, dropless_plan(routing)).flatten()
+        tensor([1., 1.])
+    """
+    _check_rows("scatter_rows: rows", rows, plan.assignments.shape[0], "R, the rows of the plan")
+    if routing.expert_indices.ndim == 2:
+        return _SumRows.apply(rows, routing.weights, *_links(routing, plan))
+    return scatter_rows_by_index(rows, routing, plan)
+
+
+def gather_rows_by_index(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Do what ``gather_rows`` does, for any routing, leaving the gradient to autograd's ``index_add``."""
+    tokens, padding = _tokens_of_rows(routing, plan)
+    if routing.num_tokens == 0:
+        return x.new_zeros(tokens.shape[0], x.shape[1])
+    return x.index_select(0, tokens).masked_fill(padding.unsqueeze(1), 0.0)
+
+
+def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Do what ``scatter_rows`` does, for any routing, with one ``index_add``."""
+    tokens, padding = _tokens_of_rows(routing, plan)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    if routing.num_tokens == 0:
+        return rows.new_zeros(0, rows.shape[1])
+    weights = routing.weights.flatten().index_select(0, plan.assignments.clamp_min(0)).to(dtype)
+    # Masked before it is multiplied: 0 * NaN would reach the router's gradient.
+    clean = rows.to(dtype).masked_fill(padding.unsqueeze(1), 0.0)
+    sums = torch.zeros(routing.num_tokens, rows.shape[1], dtype=dtype, device=rows.device)
+    return sums.index_add(0, tokens, clean * weights.unsqueeze(1)).to(rows.dtype)
+
+
+class _GatherTokens(torch.autograd.Function):
+    """(T, D) -> (R, D) for token choice; its backward sums a token's rows."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows_of_token: Tensor, assignments: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows_of_token)
+        return _copy_tokens(x, tokens, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        (rows_of_token,) = ctx.saved_tensors
+        return _sum_rows(grad, rows_of_token, None), None, None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    """(R, D), (T, K) -> (T, D) for token choice; its backward copies a token's gradient to its rows."""
+
+    @staticmethod
+    def forward(  # type: ignore[no-untyped-def]
+        ctx, rows: Tensor, weights: Tensor, tokens: Tensor, padding: Tensor, rows_of_token: Tensor, assignments: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(rows, weights, tokens, padding, rows_of_token, assignments)
+        return _sum_rows(rows, rows_of_token, weights)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        rows, weights, tokens, padding, rows_of_token, assignments = ctx.saved_tensors
+        copies = _copy_tokens(grad, tokens, padding).to(torch.promote_types(rows.dtype, torch.float32))  # (R, D)
+        products = (rows * copies).sum(-1)  # (R,): the gradient of a weight is its row times the token's gradient
+        chosen = _take(products, rows_of_token.clamp_min(0))
+        grad_weights = chosen.masked_fill(rows_of_token < 0, 0.0).to(weights.dtype)
+        row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(padding, 0.0)
+        grad_rows = copies.mul_(row_weights.unsqueeze(1)).to(rows.dtype)
+        return grad_rows, grad_weights, None, None, None, None
+
+
+def _copy_tokens(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_zeros(tokens.shape[0], x.shape[1])
+    return x.index_select(0, tokens).masked_fill_(padding.unsqueeze(1), 0.0)
+
+
+def _sum_rows(rows: Tensor, rows_of_token: Tensor, weights: Tensor | None) -> Tensor:
+    """Sum each token's rows, (R, D) and (T, K) row numbers, -1 where there is none, to (T, D)."""
+    num_tokens, k = rows_of_token.shape
+    if rows.shape[0] == 0 or rows_of_token.numel() == 0:
+        return rows.new_zeros(num_tokens, rows.shape[1])
+    missing = rows_of_token < 0
+    # A missing assignment reads another row of the same token, with weight zero: never a padding row, which may be
+    # NaN. A token without any row is masked at the end.
+    index = torch.where(missing, rows_of_token.amax(1, keepdim=True), rows_of_token).clamp_min(0)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    weights = torch.ones_like(index, dtype=dtype) if weights is None else weights.to(dtype)
+    weights = weights.masked_fill(missing, 0.0)
+    if rows.dtype == dtype:
+        sums = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+    else:  # embedding_bag would round the weights to the rows' dtype
+        sums = sum(rows.index_select(0, index[:, i]) * weights[:, i : i + 1] for i in range(k))  # type: ignore[assignment]
+    return sums.masked_fill_(missing.all(1, keepdim=True), 0.0).to(rows.dtype)
+
+
+def _take(values: Tensor, indices: Tensor) -> Tensor:
+    """Index a flat tensor, also an empty one, whose indices then all stand for missing entries."""
+    return values[indices] if values.shape[0] else values.new_zeros(indices.shape)
+
+
+def _tokens_of_rows(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tensor]:
+    padding = plan.assignments < 0  # (R,)
+    spread = torch.arange(padding.shape[0], device=padding.device) % max(routing.num_tokens, 1)
+    if routing.num_tokens == 0 or routing.token_indices.numel() == 0:
+        return spread, padding
+    tokens = routing.token_indices.flatten().index_select(0, plan.assignments.clamp_min(0))
+    # Padding rows that all read one token would serialise the backward on that token.
+    return torch.where(padding, spread, tokens), padding
+
+
+def _links(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, padding = _tokens_of_rows(routing, plan)
+    shape = routing.expert_indices.shape
+    return tokens, padding, rows_of_assignments(plan.assignments, shape.numel()).view(shape), plan.assignments
+
+
+def _check_rows(name: str, tensor: Tensor, expected: int, meaning: str) -> None:
+    if tensor.ndim != 2 or tensor.shape[0] != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)}; expected ({expected}, width): {meaning}. Pass the tensor that "
+            f"this routing and this plan were made for, flattened to two axes."
+        )

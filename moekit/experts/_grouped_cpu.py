@@ -1,0 +1,52 @@
+"""The grouped matrix product on the CPU, with its gradients, as custom operators that write into one output."""
+
+import torch
+from torch import Tensor
+
+
+@torch.library.custom_op("moekit::grouped_mm_cpu", mutates_args=(), device_types="cpu")
+def grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
+    """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F) to (R, F), whose tail is undefined."""
+    out = rows.new_empty(rows.shape[0], w.shape[2])
+    for start, end, w_e in zip(*_bounds(sizes), w, strict=True):
+        torch.mm(rows[start:end], w_e, out=out[start:end])
+    return out
+
+
+@torch.library.custom_op("moekit::grouped_mm_cpu_grad_w", mutates_args=(), device_types="cpu")
+def _grad_w(rows: Tensor, sizes: Tensor, grad: Tensor) -> Tensor:
+    """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F); zero for an empty group."""
+    out = rows.new_empty(sizes.shape[0], rows.shape[1], grad.shape[1])
+    for start, end, out_e in zip(*_bounds(sizes), out, strict=True):
+        torch.mm(rows[start:end].T, grad[start:end], out=out_e)
+    return out
+
+
+@grouped_mm.register_fake
+def _(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2])
+
+
+@_grad_w.register_fake
+def _(rows: Tensor, sizes: Tensor, grad: Tensor) -> Tensor:
+    return rows.new_empty(sizes.shape[0], rows.shape[1], grad.shape[1])
+
+
+def _save(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[no-untyped-def]
+    rows, sizes, w = ctx.saved_tensors
+    grad = grad.contiguous()
+    grad_rows = grouped_mm(grad, sizes, w.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+    grad_w = _grad_w(rows, sizes, grad) if ctx.needs_input_grad[2] else None
+    return grad_rows, None, grad_w
+
+
+grouped_mm.register_autograd(_backward, setup_context=_save)
+
+
+def _bounds(sizes: Tensor) -> tuple[list[int], list[int]]:
+    ends = sizes.cumsum(0).tolist()
+    return [0, *ends][: len(ends)], ends

@@ -1,0 +1,135 @@
+"""Grouped matrix products: one signature, (rows (R, D), groups, w (E, D, F)) -> (R, F), several backends.
+
+What rows past the last group come out as is undefined, and may be NaN.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.experts import _grouped_cpu
+from moekit.types import Groups
+
+
+def loop(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
+    """Multiply group by group in a Python loop: the obvious version, and the reference of the others.
+
+    Synchronises with the host once, to read the sizes, unless ``groups.capacity`` is known. Deterministic on CUDA. Does
+    not compile without a graph break when it reads sizes.
+
+    Args:
+        rows: (R, D).
+        groups: of E groups.
+        w: (E, D, F).
+
+    Returns:
+        (R, F); rows past the last group are zero.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> loop(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
+        torch.Size([3, 4])
+    """
+    _check(rows, groups, w)
+    num_experts = w.shape[0]
+    sizes = groups.sizes.tolist() if groups.capacity is None else [groups.capacity] * num_experts
+    tail = rows.shape[0] - sum(sizes)
+    # unbind once: indexing w[e] would allocate a gradient of the size of w for every expert
+    outputs = [x @ w_e for x, w_e in zip(rows.split([*sizes, tail])[:num_experts], w.unbind(0), strict=True)]
+    if not outputs:
+        return rows.new_zeros(rows.shape[0], w.shape[2])
+    return torch.cat([*outputs, outputs[0].new_zeros(tail, w.shape[2])])
+
+
+def batched(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
+    """Multiply equal groups with one batched product; needs a padded dispatcher.
+
+    No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        rows: (E * C, D).
+        groups: of E groups of C rows each.
+        w: (E, D, F).
+
+    Returns:
+        (E * C, F).
+
+    Raises:
+        ValueError: if the groups are not known to be equal, or the shapes do not fit.
+
+    Example:
+        >>> batched(torch.ones(4, 2), Groups(torch.tensor([2, 2]), 2), torch.ones(2, 2, 3)).shape
+        torch.Size([4, 3])
+    """
+    _check(rows, groups, w)
+    if groups.capacity is None:
+        raise ValueError(
+            "batched: the groups have no common capacity (they come from a dropless plan); expected equal groups. "
+            "Use the padded dispatcher, or the matmul `grouped` or `loop`."
+        )
+    blocks = rows.view(w.shape[0], groups.capacity, rows.shape[1])
+    return torch.bmm(blocks, w).flatten(0, 1)
+
+
+def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
+    """Multiply groups of any sizes in one call: ``torch.nn.functional.grouped_mm`` on CUDA, own products on the CPU.
+
+    On the CPU each group's product is written straight into its place in the output, in the forward and in both
+    backward products, which nothing between PyTorch operators can do.
+
+    No host synchronisation on CUDA. Deterministic.
+
+    Args:
+        rows: (R, D); on CUDA float32, bfloat16 or float16, with D and F multiples of 16 bytes.
+        groups: of E groups.
+        w: (E, D, F).
+
+    Returns:
+        (R, F); rows past the last group are undefined.
+
+    Raises:
+        ValueError: if the shapes do not fit.
+
+    Example:
+        >>> grouped(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
+        torch.Size([3, 4])
+    """
+    _check(rows, groups, w)
+    rows, w = _autocast(rows, w)
+    if rows.is_cuda:
+        _check_alignment(rows, w)
+        return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0, dtype=torch.int32))
+    return _grouped_cpu.grouped_mm(rows, groups.sizes, w)
+
+
+def _autocast(rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    device = rows.device.type
+    if not torch.is_autocast_enabled(device):
+        return rows, w
+    dtype = torch.get_autocast_dtype(device)
+    return rows.to(dtype), w.to(dtype)
+
+
+def _check(rows: Tensor, groups: Groups, w: Tensor) -> None:
+    fits = rows.ndim == 2 and w.ndim == 3 and rows.shape[1] == w.shape[1] and groups.sizes.shape == w.shape[:1]
+    if not fits:
+        raise ValueError(
+            f"grouped matmul: rows {tuple(rows.shape)}, sizes {tuple(groups.sizes.shape)} and w {tuple(w.shape)} do "
+            f"not fit; expected (R, D), (E,) and (E, D, F) with the same D and E. Weights are stored (E, in, out)."
+        )
+    if groups.capacity is not None and rows.shape[0] != groups.capacity * w.shape[0]:
+        raise ValueError(
+            f"grouped matmul: {rows.shape[0]} rows were given for {w.shape[0]} groups of {groups.capacity}; expected "
+            f"{groups.capacity * w.shape[0]}. Pass the rows that this plan's dispatch returned."
+        )
+
+
+def _check_alignment(rows: Tensor, w: Tensor) -> None:
+    for name, width in (("D", rows.shape[1]), ("F", w.shape[2])):
+        if width * rows.element_size() % 16:
+            raise ValueError(
+                f"grouped: {name} = {width} in {rows.dtype} is {width * rows.element_size()} bytes a row; CUDA's "
+                f"grouped_mm needs a multiple of 16 bytes. Use another width, or the matmul `loop` or `batched`."
+            )

@@ -1,0 +1,212 @@
+"""The glue: stages become an expert layer, and a recipe becomes an MoE layer."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit.dispatch import dropless_plan
+from moekit.experts import init_gated
+from moekit.routing import mask_tokens
+from moekit.types import (
+    Dispatcher,
+    DispatchPlan,
+    ExpertLayer,
+    Experts,
+    Gate,
+    Groups,
+    LayerOutput,
+    Loss,
+    Router,
+    Routing,
+)
+
+
+class MoEParams(NamedTuple):
+    """The learnable tensors of one MoE layer.
+
+    Attributes:
+        gate: (D, E), the router.
+        experts: a NamedTuple of (E, ., .) tensors.
+        shared: the same for the shared experts, or None.
+    """
+
+    gate: Tensor
+    experts: Any
+    shared: Any = None
+
+
+class Recipe(NamedTuple):
+    """An MoE method as a value: change one part with ``_replace`` and you have an ablation.
+
+    Attributes:
+        gate: x, params -> logits.
+        route: logits -> Routing. It is called with ``bias=`` and, if it lists them in ``needs``, with more.
+        layer: the expert layer, from ``expert_layer`` or wrapped in a parallel strategy.
+        losses: name to balancing loss. They are returned as they are; ``coefficients`` says how to add them up.
+        coefficients: name of a loss to its weight in the total.
+        init: (num_experts, dim, hidden or None, generator=, device=, dtype=) -> expert parameters.
+        plan: the plan that ``layer`` makes, for statistics of what it drops.
+        shared: experts that see every token, with weight one; or None.
+        num_shared: how many of them.
+        bias_rate: step of the selection bias per optimizer step; 0 means that there is no bias.
+        needs: what the router wants beside logits and bias, of {"token_ids"}.
+        causal: whether a token's output is independent of later tokens.
+        gate_std: standard deviation of the gate's initial weights; None takes 1 / sqrt(D).
+    """
+
+    gate: Gate
+    route: Router
+    layer: ExpertLayer
+    losses: Mapping[str, Loss] = {}
+    coefficients: Mapping[str, float] = {}
+    init: Callable[..., Any] = init_gated
+    plan: Callable[[Routing], DispatchPlan] = dropless_plan
+    shared: Experts | None = None
+    num_shared: int = 0
+    bias_rate: float = 0.0
+    needs: tuple[str, ...] = ()
+    causal: bool = True
+    gate_std: float | None = None
+
+
+def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
+    """Compose a dispatcher and experts into an expert layer.
+
+    Args:
+        dispatcher: plan, dispatch and combine.
+        experts: the feed-forward networks over grouped rows, with their matmul bound.
+
+    Returns:
+        A function (x (T, D), routing, params) -> (T, D).
+
+    Example:
+        >>> from moekit.dispatch import dropless
+        >>> from moekit.experts import grouped, init_gated, swiglu
+        >>> from moekit.routing import top_k
+        >>> layer = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=grouped))
+        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 3), k=2), init_gated(3, 4)).shape
+        torch.Size([5, 4])
+    """
+    return partial(_expert_layer, dispatcher=dispatcher, experts=experts)
+
+
+def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispatcher, experts: Experts) -> Tensor:
+    plan = dispatcher.plan(routing)
+    rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
+    rows = experts(rows, plan.groups, params)  # (R, D)
+    return dispatcher.combine(rows, routing, plan)  # (T, D)
+
+
+def moe_layer(
+    x: Tensor,
+    params: MoEParams,
+    recipe: Recipe,
+    *,
+    bias: Tensor | None = None,
+    token_ids: Tensor | None = None,
+    token_mask: Tensor | None = None,
+) -> LayerOutput:
+    """Apply an MoE layer: gate, route, experts, and the balancing losses.
+
+    Args:
+        x: (..., D).
+        params: gate (D, E), expert and shared parameters.
+        recipe: the method.
+        bias: (E,) selection bias, for routers that use one.
+        token_ids: (...) int64 vocabulary ids, for routers that list them in ``recipe.needs``.
+        token_mask: (...) bool, True for real tokens. Others reach no routed expert, take no capacity and count in no
+            loss.
+
+    Returns:
+        LayerOutput: y (..., D), the routing of the T flattened tokens, the losses and the logits (T, E).
+
+    Raises:
+        ValueError: if the router needs something that was not given, or a shape does not fit.
+
+    Example:
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> params = MoEParams(torch.zeros(4, 8), init_gated(8, 4))
+        >>> output = moe_layer(torch.ones(2, 3, 4), params, mixtral(k=2))
+        >>> output.y.shape, {name: round(loss.item(), 3) for name, loss in output.losses.items()}
+        (torch.Size([2, 3, 4]), {'load_balance': 1.0})
+    """
+    tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+    logits = recipe.gate(tokens, params.gate)  # (T, E)
+    routing = recipe.route(logits, bias=bias, **_extras(recipe.needs, token_ids=token_ids))
+    if token_mask is not None:
+        routing = mask_tokens(routing, token_mask)
+    y = recipe.layer(tokens, routing, params.experts)  # (T, D)
+    if recipe.shared is not None:
+        y = y + shared_experts(tokens, params.shared, experts=recipe.shared)
+    losses = {name: loss(logits, routing, token_mask=token_mask) for name, loss in recipe.losses.items()}
+    return LayerOutput(y.reshape(x.shape), routing, losses, logits)
+
+
+def shared_experts(x: Tensor, params: Any, *, experts: Experts) -> Tensor:
+    """Apply experts that see every token, and add up their outputs.
+
+    S shared experts of width F are computed as one expert of width S * F, which is the same function.
+
+    Args:
+        x: (T, D).
+        params: a NamedTuple of (1, ., .) tensors.
+        experts: the feed-forward network.
+
+    Returns:
+        (T, D).
+
+    Example:
+        >>> from moekit.experts import init_gated, grouped, swiglu
+        >>> shared_experts(torch.ones(5, 4), init_gated(1, 4, 16), experts=partial(swiglu, matmul=grouped)).shape
+        torch.Size([5, 4])
+
+    References:
+        Dai et al., DeepSeekMoE, 2024, section 3.2, https://arxiv.org/abs/2401.06066
+    """
+    return experts(x, _one_group(x), params)
+
+
+def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor | float:
+    """Add losses up with their coefficients; a loss without a coefficient is only reported.
+
+    Args:
+        losses: name to scalar.
+        coefficients: name to weight.
+
+    Returns:
+        Scalar; 0.0 if there is nothing to add.
+
+    Raises:
+        ValueError: if a coefficient names no loss.
+
+    Example:
+        >>> weighted_sum({"load_balance": torch.tensor(2.0)}, {"load_balance": 0.5})
+        tensor(1.)
+    """
+    unknown = set(coefficients) - set(losses)
+    if unknown:
+        raise ValueError(
+            f"coefficients name {sorted(unknown)}, but the losses are {sorted(losses)}; expected a subset."
+        )
+    return sum((weight * losses[name] for name, weight in coefficients.items()), 0.0)
+
+
+def _extras(needs: tuple[str, ...], **given: Tensor | None) -> dict[str, Tensor]:
+    extras = {}
+    for name in needs:
+        value = given.get(name)
+        if value is None:
+            raise ValueError(
+                f"this recipe's router needs {name!r}, which was not given; pass {name}= to the layer "
+                f"(known: {sorted(given)})."
+            )
+        extras[name] = value
+    return extras
+
+
+def _one_group(x: Tensor) -> Groups:
+    return Groups(torch.full((1,), x.shape[0], dtype=torch.int32, device=x.device), capacity=x.shape[0])

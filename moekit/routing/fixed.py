@@ -1,0 +1,145 @@
+"""Fixed routers: the choice does not depend on the logits. Controls for ablations, and balanced loads for benchmarks.
+
+Their weights are still the scores of the chosen experts, so that the router keeps a gradient and the only thing that
+changes against ``top_k`` is who is chosen. All of them accept, and ignore, a selection bias.
+"""
+
+import torch
+from torch import Tensor
+
+from moekit.routing.top_k import Score, check_choice, softmax, token_choice, weights_at
+from moekit.types import Routing
+
+
+def hash_choice(
+    logits: Tensor,
+    *,
+    token_ids: Tensor,
+    table: Tensor,
+    score: Score = softmax,
+    normalize: bool = False,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Look the experts of each token up by its vocabulary id: S_t = table[id_t].
+
+    Causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        logits: (T, E) float32; only the weights depend on them.
+        token_ids: (T,) or any shape of T elements, int64 in [0, V).
+        table: (V, K) int64 in [0, E), for example from ``hash_table``.
+        score: (T, E) logits -> (T, E) scores.
+        normalize: divide a token's weights by their sum.
+        bias: ignored; the choice is fixed.
+
+    Returns:
+        Routing of shape (T, K).
+
+    Raises:
+        ValueError: if the number of ids is not T, or the table is wider than E.
+
+    Example:
+        >>> table = torch.tensor([[0], [2]])
+        >>> hash_choice(torch.zeros(3, 4), token_ids=torch.tensor([1, 0, 1]), table=table).expert_indices.flatten()
+        tensor([2, 0, 2])
+
+    References:
+        Roller et al., Hash Layers for Large Sparse Models, 2021, https://arxiv.org/abs/2106.04426
+    """
+    check_choice(logits, table.shape[-1], name="hash_choice")
+    if token_ids.numel() != logits.shape[0]:
+        raise ValueError(
+            f"hash_choice: {token_ids.numel()} token ids were given for T = {logits.shape[0]} tokens; expected one "
+            f"vocabulary id per row of the logits."
+        )
+    return _chosen(table[token_ids.flatten()], logits, score=score, normalize=normalize)
+
+
+def hash_table(vocab_size: int, num_experts: int, *, k: int, seed: int = 0) -> Tensor:
+    """Draw a table of k different experts per vocabulary id.
+
+    Args:
+        vocab_size: V.
+        num_experts: E.
+        k: experts per id.
+        seed: of the draw; the global generator is not touched.
+
+    Returns:
+        (V, k) int64 in [0, E).
+
+    Raises:
+        ValueError: if k is not between 1 and E.
+
+    Example:
+        >>> hash_table(100, 8, k=2).shape
+        torch.Size([100, 2])
+    """
+    check_choice(torch.empty(0, num_experts), k, name="hash_table")
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(vocab_size, num_experts, generator=generator).argsort(-1)[:, :k].contiguous()
+
+
+def random_choice(
+    logits: Tensor, *, k: int, score: Score = softmax, normalize: bool = False, bias: Tensor | None = None
+) -> Routing:
+    """Choose k different experts uniformly at random, anew at every call, from torch's global generator.
+
+    Causal. No host synchronisation. Deterministic for a given seed.
+
+    Args:
+        logits: (T, E) float32; only the weights depend on them.
+        k: experts per token, 1 <= k <= E.
+        score: (T, E) logits -> (T, E) scores.
+        normalize: divide a token's weights by their sum.
+        bias: ignored; the choice does not depend on scores.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: if k is not between 1 and E.
+
+    Example:
+        >>> random_choice(torch.zeros(5, 4), k=2).expert_indices.shape
+        torch.Size([5, 2])
+    """
+    check_choice(logits, k, name="random_choice")
+    expert_indices = torch.topk(torch.rand_like(logits), k, dim=-1).indices
+    return _chosen(expert_indices, logits, score=score, normalize=normalize)
+
+
+def round_robin(
+    logits: Tensor, *, k: int, score: Score = softmax, normalize: bool = False, bias: Tensor | None = None
+) -> Routing:
+    """Deal assignments out in turn: assignment n goes to expert n mod E, so that loads differ by at most one.
+
+    Causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        logits: (T, E) float32; only the weights depend on them.
+        k: experts per token, 1 <= k <= E.
+        score: (T, E) logits -> (T, E) scores.
+        normalize: divide a token's weights by their sum.
+        bias: ignored; the choice does not depend on scores.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: if k is not between 1 and E.
+
+    Example:
+        >>> round_robin(torch.zeros(3, 4), k=2).expert_indices
+        tensor([[0, 1],
+                [2, 3],
+                [0, 1]])
+    """
+    check_choice(logits, k, name="round_robin")
+    num_tokens, num_experts = logits.shape
+    expert_indices = torch.arange(num_tokens * k, device=logits.device).view(num_tokens, k) % num_experts
+    return _chosen(expert_indices, logits, score=score, normalize=normalize)
+
+
+def _chosen(expert_indices: Tensor, logits: Tensor, *, score: Score, normalize: bool) -> Routing:
+    weights = weights_at(score(logits), expert_indices, normalize=normalize)
+    return token_choice(expert_indices, weights, logits)

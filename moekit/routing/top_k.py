@@ -1,0 +1,173 @@
+"""Token choice: each token takes the k experts it scores highest."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moekit.types import Routing
+
+Score = Callable[[Tensor], Tensor]
+
+_SMALLEST_SUM = 1e-20  # keeps 0/0 out of normalised sigmoid scores; DeepSeek-V3's released code adds the same number
+
+
+def softmax(logits: Tensor) -> Tensor:
+    """Turn logits (T, E) into probabilities (T, E) over all experts."""
+    return torch.softmax(logits, dim=-1)
+
+
+def sigmoid(logits: Tensor) -> Tensor:
+    """Turn logits (T, E) into independent scores (T, E) in (0, 1)."""
+    return torch.sigmoid(logits)
+
+
+def top_k(
+    logits: Tensor,
+    *,
+    k: int,
+    score: Score = softmax,
+    normalize: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Choose the k best-scored experts of each token: S = topK(s + b), g = scale * s_S, optionally over its sum.
+
+    With ``score=softmax`` this is softmax before top-k (Shazeer, GShard, OpenLM, OLMoE; with k = 1, Switch); with
+    ``normalize=True`` the weights of a token sum to ``scale`` (Mixtral). With ``score=sigmoid``, ``normalize=True`` and
+    a ``bias`` it is DeepSeek-V3's router. The bias decides who is chosen and never enters the weights.
+
+    Causal. No host synchronisation. Deterministic on CUDA; ties are broken as ``torch.topk`` breaks them.
+
+    Args:
+        logits: (T, E) float32.
+        k: experts per token, 1 <= k <= E.
+        score: (T, E) logits -> (T, E) scores.
+        normalize: divide a token's weights by their sum. With k = 1 the weight is then constant and the output trains
+            no router.
+        scale: factor on the weights (DeepSeek's routed scaling factor).
+        bias: (E,) added to the scores for the selection only.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: if k is not between 1 and E, or a shape does not fit.
+
+    Example:
+        >>> top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2, normalize=True).expert_indices
+        tensor([[1, 2]])
+
+    References:
+        Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668
+        Jiang et al., Mixtral of Experts, 2024, https://arxiv.org/abs/2401.04088
+        Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
+    """
+    check_choice(logits, k, name="top_k")
+    scores = score(logits)
+    expert_indices = torch.topk(_shifted(scores, bias), k, dim=-1).indices
+    return token_choice(expert_indices, weights_at(scores, expert_indices, normalize=normalize, scale=scale), logits)
+
+
+def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> Routing:
+    """Choose the k largest logits and take the softmax over those alone: S = topK(z + b), g = softmax(z_S).
+
+    In exact arithmetic this equals ``top_k(..., normalize=True)``.
+
+    Causal. No host synchronisation. Deterministic on CUDA; ties are broken as ``torch.topk`` breaks them.
+
+    Args:
+        logits: (T, E) float32.
+        k: experts per token, 1 <= k <= E.
+        bias: (E,) added to the logits for the selection only.
+
+    Returns:
+        Routing of shape (T, k); weights sum to one.
+
+    Raises:
+        ValueError: if k is not between 1 and E, or a shape does not fit.
+
+    Example:
+        >>> softmax_of_top_k(torch.tensor([[0.0, 5.0, 5.0]]), k=2).weights
+        tensor([[0.5000, 0.5000]])
+
+    References:
+        Jiang et al., Mixtral of Experts, 2024, section 2.1, https://arxiv.org/abs/2401.04088
+    """
+    check_choice(logits, k, name="softmax_of_top_k")
+    expert_indices = torch.topk(_shifted(logits, bias), k, dim=-1).indices
+    return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
+
+
+def weights_at(scores: Tensor, expert_indices: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+    """Read off the combine weights of chosen experts.
+
+    Args:
+        scores: (T, E).
+        expert_indices: (T, K) int64 in [0, E).
+        normalize: divide each token's weights by their sum.
+        scale: factor on the result.
+
+    Returns:
+        (T, K), the dtype of ``scores``.
+
+    Example:
+        >>> weights_at(torch.tensor([[0.2, 0.6, 0.2]]), torch.tensor([[1, 0]]), normalize=True)
+        tensor([[0.7500, 0.2500]])
+    """
+    weights = scores.gather(-1, expert_indices)
+    if normalize:
+        weights = weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+    return weights if scale == 1.0 else weights * scale
+
+
+def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor) -> Routing:
+    """Assemble the routing of a token-choice router.
+
+    Args:
+        expert_indices: (T, K) int64 in [0, E), or -1.
+        weights: (T, K).
+        logits: (T, E), whose shape gives T and E.
+
+    Returns:
+        Routing of shape (T, K); token t owns row t.
+
+    Example:
+        >>> token_choice(torch.tensor([[1], [0]]), torch.ones(2, 1), torch.zeros(2, 4)).token_indices
+        tensor([[0],
+                [1]])
+    """
+    num_tokens, num_experts = logits.shape
+    tokens = torch.arange(num_tokens, device=logits.device).unsqueeze(-1)
+    return Routing(
+        token_indices=tokens.expand_as(expert_indices),
+        expert_indices=expert_indices,
+        weights=weights,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        pool_tokens=num_tokens,
+    )
+
+
+def check_choice(logits: Tensor, k: int, *, name: str) -> None:
+    """Raise a ValueError that names the router if ``logits`` is not (T, E) or k is not between 1 and E."""
+    if logits.ndim != 2:
+        raise ValueError(
+            f"{name}: logits have shape {tuple(logits.shape)}; expected (T, E). Flatten batch and sequence into one "
+            f"token axis first."
+        )
+    if not 1 <= k <= logits.shape[1]:
+        raise ValueError(
+            f"{name}: k = {k} experts per token were asked of E = {logits.shape[1]} experts; expected 1 <= k <= E. "
+            f"Lower k (--moe-top-k) or raise the number of experts (--moe-num-experts)."
+        )
+
+
+def _shifted(scores: Tensor, bias: Tensor | None) -> Tensor:
+    if bias is None:
+        return scores
+    if bias.shape != scores.shape[-1:]:
+        raise ValueError(
+            f"selection bias has shape {tuple(bias.shape)}; expected one number per expert, ({scores.shape[-1]},)."
+        )
+    return scores + bias

@@ -1,0 +1,84 @@
+"""Integer arithmetic of grouped rows: counts, offsets and ranks, without reading the device."""
+
+import torch
+from torch import Tensor
+
+
+def tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
+    """Count the assignments of each expert; -1 counts for nobody.
+
+    Args:
+        expert_indices: (*A) int64 in [0, E), or -1.
+        num_experts: E.
+
+    Returns:
+        (E,) int64. Deterministic, and no host synchronisation.
+
+    Example:
+        >>> tokens_per_expert(torch.tensor([[2, 0], [2, -1]]), 3)
+        tensor([1, 0, 2])
+    """
+    keys = _missing_last(expert_indices.flatten(), num_experts)
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=keys.device)
+    return counts.scatter_add_(0, keys, torch.ones_like(keys))[:num_experts]
+
+
+def exclusive_cumsum(sizes: Tensor) -> Tensor:
+    """Return where each group starts.
+
+    Args:
+        sizes: (E,) integers.
+
+    Returns:
+        (E,) int64, the sum of all sizes before.
+
+    Example:
+        >>> exclusive_cumsum(torch.tensor([3, 0, 2]))
+        tensor([0, 3, 3])
+    """
+    return sizes.cumsum(0, dtype=torch.int64) - sizes
+
+
+def sort_by_expert(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Order assignments by expert, keeping their order within an expert; those that do not exist come last.
+
+    Args:
+        expert_indices: (N,) int64 in [0, E), or -1.
+        num_experts: E.
+
+    Returns:
+        order (N,) int64, the assignments in expert order; sizes (E,) int64, how many each expert has.
+
+    Example:
+        >>> sort_by_expert(torch.tensor([1, -1, 0, 1]), 2)
+        (tensor([2, 0, 3, 1]), tensor([1, 2]))
+    """
+    keys = _missing_last(expert_indices, num_experts)
+    # Fewer bits mean fewer passes of the radix sort; int16 holds every expert number that fits a machine.
+    narrow = torch.int16 if num_experts < 2**15 else torch.int64
+    order = torch.sort(keys.to(narrow), stable=True).indices
+    return order, tokens_per_expert(expert_indices, num_experts)
+
+
+def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
+    """Invert a plan: where each assignment's row is.
+
+    Args:
+        assignments: (R,) int64 in [0, N), each at most once, or -1.
+        num_assignments: N.
+
+    Returns:
+        (N,) int64 in [0, R), or -1 for an assignment without a row.
+
+    Example:
+        >>> rows_of_assignments(torch.tensor([2, -1, 0]), 3)
+        tensor([ 2, -1,  0])
+    """
+    num_rows = assignments.shape[0]
+    rows = torch.full((num_assignments + 1,), -1, dtype=torch.int64, device=assignments.device)
+    targets = _missing_last(assignments, num_assignments)
+    return rows.scatter_(0, targets, torch.arange(num_rows, device=assignments.device))[:num_assignments]
+
+
+def _missing_last(indices: Tensor, end: int) -> Tensor:
+    return torch.where(indices < 0, end, indices)

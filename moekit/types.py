@@ -1,0 +1,168 @@
+"""The axis legend, and the types and signatures that every stage of an MoE layer shares.
+
+Every docstring of moekit names the axes of its tensors with these letters:
+
+====  =====================================================  ====  =============================================
+T     tokens (batch and sequence flattened)                  N     assignments: (token, expert) pairs, T*K for top-k
+D     model dimension                                        R     rows handed to experts: N, or E*C when padded
+F     expert hidden dimension                                C     capacity: rows per expert when all are equal
+E     experts                                                S     slots per expert (soft routing)
+K     experts per token                                      P     ranks of an expert-parallel group
+G     pools: sets of tokens that compete or mix
+====  =====================================================  ====  =============================================
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """A sparse routing: a list of weighted (token, expert) pairs.
+
+    The number of axes A says how regular the list is, and nothing else does:
+
+    - two, (T, K): token choice. Row t holds the assignments of token t; -1 fills up a variable number of choices.
+    - three, (G, E, C): expert choice. Row (g, e) holds the tokens that expert e took from pool g.
+    - one, (N,): any other list, in any order.
+
+    A drop by capacity is a matter of the plan and leaves the routing unchanged.
+
+    Attributes:
+        token_indices: (*A) int64 in [0, T).
+        expert_indices: (*A) int64 in [0, E), or -1: this assignment does not exist.
+        weights: (*A) float32. The only path of gradient from the layer's output to the router.
+        num_tokens: T, the rows of the ``x`` that ``token_indices`` points into.
+        num_experts: E, the experts that ``expert_indices`` points into.
+        pool_tokens: tokens per rank that compete for capacity: T, and still T behind an exchange.
+    """
+
+    token_indices: Tensor
+    expert_indices: Tensor
+    weights: Tensor
+    num_tokens: int
+    num_experts: int
+    pool_tokens: int
+
+
+class SoftRouting(NamedTuple):
+    """A soft routing: every token to every slot.
+
+    Attributes:
+        dispatch_weights: (G, T/G, E, S) float32, the share of each token in each slot's input.
+        combine_weights: (G, T/G, E, S) float32, the share of each slot's output in each token.
+    """
+
+    dispatch_weights: Tensor
+    combine_weights: Tensor
+
+
+class Groups(NamedTuple):
+    """Rows grouped by expert: expert e owns the next ``sizes[e]`` rows. Rows past ``sizes.sum()`` belong to nobody.
+
+    Attributes:
+        sizes: (E,) int32.
+        capacity: C when every size is C and this is known without reading the device, else None.
+    """
+
+    sizes: Tensor
+    capacity: int | None
+
+
+class DispatchPlan(NamedTuple):
+    """Which assignment each row of the experts' input carries. Integers only, never differentiated.
+
+    Attributes:
+        assignments: (R,) int64 into the flattened routing, each at most once; -1 for a padding row.
+        groups: how the rows are grouped by expert.
+    """
+
+    assignments: Tensor
+    groups: Groups
+
+
+class LayerOutput(NamedTuple):
+    """What a feed-forward layer returns, dense or MoE. A dense layer fills ``y`` alone.
+
+    Attributes:
+        y: (..., D), the layer's output.
+        routing: the decision, over the flattened tokens.
+        losses: name to scalar, not yet multiplied by any coefficient.
+        logits: (T, E) float32, the router's logits, which statistics need.
+    """
+
+    y: Tensor
+    routing: Routing | None = None
+    losses: Mapping[str, Tensor] = {}
+    logits: Tensor | None = None
+
+
+class Gate(Protocol):
+    """The map from tokens to router logits."""
+
+    def __call__(self, x: Tensor, params: Tensor, /) -> Tensor:
+        """Map x (T, D) to logits (T, E), in float32 whatever the autocast dtype."""
+        ...
+
+
+class Router(Protocol):
+    """The decision which experts see which tokens."""
+
+    def __call__(self, logits: Tensor, /, *, bias: Tensor | None = None) -> Routing:
+        """Map logits (T, E) to a routing; ``bias`` (E,) shifts the selection, never the weights."""
+        ...
+
+
+class Loss(Protocol):
+    """A balancing loss of one layer."""
+
+    def __call__(
+        self,
+        logits: Tensor,
+        routing: Routing,
+        /,
+        *,
+        token_mask: Tensor | None = None,
+        tokens_per_expert: Tensor | None = None,
+    ) -> Tensor:
+        """Map logits (T, E) and the routing to a scalar; ``token_mask`` (T,) bool is True for real tokens."""
+        ...
+
+
+class Dispatcher(NamedTuple):
+    """A way of moving tokens to experts and back: plan in integers first, then move.
+
+    Attributes:
+        plan: routing -> DispatchPlan.
+        dispatch: (x (T, D), routing, plan) -> rows (R, D).
+        combine: (rows (R, D), routing, plan) -> y (T, D); the transpose of ``dispatch``, weighted.
+    """
+
+    plan: Callable[[Routing], DispatchPlan]
+    dispatch: Callable[[Tensor, Routing, DispatchPlan], Tensor]
+    combine: Callable[[Tensor, Routing, DispatchPlan], Tensor]
+
+
+class GroupedMatmul(Protocol):
+    """One matrix product per group of rows."""
+
+    def __call__(self, rows: Tensor, groups: Groups, w: Tensor, /) -> Tensor:
+        """Multiply expert e's rows of ``rows`` (R, D) by ``w[e]`` of ``w`` (E, D, F), giving (R, F)."""
+        ...
+
+
+class Experts(Protocol):
+    """The expert feed-forward networks, all at once, over grouped rows."""
+
+    def __call__(self, rows: Tensor, groups: Groups, params: Any, /) -> Tensor:
+        """Map rows (R, D) to rows (R, D) with ``params``, a NamedTuple of (E, ., .) tensors."""
+        ...
+
+
+class ExpertLayer(Protocol):
+    """The seam that backends and parallel strategies share: everything between the decision and the sum."""
+
+    def __call__(self, x: Tensor, routing: Routing, params: Any, /) -> Tensor:
+        """Map x (T, D) to y (T, D): each token's weighted sum over its experts."""
+        ...
