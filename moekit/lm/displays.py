@@ -1,0 +1,163 @@
+"""What a training run shows while it runs: a live panel on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple, Protocol
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+
+
+class LayerLoad(NamedTuple):
+    """How one MoE layer uses its experts.
+
+    Attributes:
+        layer: index of the block.
+        load: share of assignments per expert, E numbers.
+        max_violation: max load over mean load, minus 1.
+        drop_rate: share of assignments dropped.
+        entropy: mean entropy of a token's router, in nats.
+        dead_experts: experts without an assignment.
+    """
+
+    layer: int
+    load: Sequence[float]
+    max_violation: float
+    drop_rate: float
+    entropy: float
+    dead_experts: int
+
+
+class StepReport(NamedTuple):
+    """One logged training step.
+
+    Attributes:
+        step: optimizer steps done.
+        steps: steps in all.
+        loss: cross-entropy, nats per token.
+        balance: mean over MoE layers of the balancing loss; 1 at perfect balance.
+        lr: learning rate.
+        tokens_per_second: since the last report.
+        layers: one per MoE layer.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    balance: float
+    lr: float
+    tokens_per_second: float
+    layers: Sequence[LayerLoad]
+
+
+class Display(Protocol):
+    """Shows a run's progress."""
+
+    def update(self, report: StepReport) -> None:
+        """Show a step."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        ...
+
+
+@contextmanager
+def show_training(console: Console, steps: int, *, done: int = 0) -> Iterator[Display]:
+    """Open a display for a run: live if the console is a terminal, else plain lines.
+
+    Args:
+        console: where to.
+        steps: steps in all.
+        done: steps that a resumed run has behind it.
+
+    Yields:
+        The display.
+
+    Example:
+        >>> with show_training(Console(force_terminal=False, width=100), 2) as display:
+        ...     display.say("hello")
+        hello
+    """
+    if not console.is_terminal:
+        yield _Lines(console, done)
+        return
+    live = _Panel(console, steps, done)
+    with live.live:
+        yield live
+
+
+def load_bar(load: Sequence[float]) -> str:
+    """Draw loads as one block per expert; half height is a perfectly balanced load, full height twice that or more.
+
+    Args:
+        load: share of assignments per expert.
+
+    Returns:
+        One character per expert; a space is an expert without an assignment.
+
+    Example:
+        >>> load_bar([0.25, 0.5, 0.25, 0.0])
+        '▄█▄ '
+    """
+    tops = [min(share * len(load) / 2, 1.0) for share in load]
+    return "".join(_BLOCKS[max(round(top * 8), 1 if top > 0 else 0)] for top in tops)
+
+
+class _Lines:
+    def __init__(self, console: Console, done: int) -> None:
+        self._console, self._start, self._done = console, time.monotonic(), done
+
+    def update(self, report: StepReport) -> None:
+        seconds = (time.monotonic() - self._start) / max(report.step - self._done, 1) * (report.steps - report.step)
+        loads = "  ".join(f"L{layer.layer} {load_bar(layer.load)}" for layer in report.layers)
+        self.say(
+            f"step {report.step:>5}/{report.steps}  loss {report.loss:.3f}  balance {report.balance:.2f}  "
+            f"{report.tokens_per_second:,.0f} tokens/s  left {seconds:.0f} s  {loads}"
+        )
+
+    def say(self, text: str) -> None:
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+class _Panel:
+    def __init__(self, console: Console, steps: int, done: int) -> None:
+        columns = (
+            TextColumn("[bold]training"),
+            BarColumn(None),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[step]}"),
+        )
+        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        self._progress = Progress(*columns, *times, console=console, expand=True)
+        self._task = self._progress.add_task("train", total=steps, completed=done, step="")
+        self.live = Live(Group(self._progress), console=console, refresh_per_second=4)
+
+    def update(self, report: StepReport) -> None:
+        self._progress.update(self._task, completed=report.step, step=f"{report.step}/{report.steps}")
+        numbers = Text.assemble(
+            ("loss ", "dim"), (f"{report.loss:.3f}", "bold green"), ("   balance ", "dim"), f"{report.balance:.2f}",
+            ("   lr ", "dim"), f"{report.lr:.1e}", ("   tokens/s ", "dim"), f"{report.tokens_per_second:,.0f}",
+        )  # fmt: skip
+        self.live.update(Group(self._progress, numbers, _loads(report.layers)))
+
+    def say(self, text: str) -> None:
+        self.live.console.print(text, highlight=False, markup=False)
+
+
+def _loads(layers: Sequence[LayerLoad]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("MoE layer", "expert load", "max violation", "dropped", "router entropy", "dead"):
+        table.add_column(name)
+    for layer in layers:
+        table.add_row(
+            str(layer.layer), Text(load_bar(layer.load), style="cyan on grey15"), f"{layer.max_violation:.2f}",
+            f"{layer.drop_rate:.1%}", f"{layer.entropy:.2f}", str(layer.dead_experts),
+        )  # fmt: skip
+    return table

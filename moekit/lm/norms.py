@@ -1,0 +1,86 @@
+"""Normalization layers under OpenLM's names (its flag ``--model-norm``). Every eps is 1e-5."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moekit.lm._lookup import look_up
+
+EPS = 1e-5
+
+
+class LowPrecisionLayerNorm(nn.LayerNorm):
+    """A LayerNorm that runs in the autocast dtype, where autocast would run it in float32.
+
+    Outside autocast it is the ordinary LayerNorm.
+
+    Example:
+        >>> norm = LowPrecisionLayerNorm(4)
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     norm(torch.ones(2, 4)).dtype
+        torch.bfloat16
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (..., D) over its last axis."""
+        device = x.device.type
+        if not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        dtype = torch.get_autocast_dtype(device)
+        weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
+        with torch.autocast(device, enabled=False):
+            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Division by the root mean square, computed in at least float32, times a gain.
+
+    References:
+        Root Mean Square Layer Normalization, Zhang and Sennrich, https://arxiv.org/abs/1910.07467, 2019.
+
+    Example:
+        >>> RMSNorm(2, eps=0.0)(torch.tensor([3.0, 3.0])).tolist()
+        [1.0, 1.0]
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (..., D) over its last axis."""
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
+
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "default_layer_norm": partial(nn.LayerNorm, eps=EPS),
+    "gain_only_layer_norm": partial(nn.LayerNorm, eps=EPS, bias=False),
+    "no_wb_layer_norm": partial(nn.LayerNorm, eps=EPS, elementwise_affine=False),
+    "lp_layer_norm": partial(LowPrecisionLayerNorm, eps=EPS),
+    "gain_only_lp_layer_norm": partial(LowPrecisionLayerNorm, eps=EPS, bias=False),
+    "rms_norm": partial(RMSNorm, eps=EPS),
+}
+
+
+def make_norm(name: str) -> Callable[[int], nn.Module]:
+    """Return the constructor of a norm by its OpenLM name.
+
+    Args:
+        name: ``default_layer_norm`` (gain and bias), ``gain_only_layer_norm``, ``no_wb_layer_norm`` (neither),
+            ``lp_layer_norm`` and ``gain_only_lp_layer_norm`` (the same in the autocast dtype), or ``rms_norm``.
+
+    Returns:
+        A function from a width D to a module over (..., D).
+
+    Raises:
+        ValueError: if the name is unknown.
+
+    Example:
+        >>> norm = make_norm("gain_only_layer_norm")(4)
+        >>> [name for name, _ in norm.named_parameters()]
+        ['weight']
+
+    References:
+        OpenLM, open_lm/norms.py, https://github.com/mlfoundations/open_lm, 2023.
+    """
+    return look_up(NORMS, name, what="norm (model_norm)")

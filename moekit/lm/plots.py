@@ -1,0 +1,106 @@
+"""The picture of a training run: loss curves, and which experts each domain uses."""
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Curve(NamedTuple):
+    """A line over training steps.
+
+    Attributes:
+        steps: x values.
+        losses: y values, nats per token.
+    """
+
+    steps: Sequence[int]
+    losses: Sequence[float]
+
+
+def plot_run(
+    path: str | os.PathLike[str],
+    *,
+    train: Curve,
+    validation: Mapping[str, Curve],
+    baselines: Mapping[str, float],
+    loads: Mapping[str, Mapping[int, Sequence[float]]],
+) -> Path:
+    """Draw a run as a PNG: losses on the left, one heat map of expert loads per domain on the right.
+
+    Args:
+        path: of the PNG; appears there when it is whole.
+        train: training loss.
+        validation: domain to its loss.
+        baselines: domain to its bigram loss, drawn dashed.
+        loads: domain to block index to the share of assignments per expert; empty for a dense model.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    figure_type, ticker = _matplotlib()
+    figure = figure_type(figsize=(6 + 3.2 * max(len(loads), 1), 4), layout="constrained")
+    ratios = [2.0] + [1.0] * len(loads)
+    axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
+    _losses(axes[0], train, validation, baselines)
+    largest = max((max(load) * len(load) for layers in loads.values() for load in layers.values()), default=1.0)
+    for axis, (domain, layers) in zip(axes[1:], loads.items(), strict=True):
+        rows = [[share * len(load) for share in load] for load in layers.values()]
+        image = axis.imshow(rows, aspect="auto", cmap="magma", vmin=0.0, vmax=max(largest, 2.0))
+        axis.set(title=f"expert load: {domain}", xlabel="expert", yticks=range(len(rows)))
+        axis.set_yticklabels([f"block {index}" for index in layers])
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        for y, row in enumerate(rows if len(rows[0]) <= 16 else []):
+            for x, value in enumerate(row):
+                color = "white" if value < 0.6 * max(largest, 2.0) else "black"
+                axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
+    if loads:
+        figure.colorbar(image, ax=axes[1:].tolist(), label="load, 1 = balanced", shrink=0.9)
+    unfinished = Path(path).with_suffix(".unfinished.png")
+    figure.savefig(unfinished, dpi=130)
+    os.replace(unfinished, path)
+    return Path(path)
+
+
+def smooth(losses: Sequence[float], *, window: int) -> list[float]:
+    """Average each value with up to ``window - 1`` values before it.
+
+    Args:
+        losses: the values.
+        window: how many to average.
+
+    Returns:
+        As many values.
+
+    Example:
+        >>> smooth([4.0, 2.0, 0.0], window=2)
+        [4.0, 3.0, 1.0]
+    """
+    starts = (max(0, i + 1 - window) for i in range(len(losses)))
+    return [sum(losses[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
+
+
+def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapping[str, float]) -> None:  # type: ignore[no-untyped-def]
+    axis.plot(train.steps, train.losses, color="0.8", linewidth=0.8)
+    axis.plot(train.steps, smooth(train.losses, window=10), color="0.35", label="training, mean of 10")
+    for color, (domain, curve) in zip(("C0", "C1", "C2", "C3", "C4", "C5") * 9, validation.items(), strict=False):
+        axis.plot(curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation: {domain}")
+        if domain in baselines:
+            axis.axhline(baselines[domain], color=color, linestyle="--", linewidth=1, label=f"bigram: {domain}")
+    axis.set(xlabel="step", ylabel="loss, nats per token", title="loss")
+    tops = [value for value in (*baselines.values(), *train.losses[len(train.losses) // 20 :]) if value == value]
+    axis.set_ylim(top=max(tops) * 1.05)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8)
+
+
+def _matplotlib():  # type: ignore[no-untyped-def]
+    try:
+        from matplotlib import ticker
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("the picture of a run needs matplotlib: pip install 'moekit[plots]'") from error
+    return Figure, ticker

@@ -1,0 +1,105 @@
+"""Language models whose feed-forwards run a recipe, and what they cost."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from moekit.lm.configs import ModelConfig
+from moekit.lm.feed_forward import make_feed_forward
+from moekit.lm.model import Block, LanguageModel, count_parameters
+from moekit.recipes.layers import Recipe
+from moekit.recipes.modules import MoE
+from moekit.recipes.names import experts_per_token
+
+
+def language_model(config: ModelConfig, recipe: Recipe, *, expert_hidden: int | None = None) -> LanguageModel:
+    """Build OpenLM's decoder with MoE layers where the configuration wants them.
+
+    Args:
+        config: the shape; ``moe_freq`` and ``moe_num_experts`` say which layers are MoE, and how wide.
+        recipe: what an MoE layer does.
+        expert_hidden: F of each expert; None takes what the recipe takes.
+
+    Returns:
+        The model, with fresh weights.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import mixtral
+        >>> model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=4), mixtral())
+        >>> [index for index, _ in moe_layers(model)]
+        [0]
+    """
+    dense = make_feed_forward(config.ffn_type)
+
+    def make_ffn(layer_index: int) -> nn.Module:
+        if config.is_moe_layer(layer_index):
+            assert config.moe_num_experts is not None  # the configuration has checked it
+            return MoE(config.hidden_dim, config.moe_num_experts, recipe, hidden=expert_hidden)
+        return dense(config.hidden_dim)
+
+    return LanguageModel(config, make_ffn=make_ffn)
+
+
+def moe_layers(model: LanguageModel) -> Iterator[tuple[int, MoE]]:
+    """Iterate over the index and the module of each MoE layer."""
+    for index, block in enumerate(model.layers):
+        if isinstance(block.feed_forward, MoE):
+            yield index, block.feed_forward
+
+
+class ParameterCount(NamedTuple):
+    """What a part of a model holds.
+
+    Attributes:
+        part: its name.
+        total: parameters.
+        active: parameters that one token uses.
+    """
+
+    part: str
+    total: int
+    active: int
+
+
+def parameter_table(model: LanguageModel) -> list[ParameterCount]:
+    """Count parameters by part; the last row is their sum.
+
+    Args:
+        model: on any device, the meta device included.
+
+    Returns:
+        Rows. A token uses k of E experts in each MoE layer, and one row of the embedding is counted as all of it.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import mixtral
+        >>> model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=4), mixtral())
+        >>> parameter_table(model)[-1].total == count_parameters(model)
+        True
+    """
+    experts = active = others = dense = attention = 0
+    for block in model.layers:
+        assert isinstance(block, Block)
+        attention += count_parameters(block.attention)
+        if isinstance(block.feed_forward, MoE):
+            size = count_parameters(block.feed_forward.experts)
+            share = experts_per_token(block.feed_forward.recipe, block.feed_forward.num_experts)
+            experts += size
+            active += round(size * share / block.feed_forward.num_experts)
+            others += count_parameters(block.feed_forward) - size
+        else:
+            dense += count_parameters(block.feed_forward)
+    head = 0 if model.config.weight_tying else count_parameters(model.output)
+    rows = [
+        ParameterCount("embedding", count_parameters(model.tok_embeddings), count_parameters(model.tok_embeddings)),
+        ParameterCount("attention", attention, attention),
+        ParameterCount("dense feed-forward", dense, dense),
+        ParameterCount("experts", experts, active),
+        ParameterCount("routers and shared experts", others, others),
+        ParameterCount("output head", head, head),
+    ]
+    norms = count_parameters(model) - sum(row.total for row in rows)
+    rows.append(ParameterCount("norms", norms, norms))
+    return [*rows, ParameterCount("all", sum(row.total for row in rows), sum(row.active for row in rows))]

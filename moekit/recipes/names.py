@@ -1,0 +1,102 @@
+"""From a name on the command line to a recipe; the only place where a name becomes a function."""
+
+import importlib.util
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from moekit.lm._lookup import look_up
+from moekit.recipes.layers import Recipe
+from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+
+RECIPES: dict[str, Callable[..., Recipe]] = {
+    "openlm": openlm,
+    "switch": switch,
+    "gshard": gshard,
+    "mixtral": mixtral,
+    "olmoe": olmoe,
+    "deepseek_moe": deepseek_moe,
+}
+
+
+def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | None = None, default_k: int = 2) -> Recipe:
+    """Return a recipe by name, or from a file of the user's.
+
+    Args:
+        name: one of ``RECIPES``, or ``path/to/file.py:name`` where the name is a Recipe or a function that returns one.
+        k: experts per token, handed to the recipe's function.
+        capacity_factor: handed to the recipe's function.
+        default_k: experts per token if ``k`` is None and the function takes a ``k``.
+
+    Returns:
+        Recipe.
+
+    Raises:
+        FileNotFoundError: if the file is not there.
+        ValueError: if there is no such recipe, or it does not take an option that was given.
+        TypeError: if what the file defines under that name is no recipe.
+
+    Example:
+        >>> find_recipe("mixtral", k=1).route.keywords["k"]
+        1
+    """
+    make = _from_file(name) if ":" in name or name.endswith(".py") else look_up(RECIPES, name, what="recipe")
+    if isinstance(make, Recipe):
+        make = _constant(make)
+    known = inspect.signature(make).parameters
+    given = {key: value for key, value in (("k", k), ("capacity_factor", capacity_factor)) if value is not None}
+    for key in given:
+        if key not in known:
+            raise ValueError(
+                f"recipe {name} takes no {key} (it was given as {given[key]}); it takes "
+                f"{', '.join(known) or 'no options'}. Leave the flag out, or choose another recipe."
+            )
+    recipe = make(**{**({"k": default_k} if "k" in known else {}), **given})
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"recipe {name}: expected a moekit.Recipe or a function that returns one, got {recipe!r}.")
+    return recipe
+
+
+def experts_per_token(recipe: Recipe, num_experts: int) -> float:
+    """Ask a recipe's router how many experts a token gets, the shared ones not counted.
+
+    Args:
+        recipe: the method.
+        num_experts: E.
+
+    Returns:
+        Assignments per token, at most.
+
+    Example:
+        >>> experts_per_token(mixtral(k=2), 8)
+        2.0
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = torch.zeros(num_experts, num_experts, device="cpu")
+        bias = torch.zeros(num_experts, device="cpu") if recipe.bias_rate else None
+        extras = {name: torch.zeros(num_experts, dtype=torch.int64, device="cpu") for name in recipe.needs}
+        return recipe.route(logits, bias=bias, **extras).expert_indices.numel() / num_experts
+
+
+def _from_file(name: str) -> Callable[..., Recipe]:
+    path, _, attribute = name.rpartition(":")
+    if not attribute or not path.endswith(".py"):
+        raise ValueError(f"recipe {name!r}: expected path/to/file.py:name, where the name is a recipe in that file.")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"recipe {name!r}: there is no file {path}. Give its path from the current folder.")
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, attribute, None)
+    if not callable(found) and not isinstance(found, Recipe):
+        names = [key for key in vars(module) if not key.startswith("_")]
+        raise ValueError(f"recipe {name!r}: {path} defines no recipe {attribute!r}; it defines {', '.join(names)}.")
+    return found
+
+
+def _constant(recipe: Recipe) -> Callable[[], Recipe]:
+    return lambda: recipe
