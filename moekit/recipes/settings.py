@@ -26,7 +26,7 @@ class ModelSettings:
     """Rows per expert relative to a balanced load; 0 drops nothing; by default the recipe's own."""
     moe_loss_weight: float | None = None
     """Coefficient of the load-balancing loss, averaged over MoE layers; by default the recipe's own."""
-    recipe: str = "mixtral"
+    recipe: str = "openlm"
     """MoE method: a name, or path/to/file.py:name."""
 
 
@@ -48,11 +48,11 @@ class DataSettings:
 class OptimizerSettings:
     """AdamW and its schedule."""
 
-    steps: int = 600
+    steps: int = 1000
     """Optimizer steps."""
-    batch_size: int = 32
+    batch_size: int = 16
     """Sequences per step."""
-    lr: float = 3e-3
+    lr: float = 5e-3
     """Peak learning rate."""
     warmup: int | None = None
     """Steps of linear warm-up; by default a tenth of all steps."""
@@ -91,7 +91,7 @@ class RunSettings:
     """A checkpoint folder, or `latest` for this run's newest."""
     log_every_n_steps: int = 10
     """Steps between reports."""
-    val_every_n_steps: int = 100
+    val_every_n_steps: int = 200
     """Steps between short validations; the whole of the validation data is scored at the end."""
     describe: bool = False
     """Print the model, its parameters and bytes, and exit."""

@@ -79,8 +79,7 @@ def routing_stats(
 
 
 def _token_entropy(logits: Tensor, token_mask: Tensor | None) -> Tensor:
-    log_probs = torch.log_softmax(logits, dim=-1)
-    entropy = -(log_probs.exp() * log_probs).sum(-1)  # (T,)
+    entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)  # (T,)
     mask = torch.ones_like(entropy, dtype=torch.bool) if token_mask is None else token_mask.flatten().bool()
     return entropy.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)
 

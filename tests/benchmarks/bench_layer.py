@@ -1,0 +1,62 @@
+"""What does a whole MoE layer cost beside its arithmetic? Gate, route, dispatch, experts, combine; forward + backward.
+
+The reference row ``dense`` does the same useful arithmetic with no routing at all: one SwiGLU expert fed T * K rows.
+The load is balanced, so that ``batched`` at capacity factor 1 neither drops nor pads and all rows do equal work.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from shapes import EVERY_SHAPE, Shape
+
+from moekit.dispatch import dropless, padded
+from moekit.experts import GatedParams, batched, grouped, loop, swiglu
+from moekit.recipes import MoEParams, Recipe, expert_layer, moe_layer
+from moekit.routing import linear_gate, round_robin
+from moekit.types import Dispatcher, GroupedMatmul
+
+BACKENDS: dict[str, tuple[Dispatcher, GroupedMatmul]] = {
+    "loop": (dropless(), loop),
+    "batched": (padded(capacity_factor=1.0), batched),
+    "grouped": (dropless(), grouped),
+}
+
+
+@pytest.mark.parametrize("name", ["dense", *BACKENDS])
+@pytest.mark.parametrize("shape", EVERY_SHAPE, indirect=True)
+def test_layer(measure, shape, name):
+    body = dense(shape) if name == "dense" else layer(shape, *BACKENDS[name])
+    flops = 18 * shape.rows * shape.dim * shape.hidden  # 3 matrices, 2 operations, 1 product forward and 2 backward
+    measure(body, shape, stage="layer forward + backward", name=name, reference="dense", work=flops, unit="TFLOP/s")
+
+
+def dense(shape: Shape) -> Callable[[], object]:
+    rows, grad = shape.random(shape.rows, shape.dim), shape.random(shape.rows, shape.dim).detach()
+    gate, up = shape.random(shape.dim, shape.hidden), shape.random(shape.dim, shape.hidden)
+    down = shape.random(shape.hidden, shape.dim)
+
+    def body() -> object:
+        y = (F.silu(rows @ gate) * (rows @ up)) @ down
+        return torch.autograd.grad(y, (rows, gate, up, down), grad)
+
+    return body
+
+
+def layer(shape: Shape, dispatcher: Dispatcher, matmul: GroupedMatmul) -> Callable[[], object]:
+    x, grad = shape.random(shape.tokens, shape.dim), shape.random(shape.tokens, shape.dim).detach()
+    up = (shape.experts, shape.dim, shape.hidden)
+    experts = GatedParams(shape.random(*up), shape.random(*up), shape.random(up[0], up[2], up[1]))
+    params = MoEParams(shape.random(shape.dim, shape.experts), experts)
+    recipe = Recipe(
+        linear_gate,
+        partial(round_robin, k=shape.k),
+        expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=matmul)),
+    )
+
+    def body() -> object:
+        return torch.autograd.grad(moe_layer(x, params, recipe).y, (x, params.gate, *experts), grad)
+
+    return body

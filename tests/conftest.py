@@ -1,0 +1,26 @@
+"""What every test gets: no network, two threads, a fixed seed; and, on request, poisoned memory."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
+torch.set_num_threads(2)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for each absent device: slow
+
+
+@pytest.fixture
+def poison() -> Iterator[None]:
+    """Fill freshly allocated memory with NaN, so that an entry that nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(before)

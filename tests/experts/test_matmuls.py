@@ -1,0 +1,155 @@
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.experts import batched, grouped, loop
+from moekit.types import Groups
+
+D, F = 5, 7
+# Awkward sizes: empty first, middle and last groups, one row, everything on one, nothing at all.
+SIZES = [[4, 0, 1, 9, 2], [0, 3, 0, 2, 0], [0, 0, 13, 0, 0], [0, 0, 0, 0, 0], [1], [0], [1, 1, 1], []]
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+every_size = pytest.mark.parametrize("sizes", SIZES, ids=str)
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+
+
+def make(sizes: list[int], *, tail: int = 0, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Groups, Tensor]:
+    rows = torch.randn(sum(sizes) + tail, D).to(dtype).requires_grad_()
+    w = torch.randn(len(sizes), D, F).to(dtype).requires_grad_()
+    return rows, Groups(torch.tensor(sizes, dtype=torch.int32), None), w
+
+
+def row_by_row(rows: Tensor, sizes: list[int], w: Tensor) -> Tensor:
+    owners = [e for e, size in enumerate(sizes) for _ in range(size)]
+    return torch.stack([row @ w[e] for row, e in zip(rows, owners, strict=False)]) if owners else rows.new_zeros(0, F)
+
+
+@pytest.mark.usefixtures("poison")
+@every_size
+@every_dtype
+@pytest.mark.parametrize("matmul", [loop, grouped])
+def test_unequal_groups_equal_row_by_row(matmul, dtype: torch.dtype, sizes: list[int]) -> None:
+    rows, groups, w = make(sizes, dtype=dtype)
+    out = matmul(rows, groups, w)
+    expected = row_by_row(rows.double(), sizes, w.double())
+    close = {"rtol": TOLERANCE[dtype], "atol": TOLERANCE[dtype], "check_dtype": False}
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, **close)
+    cotangent = torch.randn(out.shape).to(dtype)
+    grads = torch.autograd.grad(out, (rows, w), cotangent)
+    wanted = torch.zeros_like(rows), torch.zeros_like(w)
+    if expected.requires_grad:
+        wanted = torch.autograd.grad(expected, (rows, w), cotangent.double())
+    for name, grad, want in zip(("rows", "w"), grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want, msg=lambda text: f"{name}\n{text}", **close)  # noqa: B023
+
+
+@pytest.mark.usefixtures("poison")
+@every_dtype
+@pytest.mark.parametrize("capacity", [0, 1, 4])
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_equal_groups_equal_row_by_row(matmul, dtype: torch.dtype, capacity: int) -> None:
+    rows, groups, w = make([capacity] * 3, dtype=dtype)
+    out = matmul(rows, groups._replace(capacity=capacity), w)
+    expected = row_by_row(rows.double(), [capacity] * 3, w.double())
+    torch.testing.assert_close(out, expected, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype], check_dtype=False)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("matmul", [loop, grouped])
+@pytest.mark.parametrize("junk", [0.0, torch.nan])
+def test_rows_past_the_last_group_touch_nothing(matmul, junk: float) -> None:
+    sizes = [2, 0, 3]
+    rows, groups, w = make(sizes, tail=4)
+    out = matmul(rows, groups, w)
+    assert out.shape == (9, F)
+    cotangent = torch.randn(9, F, dtype=torch.float64)
+    cotangent[5:] = junk
+    grad_rows, grad_w = torch.autograd.grad(out, (rows, w), cotangent)
+    expected = row_by_row(rows, sizes, w)
+    torch.testing.assert_close(out[:5], expected)
+    wanted = torch.autograd.grad(expected, (rows, w), cotangent[:5])
+    torch.testing.assert_close(grad_rows[:5], wanted[0][:5])
+    torch.testing.assert_close(grad_w, wanted[1])
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("matmul", [loop, grouped])
+def test_an_empty_group_has_a_gradient_of_zero(matmul) -> None:
+    rows, groups, w = make([2, 0, 3])
+    (grad,) = torch.autograd.grad(matmul(rows, groups, w).sum(), w)  # also a gradient of stride 0
+    assert (grad[1] == 0).all()
+    assert (grad[0] != 0).all()
+
+
+@pytest.mark.parametrize("matmul", [loop, grouped])
+def test_views_are_read_as_they_are(matmul) -> None:
+    rows, groups, w = make([2, 3])
+    transposed = w.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    strided = torch.stack([rows.detach(), rows.detach()], dim=-1)[..., 0]
+    assert not strided.is_contiguous()
+    torch.testing.assert_close(matmul(strided, groups, transposed), matmul(rows, groups, w))
+
+
+@pytest.mark.parametrize(("first", "second"), [(loop, grouped), (loop, batched)])
+def test_autocast_computes_in_bfloat16_and_returns_gradients_in_float32(first, second) -> None:
+    rows, groups, w = make([3, 3], dtype=torch.float32)
+    groups = groups._replace(capacity=3)
+    results = []
+    for matmul in (first, second):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = matmul(rows, groups, w)
+        assert out.dtype == torch.bfloat16
+        grads = torch.autograd.grad(out.float().square().sum(), (rows, w))
+        assert [grad.dtype for grad in grads] == [torch.float32] * 2
+        results.append((out, *grads))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(
+        results[0][0].double(), row_by_row(rows.double(), [3, 3], w.double()), rtol=2e-2, atol=2e-2
+    )
+
+
+def test_frozen_weights_and_frozen_rows() -> None:
+    rows, groups, w = make([2, 3])
+    expected = torch.autograd.grad(row_by_row(rows, [2, 3], w).sum(), (rows, w))
+    torch.testing.assert_close(torch.autograd.grad(grouped(rows, groups, w.detach()).sum(), rows)[0], expected[0])
+    torch.testing.assert_close(torch.autograd.grad(grouped(rows.detach(), groups, w).sum(), w)[0], expected[1])
+
+
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+@pytest.mark.parametrize(
+    ("rows", "experts", "w"),
+    [((6, 4), 2, (2, 5, 3)), ((6, 5), 3, (2, 5, 3)), ((6, 5), 2, (5, 3)), ((2, 3, 5), 2, (2, 5, 3))],
+    ids=["width", "experts", "w axes", "rows axes"],
+)
+def test_shapes_that_do_not_fit(matmul, rows, experts: int, w) -> None:
+    groups = Groups(torch.full((experts,), 3, dtype=torch.int32), 3)
+    with pytest.raises(
+        ValueError, match=r"rows .*, sizes .* and w .* do not fit; expected \(R, D\), \(E,\) and \(E, D, F\)"
+    ):
+        matmul(torch.zeros(rows), groups, torch.zeros(w))
+
+
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_another_number_of_rows_than_the_plan(matmul) -> None:
+    groups = Groups(torch.full((2,), 3, dtype=torch.int32), 3)
+    with pytest.raises(
+        ValueError, match="7 rows were given for 2 groups of 3; expected 6. Pass the rows that this plan's"
+    ):
+        matmul(torch.zeros(7, D), groups, torch.zeros(2, D, F))
+
+
+def test_batched_names_what_to_use_for_unequal_groups() -> None:
+    rows, groups, w = make([2, 3])
+    with pytest.raises(ValueError, match="no common capacity .* Use the padded dispatcher, or the matmul `grouped` or"):
+        batched(rows, groups, w)
+
+
+def test_cuda_alignment_error_names_the_width() -> None:
+    from moekit.experts.matmuls import _check_alignment
+
+    _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 16, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"F = 12 in torch.bfloat16 is 24 bytes a row; .* multiple of 16 bytes"):
+        _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))

@@ -1,0 +1,165 @@
+import math
+from functools import partial
+
+import pytest
+import reference
+import torch
+
+from moekit.routing import load_balance_loss, round_robin, sigmoid, top_k, update_bias, z_loss
+from moekit.segments import tokens_per_expert
+from moekit.types import Routing
+
+T, E, K = 12, 4, 2
+
+
+def routed(k: int = K, *, score=None) -> tuple[torch.Tensor, Routing]:
+    logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
+    return logits, top_k(logits, k=k) if score is None else top_k(logits, k=k, score=score)
+
+
+def as_reference(routing: Routing) -> list[reference.Assignment]:
+    return [
+        reference.Assignment(t, i, e, routing.weights[t, i])
+        for t, row in enumerate(routing.expert_indices.tolist())
+        for i, e in enumerate(row)
+    ]
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 4])
+@pytest.mark.parametrize("score", [partial(torch.softmax, dim=-1), sigmoid], ids=["softmax", "sigmoid"])
+def test_balancing_loss_is_one_at_perfect_balance(k: int, score) -> None:
+    logits = torch.zeros(T, E)
+    assert load_balance_loss(logits, round_robin(logits, k=k), score=score).item() == pytest.approx(1)
+
+
+def test_balancing_loss_is_one_when_decided_but_balanced() -> None:
+    logits = 100.0 * torch.eye(E).repeat(3, 1)
+    assert load_balance_loss(logits, top_k(logits, k=1)).item() == pytest.approx(1)
+
+
+def test_balancing_loss_is_e_at_collapse() -> None:
+    logits = torch.tensor([[100.0, 0.0, 0.0, 0.0]]).expand(T, E)
+    assert load_balance_loss(logits, top_k(logits, k=1)).item() == pytest.approx(E)
+
+
+def test_collapse_on_k_experts_is_e_over_k() -> None:
+    logits = torch.tensor([[100.0, 100.0, 0.0, 0.0]]).expand(T, E)
+    assert load_balance_loss(logits, top_k(logits, k=2)).item() == pytest.approx(E / 2)
+
+
+@pytest.mark.parametrize("choices", [None, 1, 2])
+@pytest.mark.parametrize(
+    ("score", "expected_score"),
+    [(partial(torch.softmax, dim=-1), reference.softmax), (sigmoid, reference.sigmoid)],
+    ids=["softmax", "sigmoid"],
+)
+def test_balancing_loss_and_its_gradient_follow_the_formula(choices: int | None, score, expected_score) -> None:
+    logits, routing = routed(3)
+    loss = load_balance_loss(logits, routing, score=score, choices=choices)
+    expected = reference.load_balance(logits, as_reference(routing), score=expected_score, choices=choices)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+def test_z_loss_and_its_gradient_follow_the_formula() -> None:
+    logits, routing = routed()
+    loss, expected = z_loss(logits, routing), reference.z_loss(logits)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+
+
+def test_z_loss_of_zero_logits() -> None:
+    assert z_loss(torch.zeros(3, E)).item() == pytest.approx(math.log(E) ** 2)
+
+
+@pytest.mark.parametrize("loss", [load_balance_loss, z_loss, partial(load_balance_loss, choices=1)])
+def test_masked_tokens_count_in_no_loss(loss) -> None:
+    logits, routing = routed()
+    mask = torch.arange(T) % 3 != 0
+    real = top_k(logits[mask], k=K)
+    expected = loss(logits[mask], real)
+    masked = loss(logits, routing, token_mask=mask.view(3, 4))
+    torch.testing.assert_close(masked, expected)
+    (grad,) = torch.autograd.grad(masked, logits)
+    assert (grad[~mask] == 0).all()
+    torch.testing.assert_close(grad[mask], torch.autograd.grad(expected, logits)[0][mask])
+
+
+@pytest.mark.parametrize("loss", [load_balance_loss, z_loss, partial(load_balance_loss, score=sigmoid)])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_what_masked_tokens_hold_is_of_no_matter(loss, bad: float) -> None:
+    logits, routing = routed()
+    mask = torch.arange(T) < 7
+    expected = loss(logits, routing, token_mask=mask)
+    spoiled = logits.detach().masked_fill(~mask.unsqueeze(1), bad)
+    torch.testing.assert_close(loss(spoiled, routing, token_mask=mask), expected)
+
+
+@pytest.mark.parametrize("loss", [load_balance_loss, z_loss])
+def test_nothing_real_gives_zero(loss) -> None:
+    logits, routing = routed()
+    assert loss(logits, routing, token_mask=torch.zeros(T, dtype=torch.bool)).item() == 0
+    empty = torch.zeros(0, E, requires_grad=True)
+    value = loss(empty, top_k(empty, k=K))
+    assert value.item() == 0
+    assert torch.autograd.grad(value, empty)[0].shape == (0, E)
+
+
+def test_counts_may_come_from_elsewhere() -> None:
+    """Two halves with the counts of the whole average to the loss of the whole (global-batch statistics)."""
+    logits, routing = routed()
+    whole = load_balance_loss(logits, routing)
+    counts = tokens_per_expert(routing.expert_indices, E)
+    halves = [load_balance_loss(half, top_k(half, k=K), tokens_per_expert=counts) for half in logits.split(T // 2)]
+    torch.testing.assert_close(sum(halves) / 2, whole)
+    own = [load_balance_loss(half, top_k(half, k=K)) for half in logits.split(T // 2)]
+    assert (sum(own) / 2 - whole).abs() > 1e-3
+
+
+def test_counts_carry_no_gradient_and_assignments_that_do_not_exist_do_not_count() -> None:
+    logits, routing = routed(1)
+    gone = routing._replace(expert_indices=routing.expert_indices.masked_fill(routing.expert_indices == 0, -1))
+    loss = load_balance_loss(logits, gone)
+    expected = reference.load_balance(logits, [a for a in as_reference(routing) if a.expert != 0])
+    torch.testing.assert_close(loss, expected)
+
+
+def test_sigmoid_scores_that_underflow_give_no_nan() -> None:
+    logits = torch.full((T, E), -200.0, requires_grad=True)
+    loss = load_balance_loss(logits, round_robin(logits, k=1), score=sigmoid)
+    assert loss.isfinite()
+    assert torch.autograd.grad(loss, logits)[0].isfinite().all()
+
+
+def test_choices_need_choices() -> None:
+    indices = torch.zeros(5, dtype=torch.int64)
+    routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool_tokens=5)
+    with pytest.raises(ValueError, match=r"choices=1 counts first choices.*shape \(5,\), not \(T, K\). Leave choices"):
+        load_balance_loss(torch.zeros(5, E), routing, choices=1)
+
+
+def test_bias_moves_one_step_against_the_load() -> None:
+    bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
+    moved = update_bias(bias, torch.tensor([9, 3, 0, 0]), rate=0.1)
+    torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, 0.1, 0.1]))
+    assert bias[0] == 0.5  # the argument is left alone
+
+
+def test_bias_drives_a_collapsed_router_to_balance() -> None:
+    logits = torch.randn(512, 8) + torch.linspace(0, 4, 8)
+    bias = torch.zeros(8)
+
+    def violation() -> float:
+        load = tokens_per_expert(top_k(logits, k=2, score=sigmoid, bias=bias).expert_indices, 8).float()
+        return (load.max() / load.mean() - 1).item()
+
+    assert violation() > 1.5
+    for _ in range(400):
+        counts = tokens_per_expert(top_k(logits, k=2, score=sigmoid, bias=bias).expert_indices, 8)
+        bias = update_bias(bias, counts, rate=0.002)
+    assert violation() < 0.2
+
+
+def test_bias_and_counts_must_match() -> None:
+    with pytest.raises(ValueError, match=r"update_bias: bias has shape \(3,\) and tokens_per_expert \(4,\); expected"):
+        update_bias(torch.zeros(3), torch.zeros(4), rate=0.1)
