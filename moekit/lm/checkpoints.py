@@ -1,11 +1,13 @@
 """Checkpoints: a folder per step, written beside its place and renamed into it, so that a half-written one has no name.
 
 A folder ``step_00001000`` holds the tensors, written by ``torch.distributed.checkpoint``, and ``state.json`` with
-everything else. Nothing is pickled, so loading a stranger's checkpoint runs no code.
+everything else. Loading a stranger's checkpoint runs no code: torch reads the tensors with ``weights_only=True``, and
+the index beside them, which torch pickles, is read by an unpickler that knows the classes of an index and no others.
 """
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from collections.abc import Iterator, Mapping
@@ -16,8 +18,29 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 
 _STATE = "state.json"
+_INDEX = ".metadata"
+_PATHS = frozenset({"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"})
+_INDEX_NAMES = {  # all that the index of a checkpoint of plain tensors is made of, besides dtypes
+    "torch": frozenset({"Size"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+        }
+        | {"_MEM_FORMAT_ENCODING"}
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
 
 
 def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
@@ -49,9 +72,12 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
     with _without_single_process_warning():
         dcp.save(dict(tensors), checkpoint_id=unfinished, no_dist=True)
     (unfinished / _STATE).write_text(text, encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    shutil.rmtree(replaced, ignore_errors=True)
+    if folder.exists():  # moved away before it is deleted, since half of it under its name would look like a whole one
+        os.replace(folder, replaced)
     os.replace(unfinished, folder)
+    shutil.rmtree(replaced, ignore_errors=True)
     return folder
 
 
@@ -67,10 +93,11 @@ def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
     Raises:
         FileNotFoundError: if there is no complete checkpoint in the folder.
-        ValueError: if a tensor is missing there or has another shape.
+        ValueError: if a tensor is missing there or has another shape, or the checkpoint's index names classes that no
+            index has, which could be made to run code.
     """
-    state = read_state(folder)
-    stored = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    state, reader = read_state(folder), _Reader(folder)
+    stored = reader.read_metadata().state_dict_metadata
     for name, tensor in tensors.items():
         size = getattr(stored.get(name), "size", None)
         if size != tensor.shape:
@@ -80,7 +107,7 @@ def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
                 f"model flags that the checkpoint was trained with; its params are in params.txt of the run folder."
             )
     with _without_single_process_warning():
-        dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
     return state
 
 
@@ -158,14 +185,37 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         ['model.weight', 'optimizer.exp_avg.weight', 'optimizer.exp_avg_sq.weight', 'optimizer.step.weight']
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # where torch keeps the step
     for name, parameter in model.named_parameters():
         state = optimizer.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         tensors.update({f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")})
     return tensors
+
+
+class _Reader(dcp.FileSystemReader):
+    """torch's reader, with its ``pickle.load`` of the index replaced."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / _INDEX).open("rb") as file:
+            metadata: Metadata = _IndexUnpickler(file).load()
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _INDEX_NAMES.get(module, ()):
+            raise ValueError(
+                f"the checkpoint's {_INDEX} asks for {module}.{name}, which no index of tensors has; expected a "
+                f"checkpoint that save_checkpoint wrote. It was not loaded, since it could run code."
+            )
+        return super().find_class(module, name)
 
 
 @contextmanager

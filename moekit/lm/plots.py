@@ -92,7 +92,7 @@ def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapp
             axis.axhline(baselines[domain], color=color, linestyle="--", linewidth=1, label=f"bigram: {domain}")
     axis.set(xlabel="step", ylabel="loss, nats per token", title="loss")
     tops = [value for value in (*baselines.values(), *train.losses[len(train.losses) // 20 :]) if value == value]
-    axis.set_ylim(top=max(tops) * 1.05)
+    axis.set_ylim(top=max(tops, default=1.0) * 1.05)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

@@ -40,6 +40,7 @@ class JsonLines:
             unfinished = self.path.with_suffix(".unfinished")
             unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             os.replace(unfinished, self.path)
+        self.path.touch()
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line."""

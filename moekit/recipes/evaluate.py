@@ -1,8 +1,8 @@
 """Evaluation: loss, perplexity, bits per byte and expert loads of a model on held-out sequences."""
 
 import math
-from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -73,9 +73,7 @@ def evaluate(
     nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0
     counts: dict[int, Tensor] = {}
     dropped = assigned = torch.zeros((), dtype=torch.float64)
-    training = model.training
-    model.eval()
-    with torch.random.fork_rng(), precision or nullcontext():
+    with _evaluation(model, device), precision or nullcontext():
         for batch in batches:
             batch = batch.to(device)
             output = model(batch[:, :-1])
@@ -89,7 +87,6 @@ def evaluate(
                 counts[index] = counts.get(index, torch.zeros_like(load)) + load
                 dropped = dropped + stats.drop_rate.double().cpu() * load.sum()
                 assigned = assigned + load.sum()
-    model.train(training)
     if not tokens:
         raise ValueError("there is nothing to evaluate on: the validation data have no batch; expected at least one")
     return Evaluation(
@@ -99,3 +96,14 @@ def evaluate(
         loads={index: (count / count.sum()).tolist() for index, count in counts.items()},
         drop_rate=(dropped / assigned).item() if assigned > 0 else 0.0,
     )
+
+
+@contextmanager
+def _evaluation(model: LanguageModel, device: torch.device) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+            yield
+    finally:
+        model.train(training)

@@ -35,8 +35,8 @@ def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | Non
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if there is no such recipe, or it does not take an option that was given.
-        TypeError: if what the file defines under that name is no recipe.
+        ValueError: if there is no such recipe, it does not take an option that was given, or what the file defines
+            under that name is no recipe.
 
     Example:
         >>> find_recipe("mixtral", k=1).route.keywords["k"]
@@ -53,9 +53,17 @@ def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | Non
                 f"recipe {name} takes no {key} (it was given as {given[key]}); it takes "
                 f"{', '.join(known) or 'no options'}. Leave the flag out, or choose another recipe."
             )
-    recipe = make(**{**({"k": default_k} if "k" in known else {}), **given})
+    options = {**({"k": default_k} if "k" in known else {}), **given}
+    needed = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in options]
+    if any(known[key].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for key in needed):
+        raise ValueError(
+            f"recipe {name} needs {', '.join(needed)}, which nobody gives it; expected a moekit.Recipe, or a function "
+            f"that returns one and whose arguments have defaults. A router alone is no recipe: put it into one, for "
+            f"example by mixtral()._replace(route=...)."
+        )
+    recipe = make(**options)
     if not isinstance(recipe, Recipe):
-        raise TypeError(f"recipe {name}: expected a moekit.Recipe or a function that returns one, got {recipe!r}.")
+        raise ValueError(f"recipe {name}: expected a moekit.Recipe or a function that returns one, got {recipe!r}.")
     return recipe
 
 

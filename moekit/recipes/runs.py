@@ -134,6 +134,11 @@ def restore(run: Run, console: Console) -> tuple[int, float]:
         raise FileNotFoundError(f"--resume latest: {run.folder} has no checkpoint yet; start it without --resume")
     tensors = _tensors(run)
     state = load_checkpoint(folder, tensors)
+    if state["step"] > run.settings.optimizer.steps:
+        raise ValueError(
+            f"checkpoint {folder} is of step {state['step']}, but --steps is {run.settings.optimizer.steps}; expected "
+            f"at least as many. --steps counts from the beginning of the run, not from the checkpoint."
+        )
     run.stream.load_state_dict(state["stream"])
     torch.set_rng_state(tensors["rng"])
     if run.device.type == "cuda":

