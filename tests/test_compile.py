@@ -58,5 +58,6 @@ def test_a_mask_compiles_too(name: str) -> None:
     check(RECIPES[name], backend="aot_eager", masked=True)
 
 
+@pytest.mark.slow
 def test_generated_code_computes_the_same() -> None:
     check(openlm(), backend="inductor")

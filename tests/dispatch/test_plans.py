@@ -104,6 +104,11 @@ def test_missing_assignments_take_no_place() -> None:
     assert blocks(routing, capacity_factor=0.5, priority=by_weight) == [[2, 4], [5, -1]]
 
 
+def test_by_weight_is_not_swayed_by_assignments_that_do_not_exist() -> None:
+    routing = choices([[0, -1], [0, -1]], num_experts=1, weights=[[0.4, 9.0], [0.5, 0.0]])
+    assert by_weight(routing).tolist() == [2, 0, 3, 1]
+
+
 def test_dropless_keeps_order_within_an_expert_and_puts_missing_ones_last() -> None:
     plan = dropless_plan(choices([[2, 0], [-1, 2], [0, 2]], num_experts=4))
     assert plan.assignments.tolist() == [1, 4, 0, 3, 5, -1]

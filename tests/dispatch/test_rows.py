@@ -160,6 +160,21 @@ def test_gradient_of_a_dropped_weight_is_zero_even_if_padding_is_nan(gather, sca
 
 
 @pairs
+def test_a_missing_choice_beside_a_kept_one_reads_no_padding(gather, scatter) -> None:
+    """Nobody wants expert 0, so that row 0, which an index of -1 is easily taken for, is padding."""
+    experts = torch.tensor([[1, -1], [-1, 1], [1, 1]])
+    routing = token_choice(experts, torch.ones(3, 2, requires_grad=True), torch.zeros(3, 2))
+    plan = padded_plan(routing, capacity_factor=1.0)
+    assert plan.assignments.tolist() == [-1, -1, -1, 0, 3, 4]  # the last choice of token 2 is dropped
+    rows = torch.ones(6, D).masked_fill((plan.assignments < 0).unsqueeze(1), torch.nan).requires_grad_()
+    y = scatter(rows, routing, plan)
+    assert torch.equal(y, torch.ones(3, D))
+    grad_rows, grad_weights = torch.autograd.grad(y.sum(), (rows, routing.weights))
+    assert torch.equal(grad_rows[3:], torch.ones(3, D))
+    assert grad_weights.tolist() == [[D, 0], [0, D], [D, 0]]
+
+
+@pairs
 def test_padding_rows_get_no_gradient(gather, scatter) -> None:
     routing = popular()
     plan = padded_plan(routing, capacity_factor=2.0)

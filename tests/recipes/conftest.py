@@ -40,11 +40,11 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
     """Two sources with tokens of their own: 0 to 15, and 100 to 115."""
     folder = tmp_path_factory.mktemp("shards")
     train = [
-        write_shards(folder / name / "train", markov_sequences(48, first=first, seed=first), sequences_per_shard=20)
+        write_shards(folder / "train" / name, markov_sequences(48, first=first, seed=first), sequences_per_shard=20)
         for name, first in (("prose", 0), ("code", 100))
     ]
     validation = [
-        write_shards(folder / name / "val", markov_sequences(6, first=first, seed=first + 1))
+        write_shards(folder / "val" / name, markov_sequences(6, first=first, seed=first + 1))
         for name, first in (("prose", 0), ("code", 100))
     ]
     return Shards((train[0], train[1]), (validation[0], validation[1]))

@@ -21,10 +21,8 @@ def test_no_flags_give_the_defaults():
 
 
 def test_flags_are_flat_and_typed():
-    settings = parse_settings(
-        "--preset open_lm_41m --dataset-manifest a/m.jsonl b/m.jsonl --steps 7 --lr 1e-2 "
-        "--train-data-mix-weights 0.725 0.275 --name x --logs runs --describe".split()
-    )
+    words = "--preset open_lm_41m --dataset-manifest a/m.jsonl b/m.jsonl --steps 7 --lr 1e-2 --name x --logs runs"
+    settings = parse_settings([*words.split(), "--train-data-mix-weights", "0.725", "0.275", "--describe"])
     assert settings.model.preset == "open_lm_41m"
     assert settings.data.dataset_manifest == (Path("a/m.jsonl"), Path("b/m.jsonl"))
     assert settings.data.train_data_mix_weights == (0.725, 0.275)

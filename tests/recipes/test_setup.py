@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,18 +74,20 @@ def test_a_loss_weight_needs_a_loss(tmp_path):
 def test_named_manifests_become_domains(shards):
     found = corpus(DataSettings(dataset_manifest=shards.train, val_manifest=shards.validation))
     assert found.domains == (
-        Domain("train-0", shards.train[0], shards.validation[0]),
-        Domain("train-1", shards.train[1], shards.validation[1]),
+        Domain("prose", shards.train[0], shards.validation[0]),
+        Domain("code", shards.train[1], shards.validation[1]),
     )
     assert found.weights == (1.0, 1.0)
     assert found.tokenizer is None
     assert found.token_bytes() is None
 
 
-def test_domains_are_named_by_their_folder_and_may_lack_validation(tmp_path):
-    manifests = tuple(write_shards(tmp_path / name, torch.zeros(2, 65)) for name in ("prose", "code"))
+def test_folders_of_one_name_are_numbered_and_validation_may_lack(tmp_path):
+    manifests = tuple(
+        write_shards(tmp_path / name / "train", torch.zeros(2, 65, dtype=torch.int64)) for name in ("prose", "code")
+    )
     found = corpus(DataSettings(dataset_manifest=manifests, train_data_mix_weights=(3, 1)))
-    assert [domain.name for domain in found.domains] == ["prose", "code"]
+    assert [domain.name for domain in found.domains] == ["train-0", "train-1"]
     assert [domain.validation for domain in found.domains] == [None, None]
     assert found.weights == (3, 1)
 
@@ -103,12 +106,12 @@ def test_a_missing_manifest_is_explained(shards, tmp_path):
 def test_counts_of_manifests_and_weights_must_agree(shards):
     with pytest.raises(ValueError, match="1 validation manifests were given for 2 sources; expected one each"):
         corpus(DataSettings(dataset_manifest=shards.train, val_manifest=shards.validation[:1]))
-    with pytest.raises(ValueError, match=r"has 3 numbers for 2 sources \(train-0, train-1\); expected one each"):
+    with pytest.raises(ValueError, match=r"has 3 numbers for 2 sources \(prose, code\); expected one each"):
         corpus(DataSettings(dataset_manifest=shards.train, train_data_mix_weights=(1, 2, 3)))
 
 
 def test_sequences_of_another_length_than_the_models_are_refused(shards, tmp_path):
-    short = write_shards(tmp_path, torch.zeros(2, 33))
+    short = write_shards(tmp_path, torch.zeros(2, 33, dtype=torch.int64))
     message = r"have 33 tokens; expected 65, one more than the model's seq_len. Choose a --preset with seq_len 32"
     with pytest.raises(ValueError, match=message):
         corpus(DataSettings(dataset_manifest=(short,)))
@@ -121,17 +124,13 @@ def prepared(monkeypatch):
     """Stand in for the embedded corpora; returns the calls of ``prepare``."""
     calls = []
 
-    class Prepared:
-        domains = {
-            name: Domain(name, Path(name) / "train", Path(name) / "val")
-            for name in reversed(list(setup.MIXING_WEIGHTS))
-        }
-        tokenizer = ByteTokenizer()
+    names = reversed(list(setup.MIXING_WEIGHTS))
+    domains = {name: Domain(name, Path(name) / "train", Path(name) / "val") for name in names}
 
     def prepare(**options):
         calls.append(options)
         options["progress"]("preparing")
-        return Prepared()
+        return SimpleNamespace(domains=domains, tokenizer=ByteTokenizer())
 
     monkeypatch.setattr(setup, "prepare", prepare)
     return calls

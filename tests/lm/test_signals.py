@@ -1,0 +1,106 @@
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from moekit.lm.signals import StopRequest, stop_on_signals
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@pytest.fixture
+def handlers():
+    before = [signal.getsignal(number) for number in SIGNALS]
+    yield before
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
+
+
+def current():
+    return [signal.getsignal(number) for number in SIGNALS]
+
+
+def test_nobody_asked_at_first(handlers):
+    with stop_on_signals() as stop:
+        assert not stop
+        assert stop.name is None
+        assert current() != handlers
+    assert current() == handlers
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_the_first_signal_becomes_a_request(handlers, number):
+    done = 0
+    with stop_on_signals() as stop:
+        while not stop and done < 10:
+            done += 1
+            if done == 3:
+                signal.raise_signal(number)
+    assert done == 3
+    assert stop.name == number.name
+    assert current() == handlers
+
+
+def test_the_second_signal_acts_at_once(handlers):
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        assert current() == handlers
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_second_signal_of_the_other_kind_acts_at_once(handlers):
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.name == "SIGTERM"
+
+
+def test_handlers_come_back_after_an_error(handlers):
+    with pytest.raises(ValueError, match="mine"), stop_on_signals():
+        raise ValueError("mine")
+    assert current() == handlers
+
+
+def test_a_handler_of_the_callers_comes_back(handlers):
+    called = []
+    signal.signal(signal.SIGINT, lambda number, frame: called.append(number))
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop
+        assert called == []
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
+    assert called == [signal.SIGINT, signal.SIGINT]
+
+
+def test_a_request_is_false_until_it_has_a_name():
+    request = StopRequest()
+    assert not request
+    request.name = "SIGTERM"
+    assert request
+
+
+def test_a_process_that_is_told_to_terminate_comes_to_its_end():
+    program = """
+import time
+from moekit.lm.signals import stop_on_signals
+with stop_on_signals() as stop:
+    print("ready", flush=True)
+    for _ in range(3000):
+        if stop:
+            break
+        time.sleep(0.01)
+print("saved after", stop.name, flush=True)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.terminate()
+        out, _ = process.communicate(timeout=30)
+    assert out == "saved after SIGTERM\n"
+    assert process.returncode == 0

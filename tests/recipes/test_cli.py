@@ -1,0 +1,95 @@
+import sys
+from functools import partial
+
+import pytest
+
+from moekit import __version__
+from moekit.dispatch import padded_plan
+from moekit.recipes import mixtral, openlm
+from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_table
+from moekit.recipes.names import RECIPES
+
+
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+
+
+def test_version(capsys):
+    main(["--version"])
+    assert capsys.readouterr().out == f"moekit {__version__}\n"
+
+
+@pytest.mark.parametrize("words", [[], ["-h"], ["--help"]])
+def test_help_lists_every_program_with_what_it_does(capsys, words):
+    main(words)
+    lines = capsys.readouterr().out.splitlines()
+    for name, program in PROGRAMS.items():
+        assert any(line.split() == [name, *program.__doc__.split("\n")[0].split()] for line in lines)
+
+
+def test_words_come_from_the_command_line_by_default(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["moekit", "--version"])
+    main()
+    assert __version__ in capsys.readouterr().out
+
+
+def test_an_unknown_program_is_answered_with_a_hint_and_the_list():
+    with pytest.raises(SystemExit, match=r"unknown program 'recipe'; did you mean 'recipes'\?") as raised:
+        main(["recipe"])
+    assert all(name in str(raised.value) for name in PROGRAMS)
+
+
+@pytest.mark.parametrize("program", ["recipes", "doctor"])
+def test_programs_without_flags_refuse_words(program):
+    with pytest.raises(SystemExit, match=f"moekit {program}: takes no further words, but '--fast 1' was given"):
+        main([program, "--fast", "1"])
+
+
+def test_recipes_shows_each_with_its_settings_and_source(capsys):
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    cells = {row[0]: row[1:] for row in ([cell.strip() for cell in line.split("│")[1:-1]] for line in lines) if row}
+    assert set(RECIPES) <= set(cells)
+    assert cells["openlm"] == ["2", "yes", "1.25", "0.1 load_balance"]
+    assert cells["gshard"] == ["2", "no", "1", "0.01 load_balance"]
+    assert cells["olmoe"] == ["8", "yes", "dropless", "0.01 load_balance"]
+    assert cells["deepseek_moe"] == ["8 + 1 shared", "yes", "dropless", "0.0001 load_balance"]
+    assert "switch: Compose the Switch Transformer's layer: top-1 weighted by its probability" in "\n".join(lines)
+    assert "  Jiang et al., Mixtral of Experts, 2024, https://arxiv.org/abs/2401.04088" in lines
+
+
+def test_a_recipe_without_losses_or_references_has_a_row_too():
+    assert recipe_table({"bare": lambda: mixtral()._replace(losses={}, coefficients={})}).row_count == 1
+
+
+def test_capacity_is_what_the_plan_gives():
+    assert capacity_words(openlm(capacity_factor=0)) == "dropless"
+    assert capacity_words(mixtral()._replace(plan=partial(padded_plan, capacity_factor=0.5))) == "0.5"
+
+
+def test_train_hands_its_words_on(monkeypatch):
+    seen = []
+    monkeypatch.setattr("moekit.recipes.train.main", lambda arguments, *, prog: seen.append((arguments, prog)))
+    main(["train", "--steps", "3"])
+    assert seen == [(["--steps", "3"], "moekit train")]
+
+
+def test_train_without_its_packages_says_which(monkeypatch):
+    monkeypatch.setitem(sys.modules, "moekit.recipes.train", None)
+    with pytest.raises(SystemExit, match=r"moekit train: .*it needs rich, tyro and torchdata. `moekit doctor`"):
+        main(["train"])
+
+
+def test_recipes_without_rich_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich.console", None)
+    with pytest.raises(SystemExit, match=r"moekit recipes: .*pip install rich"):
+        main(["recipes"])
+
+
+def test_doctor_reports_versions_packages_and_backends(capsys):
+    main(["doctor"])
+    text = capsys.readouterr().out
+    assert text.startswith(f"moekit {__version__}\npython 3.")
+    for section in ("devices\n  cpu: ", "optional packages\n", "grouped matmul, forward + backward\n"):
+        assert section in text

@@ -1,0 +1,75 @@
+import sys
+import types
+
+import pytest
+import torch
+
+from moekit.experts import batched, grouped, loop
+from moekit.recipes.doctor import PACKAGES, Package, describe_devices, describe_package, diagnose, try_backend
+
+
+@pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
+def test_a_package_is_named_with_its_version(package):
+    assert describe_package(package).split()[0] == package.name
+    assert "not usable" not in describe_package(package)
+
+
+def test_a_missing_package_is_reported_with_what_is_lost_and_how_to_mend_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    line = describe_package(Package("matplotlib", "the picture", "'moekit[plots]'"))
+    assert "not usable: import of matplotlib halted" in line
+    assert line.endswith("Without it: the picture. Mend: pip install 'moekit[plots]'")
+
+
+def test_a_broken_package_is_reported_and_does_not_stop_the_doctor(monkeypatch, tmp_path):
+    (tmp_path / "broken_package.py").write_text("raise RuntimeError('wrong CUDA version.\\nmore')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "broken_package not usable: wrong CUDA version. Without" in describe_package(
+        Package("broken_package", "all", "it")
+    )
+
+
+def test_a_package_that_warns_is_usable(monkeypatch, tmp_path):
+    (tmp_path / "einops_like.py").write_text("import warnings\nwarnings.warn('old')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    assert describe_package(Package("einops_like", "", "")) == "einops_like 1.0"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_every_backend_works_on_the_cpu(matmul, dtype):
+    assert try_backend(matmul, device="cpu", dtype=dtype) is None
+
+
+def test_a_backend_that_raises_or_errs_is_found_out():
+    def raises(rows, groups, w):
+        raise NotImplementedError("no kernel for this device\nstack")
+
+    assert try_backend(raises, device="cpu", dtype=torch.float32) == "does not work: no kernel for this device"
+    wrong = try_backend(lambda rows, groups, w: rows @ w[0], device="cpu", dtype=torch.float32)
+    assert wrong == "does not work: wrong result"
+
+
+def test_no_cuda_is_explained(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert list(describe_devices())[1] == "cuda: none (this torch is built without CUDA)"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    assert list(describe_devices())[1] == "cuda: none (torch finds no driver or device)"
+
+
+def test_cuda_devices_are_listed(monkeypatch):
+    properties = types.SimpleNamespace(name="H100", total_memory=80 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    assert list(describe_devices())[1] == "cuda:0: H100, 80 GiB, compute capability 9.0"
+
+
+def test_the_diagnosis_names_every_package_and_backend():
+    text = "\n".join(diagnose())
+    assert all(f"\n  {package.name} " in text for package in PACKAGES)
+    for name in ("loop", "batched", "grouped"):
+        assert f"\n  cpu float32      {name:<8} works" in text
