@@ -100,7 +100,8 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     rows, w = _autocast(rows, w)
     if rows.is_cuda:
         _check_alignment(rows, w)
-        return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0, dtype=torch.int32))
+        # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
+        return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0).to(torch.int32))
     return _grouped_cpu.grouped_mm(rows, groups.sizes, w)
 
 
