@@ -128,9 +128,7 @@ def load_config(
         >>> config == load_config("open_lm_87m", model_norm="gain_only_layer_norm")
         True
     """
-    source = str(name_or_path)
-    values = _read_path(Path(source)) if source.endswith(".json") else _read_preset(source)
-    _check_keys(values, source=source)
+    source, values = str(name_or_path), read_config(name_or_path)
     _check_keys(defaults or {}, source="defaults")
     _check_keys(overrides, source="overrides")
     merged = {**(defaults or {}), **values, **overrides}
@@ -142,6 +140,29 @@ def load_config(
         return ModelConfig(**merged)
     except ValueError as error:
         raise ValueError(f"model config {source}: {error}") from error
+
+
+def read_config(name_or_path: str | Path, /) -> dict[str, Any]:
+    """Read the keys that a preset or a file sets, and no others.
+
+    Args:
+        name_or_path: the name of a preset, or a path that ends in ``.json``.
+
+    Returns:
+        Key to value.
+
+    Raises:
+        FileNotFoundError: if there is no file at the path.
+        ValueError: if no preset has this name, the file is no JSON object, or a key is unknown.
+
+    Example:
+        >>> "moe_top_k" in read_config("open_lm_41m")
+        False
+    """
+    source = str(name_or_path)
+    values = _read_path(Path(source)) if source.endswith(".json") else _read_preset(source)
+    _check_keys(values, source=source)
+    return values
 
 
 def _read_path(path: Path) -> dict[str, Any]:

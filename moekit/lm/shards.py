@@ -94,6 +94,7 @@ def write_shards(
     Raises:
         ValueError: if there are no sequences, or ``sequences_per_shard`` is below 1.
         FileExistsError: if the folder holds a manifest.
+        TypeError: if the sequences are a tensor of floats.
 
     Example:
         >>> import tempfile
@@ -106,6 +107,8 @@ def write_shards(
     """
     if sequences_per_shard < 1:
         raise ValueError(f"sequences_per_shard is {sequences_per_shard}; expected at least 1")
+    if isinstance(sequences, Tensor) and sequences.is_floating_point():
+        raise TypeError(f"sequences are {sequences.dtype}; expected integer token ids. Convert them with .long()")
     manifest = Path(folder) / MANIFEST
     if manifest.exists():
         raise FileExistsError(f"{manifest} exists; shards are never overwritten. Remove the folder or give another")

@@ -2,6 +2,7 @@
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +20,8 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "olmoe": olmoe,
     "deepseek_moe": deepseek_moe,
 }
+
+_FLAGS = {"k": "--moe-top-k", "capacity_factor": "--moe-capacity-factor"}
 
 
 def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | None = None, default_k: int = 2) -> Recipe:
@@ -50,7 +53,7 @@ def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | Non
     for key in given:
         if key not in known:
             raise ValueError(
-                f"recipe {name} takes no {key} (it was given as {given[key]}); it takes "
+                f"recipe {name} takes no {key} (it was given as {given[key]}, by {_FLAGS[key]} or its key); it takes "
                 f"{', '.join(known) or 'no options'}. Leave the flag out, or choose another recipe."
             )
     options = {**({"k": default_k} if "k" in known else {}), **given}
@@ -94,10 +97,11 @@ def _from_file(name: str) -> Callable[..., Recipe]:
         raise ValueError(f"recipe {name!r}: expected path/to/file.py:name, where the name is a recipe in that file.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {name!r}: there is no file {path}. Give its path from the current folder.")
-    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    spec = importlib.util.spec_from_file_location(f"moekit_recipe_{Path(path).stem}", path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
     spec.loader.exec_module(module)
     found = getattr(module, attribute, None)
     if not callable(found) and not isinstance(found, Recipe):

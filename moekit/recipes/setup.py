@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moekit.lm.configs import ModelConfig, load_config
+from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.lm.corpora import MIXING_WEIGHTS
 from moekit.lm.preparation import prepare
 from moekit.lm.shards import read_manifest, read_shard
@@ -75,7 +76,7 @@ def make_config(settings: ModelSettings) -> ModelConfig:
 
 
 def make_recipe(settings: ModelSettings) -> Recipe:
-    """Find the recipe and apply the flags that concern it.
+    """Find the recipe and apply the flags that concern it; keys in the model's file win over them, as in OpenLM.
 
     Args:
         settings: of the model.
@@ -91,6 +92,10 @@ def make_recipe(settings: ModelSettings) -> Recipe:
         >>> make_recipe(ModelSettings(recipe="openlm", moe_loss_weight=0.3)).coefficients
         {'load_balance': 0.3}
     """
+    concerned = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")
+    settings = replace(
+        settings, **{key: value for key, value in read_config(settings.preset).items() if key in concerned}
+    )
     recipe = find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe

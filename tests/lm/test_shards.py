@@ -242,3 +242,9 @@ def test_reading_is_fast(tmp_path):
     start = time.perf_counter()
     assert len(load_sequences(manifest)) == 2000
     assert time.perf_counter() - start < 4  # 0.2 s when the machine is idle
+
+
+def test_floats_are_no_token_ids(tmp_path):
+    with pytest.raises(TypeError, match=r"torch.float32; expected integer token ids"):
+        write_shards(tmp_path, torch.zeros(2, 3))
+    assert not list(tmp_path.iterdir())

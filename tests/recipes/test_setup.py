@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from moekit.lm.configs import read_config
 from moekit.lm.shards import write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.recipes import setup
@@ -186,3 +187,14 @@ def test_auto_precision_asks_the_hardware(monkeypatch, amx, expected):
 def test_autocast_does_what_the_precision_says(precision, dtype):
     with autocast(precision, torch.device("cpu")):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
+
+
+def test_moe_keys_of_the_models_file_win_over_flags(tmp_path: Path) -> None:
+    keys = {"moe_top_k": 3, "moe_capacity_factor": 0, "moe_loss_weight": 0.5}
+    path = tmp_path / "shape.json"
+    path.write_text(json.dumps({**read_config("moekit_tiny"), **keys}), encoding="utf-8")
+    recipe = make_recipe(ModelSettings(preset=str(path), recipe="openlm", moe_top_k=1, moe_loss_weight=0.1))
+    routing = recipe.route(torch.zeros(4, 8))
+    assert routing.expert_indices.shape == (4, 3)
+    assert recipe.plan(routing).groups.capacity is None
+    assert recipe.coefficients == {"load_balance": 0.5}

@@ -335,7 +335,7 @@ def test_without_a_name_the_run_is_named_by_what_it_is(program, shards, tmp_path
         (["--recipe", "mixtrall"], "unknown recipe 'mixtrall'; did you mean 'mixtral'"),
         (["--recipe", "absent.py:x"], r"there is no file absent\.py\. Give its path from the current folder"),
         (["--moe-top-k", "9"], "moe_top_k is 9, expected between 1 and moe_num_experts = 8"),
-        (["--recipe", "switch", "--moe-top-k", "2"], r"recipe switch takes no k \(it was given as 2\)"),
+        (["--recipe", "switch", "--moe-top-k", "2"], r"recipe switch takes no k \(it was given as 2, by --moe-top-k"),
         (["--train-data-mix-weights", "1"], r"has 1 numbers for 2 sources \(prose, code\); expected one each"),
         (["--train-data-mix-weights", "1", "-1"], "expected positive numbers. Leave out a source you do not want"),
     ],
