@@ -26,7 +26,7 @@ check: setup  ## format, lint, types
 	$(BIN)/mypy
 
 bench: setup  ## measured benchmarks, about two minutes
-	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only --benchmark-json=bench.json $(FLAGS)
+	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only --benchmark-quiet --benchmark-json=bench.json $(FLAGS)
 
 clean:  ## remove the environment and what runs and tests left behind
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench.json

@@ -3,4 +3,4 @@
 from moekit.recipes.train import main
 
 if __name__ == "__main__":
-    main(prog="examples/train_moe.py")
+    main()

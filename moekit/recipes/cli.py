@@ -70,7 +70,7 @@ def train(arguments: list[str]) -> None:
         raise SystemExit(
             f"moekit train: {error}; it needs rich, tyro and torchdata. `moekit doctor` says what is usable here."
         ) from error
-    run(arguments, prog="moekit train")
+    run(arguments, prog="moekit train", launch="moekit train")
 
 
 def recipes(arguments: list[str]) -> None:

@@ -48,7 +48,7 @@ class DataSettings:
 class OptimizerSettings:
     """AdamW and its schedule."""
 
-    steps: int = 1000
+    steps: int = 800
     """Optimizer steps."""
     batch_size: int = 16
     """Sequences per step."""

@@ -31,12 +31,15 @@ PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
 _SHORT_VALIDATION = 16_384  # tokens per domain of the validations on the way
 
 
-def main(arguments: list[str] | None = None, *, prog: str = "train_moe.py") -> None:
+def main(
+    arguments: list[str] | None = None, *, prog: str = "train_moe.py", launch: str = "python examples/train_moe.py"
+) -> None:
     """Run the program.
 
     Args:
         arguments: the words of the command line; None takes ``sys.argv``.
         prog: its name in messages.
+        launch: the words that start it, for the hint how to resume.
 
     Raises:
         SystemExit: with a message, if settings or data make no sense.
@@ -47,7 +50,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "train_moe.py") -> N
         if settings.run.describe:
             describe(settings, console)
         else:
-            train(settings, console, command=shlex.join([prog, *(sys.argv[1:] if arguments is None else arguments)]))
+            train(settings, console, command=f"{launch} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError) as error:
         raise SystemExit(f"{prog}: {error}") from error
 
@@ -102,7 +105,7 @@ def train(settings: TrainSettings, console: Console, *, command: str = "") -> Pa
     folder = save(run, done, seconds=clock.seconds)
     if done < settings.optimizer.steps:
         console.print(f"stopped by {stop.name} after step {done}; checkpoint {folder}\ngo on with:", highlight=False)
-        console.print(f"  python {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
+        console.print(f"  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
         return run.folder
     finish(run, console, seconds=clock.seconds)
     return run.folder
