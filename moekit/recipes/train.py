@@ -50,7 +50,8 @@ def main(
         if settings.run.describe:
             describe(settings, console)
         else:
-            train(settings, console, command=f"{launch} {shlex.join(sys.argv[1:] if arguments is None else arguments)}")
+            words = sys.argv[1:] if arguments is None else arguments
+            train(settings, console, command=shlex.join([*launch.split(), *words]))
     except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError) as error:
         raise SystemExit(f"{prog}: {error}") from error
 
@@ -65,7 +66,7 @@ def describe(settings: TrainSettings, console: Console) -> None:
     config = make_config(settings.model)
     with torch.device("meta"):
         model = language_model(config, make_recipe(settings.model))
-    console.print(model, highlight=False, markup=False)
+    console.print(model, highlight=False, markup=False, soft_wrap=True)
     console.print(report.describe(model, upstream_bias=settings.model.recipe == "openlm" and config.moe_freq > 0))
 
 
@@ -92,7 +93,9 @@ def train(settings: TrainSettings, console: Console, *, command: str = "") -> Pa
     precision = "bf16 autocast" if uses_bfloat16(settings.optimizer.precision, run.device) else "fp32"
     total, active = parameter_table(run.model)[-1][1:]
     console.print(
-        f"{run.folder}: {total:,} parameters, {active:,} active; {run.device.type}, {precision}", highlight=False
+        f"{run.folder}: {total:,} parameters, {active:,} active; {run.device.type}, {precision}",
+        highlight=False,
+        soft_wrap=True,
     )
     tracker = JsonLines(run.folder / "metrics.jsonl", from_step=done + 1)
     with stop_on_signals() as stop, show_training(console, settings.optimizer.steps, done=done) as display:

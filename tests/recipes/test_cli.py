@@ -70,9 +70,9 @@ def test_capacity_is_what_the_plan_gives():
 
 def test_train_hands_its_words_on(monkeypatch):
     seen = []
-    monkeypatch.setattr("moekit.recipes.train.main", lambda arguments, *, prog: seen.append((arguments, prog)))
+    monkeypatch.setattr("moekit.recipes.train.main", lambda words, **names: seen.append((words, names)))
     main(["train", "--steps", "3"])
-    assert seen == [(["--steps", "3"], "moekit train")]
+    assert seen == [(["--steps", "3"], {"prog": "moekit train", "launch": "moekit train"})]
 
 
 def test_train_without_its_packages_says_which(monkeypatch):

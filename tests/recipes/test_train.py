@@ -188,7 +188,7 @@ def test_an_interrupted_run_that_goes_on_equals_an_unbroken_one(program, monkeyp
 
     hint = said[said.index("go on with:") :].splitlines()[1]
     program_words = shlex.split(hint)
-    assert program_words[:2] == ["python", "train_moe.py"]
+    assert program_words[:2] == ["python", "examples/train_moe.py"]
     main(program_words[2:])  # what it told the user to do
     assert f"step_{step:08d}: step {step}" in capsys.readouterr().out
     assert numbers(folder) == numbers(unbroken)
