@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moekit.lm.batches import BatchStream, mixed_batches
+from moekit.lm.batches import BatchStream, mixed_batches, validation_batches
 from moekit.lm.checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
@@ -33,6 +34,8 @@ class Run(NamedTuple):
         model: being trained.
         optimizer: over all its parameters.
         stream: of training batches.
+        validation: domain to its held-out batches, for every domain that has any.
+        token_bytes: (V,) bytes of each token id, or None without a tokenizer.
         device: of the model.
     """
 
@@ -42,6 +45,8 @@ class Run(NamedTuple):
     model: LanguageModel
     optimizer: torch.optim.AdamW
     stream: BatchStream
+    validation: Mapping[str, Sequence[Tensor]]
+    token_bytes: Tensor | None
     device: torch.device
 
     @property
@@ -90,6 +95,14 @@ def set_up(settings: TrainSettings, console: Console) -> Run:
             seed=settings.run.seed,
             vocab_size=config.vocab_size,
         ),
+        validation={
+            domain.name: validation_batches(
+                domain.validation, batch_size=optimizer.batch_size, vocab_size=config.vocab_size
+            )
+            for domain in corpus.domains
+            if domain.validation is not None
+        },
+        token_bytes=corpus.token_bytes(),
         device=device,
     )
 

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moekit.lm.batches import validation_batches
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.displays import Display, StepReport, show_training
 from moekit.lm.signals import stop_on_signals
@@ -200,16 +199,11 @@ def validate(run: Run, *, tokens: int | None = None) -> list[tuple[str, Evaluati
     Returns:
         Pairs of domain and scores.
     """
-    size, config = run.settings.optimizer.batch_size, run.model.config
+    limit = None if tokens is None else -(-tokens // run.tokens_per_step)
     scores = []
-    for domain in run.corpus.domains:
-        if domain.validation is not None:
-            batches = validation_batches(domain.validation, batch_size=size, vocab_size=config.vocab_size)
-            kept = batches if tokens is None else batches[: -(-tokens // (size * config.seq_len))]
-            precision = autocast(run.settings.optimizer.precision, run.device)
-            scores.append(
-                (domain.name, evaluate(run.model, kept, token_bytes=run.corpus.token_bytes(), precision=precision))
-            )
+    for name, batches in run.validation.items():
+        precision = autocast(run.settings.optimizer.precision, run.device)
+        scores.append((name, evaluate(run.model, batches[:limit], token_bytes=run.token_bytes, precision=precision)))
     return scores
 
 
