@@ -1,5 +1,6 @@
 """On CUDA: every recipe against float64 on the CPU, no host synchronisation, determinism, one graph."""
 
+import json
 import warnings
 
 import pytest
@@ -99,3 +100,52 @@ def test_compiles_into_one_graph(name: str) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of Dynamo and Inductor
         y = torch.compile(moe, fullgraph=True)(x).y
     torch.testing.assert_close(y.float(), moe(x).y.float(), rtol=5e-2, atol=5e-2)
+
+
+SHAPE = {"hidden_dim": 64, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 512, "post_embed_norm": False}
+
+
+@pytest.fixture
+def program(tmp_path):
+    """Run the training program on small shards, and return the losses of its steps."""
+    from moekit.lm.shards import write_shards
+    from moekit.lm.trackers import read_metrics
+    from moekit.recipes.train import main
+
+    rows = torch.randint(0, 16, (96, 65), generator=torch.Generator().manual_seed(0)).cumsum(1) % 512
+    manifest = write_shards(tmp_path / "data", rows, sequences_per_shard=10)
+    (tmp_path / "m.json").write_text(json.dumps(SHAPE | {"weight_tying": False}))
+    fixed = ["--model", str(tmp_path / "m.json"), "--dataset-manifest", str(manifest), "--logs", str(tmp_path)]
+
+    def run(name: str, *flags: str) -> list[float]:
+        words = "--steps 8 --batch-size 8 --log-every-n-steps 1 --save-every-n-steps 3 --lr 1e-3 --workers 0"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of kernels and compilers
+            main([*fixed, *words.split(), "--name", name, *flags])
+        return [line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")]
+
+    yield run
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "amp", "amp_bfloat16", "bf16"])
+def test_the_program_trains_in_every_precision(program, precision: str) -> None:
+    losses = program("run", "--precision", precision)
+    assert losses[-1] < losses[0] - 0.1
+
+
+@pytest.mark.parametrize(
+    "flags", [["--torchcompile"], ["--grad-checkpointing"], ["--grad-checkpointing", "--torchcompile"]]
+)
+def test_compiled_and_recomputing_runs_have_the_losses_of_a_plain_one(program, flags: list[str]) -> None:
+    torch.compiler.reset()
+    plain = program("plain", "--recipe", "mixtral")
+    assert program("other", "--recipe", "mixtral", *flags) == pytest.approx(plain, rel=5e-3)
+
+
+@pytest.mark.parametrize("recipe", ["openlm", "gshard", "deepseek_moe"])
+def test_a_deterministic_run_goes_on_bit_for_bit(program, tmp_path, recipe: str) -> None:
+    flags = ["--recipe", recipe, "--deterministic", "--precision", "amp_bfloat16"]
+    whole = program("whole", *flags)
+    checkpoint = tmp_path / "whole/checkpoints/step_00000003"
+    assert program("part", *flags, "--resume", str(checkpoint)) == whole[3:]

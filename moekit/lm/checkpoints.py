@@ -1,14 +1,12 @@
 """Checkpoints: a folder per step, written beside its place and renamed into it, so that a half-written one has no name.
 
-A folder ``step_00001000`` holds the tensors, written by ``torch.distributed.checkpoint``, and ``state.json`` with
-everything else. Loading a stranger's checkpoint runs no code: torch reads the tensors with ``weights_only=True``, and
-the index beside them, which torch pickles, is read by an unpickler that knows the classes of an index and no others.
+A folder ``step_00001000`` holds the tensors, written by ``torch.distributed.checkpoint``, ``state.json`` with all
+else, and checksums. Loading a stranger's checkpoint runs no code: torch reads the tensors with ``weights_only=True``,
+and `moekit.lm.checkpoint_index` the index beside them. `moekit.lm.checkpoint_folders` finds and removes folders.
 """
 
 import json
 import os
-import pickle
-import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,46 +14,59 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.api import CheckpointException
 
-_STATE = "state.json"
-_INDEX = ".metadata"
-_PATHS = frozenset({"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"})
-_INDEX_NAMES = {  # all that the index of a checkpoint of plain tensors is made of, besides dtypes
-    "torch": frozenset({"Size"}),
-    "torch.serialization": frozenset({"_get_layout"}),
-    "torch.distributed.checkpoint.metadata": frozenset(
-        {
-            "Metadata",
-            "MetadataIndex",
-            "TensorStorageMetadata",
-            "TensorProperties",
-            "ChunkStorageMetadata",
-            "StorageMeta",
-        }
-        | {"_MEM_FORMAT_ENCODING"}
-    ),
-    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
-    "pathlib": _PATHS,
-    "pathlib._local": _PATHS,
-}
+from moekit.lm.checkpoint_checksums import (
+    changed_file,
+    covered_files,
+    file_checksums,
+    read_checksums,
+    write_checksums,
+)
+from moekit.lm.checkpoint_folders import (
+    STATE,
+    checkpoint_folder,
+    latest_checkpoint,
+    prune_checkpoints,
+    put_in_place,
+    read_state,
+    remove_leftovers,
+    set_aside,
+)
+from moekit.lm.checkpoint_index import INDEX, IndexReader, one_line, stored_shapes
+from moekit.lm.files import write_whole
+
+__all__ = [
+    "checkpoint_folder",
+    "latest_checkpoint",
+    "load_checkpoint",
+    "prune_checkpoints",
+    "read_state",
+    "save_checkpoint",
+    "set_aside",
+    "stored_shapes",
+    "training_tensors",
+]
 
 
 def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
-    """Write a checkpoint, all of it or nothing.
+    """Write a checkpoint, all of it or nothing. All ranks must call it together; each writes its share.
 
     Args:
         folder: its place, for example from ``checkpoint_folder``; an old one there is replaced.
-        tensors: name to tensor.
-        state: whatever JSON can hold.
+        tensors: name to tensor. Sharded ones are stored as one whole tensor; of those that every rank has whole under
+            one name, one copy is stored.
+        state: whatever JSON can hold; rank 0's counts.
 
     Returns:
         The folder.
 
     Raises:
         TypeError: if ``state`` holds something that JSON cannot.
+        OSError: if a file cannot be written; earlier checkpoints are untouched.
 
     Example:
         >>> import tempfile
@@ -67,106 +78,62 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
     folder = Path(folder)
     text = json.dumps(dict(state), indent=1)
     unfinished = folder.with_name(f".{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    with _without_single_process_warning():
-        dcp.save(dict(tensors), checkpoint_id=unfinished, no_dist=True)
-    (unfinished / _STATE).write_text(text, encoding="utf-8")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if folder.exists():  # moved away before it is deleted, since half of it under its name would look like a whole one
-        os.replace(folder, replaced)
-    os.replace(unfinished, folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    if _leads():
+        remove_leftovers(folder.parent)
+        unfinished.mkdir(parents=True)
+    _meet()
+    try:
+        with _without_single_process_warning():
+            dcp.save(dict(tensors), checkpoint_id=unfinished, no_dist=not _together())
+    except CheckpointException as error:  # no Exception: it would pass by every handler
+        raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}. Is the disk full?") from error
+    if _leads():
+        write_whole(unfinished / STATE, text)
+    _meet()
+    names = covered_files(unfinished)[_rank() :: _size()]
+    checksums = _gathered(file_checksums(unfinished, names))
+    if _leads():
+        write_checksums(unfinished, {name: value for part in checksums for name, value in part.items()})
+        put_in_place(unfinished, folder)
+    _meet()
     return folder
 
 
 def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Read a checkpoint into tensors that exist already.
+    """Read a checkpoint into tensors that exist already. All ranks must call it together.
 
     Args:
         folder: of the checkpoint.
-        tensors: name to the tensor to fill in place. Every name must be in the checkpoint, with its shape.
+        tensors: name to the tensor to fill in place. Every name must be in the checkpoint, with its shape, and every
+            ``model.`` name of the checkpoint must be among them.
 
     Returns:
         The state that was saved with it.
 
     Raises:
         FileNotFoundError: if there is no complete checkpoint in the folder.
-        ValueError: if a tensor is missing there or has another shape, or the checkpoint's index names classes that no
-            index has, which could be made to run code.
+        ValueError: if a tensor is missing on either side or has another shape, a file is damaged, or the checkpoint's
+            index names classes that no index has, which could be made to run code.
     """
-    state, reader = read_state(folder), _Reader(folder)
-    stored = reader.read_metadata().state_dict_metadata
+    state = read_state(folder)
+    _check_files(Path(folder))
+    stored = stored_shapes(folder)
+    hint = "Start with the model flags that the checkpoint was trained with; they are in config.json of its run folder."
     for name, tensor in tensors.items():
-        size = getattr(stored.get(name), "size", None)
-        if size != tensor.shape:
-            have = "no such tensor" if size is None else f"shape {tuple(size)}"
+        if stored.get(name) != tensor.shape:
+            have = f"shape {tuple(stored[name])}" if name in stored else "no such tensor"
             raise ValueError(
-                f"checkpoint {folder}: expected {name} of shape {tuple(tensor.shape)}, found {have}. Start with the "
-                f"model flags that the checkpoint was trained with; its params are in params.txt of the run folder."
+                f"checkpoint {folder}: expected {name} of shape {tuple(tensor.shape)}, found {have}. {hint}"
             )
-    with _without_single_process_warning():
-        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)
+    left = [name for name in stored if name.startswith("model.") and name not in tensors]
+    if left:
+        raise ValueError(f"checkpoint {folder} holds {', '.join(left)}, which the model has no place for. {hint}")
+    try:
+        with _without_single_process_warning():
+            dcp.load(dict(tensors), storage_reader=IndexReader(folder), no_dist=not _together())
+    except (Exception, CheckpointException) as error:  # a damaged file may raise anything from torch's reader
+        raise ValueError(f"checkpoint {folder} is damaged: {one_line(error)}. Resume from an older one") from error
     return state
-
-
-def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Read what a checkpoint holds beside tensors.
-
-    Args:
-        folder: of the checkpoint.
-
-    Returns:
-        The state that was saved with it.
-
-    Raises:
-        FileNotFoundError: if there is no complete checkpoint in the folder.
-    """
-    path = Path(folder) / _STATE
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"there is no checkpoint at {folder}: expected a folder step_NNNNNNNN with {_STATE} in it. Checkpoints lie "
-            f"in the run folder, under checkpoints/; `latest` takes the newest."
-        )
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def checkpoint_folder(run: str | os.PathLike[str], step: int) -> Path:
-    """Name the folder of a run's checkpoint.
-
-    Args:
-        run: the run folder.
-        step: optimizer steps done.
-
-    Returns:
-        ``run/checkpoints/step_NNNNNNNN``.
-
-    Example:
-        >>> checkpoint_folder("logs/a", 7).name
-        'step_00000007'
-    """
-    return Path(run) / "checkpoints" / f"step_{step:08d}"
-
-
-def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """Find a run's newest complete checkpoint; warn about a newer one that is not complete.
-
-    Args:
-        run: the run folder.
-
-    Returns:
-        The folder, or None if there is none.
-
-    Example:
-        >>> latest_checkpoint("no/such/run") is None
-        True
-    """
-    for folder in sorted((Path(run) / "checkpoints").glob("step_*"), reverse=True):
-        if (folder / _STATE).is_file():
-            return folder
-        warnings.warn(f"skipping {folder}: it has no {_STATE}, so it was not written to its end", stacklevel=2)
-    return None
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -196,26 +163,44 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return tensors
 
 
-class _Reader(dcp.FileSystemReader):
-    """torch's reader, with its ``pickle.load`` of the index replaced."""
+def _check_files(folder: Path) -> None:
+    """Compare all files with their checksums, each rank some of them."""
+    checksums = read_checksums(folder)
+    missing = [name for name in (INDEX, STATE) if name not in checksums]
+    mine = sorted(checksums)[_rank() :: _size()]
+    faults = [f"its checksums leave out {name}" for name in missing]
+    faults += [fault for fault in _gathered(changed_file(folder, {name: checksums[name] for name in mine})) if fault]
+    if faults:
+        raise ValueError(f"checkpoint {folder} is damaged: {faults[0]}. Resume from an older one")
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with (Path(self.path) / _INDEX).open("rb") as file:
-            metadata: Metadata = _IndexUnpickler(file).load()
-        metadata.storage_meta = metadata.storage_meta or StorageMeta()
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
+
+def _together() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
-class _IndexUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-        if not is_dtype and name not in _INDEX_NAMES.get(module, ()):
-            raise ValueError(
-                f"the checkpoint's {_INDEX} asks for {module}.{name}, which no index of tensors has; expected a "
-                f"checkpoint that save_checkpoint wrote. It was not loaded, since it could run code."
-            )
-        return super().find_class(module, name)
+def _leads() -> bool:
+    return _rank() == 0
+
+
+def _rank() -> int:
+    return dist.get_rank() if _together() else 0
+
+
+def _size() -> int:
+    return dist.get_world_size() if _together() else 1
+
+
+def _gathered(value: Any) -> list[Any]:
+    """Return every rank's value, on every rank."""
+    values = [value] * _size()
+    if _together():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def _meet() -> None:
+    if _together():
+        dist.all_reduce(torch.zeros(()))  # over the CPU
 
 
 @contextmanager

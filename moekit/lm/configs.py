@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -12,6 +13,8 @@ from moekit.lm._lookup import unknown_name
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.norms import make_norm
 from moekit.lm.rotary import make_rotary
+
+_TOO_LARGE = 2**31
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _check_types(self)
         for name in ("hidden_dim", "n_layers", "n_heads", "seq_len", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1")
+            if not 1 <= getattr(self, name) < _TOO_LARGE:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected at least 1 and less than 2^31")
         make_norm(self.model_norm)
         make_rotary(self.positional_embedding_type)
         make_feed_forward(self.ffn_type)
@@ -171,7 +174,11 @@ def _read_path(path: Path) -> dict[str, Any]:
             f"there is no model config at {path}; a name that ends in .json is a path, "
             f"any other name is a preset: {', '.join(preset_names())}"
         )
-    return _parse(path.read_text(encoding="utf-8"), source=str(path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"model config {path} is no UTF-8 text ({error}); expected JSON") from error
+    return _parse(text, source=str(path))
 
 
 def _read_preset(name: str) -> dict[str, Any]:
@@ -186,7 +193,7 @@ def _read_preset(name: str) -> dict[str, Any]:
 def _parse(text: str, *, source: str) -> dict[str, Any]:
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside syntax errors: integers of more than 4300 digits
         raise ValueError(f"{source} is no JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{source} holds a JSON {type(values).__name__}, expected an object of keys and values")
@@ -228,15 +235,17 @@ def _check_heads(config: ModelConfig) -> None:
 def _check_moe(config: ModelConfig) -> None:
     if config.moe_freq < 0:
         raise ValueError(f"moe_freq is {config.moe_freq}, expected 0 (dense) or a positive step such as 2")
-    if config.moe_capacity_factor < 0 or config.moe_loss_weight < 0:
+    if not (0 <= config.moe_capacity_factor < math.inf and 0 <= config.moe_loss_weight < math.inf):
         raise ValueError(
             f"moe_capacity_factor is {config.moe_capacity_factor} and moe_loss_weight {config.moe_loss_weight}, "
-            "expected neither to be negative (capacity factor 0 means dropless)"
+            "expected finite numbers, neither negative (capacity factor 0 means dropless)"
         )
     if config.moe_freq == 0:
         return
     if config.moe_num_experts is None:
         raise ValueError(f"moe_freq is {config.moe_freq}, so moe_num_experts is needed too, for example 8")
+    if config.moe_num_experts >= _TOO_LARGE:
+        raise ValueError(f"moe_num_experts is {config.moe_num_experts}, expected less than 2^31")
     if not 1 <= config.moe_top_k <= config.moe_num_experts:
         raise ValueError(
             f"moe_top_k is {config.moe_top_k}, expected between 1 and moe_num_experts = {config.moe_num_experts}"

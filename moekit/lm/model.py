@@ -2,10 +2,12 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moekit.lm.attention import Attention
 from moekit.lm.configs import ModelConfig
@@ -36,6 +38,11 @@ class Block(nn.Module):
         config: the shape of the model.
         feed_forward: a module ``(x (B, L, D), *, token_ids, token_mask) -> LayerOutput``.
 
+    Attributes:
+        recompute_attention: compute the attention's activations again in the backward instead of keeping them.
+        recompute_feed_forward: the same for the feed-forward. For an MoE it would decide the routing again: wrap its
+            expert layer instead, see ``moekit.recipes.language_models.recompute_activations``.
+
     Example:
         >>> from moekit.lm.configs import load_config
         >>> block = Block(load_config("moekit_tiny"), GatedFeedForward(64, activation=nn.functional.silu))
@@ -51,6 +58,7 @@ class Block(nn.Module):
         self.feed_forward = feed_forward
         self.attention_norm = norm(config.hidden_dim)
         self.ffn_norm = norm(config.hidden_dim)
+        self.recompute_attention = self.recompute_feed_forward = False
 
     def forward(self, x: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None) -> LayerOutput:
         """Apply attention and feed-forward.
@@ -63,9 +71,19 @@ class Block(nn.Module):
         Returns:
             What the feed-forward returned, with ``y`` (B, L, D) the new residual stream.
         """
-        h = x + self.attention(self.attention_norm(x))
-        output = self.feed_forward(self.ffn_norm(h), token_ids=token_ids, token_mask=token_mask)
-        return output._replace(y=h + output.y)
+        h = x + _maybe_recompute(self._attend, self.recompute_attention)(x)
+        feed_forward = _maybe_recompute(self._feed_forward, self.recompute_feed_forward)
+        output = feed_forward(h, token_ids=token_ids, token_mask=token_mask)
+        # Spelled out: torch 2.11 cannot compile a model that returns what ``_replace`` made.
+        return LayerOutput(h + output.y, output.routing, output.losses, output.logits)
+
+    def _attend(self, x: Tensor) -> Tensor:
+        y: Tensor = self.attention(self.attention_norm(x))
+        return y
+
+    def _feed_forward(self, h: Tensor, **options: Tensor | None) -> LayerOutput:
+        output: LayerOutput = self.feed_forward(self.ffn_norm(h), **options)
+        return output
 
 
 class LanguageModel(nn.Module):
@@ -180,6 +198,12 @@ def count_parameters(model: nn.Module) -> int:
         8
     """
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _maybe_recompute(function: Callable[..., Any], recompute: bool) -> Callable[..., Any]:
+    if not recompute:
+        return function
+    return partial(checkpoint, function, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
 
 
 def _dense(config: ModelConfig) -> Callable[[int], nn.Module]:

@@ -24,12 +24,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+from torch import Tensor
+
 from moekit.lm import corpora
 from moekit.lm.corpora import Document
 from moekit.lm.shards import MANIFEST, pack, write_shards
 from moekit.lm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, save_tokenizer, train_bpe
 
-FORMAT = 1  # raise it when the same documents would give other files
+FORMAT = 2  # raise it when the same documents would give other files
 TOKENIZER_CHARACTERS = 8_000_000  # a BPE learns little from more
 _RECORD = "prepared.json"
 
@@ -177,9 +180,15 @@ def _build(
         for part, documents in zip(PreparedDomain._fields, parts, strict=True):
             say(f"writing {name}/{part}")
             ids = tokenizer.encode_batch([document.text for document in documents])
-            write_shards(folder / name / part, pack(ids, seq_len=seq_len, end_of_text=tokenizer.end_of_text))
+            sequences = pack(ids, seq_len=seq_len, end_of_text=tokenizer.end_of_text)
+            write_shards(folder / name / part, _shuffled(sequences) if part == "train" else sequences)
     files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
     (folder / _RECORD).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+
+
+def _shuffled(sequences: Tensor) -> Tensor:
+    """Mix documents over shards, since a shard is read from front to end."""
+    return sequences[torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))]
 
 
 def _sample(domains: Mapping[str, Sequence[Document]], weights: Mapping[str, float]) -> list[str]:

@@ -26,7 +26,10 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first Ctrl-C or SIGTERM into a request that the loop reads between steps; a second one acts at once.
+    """Turn Ctrl-C or SIGTERM into a request that the loop reads between steps.
+
+    A second Ctrl-C acts at once. A second SIGTERM does not: launchers and schedulers send several, to a process and to
+    its group, and each would otherwise end the process before its checkpoint is written. SIGKILL is there for haste.
 
     Yields:
         The request.
@@ -42,9 +45,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     previous = {number: signal.getsignal(number) for number in signals}
 
     def handle(number: int, frame: FrameType | None) -> None:
-        request.name = signal.Signals(number).name
-        for each in signals:
-            signal.signal(each, previous[each])
+        request.name = request.name or signal.Signals(number).name
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
 
     for number in signals:
         signal.signal(number, handle)

@@ -1,11 +1,13 @@
-"""Tokenizers: bytes, which need nothing installed, and a byte-level BPE trained on the spot.
+"""Tokenizers: bytes, which need nothing installed, and byte-level BPEs, trained on the spot or read from a file.
 
-In both, id 0 is end-of-text, as in OpenLM's shards, and any text comes back exactly from ``decode(encode(text))``.
+In those made here, id 0 is end-of-text, as in OpenLM's shards, and any text comes back exactly from
+``decode(encode(text))``. A file from elsewhere may have end-of-text at any id, and may normalize text (GPT-NeoX's
+composes Unicode characters, NFC), so that the normal form comes back.
 """
 
+import functools
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moekit.lm.byte_level import check_byte_level, special_ids, token_texts, without_surprises
+from moekit.lm.files import write_whole
+
 END_OF_TEXT = "<|endoftext|>"
+_NAMED = "moekit.byte_level_bpe"  # a tokenizer.json, wrapped with the name of its end-of-text
 
 
 class Tokenizer(Protocol):
@@ -77,24 +83,33 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """A byte-level BPE: the 256 bytes, end-of-text at id 0, and merges. Made by `train_bpe` or `load_tokenizer`.
+    """A byte-level BPE. Made by `train_bpe` or `load_tokenizer`.
+
+    Special tokens are never matched in a text: ``<|endoftext|>`` in a document encodes to ordinary ids.
 
     Args:
-        backend: a ``tokenizers.Tokenizer`` whose model is a byte-level BPE with end-of-text at id 0. End-of-text must
-            not be an added token, or its name in a document's text would end the document.
+        backend: a ``tokenizers.Tokenizer`` whose model is a byte-level BPE.
+        end_of_text: the id that ends a document.
+        token: the name of that id.
+
+    Raises:
+        ValueError: if the id has another name, or the name in a text would be matched.
     """
 
-    end_of_text = 0
+    def __init__(self, backend: Any, *, end_of_text: int = 0, token: str = END_OF_TEXT) -> None:
+        if backend.id_to_token(end_of_text) != token:
+            raise ValueError(
+                f"id {end_of_text} of the tokenizer is {backend.id_to_token(end_of_text)!r}; expected {token!r}"
+            )
+        backend.encode_special_tokens = True
+        self._backend, self.end_of_text, self.end_of_text_token = backend, end_of_text, token
+        if end_of_text in self.encode(token):
+            raise ValueError(f"the text {token!r} encodes to end-of-text; make it a special token of the tokenizer")
 
-    def __init__(self, backend: Any) -> None:
-        self._backend = backend
-        if backend.id_to_token(0) != END_OF_TEXT:
-            raise ValueError(f"id 0 of the tokenizer is {backend.id_to_token(0)!r}; expected {END_OF_TEXT!r}")
-
-    @property
+    @functools.cached_property
     def vocab_size(self) -> int:
-        """V, the number of ids."""
-        return int(self._backend.get_vocab_size())
+        """V, the largest id plus one."""
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
     def name(self) -> str:
@@ -112,16 +127,21 @@ class BpeTokenizer:
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Map ids to a text. See `Tokenizer`."""
-        return str(self._backend.decode(_checked(ids, self), skip_special_tokens=False))
+        """Map ids to a text. See `Tokenizer`. Special tokens show as their names."""
+        return b"".join(self._texts[i] for i in _checked(ids, self)).decode("utf-8", errors="replace")
 
-    def tokens(self) -> list[str]:
-        """List the V tokens, one character a byte, in the order of their ids."""
-        return [self._backend.id_to_token(i) for i in range(self.vocab_size)]
+    def token_bytes(self) -> list[int]:
+        """Count the bytes of text of each id: none for special tokens and for ids without a token."""
+        unwritten = special_ids(self._backend) | {self.end_of_text}
+        return [0 if i in unwritten else len(text) for i, text in enumerate(self._texts)]
 
     def to_json(self) -> str:
         """Return the tokenizer as JSON, in the format of Hugging Face's ``tokenizer.json``."""
         return str(self._backend.to_str())
+
+    @functools.cached_property
+    def _texts(self) -> list[bytes]:
+        return token_texts(self._backend)
 
 
 def train_bpe(texts: Iterable[str], *, vocab_size: int) -> BpeTokenizer:
@@ -179,47 +199,70 @@ def save_tokenizer(tokenizer: Tokenizer, path: str | os.PathLike[str]) -> None:
     """
     if isinstance(tokenizer, BpeTokenizer):
         text = tokenizer.to_json()
+        if tokenizer.end_of_text_token != END_OF_TEXT:  # the format has no place for the name
+            parts = {"end_of_text": tokenizer.end_of_text_token, "tokenizer": json.loads(text)}
+            text = json.dumps({"type": _NAMED, **parts})
     elif isinstance(tokenizer, ByteTokenizer):
         text = json.dumps({"type": "moekit.byte"})
     else:
         raise TypeError(f"cannot save a {type(tokenizer).__name__}; expected a ByteTokenizer or a BpeTokenizer")
-    handle, temporary = tempfile.mkstemp(dir=Path(path).parent, prefix=f".{Path(path).name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(path, text)
 
 
-def load_tokenizer(path: str | os.PathLike[str]) -> ByteTokenizer | BpeTokenizer:
-    """Read a tokenizer that `save_tokenizer` wrote.
+def load_tokenizer(path: str | os.PathLike[str], *, end_of_text: str | None = None) -> ByteTokenizer | BpeTokenizer:
+    """Read a tokenizer that `save_tokenizer` wrote, or a byte-level BPE's ``tokenizer.json`` of Hugging Face's format.
 
     Args:
         path: the JSON file.
+        end_of_text: the token that ends a document; None takes the one that `save_tokenizer` noted, else
+            ``<|endoftext|>``.
 
     Returns:
         The tokenizer.
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no such tokenizer.
+        ValueError: if the file is no such tokenizer, or has no such token.
         ModuleNotFoundError: if it is a BPE and the package ``tokenizers`` is not installed.
     """
-    text = Path(path).read_text(encoding="utf-8")
+    text = Path(path).read_bytes()
     try:
-        content = json.loads(text)
+        content = json.loads(text.decode("utf-8"))
         if content == {"type": "moekit.byte"}:
             return ByteTokenizer()
-        if content["model"]["type"] != "BPE":
-            raise ValueError(f"its model is {content['model']['type']!r}")
-        return BpeTokenizer(_tokenizers().Tokenizer.from_str(text))
+        if content.get("type") == _NAMED:
+            end_of_text, content = end_of_text or content["end_of_text"], content["tokenizer"]
+        token = end_of_text or END_OF_TEXT
+        check_byte_level(content)
+        backend = _tokenizers().Tokenizer.from_str(json.dumps(without_surprises(content, end_of_text=token)))
+        _check_ids(content, backend)
     except ModuleNotFoundError:
         raise
     except Exception as error:  # tokenizers raises plain Exception
-        raise ValueError(f"{path} is no tokenizer that save_tokenizer wrote: {error}. Write it again.") from error
+        raise ValueError(
+            f"{path} is no tokenizer that save_tokenizer wrote, nor a tokenizer.json of a byte-level BPE: {error}. "
+            "Write it again, or give another"
+        ) from error
+    return _with_end_of_text(path, backend, token)
+
+
+def _with_end_of_text(path: str | os.PathLike[str], backend: Any, token: str) -> BpeTokenizer:
+    i = backend.token_to_id(token)
+    if i is None:
+        special = sorted(added.content for added in backend.get_added_tokens_decoder().values() if added.special)[:20]
+        raise ValueError(
+            f"the tokenizer {path} has no token {token!r} to end documents with; its special tokens are {special}. "
+            "Name its end-of-text"
+        )
+    return BpeTokenizer(backend, end_of_text=i, token=token)
+
+
+def _check_ids(content: Any, backend: Any) -> None:
+    """The library numbers added tokens anew if the file leaves a gap before them; shards would then mean other text."""
+    for added in content.get("added_tokens") or []:
+        i = backend.token_to_id(added["content"])
+        if i != added["id"]:
+            raise ValueError(f"its added token {added['content']!r} has the id {added['id']}, which is read as {i}")
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:
@@ -232,7 +275,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
         tokenizer: a `ByteTokenizer` or a `BpeTokenizer`.
 
     Returns:
-        (V,) int64, 0 for end-of-text.
+        (V,) int64, 0 for end-of-text, other special tokens, and ids without a token.
 
     Raises:
         TypeError: if the tokenizer is of another kind.
@@ -245,7 +288,7 @@ def token_bytes(tokenizer: Tokenizer) -> Tensor:
     if isinstance(tokenizer, ByteTokenizer):
         lengths = [1] * tokenizer.vocab_size
     elif isinstance(tokenizer, BpeTokenizer):
-        lengths = [len(token) for token in tokenizer.tokens()]  # byte-level: one character is one byte
+        lengths = tokenizer.token_bytes()
     else:
         raise TypeError(f"cannot count bytes of a {type(tokenizer).__name__}; expected a ByteTokenizer or BpeTokenizer")
     lengths[tokenizer.end_of_text] = 0

@@ -1,61 +1,169 @@
 """Trackers: where the numbers of a training run go."""
 
-import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from moekit.lm._lookup import look_up
+from moekit.lm.dashboards import TensorBoard, WeightsAndBiases
+from moekit.lm.json_lines import JsonLines, read_metrics
+
+__all__ = ["JsonLines", "Tracker", "Trackers", "open_trackers", "parse_report_to", "read_metrics"]
 
 
 class Tracker(Protocol):
-    """Receives the metrics of a run, one call per logged step."""
+    """Receives the metrics of a run, one call per logged step.
+
+    Attributes:
+        place: where the numbers are found, to show to whoever started the run.
+    """
+
+    place: str
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Record one step's metrics; ``step`` is among them."""
         ...
 
+    def close(self, *, failed: bool = False) -> None:
+        """Write out what is left; ``failed`` says that the run ended by an exception."""
+        ...
 
-class JsonLines:
-    """Appends each step's metrics to a file, a JSON object a line.
 
-    A line is one write, so an interrupted run leaves whole lines.
+class Trackers:
+    """Hands each step's metrics to several trackers; as a context manager it closes them, however the run ends.
 
     Args:
-        path: of the file; its folder is created.
-        from_step: lines of this step or a later one are taken out first, so that a resumed run has each step once.
+        trackers: to hand them to.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     JsonLines(Path(folder) / "metrics.jsonl").log({"step": 1, "loss": 2.5})
-        ...     print((Path(folder) / "metrics.jsonl").read_text(), end="")
-        {"step": 1, "loss": 2.5}
+        ...     with Trackers([JsonLines(Path(folder) / "metrics.jsonl")]) as trackers:
+        ...         trackers.log({"step": 1, "loss": 2.5})
+        ...     read_metrics(Path(folder) / "metrics.jsonl")
+        [{'step': 1, 'loss': 2.5}]
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, from_step: int | None = None) -> None:
-        self.path = Path(path)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if from_step is not None and self.path.exists():
-            kept = [line for line in read_metrics(self.path) if line["step"] < from_step]
-            unfinished = self.path.with_suffix(".unfinished")
-            unfinished.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-            os.replace(unfinished, self.path)
-        self.path.touch()
+    def __init__(self, trackers: Sequence[Tracker]) -> None:
+        self._open = tuple(trackers)
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Where each tracker's numbers are found."""
+        return tuple(tracker.place for tracker in self._open)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Append one line."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(dict(metrics)) + "\n")
+        """Record one step's metrics in every tracker.
+
+        Args:
+            metrics: names to numbers, or to mappings and lists of such.
+
+        Raises:
+            ValueError: if ``step`` is missing.
+        """
+        if "step" not in metrics:
+            raise ValueError(
+                f"metrics have no step, only {', '.join(metrics) or 'nothing'}; add the step they belong to"
+            )
+        for tracker in self._open:
+            tracker.log(metrics)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Close every tracker, also if closing one of them fails; once is enough.
+
+        Args:
+            failed: whether the run ended by an exception.
+        """
+        with ExitStack() as stack:
+            for tracker in reversed(self._open):
+                stack.callback(tracker.close, failed=failed)
+            self._open = ()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.close(failed=kind is not None)
 
 
-def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """Read a metrics file back.
+def parse_report_to(text: str) -> tuple[str, ...]:
+    """Read a list of trackers as OpenLM's ``--report-to`` gives it.
 
     Args:
-        path: of the file.
+        text: names with commas between them, out of wandb, tensorboard and all; empty or ``none`` for JSON lines alone.
 
     Returns:
-        One dict per whole line, in order; a last line that was cut off is left out.
+        The names, each once.
+
+    Raises:
+        ValueError: if a name is not known.
+
+    Example:
+        >>> parse_report_to("wandb, tensorboard")
+        ('wandb', 'tensorboard')
+        >>> parse_report_to("none")
+        ()
     """
-    lines = Path(path).read_text(encoding="utf-8").split("\n")
-    return [json.loads(line) for line in lines[:-1] if line]
+    if text.strip() in {"", "none"}:
+        return ()
+    return _tracker_names([name.strip() for name in text.split(",")])
+
+
+def open_trackers(
+    report_to: Sequence[str],
+    folder: Path,
+    *,
+    from_step: int | None,
+    name: str,
+    project: str,
+    config: Mapping[str, Any],
+) -> Trackers:
+    """Open the trackers of a run: ``metrics.jsonl`` always, and those asked for.
+
+    Of several processes, one alone opens trackers.
+
+    Args:
+        report_to: names out of wandb, tensorboard and all.
+        folder: of the run; it is created.
+        from_step: first step that will be logged; what a restarted run logged from there on before is taken out of
+            ``metrics.jsonl`` and hidden by TensorBoard. None keeps everything.
+        name: of the run, in Weights & Biases.
+        project: that the run belongs to, in Weights & Biases.
+        config: settings of the run, plain values, shown by Weights & Biases.
+
+    Returns:
+        Trackers, to be used in a ``with`` statement.
+
+    Raises:
+        ConnectionError: if Weights & Biases cannot start.
+        ModuleNotFoundError: if a tracker's package is not installed.
+        ValueError: if a name is not known, or ``metrics.jsonl`` holds a line that is not a JSON object.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     with open_trackers((), Path(folder), from_step=1, name="run", project="moe", config={}) as trackers:
+        ...         [Path(place).name for place in trackers.places]
+        ['metrics.jsonl']
+    """
+    openers: dict[str, Callable[[], Tracker]] = {
+        "wandb": lambda: WeightsAndBiases(folder, name=name, project=project, config=config),
+        "tensorboard": lambda: TensorBoard(folder / "tensorboard", from_step=from_step),
+    }
+    names = _tracker_names(report_to)
+    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", from_step=from_step)]
+    try:
+        for tracker in names:
+            trackers.append(openers[tracker]())
+    except BaseException:
+        Trackers(trackers).close(failed=True)
+        raise
+    return Trackers(trackers)
+
+
+def _tracker_names(names: Sequence[str]) -> tuple[str, ...]:
+    meanings = {"wandb": ("wandb",), "tensorboard": ("tensorboard",), "all": ("wandb", "tensorboard")}
+    meant = (name for given in names for name in look_up(meanings, given, what="tracker"))
+    return tuple(dict.fromkeys(meant))

@@ -1,6 +1,6 @@
 """Recipes: stages glued into layers, published methods, and the programs built on them."""
 
-from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer, shared_experts, weighted_sum
+from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer, recompute, shared_experts, weighted_sum
 from moekit.recipes.modules import MoE
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
 
@@ -10,6 +10,7 @@ __all__ = [
     "Recipe",
     "expert_layer",
     "moe_layer",
+    "recompute",
     "shared_experts",
     "weighted_sum",
     "openlm",

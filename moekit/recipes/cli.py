@@ -1,5 +1,6 @@
 """The console script ``moekit``: one word chooses a program, the rest is handed to it."""
 
+import importlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -64,13 +65,7 @@ def train(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if settings or data make no sense, or a package is missing.
     """
-    try:
-        from moekit.recipes.train import main as run
-    except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"moekit train: {error}; it needs rich, tyro and torchdata. `moekit doctor` says what is usable here."
-        ) from error
-    run(arguments, prog="moekit train", launch="moekit train")
+    _program("moekit.recipes.train", "moekit train")(arguments, prog="moekit train", launch="moekit train")
 
 
 def recipes(arguments: list[str]) -> None:
@@ -157,7 +152,47 @@ def doctor(arguments: list[str]) -> None:
     print("\n".join(_doctor.diagnose()))
 
 
-PROGRAMS: dict[str, Callable[[list[str]], None]] = {"train": train, "recipes": recipes, "doctor": doctor}
+def tokenize(arguments: list[str]) -> None:
+    """Make shards of text files; `moekit tokenize --help` lists the flags.
+
+    Args:
+        arguments: the words after `tokenize`.
+
+    Raises:
+        SystemExit: with a message, if it cannot go on, or a package is missing.
+    """
+    _program("moekit.lm.tokenize", "moekit tokenize")(arguments, prog="moekit tokenize")
+
+
+def export(arguments: list[str]) -> None:
+    """Write a checkpoint's model as a .pt file of OpenLM's, or as .safetensors.
+
+    Args:
+        arguments: the words after `export`.
+
+    Raises:
+        SystemExit: with a message, if it cannot go on, or a package is missing.
+    """
+    _program("moekit.recipes.export", "moekit export")(arguments, prog="moekit export")
+
+
+PROGRAMS: dict[str, Callable[[list[str]], None]] = {
+    "train": train,
+    "tokenize": tokenize,
+    "export": export,
+    "recipes": recipes,
+    "doctor": doctor,
+}
+
+
+def _program(module: str, name: str) -> Callable[..., None]:
+    try:
+        main: Callable[..., None] = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"{name}: {error}; it needs rich, tyro and torchdata. `moekit doctor` says what is usable here."
+        ) from error
+    return main
 
 
 def _expect_none(program: str, arguments: list[str]) -> None:

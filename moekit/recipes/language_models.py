@@ -8,7 +8,7 @@ from torch import nn
 from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.model import Block, LanguageModel, count_parameters
-from moekit.recipes.layers import Recipe
+from moekit.recipes.layers import Recipe, recompute
 from moekit.recipes.modules import MoE
 from moekit.recipes.names import experts_per_token
 
@@ -47,6 +47,30 @@ def moe_layers(model: LanguageModel) -> Iterator[tuple[int, MoE]]:
     for index, block in enumerate(model.layers):
         if isinstance(block.feed_forward, MoE):
             yield index, block.feed_forward
+
+
+def recompute_activations(model: LanguageModel) -> None:
+    """Let every block compute its activations again in the backward; routers keep their decision.
+
+    A dense block keeps its input and what attention added to it. An MoE block also keeps the tokens that its router
+    read, with logits and routing.
+
+    Args:
+        model: changed in place.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import mixtral
+        >>> recompute_activations(language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=4), mixtral()))
+    """
+    for block in model.layers:
+        assert isinstance(block, Block)
+        block.recompute_attention = True
+        if isinstance(block.feed_forward, MoE):
+            recipe = block.feed_forward.recipe
+            block.feed_forward.recipe = recipe._replace(layer=recompute(recipe.layer))
+        else:
+            block.recompute_feed_forward = True
 
 
 class ParameterCount(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless_plan
 from moekit.experts import init_gated
@@ -98,6 +99,33 @@ def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispa
     rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
     rows = experts(rows, plan.groups, params)  # (R, D)
     return dispatcher.combine(rows, routing, plan)  # (T, D)
+
+
+def recompute(layer: ExpertLayer) -> ExpertLayer:
+    """Let an expert layer keep nothing for its backward but tokens, routing and parameters, and compute the rest again.
+
+    The routing is an argument, so the decision is kept: it is made once, and cannot turn out otherwise the second time.
+
+    Args:
+        layer: to wrap; it must draw no random numbers.
+
+    Returns:
+        The same function, which holds less memory between forward and backward and takes one more forward.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> recipe = mixtral()
+        >>> saving = recipe._replace(layer=recompute(recipe.layer))
+
+    References:
+        Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016, https://arxiv.org/abs/1604.06174
+    """
+    return partial(_recompute, layer=layer)
+
+
+def _recompute(x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer) -> Tensor:
+    y: Tensor = checkpoint(layer, x, routing, params, use_reentrant=False, preserve_rng_state=False)
+    return y
 
 
 def moe_layer(

@@ -2,15 +2,20 @@
 
 import importlib.util
 import inspect
+import os
 import sys
+import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from moekit.lm._lookup import look_up
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+from moekit.types import Routing
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "openlm": openlm,
@@ -21,10 +26,13 @@ RECIPES: dict[str, Callable[..., Recipe]] = {
     "deepseek_moe": deepseek_moe,
 }
 
+DEFAULT_K = 2
 _FLAGS = {"k": "--moe-top-k", "capacity_factor": "--moe-capacity-factor"}
 
 
-def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | None = None, default_k: int = 2) -> Recipe:
+def find_recipe(
+    name: str, *, k: int | None = None, capacity_factor: float | None = None, default_k: int = DEFAULT_K
+) -> Recipe:
     """Return a recipe by name, or from a file of the user's.
 
     Args:
@@ -45,7 +53,7 @@ def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | Non
         >>> find_recipe("mixtral", k=1).route.keywords["k"]
         1
     """
-    make = _from_file(name) if ":" in name or name.endswith(".py") else look_up(RECIPES, name, what="recipe")
+    make = _maker(name)
     if isinstance(make, Recipe):
         make = _constant(make)
     known = inspect.signature(make).parameters
@@ -70,6 +78,48 @@ def find_recipe(name: str, *, k: int | None = None, capacity_factor: float | Non
     return recipe
 
 
+def recipe_options(name: str) -> dict[str, Any]:
+    """List the options that a recipe's function takes.
+
+    Args:
+        name: as for ``find_recipe``.
+
+    Returns:
+        Name of each argument to its default, None where it has none; nothing for a recipe that is a value.
+
+    Example:
+        >>> recipe_options("switch")["capacity_factor"]
+        1.25
+    """
+    make = _maker(name)
+    if isinstance(make, Recipe):
+        return {}
+    parameters = inspect.signature(make).parameters.values()
+    return {each.name: None if each.default is each.empty else each.default for each in parameters}
+
+
+def users_fault(name: str, error: Exception) -> str | None:
+    """Say what a recipe's file of the user's raised, whose code may raise anything.
+
+    Args:
+        name: of the recipe, as for ``find_recipe``.
+        error: that ended the program.
+
+    Returns:
+        The file, the line, and the last line of the traceback; None if no code of the file was running.
+
+    Example:
+        >>> users_fault("mixtral", ValueError("k is 9")) is None
+        True
+    """
+    path, _, attribute = name.rpartition(":")
+    if not attribute or not os.path.isfile(path):
+        return None
+    if not _lines(error, path):
+        return None
+    return f"recipe {name!r}: {path} raised {_told(error, path)}. Mend the file"
+
+
 def experts_per_token(recipe: Recipe, num_experts: int) -> float:
     """Ask a recipe's router how many experts a token gets, the shared ones not counted.
 
@@ -80,6 +130,9 @@ def experts_per_token(recipe: Recipe, num_experts: int) -> float:
     Returns:
         Assignments per token, at most.
 
+    Raises:
+        ValueError: if the router returns no routing.
+
     Example:
         >>> experts_per_token(mixtral(k=2), 8)
         2.0
@@ -88,7 +141,17 @@ def experts_per_token(recipe: Recipe, num_experts: int) -> float:
         logits = torch.zeros(num_experts, num_experts, device="cpu")
         bias = torch.zeros(num_experts, device="cpu") if recipe.bias_rate else None
         extras = {name: torch.zeros(num_experts, dtype=torch.int64, device="cpu") for name in recipe.needs}
-        return recipe.route(logits, bias=bias, **extras).expert_indices.numel() / num_experts
+        routing = recipe.route(logits, bias=bias, **extras)
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
+            "router maps logits (T, E) to one"
+        )
+    return routing.expert_indices.numel() / num_experts
+
+
+def _maker(name: str) -> Callable[..., Recipe]:
+    return _from_file(name) if ":" in name or name.endswith(".py") else look_up(RECIPES, name, what="recipe")
 
 
 def _from_file(name: str) -> Callable[..., Recipe]:
@@ -102,12 +165,35 @@ def _from_file(name: str) -> Callable[..., Recipe]:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises, or sys.exit, which ends without a word
+        raise ValueError(f"recipe {name!r}: importing {path} raised {_told(error, path)}. Mend the file") from error
     found = getattr(module, attribute, None)
     if not callable(found) and not isinstance(found, Recipe):
         names = [key for key in vars(module) if not key.startswith("_")]
         raise ValueError(f"recipe {name!r}: {path} defines no recipe {attribute!r}; it defines {', '.join(names)}.")
     return found
+
+
+def _place(function: Callable[..., object]) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    return f"{function.__name__} of {code.co_filename}" if code is not None else repr(function)
+
+
+def _told(error: BaseException, path: str) -> str:
+    """Return the last line of a traceback, and the line of a file that it leads through."""
+    lines = _lines(error, path)
+    return traceback.format_exception_only(error)[-1].strip() + (f" (line {lines[-1]})" if lines else "")
+
+
+def _lines(error: BaseException, path: str) -> list[int | None]:
+    frames = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames.append((error.filename or "", error.lineno))
+    return [number for file, number in frames if file and os.path.abspath(file) == os.path.abspath(path)]
 
 
 def _constant(recipe: Recipe) -> Callable[[], Recipe]:

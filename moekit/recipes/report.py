@@ -1,6 +1,7 @@
 """The end of a run: scores beside simple baselines, a sample of text, a picture."""
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,17 +9,21 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from moekit.lm.configs import ModelConfig
 from moekit.lm.displays import load_bar
+from moekit.lm.files import write_whole
 from moekit.lm.generation import generate
 from moekit.lm.model import LanguageModel
 from moekit.lm.ngrams import bigram_loss, unigram_loss
 from moekit.lm.plots import Curve, plot_run
 from moekit.lm.shards import load_sequences
 from moekit.lm.tokenizers import Tokenizer
+from moekit.lm.urls import is_remote
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import parameter_table
-from moekit.recipes.setup import Domain
+from moekit.recipes.setup import Corpus, Source, ValidationSet
 
+MOST_BASELINE_TOKENS = 50_000_000
 LARGEST_BIGRAM_VOCABULARY = 8192  # a table of counts for all pairs takes 8 V^2 bytes
 
 
@@ -34,51 +39,118 @@ class Baselines(NamedTuple):
     bigram: float | None
 
 
-def baselines(domain: Domain, *, vocab_size: int) -> Baselines:
-    """Score a domain's validation data with a unigram and a bigram model of its training data.
+def baselines(source: Source, held_out: ValidationSet, *, vocab_size: int) -> Baselines:
+    """Score a validation set with a unigram and a bigram model of its source's training data, all held in memory.
 
     Args:
-        domain: with validation data.
+        source: of the training data.
+        held_out: from the source.
         vocab_size: V.
 
     Returns:
         Baselines.
-
-    Raises:
-        ValueError: if the domain has no validation data.
     """
-    if domain.validation is None:
-        raise ValueError(f"domain {domain.name} has no validation data; give them with --val-manifest")
-    train = load_sequences(domain.train, vocab_size=vocab_size)
-    held_out = load_sequences(domain.validation, vocab_size=vocab_size)
+    train = load_sequences(source.manifest, vocab_size=vocab_size)
+    scored = load_sequences(held_out.location, vocab_size=vocab_size)
     small = vocab_size <= LARGEST_BIGRAM_VOCABULARY and len(train) > 1
     return Baselines(
-        unigram_loss(train, held_out, vocab_size=vocab_size),
-        bigram_loss(train, held_out, vocab_size=vocab_size) if small else None,
+        unigram_loss(train, scored, vocab_size=vocab_size),
+        bigram_loss(train, scored, vocab_size=vocab_size) if small else None,
     )
 
 
-def score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> Table:
-    """Lay out each domain's loss and perplexity beside its baselines.
+def simple_scores(corpus: Corpus, names: Iterable[str], config: ModelConfig) -> dict[str, Baselines]:
+    """Score the validation sets that were held out from a source with count models of it.
+
+    Data that are not on this machine, or too large to be held in memory, have no baseline.
 
     Args:
-        evaluations: domain to its scores.
-        simple: domain to its baselines.
+        corpus: of the run.
+        names: of the sets to score.
+        config: of the model.
+
+    Returns:
+        Name to baselines, for those that have any.
+    """
+    sources = {source.name: source for source in corpus.sources}
+    pairs = [(each, sources.get(each.name)) for each in corpus.validation if each.name in set(names)]
+    return {
+        each.name: baselines(source, each, vocab_size=config.vocab_size)
+        for each, source in pairs
+        if source is not None and _is_small(source, config.seq_len)
+    }
+
+
+def _is_small(source: Source, seq_len: int) -> bool:
+    local = not source.manifest.startswith("pipe:") and not is_remote(source.manifest)
+    return local and source.num_sequences * seq_len <= MOST_BASELINE_TOKENS
+
+
+def plain(scores: Evaluation, simple: Baselines | None = None) -> dict[str, Any]:
+    """List scores in values that JSON can hold.
+
+    Args:
+        scores: of a validation set.
+        simple: its baselines, if any.
+
+    Returns:
+        Name to value; ``loss_low`` and ``loss_high`` are the 95 % interval.
+    """
+    values: dict[str, Any] = {
+        "loss": scores.loss,
+        "perplexity": scores.perplexity,
+        "loss_low": scores.low,
+        "loss_high": scores.high,
+    }
+    values |= {"bits_per_byte": scores.bits_per_byte, "sequences": scores.sequences, "tokens": scores.tokens}
+    values |= {"skipped_data": dict(scores.skipped), "layers": [load._asdict() for load in scores.layers]}
+    return values | ({} if simple is None else simple._asdict())
+
+
+def write_results(
+    path: Path, summary: Mapping[str, Any], scores: Mapping[str, Evaluation], simple: Mapping[str, Baselines]
+) -> None:
+    """Write what a run came to as JSON.
+
+    Args:
+        path: of the file.
+        summary: numbers of the run.
+        scores: name of a validation set to its scores.
+        simple: name to baselines.
+    """
+    validation = {name: plain(each, simple.get(name)) for name, each in scores.items()}
+    write_whole(path, json.dumps({**summary, "validation": validation}, indent=1) + "\n")
+
+
+def score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> Table:
+    """Lay out the loss and perplexity of each validation set beside its baselines.
+
+    Args:
+        evaluations: name to scores.
+        simple: name to baselines, for those that have any.
 
     Returns:
         A table to print.
     """
     table = Table(title="validation, nats per token", title_justify="left")
-    for name in ("domain", "loss", "perplexity", "bits/byte", "bigram", "unigram", "below bigram"):
+    against = ("bigram", "unigram", "below\nbigram") if simple else ()
+    for name in ("domain", "loss", "95 % interval", "perp-\nlexity", "bits/\nbyte", *against):
         table.add_column(name, justify="left" if name == "domain" else "right")
     for domain, scores in evaluations.items():
-        unigram, bigram = simple[domain]
         bits = "-" if scores.bits_per_byte is None else f"{scores.bits_per_byte:.3f}"
-        pair = ("-", "-") if bigram is None else (f"{bigram:.3f}", f"{bigram - scores.loss:.3f}")
-        table.add_row(
-            domain, f"{scores.loss:.3f}", f"{scores.perplexity:.2f}", bits, pair[0], f"{unigram:.3f}", pair[1]
-        )
+        interval = f"{scores.low:.3f} {scores.high:.3f}"
+        row = [domain, f"{scores.loss:.3f}", interval, f"{scores.perplexity:.2f}", bits]
+        table.add_row(*row, *(_against(scores.loss, simple.get(domain)) if simple else ()))
+    counts = ", ".join(f"{scores.sequences:,} of {domain}" for domain, scores in evaluations.items())
+    table.caption, table.caption_justify = f"intervals by bootstrap over sequences: {counts}", "left"
     return table
+
+
+def _against(loss: float, simple: Baselines | None) -> tuple[str, str, str]:
+    if simple is None:
+        return ("-", "-", "-")
+    pair = ("-", "-") if simple.bigram is None else (f"{simple.bigram:.3f}", f"{simple.bigram - loss:.3f}")
+    return pair[0], f"{simple.unigram:.3f}", pair[1]
 
 
 def load_table(evaluations: Mapping[str, Evaluation]) -> Table:
@@ -91,13 +163,13 @@ def load_table(evaluations: Mapping[str, Evaluation]) -> Table:
         A table to print; its bars are half high for a balanced load.
     """
     table = Table(title="expert load in validation, 1 = balanced", title_justify="left")
-    for name in ("domain", "block", "load", "least", "most", "dropped"):
+    for name in ("domain", "block", "load", "least", "most", "router entropy", "dropped"):
         table.add_column(name)
     for domain, scores in evaluations.items():
-        for index, load in scores.loads.items():
-            least, most = min(load) * len(load), max(load) * len(load)
-            drops = f"{scores.drop_rate:.1%}" if index == min(scores.loads) else ""
-            table.add_row(domain, str(index), load_bar(load), f"{least:.2f}", f"{most:.2f}", drops)
+        for layer in scores.layers:
+            least, most = (f"{edge(layer.load) * len(layer.load):.2f}" for edge in (min, max))
+            bar, entropy, drops = load_bar(layer.load), f"{layer.entropy:.2f}", f"{layer.drop_rate:.1%}"
+            table.add_row(domain, str(layer.layer), bar, least, most, entropy, drops)
     return table
 
 
@@ -179,7 +251,11 @@ def draw(
         train=Curve([line["step"] for line in metrics], [line["loss"] for line in metrics]),
         validation=curves,
         baselines={domain: pair.bigram for domain, pair in simple.items() if pair.bigram is not None},
-        loads={domain: scores.loads for domain, scores in evaluations.items() if scores.loads},
+        loads={
+            domain: {layer.layer: layer.load for layer in scores.layers}
+            for domain, scores in evaluations.items()
+            if scores.layers
+        },
     )
 
 

@@ -1,27 +1,24 @@
-"""A run: its folder, its parts, and how it is saved and restored."""
+"""A run: its folder and its parts."""
 
-import os
 import time
-from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from moekit.lm.batches import BatchStream, mixed_batches, validation_batches
-from moekit.lm.checkpoints import (
-    checkpoint_folder,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-    training_tensors,
-)
+from moekit.lm.batches import BatchStream, open_stream
 from moekit.lm.model import LanguageModel
-from moekit.recipes.language_models import language_model
-from moekit.recipes.settings import TrainSettings, flat_settings
-from moekit.recipes.setup import Corpus, make_config, make_corpus, make_recipe
+from moekit.lm.orders import check_budget
+from moekit.parallel import World, shard_model, shard_modules, share
+from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
+from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
+from moekit.recipes.layers import Recipe
+from moekit.recipes.optimizers import make_optimizer
+from moekit.recipes.precisions import gradient_scaler, parameter_dtype, resolved_precision
+from moekit.recipes.settings import ParallelSettings, TrainSettings
+from moekit.recipes.setup import Corpus, make_config, make_corpus, make_evaluation_recipe, make_recipe, resolved_model
 
 
 class Run(NamedTuple):
@@ -29,37 +26,35 @@ class Run(NamedTuple):
 
     Attributes:
         settings: of the run.
+        world: the ranks that train together.
+        budget: how long the run is.
         folder: LOGS/NAME.
         corpus: the data.
         model: being trained.
+        evaluation_recipe: what its MoE layers run when it is scored; None for a dense model.
         optimizer: over all its parameters.
+        scaler: of gradients; does nothing unless the precision is amp.
         stream: of training batches.
-        validation: domain to its held-out batches, for every domain that has any.
-        token_bytes: (V,) bytes of each token id, or None without a tokenizer.
-        device: of the model.
     """
 
     settings: TrainSettings
+    world: World
+    budget: Budget
     folder: Path
     corpus: Corpus
     model: LanguageModel
+    evaluation_recipe: Recipe | None
     optimizer: torch.optim.AdamW
+    scaler: torch.amp.GradScaler
     stream: BatchStream
-    validation: Mapping[str, Sequence[Tensor]]
-    token_bytes: Tensor | None
-    device: torch.device
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Tokens that one optimizer step predicts."""
-        return self.settings.optimizer.batch_size * self.model.config.seq_len
 
 
-def set_up(settings: TrainSettings, console: Console) -> Run:
+def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
     """Make model, optimizer and data stream.
 
     Args:
         settings: of the run.
+        world: the ranks; all of them call this together.
         console: where to say what takes time.
 
     Returns:
@@ -67,129 +62,171 @@ def set_up(settings: TrainSettings, console: Console) -> Run:
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
+        ValueError: if the settings make no sense together, or the data do not last.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    folder = _run_folder(settings)
-    config, recipe = make_config(settings.model), make_recipe(settings.model)
-    corpus = make_corpus(settings.data, config, say=lambda text: console.print(text, highlight=False))
-    optimizer = settings.optimizer
-    torch.manual_seed(settings.run.seed)
-    model = language_model(config, recipe).to(device)
+    folder = share(world, run_folder(settings))
+    config = make_config(settings.model)
+    budget = make_budget(settings, seq_len=config.seq_len, world_size=world.size)
+    corpus = shared_corpus(settings, world, console)
+    check_budget(
+        [source.manifest for source in corpus.sources],
+        [[shard.num_sequences for shard in source.shards] for source in corpus.sources],
+        corpus.weights,
+        num_sequences=budget.sequences,
+        max_passes=corpus.max_passes,
+    )
+    model, evaluation_recipe = make_model(settings, world)
+    data, seed = settings.data, settings.run.seed
     return Run(
         settings=settings,
+        world=world,
+        budget=budget,
         folder=folder,
         corpus=corpus,
         model=model,
-        optimizer=torch.optim.AdamW(
-            model.parameters(),
-            lr=optimizer.lr,
-            betas=(optimizer.beta1, optimizer.beta2),
-            eps=optimizer.eps,
-            weight_decay=optimizer.wd,
-            fused=True,
-        ),
-        stream=mixed_batches(
-            [domain.train for domain in corpus.domains],
+        evaluation_recipe=evaluation_recipe,
+        optimizer=make_optimizer(model, settings.optimizer),
+        scaler=gradient_scaler(settings.optimizer.precision, world.device),
+        stream=open_stream(
+            [source.shards for source in corpus.sources],
             corpus.weights,
-            batch_size=optimizer.batch_size,
-            seed=settings.run.seed,
+            batch_size=budget.batch_size,
+            seq_len=config.seq_len,
             vocab_size=config.vocab_size,
+            seed=seed,
+            rank=world.rank,
+            world_size=world.size,
+            workers=_workers(settings, world.device),
+            lanes=data.data_lanes,
+            max_passes=corpus.max_passes,
+            on_bad=data.on_bad_data,
+            data_key=data.data_key,
+            allow_commands=data.allow_pipe_commands,
         ),
-        validation={
-            domain.name: validation_batches(
-                domain.validation, batch_size=optimizer.batch_size, vocab_size=config.vocab_size
-            )
-            for domain in corpus.domains
-            if domain.validation is not None
-        },
-        token_bytes=corpus.token_bytes(),
-        device=device,
     )
 
 
-def save(run: Run, step: int, *, seconds: float) -> Path:
-    """Write a checkpoint of the run.
+def make_model(settings: TrainSettings, world: World) -> tuple[LanguageModel, Recipe | None]:
+    """Build the model of some settings, the same weights for any number of ranks, and share it out.
+
+    Args:
+        settings: of the run.
+        world: the ranks.
+
+    Returns:
+        The model on this rank's device, and the recipe that it is scored with (None for a dense model).
+    """
+    config, recipe = make_config(settings.model), make_recipe(settings.model)
+    torch.manual_seed(settings.run.seed)
+    try:
+        model = language_model(config, recipe).to(world.device)
+    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a CPU that is out of memory
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the model --model {settings.model.preset} cannot be made on {world.device.type}: {reason}. Choose a "
+            "smaller one, or fewer --moe-num-experts"
+        ) from error
+    dtype = parameter_dtype(settings.optimizer.precision)
+    for parameter in model.parameters():  # not the buffers: the selection bias stays float32
+        parameter.data = parameter.data.to(dtype)
+    if world.rank:  # the weights are the same everywhere, but random routers must not draw the same noise
+        torch.manual_seed(settings.run.seed + 1_000_003 * world.rank)
+    if settings.run.grad_checkpointing:
+        recompute_activations(model)
+    _share_out(model, settings.parallel, world)
+    if settings.run.torchcompile:
+        model.compile()
+    return model, make_evaluation_recipe(settings.model) if config.moe_freq else None
+
+
+def resolved(run: Run) -> TrainSettings:
+    """Fill in what the settings of a run left to defaults, so that they mean the same elsewhere and later.
 
     Args:
         run: the run.
-        step: optimizer steps done.
-        seconds: of training so far.
 
     Returns:
-        Its folder.
+        The settings that ``config.json`` holds: with the number of steps (unless tokens and epochs say it), the global
+        batch, the warm-up, the precision, the workers, and what the recipe takes for experts per token, capacity factor
+        and loss weight.
     """
-    tensors = _tensors(run)
-    state = {"step": step, "seconds": seconds, "stream": run.stream.state_dict()}
-    return save_checkpoint(
-        checkpoint_folder(run.folder, step), tensors, state | {"settings": flat_settings(run.settings)}
+    given, device = run.settings, run.world.device
+    optimizer = replace(
+        given.optimizer,
+        steps=run.budget.steps if given.data.train_num_samples is None else None,
+        batch_size=None,
+        global_batch_size=run.budget.batch_size,
+        warmup=warmup_steps(given.optimizer, run.budget.steps),
+        lr_cooldown_end=final_rate(given.optimizer),
+        precision=resolved_precision(given.optimizer.precision, device),  # type: ignore[arg-type]
+    )
+    model = resolved_model(given.model) if run.model.config.moe_freq else given.model
+    return replace(
+        given, model=model, optimizer=optimizer, data=replace(given.data, workers=_workers(run.settings, device))
     )
 
 
-def restore(run: Run, console: Console) -> tuple[int, float]:
-    """Load the checkpoint that the settings name, if any.
+def _workers(settings: TrainSettings, device: torch.device) -> int:
+    given = settings.data.workers
+    return (1 if device.type == "cuda" else 0) if given is None else given
+
+
+def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Corpus:
+    """Find or prepare the data; rank 0 first, so that the others find what it prepared.
 
     Args:
-        run: changed in place.
-        console: where to say so.
+        settings: of the run.
+        world: the ranks.
+        console: where to say what takes time.
 
     Returns:
-        Optimizer steps done, and seconds of training so far.
+        Corpus.
+    """
+    config = make_config(settings.model)
+    corpus = None
+    for turn in (True, False):
+        if (world.rank == 0) is turn:
+            corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False))
+        share(world, None)
+    assert corpus is not None
+    return corpus
+
+
+def _share_out(model: LanguageModel, parallel: ParallelSettings, world: World) -> None:
+    reduce_dtype = torch.float32 if parallel.fsdp_amp else torch.bfloat16 if parallel.fsdp_pure_bf16 else None
+    if parallel.fsdp:
+        shard_model(model, model.layers, world, reduce_dtype=reduce_dtype)
+    elif parallel.moe_weight_parallelism:
+        shard_modules([layer for _, layer in moe_layers(model)], world)
+
+
+def run_folder(settings: TrainSettings) -> Path:
+    """Name the folder of a run.
+
+    Args:
+        settings: of the run.
+
+    Returns:
+        LOGS/NAME.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint.
-        ValueError: if it does not fit the run.
+        FileExistsError: if it holds a run and the settings do not resume that one.
+        NotADirectoryError: if there is a file in its place.
+        NotADirectoryError: if a file is in its place.
     """
-    resume = run.settings.run.resume
-    if resume is None:
-        return 0, 0.0
-    folder = latest_checkpoint(run.folder) if resume == "latest" else Path(resume)
-    if folder is None:
-        raise FileNotFoundError(f"--resume latest: {run.folder} has no checkpoint yet; start it without --resume")
-    tensors = _tensors(run)
-    state = load_checkpoint(folder, tensors)
-    if state["step"] > run.settings.optimizer.steps:
-        raise ValueError(
-            f"checkpoint {folder} is of step {state['step']}, but --steps is {run.settings.optimizer.steps}; expected "
-            f"at least as many. --steps counts from the beginning of the run, not from the checkpoint."
-        )
-    run.stream.load_state_dict(state["stream"])
-    torch.set_rng_state(tensors["rng"])
-    if run.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng_cuda"])
-    console.print(f"resumed {folder}: step {state['step']}", highlight=False)
-    return state["step"], state["seconds"]
-
-
-def write_params(run: Run) -> Path:
-    """Write the settings of a run, sorted, one ``name: value`` a line.
-
-    Args:
-        run: the run.
-
-    Returns:
-        The path of ``params.txt``.
-    """
-    run.folder.mkdir(parents=True, exist_ok=True)
-    path, unfinished = run.folder / "params.txt", run.folder / ".params.unfinished"
-    lines = (f"{name}: {value}\n" for name, value in flat_settings(run.settings).items())
-    unfinished.write_text("".join(lines), encoding="utf-8")
-    os.replace(unfinished, path)
-    return path
-
-
-def _tensors(run: Run) -> dict[str, Tensor]:
-    tensors = {**training_tensors(run.model, run.optimizer), "rng": torch.get_rng_state()}
-    if run.device.type == "cuda":
-        tensors["rng_cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def _run_folder(settings: TrainSettings) -> Path:
     run, recipe = settings.run, settings.model.recipe.rpartition(":")[2]
     preset = Path(settings.model.preset).stem
     folder = run.logs / (run.name or f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if run.resume is None and folder.exists() and any(folder.iterdir()):
+    for parent in (folder, *folder.parents):
+        if parent.exists() and not parent.is_dir():
+            raise NotADirectoryError(f"--logs {run.logs}: {parent} is a file; expected a folder, or a new name")
+    own = run.resume == "latest" or (run.resume is not None and _is_inside(Path(run.resume), folder))
+    if not own and not settings.evaluates_only and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume latest, or choose another --name or --logs"
         )
     return folder
+
+
+def _is_inside(path: Path, folder: Path) -> bool:
+    return path.absolute().resolve().is_relative_to(folder.absolute().resolve())

@@ -1,54 +1,82 @@
-"""From settings to the pieces of a run: shape, recipe, data, precision."""
+"""From settings to the pieces of a run: shape, recipe, data."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.lm.corpora import MIXING_WEIGHTS
 from moekit.lm.preparation import prepare
-from moekit.lm.shards import read_manifest, read_shard
-from moekit.lm.tokenizers import Tokenizer, token_bytes
+from moekit.lm.shards import Shard, read_manifest
+from moekit.lm.tokenizers import Tokenizer, load_tokenizer, token_bytes
+from moekit.lm.urls import expand_braces, is_remote, resolve_url
 from moekit.recipes.layers import Recipe
-from moekit.recipes.names import find_recipe
-from moekit.recipes.settings import DataSettings, ModelSettings
+from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options
+from moekit.recipes.settings import DataSettings, ModelSettings, TrainSettings
 
 
-class Domain(NamedTuple):
-    """One source of data.
+class Source(NamedTuple):
+    """One source of training data.
 
     Attributes:
-        name: shown in tables.
-        train: manifest of the training shards.
-        validation: manifest of the held-out shards, or None.
+        name: shown in tables and messages.
+        manifest: path or URL.
+        shards: that the manifest lists.
     """
 
     name: str
-    train: Path
-    validation: Path | None
+    manifest: str
+    shards: Sequence[Shard]
+
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences the source holds, by its manifest."""
+        return sum(shard.num_sequences for shard in self.shards)
+
+
+class ValidationSet(NamedTuple):
+    """A set of sequences to score.
+
+    Attributes:
+        name: shown in tables; that of a source if it was held out from it.
+        shards: lines of a manifest, or paths and URLs of tars.
+        data_key: extension of the members; None takes whichever they have.
+        tokenizer: that made them, or None if it is not known.
+        location: as the user gave it, for result files.
+    """
+
+    name: str
+    shards: Sequence[Shard | str]
+    data_key: str | None
+    tokenizer: Tokenizer | None
+    location: str
+
+    def token_bytes(self) -> Tensor | None:
+        """Return the UTF-8 bytes of each token id, (V,) int64, or None without a tokenizer."""
+        return None if self.tokenizer is None else token_bytes(self.tokenizer)
 
 
 class Corpus(NamedTuple):
     """The data of a run.
 
     Attributes:
-        domains: the sources.
+        sources: of training; none when a run only evaluates.
         weights: share of each source in training.
-        tokenizer: that made the shards, or None if it is not known.
+        validation: what is scored.
+        max_passes: how often a source may be gone through; None is without end.
+        tokenizer: of the embedded domains, whose samples can be shown; or None.
     """
 
-    domains: tuple[Domain, ...]
+    sources: tuple[Source, ...]
     weights: tuple[float, ...]
+    validation: tuple[ValidationSet, ...]
+    max_passes: int | None
     tokenizer: Tokenizer | None
-
-    def token_bytes(self) -> Tensor | None:
-        """Return the UTF-8 bytes of each token id, (V,) int64, or None without a tokenizer."""
-        return None if self.tokenizer is None else token_bytes(self.tokenizer)
 
 
 def make_config(settings: ModelSettings) -> ModelConfig:
@@ -68,7 +96,8 @@ def make_config(settings: ModelSettings) -> ModelConfig:
         >>> make_config(ModelSettings(preset="open_lm_41m")).moe_num_experts
         8
     """
-    flags = {"model_norm": settings.model_norm, "moe_freq": settings.moe_freq}
+    names = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")
+    flags = {name: getattr(settings, name) for name in names}
     if settings.moe_freq:
         flags |= {"moe_num_experts": settings.moe_num_experts}
         flags |= {} if settings.moe_top_k is None else {"moe_top_k": settings.moe_top_k}
@@ -92,10 +121,7 @@ def make_recipe(settings: ModelSettings) -> Recipe:
         >>> make_recipe(ModelSettings(recipe="openlm", moe_loss_weight=0.3)).coefficients
         {'load_balance': 0.3}
     """
-    concerned = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")
-    settings = replace(
-        settings, **{key: value for key, value in read_config(settings.preset).items() if key in concerned}
-    )
+    settings = _with_model_keys(settings)
     recipe = find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe
@@ -107,11 +133,66 @@ def make_recipe(settings: ModelSettings) -> Recipe:
     return recipe._replace(coefficients={**recipe.coefficients, "load_balance": settings.moe_loss_weight})
 
 
-def make_corpus(settings: DataSettings, config: ModelConfig, *, say: Callable[[str], None]) -> Corpus:
+def resolved_model(settings: ModelSettings) -> ModelSettings:
+    """Fill in what the recipe takes for the MoE flags that were left out.
+
+    Args:
+        settings: of an MoE model.
+
+    Returns:
+        The settings; what the recipe has no option for stays out.
+
+    Example:
+        >>> resolved = resolved_model(ModelSettings(recipe="openlm"))
+        >>> resolved.moe_top_k, resolved.moe_capacity_factor, resolved.moe_loss_weight
+        (2, 1.25, 0.1)
+    """
+    merged, options = _with_model_keys(settings), recipe_options(settings.recipe)
+    weight = make_recipe(settings).coefficients.get("load_balance")
+    return replace(
+        merged,
+        moe_top_k=DEFAULT_K if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
+        moe_capacity_factor=options.get("capacity_factor")
+        if merged.moe_capacity_factor is None
+        else merged.moe_capacity_factor,
+        moe_loss_weight=weight if merged.moe_loss_weight is None else merged.moe_loss_weight,
+    )
+
+
+def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
+    """Find the recipe that evaluation runs: the same with no capacity limit.
+
+    What a limit drops depends on which sequences share a batch, so with one a score would depend on the batch size and
+    on the number of ranks.
+
+    Args:
+        settings: of the model.
+
+    Returns:
+        Recipe; that of training if its function takes no ``capacity_factor``.
+
+    Example:
+        >>> from moekit.recipes.cli import capacity_words
+        >>> capacity_words(make_evaluation_recipe(ModelSettings(moe_capacity_factor=1.25)))
+        'dropless'
+    """
+    settings = _with_model_keys(settings)
+    if "capacity_factor" not in recipe_options(settings.recipe):
+        return make_recipe(settings)
+    return find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=0.0)
+
+
+def _with_model_keys(settings: ModelSettings) -> ModelSettings:
+    """Let the MoE keys of the model's file win over flags."""
+    concerned = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")
+    return replace(settings, **{key: value for key, value in read_config(settings.preset).items() if key in concerned})
+
+
+def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[str], None]) -> Corpus:
     """Find the data that the settings name, or prepare the embedded domains on first use.
 
     Args:
-        settings: of the data.
+        settings: of the run.
         config: gives sequence length and, for the default tokenizer, vocabulary.
         say: called with a line of text before each step that takes time.
 
@@ -119,84 +200,110 @@ def make_corpus(settings: DataSettings, config: ModelConfig, *, say: Callable[[s
         Corpus.
 
     Raises:
-        ValueError: if the numbers of manifests and weights differ, the sequences have another length than the model's,
-            or the tokenizer has more ids than the model.
+        ValueError: if the numbers of manifests and weights differ, or a tokenizer has more ids than the model.
         FileNotFoundError: if a manifest is not there.
     """
-    corpus = _named(settings, config) if settings.dataset_manifest else _embedded(settings, config, say)
-    if len(corpus.weights) != len(corpus.domains):
+    data = settings.data
+    named = bool(data.dataset_manifest) or settings.evaluates_only
+    corpus = _named(data) if named else _embedded(data, config, say)
+    if len(corpus.weights) != len(corpus.sources):
         raise ValueError(
-            f"--train-data-mix-weights has {len(corpus.weights)} numbers for {len(corpus.domains)} sources "
-            f"({', '.join(domain.name for domain in corpus.domains)}); expected one each."
+            f"--train-data-mix-weights has {len(corpus.weights)} numbers for {len(corpus.sources)} sources "
+            f"({', '.join(source.name for source in corpus.sources)}); expected one each."
         )
-    if corpus.tokenizer is not None and corpus.tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"tokenizer {corpus.tokenizer.name} has {corpus.tokenizer.vocab_size} ids, the model's vocabulary "
-            f"{config.vocab_size}; expected no more. Choose --tokenizer bpe-{config.vocab_size} or another preset."
-        )
+    for tokenizer in (corpus.tokenizer, *(each.tokenizer for each in corpus.validation)):
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            raise ValueError(
+                f"tokenizer {tokenizer.name} has {tokenizer.vocab_size} ids, the model's vocabulary "
+                f"{config.vocab_size}; expected no more. Choose --tokenizer bpe-{config.vocab_size} or another model."
+            )
     return corpus
 
 
-def _embedded(settings: DataSettings, config: ModelConfig, say: Callable[[str], None]) -> Corpus:
-    name = settings.tokenizer or f"bpe-{config.vocab_size}"
-    prepared = prepare(tokenizer_name=name, seq_len=config.seq_len, progress=say)
-    domains = tuple(Domain(key, shards.train, shards.validation) for key, shards in prepared.domains.items())
-    weights = settings.train_data_mix_weights or tuple(MIXING_WEIGHTS[domain.name] for domain in domains)
-    return Corpus(domains, weights, prepared.tokenizer)
+def _embedded(data: DataSettings, config: ModelConfig, say: Callable[[str], None]) -> Corpus:
+    prepared = prepare(
+        tokenizer_name=data.tokenizer or f"bpe-{config.vocab_size}", seq_len=config.seq_len, progress=say
+    )
+    sources, held_out = [], []
+    for name, manifests in prepared.domains.items():
+        sources.append(Source(name, str(manifests.train), read_manifest(manifests.train)))
+        held_out.append(_validation_set(name, str(manifests.validation), data, prepared.tokenizer))
+    weights = data.train_data_mix_weights or tuple(MIXING_WEIGHTS[source.name] for source in sources)
+    taken = [source.name for source in sources]
+    return Corpus(tuple(sources), weights, (*held_out, *_tars(data, taken)), None, prepared.tokenizer)
 
 
-def _named(settings: DataSettings, config: ModelConfig) -> Corpus:
-    manifests, held_out = settings.dataset_manifest, settings.val_manifest
-    for path in (*manifests, *held_out):
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"there is no manifest at {path}. Expected a manifest.jsonl with the shards beside it; "
-                f"moekit.lm.shards.write_shards writes both. Without --dataset-manifest the embedded data are used."
-            )
-    if held_out and len(held_out) != len(manifests):
+def _named(data: DataSettings) -> Corpus:
+    manifests, held_out = data.dataset_manifest, data.val_manifest
+    if manifests and held_out and len(held_out) != len(manifests):
         raise ValueError(
             f"{len(held_out)} validation manifests were given for {len(manifests)} sources; expected one each, in order"
         )
-    for path in (*manifests, *held_out):
-        _check_length(path, config.seq_len)
-    names = [path.parent.name or str(path) for path in manifests]
-    names = [name if names.count(name) == 1 else f"{name}-{i}" for i, name in enumerate(names)]
-    pairs = zip(names, manifests, held_out or (None,) * len(manifests), strict=True)
-    weights = settings.train_data_mix_weights or (1.0,) * len(manifests)
-    return Corpus(tuple(Domain(*triple) for triple in pairs), weights, None)
+    _check_tokenizer(data)
+    names = _names(manifests or held_out)
+    read = [read_manifest(manifest, allow_commands=data.allow_pipe_commands) for manifest in manifests]
+    sources = tuple(Source(*triple) for triple in zip(names, manifests, read, strict=False))
+    sets = [_validation_set(name, url, data, None) for name, url in zip(names, held_out, strict=False)]
+    weights = data.train_data_mix_weights or (1.0,) * len(manifests)
+    passes = None if data.multiple_data_passes else 1
+    return Corpus(sources, weights, (*sets, *_tars(data, names)), passes, None)
 
 
-def _check_length(manifest: Path, seq_len: int) -> None:
-    # One sequence will do: whoever loads the manifest checks that all are as long.
-    first = next((tokens for shard in read_manifest(manifest) for tokens in read_shard(shard.path)), None)
-    if first is not None and len(first) != seq_len + 1:
+def _check_tokenizer(data: DataSettings) -> None:
+    if data.tokenizer and not data.tokenizer.endswith(".json"):
         raise ValueError(
-            f"the sequences of {manifest} have {len(first)} tokens; expected {seq_len + 1}, one more than the model's "
-            f"seq_len. Choose a --preset with seq_len {len(first) - 1}, or tokenize the data again."
+            f"--tokenizer {data.tokenizer} is one of the embedded domains; for data that are named, expected the path "
+            "of a tokenizer.json. Leave it out to take the one beside the manifest"
         )
+    if data.tokenizer and not Path(data.tokenizer).is_file():
+        raise FileNotFoundError(f"--tokenizer {data.tokenizer}: there is no such file; expected a tokenizer.json")
 
 
-def uses_bfloat16(precision: str, device: torch.device) -> bool:
-    """Say whether a precision setting means bf16 autocast on this hardware.
-
-    A CPU gains from bf16 only with AMX: without it bf16 products took 1.2 to 2 times as long as float32 ones.
-
-    Args:
-        precision: "auto", "fp32" or "amp_bfloat16".
-        device: that trains.
-
-    Returns:
-        True for bf16 autocast.
-
-    Example:
-        >>> uses_bfloat16("fp32", torch.device("cpu"))
-        False
-    """
-    if precision != "auto":
-        return precision == "amp_bfloat16"
-    return device.type == "cuda" or bool(torch.cpu.get_capabilities().get("amx_bf16"))
+def _names(locations: Sequence[str]) -> list[str]:
+    """Name each source by its manifest's folder; two of one name get numbers."""
+    names = [location.rstrip("/").split("/")[-2] if "/" in location else location for location in locations]
+    return _distinct(names, ())
 
 
-def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Return the autocast context of a precision setting; see ``uses_bfloat16``."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=uses_bfloat16(precision, device))
+def _distinct(names: Sequence[str], taken: Sequence[str]) -> list[str]:
+    """Number the names that occur twice or are taken: a name is what scores are listed under."""
+    found: list[str] = []
+    for name in names:
+        if names.count(name) > 1 or name in taken:
+            numbered = (f"{name}-{number}" for number in count())
+            name = next(each for each in numbered if each not in (*names, *taken, *found))
+        found.append(name)
+    return found
+
+
+def _validation_set(name: str, manifest: str, data: DataSettings, tokenizer: Tokenizer | None) -> ValidationSet:
+    shards = read_manifest(manifest, allow_commands=data.allow_pipe_commands)
+    return ValidationSet(name, shards, data.data_key, tokenizer or _tokenizer(manifest, data), manifest)
+
+
+def _tars(data: DataSettings, taken: Sequence[str]) -> list[ValidationSet]:
+    sets = []
+    for number, text in enumerate(data.val_data):
+        urls = [resolve_url(each, allow_commands=data.allow_pipe_commands) for each in expand_braces(text)]
+        for url in urls:
+            if not (url.startswith("pipe:") or is_remote(url) or os.path.exists(url)) or os.path.isdir(url):
+                raise FileNotFoundError(f"--val-data {text}: there is no file {url}; expected a tar of sequences")
+        keys = data.val_data_key or ((data.data_key,) if data.data_key else ())
+        key = keys[number if len(keys) > 1 else 0] if keys else None
+        sets.append(ValidationSet(_tar_name(text), urls, key, _tokenizer(urls[0], data), text))
+    names = _distinct([each.name for each in sets], taken)
+    return [each._replace(name=name) for each, name in zip(sets, names, strict=True)]
+
+
+def _tar_name(text: str) -> str:
+    words = [word for word in text.split() if word != "-"]
+    return words[-1].rsplit("/", 1)[-1].removesuffix(".tar") or text
+
+
+def _tokenizer(beside: str, data: DataSettings) -> Tokenizer | None:
+    if data.tokenizer.endswith(".json"):
+        return load_tokenizer(data.tokenizer)
+    if beside.startswith("pipe:") or is_remote(beside):
+        return None
+    path = Path(beside).parent / "tokenizer.json"
+    return load_tokenizer(path) if path.is_file() else None

@@ -1,46 +1,133 @@
-"""One training step, in parts that can be tested alone."""
+"""The loss of an optimizer step and its gradient, over micro-batches and ranks."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.lm.displays import LayerLoad
 from moekit.lm.model import LanguageModel
+from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import weighted_sum
-from moekit.routing import RoutingStats, routing_stats
-from moekit.segments import tokens_per_expert
+from moekit.recipes.modules import MoE
+from moekit.recipes.routing_sums import choice_counts, routing_sums
 from moekit.types import LayerOutput
 
 
-class StepLoss(NamedTuple):
-    """The loss of one batch.
+class Tokens(NamedTuple):
+    """How many tokens the global batch of a step has.
 
     Attributes:
-        total: what is differentiated: cross-entropy plus the balancing losses with their coefficients.
-        cross_entropy: mean over tokens, nats.
-        balancing: name to the mean over MoE layers, without coefficient.
-        layers: what each block returned.
+        inputs: that the model reads, padding not counted.
+        targets: that it predicts.
+    """
+
+    inputs: float
+    targets: float
+
+
+class StepLoss(NamedTuple):
+    """The loss of an optimizer step: means over the global batch, the same on every rank. None requires a gradient.
+
+    Attributes:
+        total: what was differentiated: cross-entropy plus the other losses with their coefficients.
+        cross_entropy: mean over targets, nats.
+        balancing: name to the mean over MoE layers, without coefficient; 1 at perfect balance for ``load_balance``.
+        z: mean squared log-sum-exp of the output logits.
+        logit_mean: mean of the output logits.
+        routing: (MoE layers, E + 3) float64, see ``moekit.recipes.routing_sums``.
     """
 
     total: Tensor
     cross_entropy: Tensor
     balancing: Mapping[str, Tensor]
-    layers: Sequence[LayerOutput]
+    z: Tensor
+    logit_mean: Tensor
+    routing: Tensor
 
 
-def batch_loss(model: LanguageModel, batch: Tensor) -> StepLoss:
-    """Compute the loss of a batch.
+class LossRules(NamedTuple):
+    """What a step's loss is made of, beside the recipe's coefficients.
 
-    The balancing losses are averaged over MoE layers, so that a coefficient means the same for any depth.
+    Attributes:
+        z_coefficient: weight of the mean squared log-sum-exp of the output logits.
+        whole_step: balance the load over the whole step (all micro-batches and ranks); else within each micro-batch
+            of each rank, as OpenLM.
+        precision: makes the context of a forward, for example autocast.
+        scale: what a loss goes through before its backward, for example a gradient scaler.
+        logit_mean: compute the mean of the output logits.
+    """
+
+    z_coefficient: float = 0.0
+    whole_step: bool = True
+    precision: Callable[[], AbstractContextManager[None]] = nullcontext
+    scale: Callable[[Tensor], Tensor] = lambda loss: loss
+    logit_mean: bool = False
+
+
+def split_ids(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut a batch into what the model reads and what it predicts.
+
+    Args:
+        ids: (B, L + 1) int64; -1 where there is no token.
+
+    Returns:
+        inputs (B, L), 0 where there is no token; targets (B, L), -100 there; and the mask (B, L) of real inputs.
+
+    Example:
+        >>> split_ids(torch.tensor([[5, 6, -1]]))
+        (tensor([[5, 6]]), tensor([[   6, -100]]), tensor([[True, True]]))
+    """
+    inputs, targets = ids[:, :-1], ids[:, 1:]
+    return inputs.clamp_min(0), targets.masked_fill(targets < 0, -100), inputs >= 0
+
+
+def count_tokens(ids: Tensor) -> Tokens:
+    """Count the tokens of a batch.
+
+    Args:
+        ids: (B, L + 1) int64; -1 where there is no token.
+
+    Returns:
+        Tokens.
+
+    Example:
+        >>> count_tokens(torch.tensor([[5, 6, -1]]))
+        Tokens(inputs=2, targets=1)
+    """
+    return Tokens(int((ids[:, :-1] >= 0).sum()), int((ids[:, 1:] >= 0).sum()))
+
+
+def take_gradient(
+    model: LanguageModel,
+    batches: Sequence[Tensor],
+    *,
+    tokens: Tokens | None = None,
+    rules: LossRules | None = None,
+    world: World | None = None,
+    masked: bool = True,
+    statistics: bool = True,
+) -> StepLoss:
+    """Compute the loss of an optimizer step, and add its gradient to the parameters'.
+
+    The loss is a mean over the global batch, so its gradient is the same for any number of micro-batches and ranks, to
+    rounding, wherever no capacity limit drops assignments (a limit counts within a micro-batch of a rank) and the
+    router draws no random numbers. For the balancing losses that takes the load of the whole step: with several
+    micro-batches it is counted by a forward without gradients before the first backward; with several ranks it is
+    summed over them.
 
     Args:
         model: whose MoE layers carry their recipe's coefficients.
-        batch: (B, L + 1) int64; the model reads all columns but the last and predicts all but the first.
+        batches: this rank's micro-batches, (B, L + 1) int64 each; -1 where there is no token.
+        tokens: of the global batch; None counts this rank's.
+        rules: what the loss is made of; None takes the defaults.
+        world: the ranks; None is one process. Their gradients are left to be summed, see ``moekit.parallel``.
+        masked: whether any id is -1. False spares the model the mask.
+        statistics: compute all of ``routing``; else its counts alone.
 
     Returns:
         StepLoss.
@@ -50,31 +137,57 @@ def batch_loss(model: LanguageModel, batch: Tensor) -> StepLoss:
         >>> from moekit.recipes import mixtral
         >>> from moekit.recipes.language_models import language_model
         >>> model = language_model(load_config("moekit_tiny", moe_freq=1, moe_num_experts=4), mixtral())
-        >>> sorted(batch_loss(model, torch.zeros(2, 9, dtype=torch.int64)).balancing)
+        >>> sorted(take_gradient(model, [torch.zeros(2, 9, dtype=torch.int64)]).balancing)
         ['load_balance']
+
+    References:
+        Qiu et al., Demons in the Detail: load balancing loss over the global batch, 2025,
+        https://arxiv.org/abs/2501.11873
     """
-    output = model(batch[:, :-1])
-    cross_entropy = F.cross_entropy(output.logits.flatten(0, 1), batch[:, 1:].flatten())
-    moe = list(moe_layers(model))
-    sums = [weighted_sum(output.layers[index].losses, layer.recipe.coefficients) for index, layer in moe]
-    total = cross_entropy + sum(sums) / len(moe) if moe else cross_entropy
-    names = sorted({name for index, _ in moe for name in output.layers[index].losses})
-    balancing = {
-        name: torch.stack([layer.losses[name] for layer in output.layers if name in layer.losses]).mean()
-        for name in names
-    }
-    return StepLoss(total, cross_entropy, balancing, output.layers)
+    rules, world = rules or LossRules(), world or one_process()
+    tokens = Tokens(*map(sum, zip(*map(count_tokens, batches), strict=True))) if tokens is None else tokens
+    layers = [layer for _, layer in moe_layers(model)]
+    weighs = rules.whole_step and any(any(layer.recipe.coefficients.values()) for layer in layers)
+    counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
+    sums = []
+    for number, ids in enumerate(batches, start=1):
+        gradient_sync(model, last=number == len(batches))
+        inputs, targets, mask = split_ids(ids)
+        token_mask = mask if masked else None
+        with rules.precision():
+            output = model(inputs, token_mask=token_mask)
+            outputs = [each for each in output.layers if each.routing is not None]
+            if weighs and counts is None and world.size > 1:
+                counts = all_sum(world, torch.stack([choice_counts(each.routing) for each in outputs]))
+            terms = _output_terms(output.logits, targets, tokens, rules)
+            share = _share(mask, tokens, masked, dtype=terms[0].dtype)
+            weighted, balancing = _balancing(layers, outputs, counts, token_mask=token_mask)
+            total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
+        rules.scale(total).backward()
+        routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
+        numbers = [total, *terms, *(share * balancing[name] for name in sorted(balancing))]
+        sums.append(torch.cat([torch.stack([each.detach().double() for each in numbers]), *routing]))
+    flat = all_sum(world, torch.stack(sums).sum(0))
+    names, width = sorted(balancing), len(numbers)
+    total, cross_entropy, z, logit_mean, *means = flat[:width].unbind()
+    return StepLoss(
+        total, cross_entropy, dict(zip(names, means, strict=True)), z, logit_mean, _rows(flat[width:], len(layers))
+    )
 
 
-def learning_rate(step: int, *, steps: int, peak: float, warmup: int, end: float) -> float:
-    """Compute the learning rate: linear warm-up, then a cosine from ``peak`` to ``end``.
+def learning_rate(
+    step: int, *, steps: int, peak: float, warmup: int, end: float, cosine: bool = True, least: float = 0.0
+) -> float:
+    """Compute the learning rate: linear warm-up, then a cosine from ``peak`` to ``end``, or ``peak`` throughout.
 
     Args:
         step: optimizer steps done before this one.
         steps: steps in all.
         peak: the largest rate.
-        warmup: steps of warm-up; less than ``steps``.
+        warmup: steps of warm-up.
         end: the rate that the cosine reaches after the last step.
+        cosine: False stays at the peak.
+        least: lower limit after the warm-up.
 
     Returns:
         The rate of this step: peak (step + 1) / warmup, then end + (peak - end) (1 + cos(pi e / E)) / 2 with
@@ -86,56 +199,87 @@ def learning_rate(step: int, *, steps: int, peak: float, warmup: int, end: float
     """
     if step < warmup:
         return peak * (step + 1) / warmup
-    return end + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * (peak - end)
+    if not cosine:
+        return max(peak, least)
+    return max(end + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * (peak - end), least)
 
 
-def update_selection_biases(model: LanguageModel, layers: Sequence[LayerOutput]) -> None:
-    """Move every selection bias one step toward balance, from the loads of this optimizer step.
+def update_selection_biases(model: LanguageModel, routing: Tensor) -> None:
+    """Move every selection bias one step toward balance, from the loads of this optimizer step over all ranks.
 
     Args:
         model: whose MoE layers hold the biases; layers without one are left alone.
-        layers: what each block returned.
+        routing: (MoE layers, E + 3), of ``StepLoss``.
     """
-    for index, layer in moe_layers(model):
-        routing = layers[index].routing
-        if layer.bias is not None and routing is not None:
-            layer.update_selection_bias(tokens_per_expert(routing.expert_indices, routing.num_experts))
+    for (_, layer), row in zip(moe_layers(model), routing, strict=True):
+        layer.update_selection_bias(row[: layer.num_experts])
 
 
-def layer_stats(model: LanguageModel, layers: Sequence[LayerOutput]) -> dict[int, RoutingStats]:
-    """Compute the routing statistics of every MoE layer.
-
-    Args:
-        model: whose recipes say how the layers plan.
-        layers: what each block returned.
-
-    Returns:
-        Index of the block to its statistics.
-    """
-    stats = {}
-    for index, layer in moe_layers(model):
-        output = layers[index]
-        assert output.routing is not None
-        assert output.logits is not None
-        stats[index] = routing_stats(output.logits, output.routing, layer.recipe.plan(output.routing))
-    return stats
+def _output_terms(logits: Tensor, targets: Tensor, tokens: Tokens, rules: LossRules) -> tuple[Tensor, Tensor, Tensor]:
+    whole = max(tokens.targets, 1)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / whole
+    z = logit_mean = torch.zeros((), device=logits.device)
+    if rules.z_coefficient:
+        z = logits.logsumexp(-1).square().masked_fill(targets < 0, 0.0).sum() / whole
+    if rules.logit_mean:
+        logit_mean = logits.detach().mean(-1).masked_fill(targets < 0, 0.0).sum() / whole
+    return cross_entropy, z, logit_mean
 
 
-def layer_load(index: int, stats: RoutingStats) -> LayerLoad:
-    """Read one layer's statistics off the device, for a display or a file.
+def _share(mask: Tensor, tokens: Tokens, masked: bool, *, dtype: torch.dtype) -> Tensor | float:
+    """Return the share of the global batch's tokens that this micro-batch has; a quotient of ints would be float32."""
+    return (mask.sum().to(dtype) if masked else mask.numel()) / max(tokens.inputs, 1)
 
-    Args:
-        index: of the block.
-        stats: its statistics.
 
-    Returns:
-        LayerLoad.
-    """
-    return LayerLoad(
-        layer=index,
-        load=stats.load.tolist(),
-        max_violation=stats.max_violation.item(),
-        drop_rate=stats.drop_rate.item(),
-        entropy=stats.entropy.item(),
-        dead_experts=int(stats.dead_experts.item()),
-    )
+def _balancing(
+    layers: Sequence[MoE], outputs: Sequence[LayerOutput], counts: Tensor | None, *, token_mask: Tensor | None
+) -> tuple[Tensor | float, dict[str, Tensor]]:
+    """Return the mean over layers of the weighted losses, and of each loss by name, over this micro-batch's tokens."""
+    by_layer = []
+    for number, (layer, output) in enumerate(zip(layers, outputs, strict=True)):
+        losses = output.losses  # of this micro-batch's own load
+        if counts is not None:
+            assert output.logits is not None
+            assert output.routing is not None
+            options = {"token_mask": token_mask, "tokens_per_expert": counts[number]}
+            losses = {
+                name: loss(output.logits, output.routing, **options) for name, loss in layer.recipe.losses.items()
+            }
+        by_layer.append(losses)
+    weighted = [weighted_sum(losses, layer.recipe.coefficients) for losses, layer in zip(by_layer, layers, strict=True)]
+    names = sorted({name for losses in by_layer for name in losses})
+    means = {name: torch.stack([losses[name] for losses in by_layer if name in losses]).mean() for name in names}
+    return sum(weighted) / max(len(layers), 1), means
+
+
+def _count_ahead(
+    model: LanguageModel, batches: Sequence[Tensor], rules: LossRules, world: World, masked: bool
+) -> Tensor:
+    """Count (MoE layers, K, E) assignments over all micro-batches and ranks, by a forward without gradients."""
+    counts: list[Tensor] = []
+    with torch.no_grad(), _same_random_numbers(world.device):
+        for ids in batches:
+            inputs, _, mask = split_ids(ids)
+            with rules.precision():
+                layers = model(inputs, token_mask=mask if masked else None).layers
+            counts.append(torch.stack([choice_counts(each.routing) for each in layers if each.routing is not None]))
+    return all_sum(world, torch.stack(counts).sum(0))
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """Leave the random state as it was, so that what follows draws the same numbers again."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        yield
+
+
+def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statistics: bool) -> Tensor:
+    assert output.routing is not None
+    if statistics:
+        return routing_sums(output, layer.recipe, token_mask=token_mask)
+    counts = choice_counts(output.routing).sum(0).double()
+    return F.pad(counts, (0, 3))
+
+
+def _rows(flat: Tensor, num_layers: int) -> Tensor:
+    return flat.view(num_layers, -1) if num_layers else flat.view(0, 3)

@@ -1,33 +1,39 @@
 """The main program: train an MoE language model, evaluate it, and say what came out."""
 
-import json
-import os
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moekit.lm.checkpoints import checkpoint_folder
-from moekit.lm.displays import Display, StepReport, show_training
-from moekit.lm.signals import stop_on_signals
-from moekit.lm.trackers import JsonLines, read_metrics
+from moekit.lm.signals import StopRequest, stop_on_signals
+from moekit.lm.trackers import read_metrics
+from moekit.parallel import World, any_true, start_processes
 from moekit.recipes import report
-from moekit.recipes.evaluate import Evaluation, evaluate
+from moekit.recipes.configuration import parse_settings, write_config
+from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import language_model, parameter_table
-from moekit.recipes.runs import Run, restore, save, set_up, write_params
-from moekit.recipes.settings import TrainSettings, parse_settings
-from moekit.recipes.setup import autocast, make_config, make_recipe, uses_bfloat16
-from moekit.recipes.steps import StepLoss, batch_loss, layer_load, layer_stats, learning_rate, update_selection_biases
+from moekit.recipes.names import users_fault
+from moekit.recipes.precisions import make_deterministic, precision_words
+from moekit.recipes.recording import Clock, Recorder, recording
+from moekit.recipes.runs import Run, resolved, set_up
+from moekit.recipes.saving import Position, Progress, position, restore, save, skipped_data
+from moekit.recipes.scoring import append_results, score, score_sets
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.settings_legacy import without_effect
+from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.updates import StepResult, agree, train_step
 
+T = TypeVar("T")
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
-_SHORT_VALIDATION = 16_384  # tokens per domain of the validations on the way
+_SHORT_VALIDATION = 16_384  # tokens per set of the validations on the way
+_ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)
 
 
 def main(
@@ -43,16 +49,28 @@ def main(
     Raises:
         SystemExit: with a message, if settings or data make no sense.
     """
-    settings = parse_settings(arguments, prog=prog)
-    console = Console()
+    words = sys.argv[1:] if arguments is None else arguments
+    settings = None
     try:
+        settings = parse_settings(words, prog=prog)
         if settings.run.describe:
-            describe(settings, console)
-        else:
-            words = sys.argv[1:] if arguments is None else arguments
-            train(settings, console, command=shlex.join([*launch.split(), *words]))
-    except (ValueError, FileNotFoundError, FileExistsError, ModuleNotFoundError, FloatingPointError) as error:
-        raise SystemExit(f"{prog}: {error}") from error
+            describe(settings, Console())
+            return
+        if settings.run.deterministic:
+            make_deterministic()
+        with start_processes() as world:
+            console = Console(quiet=world.rank > 0)
+            for line in notes(settings, world):
+                console.print(line, highlight=False, soft_wrap=True)
+            if settings.evaluates_only:
+                score(settings, world, console)
+            else:
+                train(settings, console, world=world, command=shlex.join([*launch.split(), *words]))
+    except Exception as error:
+        fault = None if settings is None else users_fault(settings.model.recipe, error)
+        if fault is None and not isinstance(error, _ERRORS):
+            raise
+        raise SystemExit(f"{prog}: {fault or error}") from error
 
 
 def describe(settings: TrainSettings, console: Console) -> None:
@@ -69,142 +87,236 @@ def describe(settings: TrainSettings, console: Console) -> None:
     console.print(report.describe(model, upstream_bias=settings.model.recipe == "openlm" and config.moe_freq > 0))
 
 
-def train(settings: TrainSettings, console: Console, *, command: str = "") -> Path:
-    """Train, evaluate and report.
+def notes(settings: TrainSettings, world: World) -> list[str]:
+    """Say, once, which flags have no effect in this launch, and why.
+
+    Args:
+        settings: of the run.
+        world: the ranks.
+
+    Returns:
+        Lines of text.
+
+    Example:
+        >>> from moekit.recipes.settings import ParallelSettings
+        >>> from moekit.parallel import one_process
+        >>> notes(TrainSettings(parallel=ParallelSettings(fsdp=True)), one_process())
+        ['--fsdp has nothing to shard over: this is one process. Start several with torchrun']
+    """
+    parallel, lines = settings.parallel, without_effect(settings.legacy)
+    if world.size == 1:
+        given = [
+            name for name in ("fsdp", "fsdp_amp", "fsdp_pure_bf16", "moe_weight_parallelism") if getattr(parallel, name)
+        ]
+        lines += [
+            f"--{name.replace('_', '-')} has nothing to shard over: this is one process. Start several with torchrun"
+            for name in given
+        ]
+    if parallel.moe_expert_model_parallelism:
+        sharded = world.size > 1 and (parallel.fsdp or parallel.moe_weight_parallelism)
+        where = "sharded over the ranks" if sharded else "whole on every rank"
+        lines.append(
+            "--moe-expert-model-parallelism: this version exchanges no tokens; every rank computes all experts for its "
+            f"own tokens, with their memory {where}. Every expert is distinct, and the numbers are the same"
+        )
+    return lines
+
+
+def train(settings: TrainSettings, console: Console, *, world: World | None = None, command: str = "") -> Path:
+    """Train, evaluate and report. All ranks call it together.
 
     Args:
         settings: of the run.
         console: where to.
+        world: the ranks; None is one process.
         command: that started the run, for the hint how to resume it.
 
     Returns:
-        The run folder, with ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and ``run.png``.
+        The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
+        ``run.png``.
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: if a loss or gradient is not finite, and the settings do not leave such steps out.
         ValueError: if the settings make no sense.
         FileNotFoundError: if data or a checkpoint are not there.
     """
-    run = set_up(settings, console)
-    done, seconds = restore(run, console)
-    write_params(run)
-    precision = "bf16 autocast" if uses_bfloat16(settings.optimizer.precision, run.device) else "fp32"
-    total, active = parameter_table(run.model)[-1][1:]
-    console.print(
-        f"{run.folder}: {total:,} parameters, {active:,} active; {run.device.type}, {precision}",
-        highlight=False,
-        soft_wrap=True,
-    )
-    tracker = JsonLines(run.folder / "metrics.jsonl", from_step=done + 1)
-    with stop_on_signals() as stop, show_training(console, settings.optimizer.steps, done=done) as display:
-        clock = _Clock(seconds)
-        while done < settings.optimizer.steps and not stop:
-            step = train_step(run, done)
-            done += 1
-            with clock.paused(steps=1):
-                log_step(run, tracker, display, clock, *step, step=done)
-    folder = save(run, done, seconds=clock.seconds)
-    if done < settings.optimizer.steps:
-        console.print(f"stopped by {stop.name} after step {done}; checkpoint {folder}\ngo on with:", highlight=False)
-        console.print(f"  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
+    if world is None:
+        with start_processes() as world:
+            return train(settings, console, world=world, command=command)
+    run = set_up(settings, world, console)
+    started = restore(run, console)
+    if world.rank == 0:
+        write_config(run.folder, resolved(run))
+    announce(run, console)
+    try:
+        with recording(run, console, started) as recorder, stop_on_signals() as stop:
+            ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
+            progress = ended.progress
+            absent = not checkpoint_folder(run.folder, progress.step).exists()
+            if progress.step > started.step or (absent and ended.trouble is None):
+                save(run, progress, ended.at)
+            if ended.trouble is not None:
+                raise ended.trouble
+    finally:
+        run.stream.close()
+    if progress.step < run.budget.steps:
+        folder = checkpoint_folder(run.folder, progress.step)
+        console.print(f"stopped by {ended.by} after step {progress.step}; checkpoint {folder}", highlight=False)
+        console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
         return run.folder
-    finish(run, console, seconds=clock.seconds)
+    finish(run, console, seconds=progress.seconds)
     return run.folder
 
 
-def train_step(run: Run, step: int) -> tuple[StepLoss, Tensor, float]:
-    """Take one optimizer step.
+def announce(run: Run, console: Console) -> None:
+    """Say what is about to be trained.
+
+    Args:
+        run: the run.
+        console: where to.
+    """
+    total, active = parameter_table(run.model)[-1][1:]
+    budget, device = run.budget, run.world.device
+    ranks = "" if run.world.size == 1 else f", {run.world.size} ranks"
+    console.print(
+        f"{run.folder}: {total:,} parameters, {active:,} active; {device.type}{ranks}, "
+        f"{precision_words(run.settings.optimizer.precision, device)}; {budget.steps:,} steps of "
+        f"{budget.tokens_per_step:,} tokens",
+        highlight=False,
+        soft_wrap=True,
+    )
+    warmup = run.settings.optimizer.warmup
+    if warmup is not None and warmup >= budget.steps:
+        console.print(
+            f"--warmup {warmup} is not shorter than the run: the rate does not reach --lr before its end",
+            highlight=False,
+        )
+
+
+class Ended(NamedTuple):
+    """How a training loop ended.
+
+    Attributes:
+        progress: how far it came.
+        at: where the next step starts.
+        by: who stopped it, in words.
+        trouble: what went wrong on this rank outside a step, with data, validation or trackers; or None.
+    """
+
+    progress: Progress
+    at: Position
+    by: str
+    trouble: Exception | None
+
+
+def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *, command: str) -> Ended:
+    """Train until the last step, or until a rank is asked to stop or has to. The last checkpoint is left to the caller.
 
     Args:
         run: changed in place.
-        step: optimizer steps done before.
+        recorder: to report to.
+        progress: where to start.
+        stop: whether somebody asked to stop.
+        command: that resumes the run, for messages.
 
     Returns:
-        The loss, the gradient norm before clipping, the learning rate.
-    """
-    optimizer = run.settings.optimizer
-    rate = learning_rate(
-        step, steps=optimizer.steps, peak=optimizer.lr, warmup=optimizer.warmup_steps, end=optimizer.lr_cooldown_end
-    )
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-    batch = next(run.stream).to(run.device, non_blocking=True)
-    with autocast(optimizer.precision, run.device):
-        loss = batch_loss(run.model, batch)
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.total.backward()
-    limit = optimizer.grad_clip_norm or float("inf")
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), limit)
-    run.optimizer.step()
-    update_selection_biases(run.model, loss.layers)
-    return loss, norm, rate
-
-
-def log_step(
-    run: Run,
-    tracker: JsonLines,
-    display: Display,
-    clock: "_Clock",
-    loss: StepLoss,
-    norm: Tensor,
-    rate: float,
-    *,
-    step: int,
-) -> None:
-    """Report a step if it is one of those to report, with a short validation if it is one of those to validate.
-
-    Args:
-        run: the run.
-        tracker: of the metrics file.
-        display: to update.
-        clock: of the run.
-        loss: of the step.
-        norm: gradient norm.
-        rate: learning rate.
-        step: optimizer steps done.
+        How it ended, on all ranks after the same step.
 
     Raises:
-        FloatingPointError: if the loss is not finite.
+        FloatingPointError: see ``train``.
     """
-    every, last = run.settings.run, step == run.settings.optimizer.steps
-    validates = step % every.val_every_n_steps == 0 or last
-    if step % every.log_every_n_steps and not validates:
-        return
-    value = loss.cross_entropy.item()
-    if not torch.isfinite(loss.total):
-        raise FloatingPointError(
-            f"the loss is {value} (in all {loss.total.item()}) at step {step}; lower --lr, or lengthen --warmup"
-        )
-    loads = [layer_load(index, stats) for index, stats in layer_stats(run.model, loss.layers).items()]
-    balancing = {f"loss/{name}": term.item() for name, term in loss.balancing.items()}
-    speed = clock.lap() * run.tokens_per_step
-    metrics: dict[str, Any] = {"step": step, "tokens": step * run.tokens_per_step, "loss": value, **balancing}
-    metrics |= {"lr": rate, "grad_norm": norm.item(), "tokens_per_second": round(speed, 1)}
-    metrics |= {"layers": [load._asdict() for load in loads]}
-    if validates:
-        metrics["validation"] = {name: scores.loss for name, scores in validate(run, tokens=_SHORT_VALIDATION)}
-    tracker.log(metrics)
-    balance = balancing.get("loss/load_balance", float("nan"))
-    display.update(StepReport(step, run.settings.optimizer.steps, value, balance, rate, speed, loads))
+    steps, every = run.budget.steps, run.settings.run
+    clock, at, trouble = Clock(progress.seconds), position(run), None
+    while progress.step < steps:
+        asked = time.perf_counter()
+        batch, trouble = _attempt(run.stream.__next__)
+        data_time = time.perf_counter() - asked
+        tokens, stopping = agree(run, batch, stop=bool(stop) or batch is None)
+        if batch is None or stopping:
+            break  # the batch is not used, and the position is before it
+        step = progress.step + 1
+        ended = run.budget.epochs_ended(step) > run.budget.epochs_ended(progress.step)
+        validates = step % every.val_every_n_steps == 0 or ended or step == steps
+        reports = step % every.log_every_n_steps == 0 or validates
+        result = train_step(run, batch, step=progress.step, tokens=tokens, statistics=reports)
+        with clock.paused(steps=1):
+            progress = _counted(run, progress, result, clock.seconds, at, command, recorder)
+            at = position(run)
+            report = partial(_report, run, recorder, result, progress, at, clock, data_time=data_time)
+            _, trouble = _attempt(partial(report, reports=reports, validates=validates))
+            if (reports or every.log_data) and any_true(run.world, trouble is not None):
+                break
+            if step < steps and _saves(run, step, ended=ended):
+                save(run, progress, at)
+    return Ended(progress, at, stop.name or "another rank's signal or error", trouble)
 
 
-def validate(run: Run, *, tokens: int | None = None) -> list[tuple[str, Evaluation]]:
-    """Score the validation data of every domain that has any.
+def _report(
+    run: Run,
+    recorder: Recorder,
+    result: StepResult,
+    progress: Progress,
+    at: Position,
+    clock: Clock,
+    *,
+    data_time: float,
+    reports: bool,
+    validates: bool,
+) -> None:
+    recorder.data(progress.step)
+    if reports:
+        scores = validate(run, tokens=_SHORT_VALIDATION) if validates else {}
+        losses = {name: each.loss for name, each in scores.items()}
+        total = progress._replace(skipped_data=skipped_data(run, progress, at))
+        recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    """Do something that may fail on this rank alone, so that all ranks can hear of it before any stops."""
+    try:
+        return action(), None
+    except Exception as error:
+        return None, error
+
+
+def _counted(
+    run: Run, progress: Progress, result: StepResult, seconds: float, at: Position, command: str, recorder: Recorder
+) -> Progress:
+    """Count a step; one that was not finite is counted apart, or ends the run with a checkpoint from before it."""
+    step = progress.step + 1
+    if result.taken:
+        return progress._replace(step=step, seconds=seconds)
+    what = f"the loss or its gradient is not finite at step {step}"
+    if not result.finite:
+        if run.settings.optimizer.on_nonfinite == "stop":
+            folder = save(run, progress, at)
+            raise FloatingPointError(
+                f"{what}. Nothing was updated with it; {folder} has the state before. Lower --lr, lengthen --warmup, "
+                f"or leave such steps out:\n  {command} --on-nonfinite skip"
+            )
+        recorder.say(f"{what}: left out (--on-nonfinite skip)")
+    return progress._replace(step=step, seconds=seconds, skipped_steps=progress.skipped_steps + 1)
+
+
+def _saves(run: Run, step: int, *, ended: bool) -> bool:
+    given = run.settings.run
+    by_steps = given.save_every_n_steps is not None and step % given.save_every_n_steps == 0
+    return by_steps or (ended and run.budget.epochs_ended(step) % given.save_frequency == 0)
+
+
+def validate(run: Run, *, tokens: int | None = None) -> dict[str, Evaluation]:
+    """Score every validation set of a run; see ``score_sets``.
 
     Args:
         run: the run.
-        tokens: score the first so many tokens of each domain, rounded up to whole batches; None scores all.
+        tokens: at most so many of each set.
 
     Returns:
-        Pairs of domain and scores.
+        Name to scores.
     """
-    limit = None if tokens is None else -(-tokens // run.tokens_per_step)
-    scores = []
-    for name, batches in run.validation.items():
-        precision = autocast(run.settings.optimizer.precision, run.device)
-        scores.append((name, evaluate(run.model, batches[:limit], token_bytes=run.token_bytes, precision=precision)))
-    return scores
+    recipe = run.evaluation_recipe
+    return score_sets(run.settings, run.model, run.corpus, recipe=recipe, world=run.world, tokens=tokens)
 
 
 def finish(run: Run, console: Console, *, seconds: float) -> None:
@@ -215,16 +327,15 @@ def finish(run: Run, console: Console, *, seconds: float) -> None:
         console: where to.
         seconds: of training.
     """
-    scores = dict(validate(run))
-    with_data = {domain.name: domain for domain in run.corpus.domains if domain.name in scores}
-    simple = {
-        name: report.baselines(domain, vocab_size=run.model.config.vocab_size) for name, domain in with_data.items()
-    }
+    scores = validate(run)
+    checkpoint = checkpoint_folder(run.folder, run.budget.steps)
+    tokens = run.budget.steps * run.budget.tokens_per_step
     total, active = parameter_table(run.model)[-1][1:]
-    tokens = run.settings.optimizer.steps * run.tokens_per_step
+    simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
     console.print()
-    console.print(report.score_table(scores, simple))
-    if any(each.loads for each in scores.values()):
+    if scores:
+        console.print(report.score_table(scores, simple))
+    if any(each.layers for each in scores.values()):
         console.print(report.load_table(scores))
     console.print(
         f"{total:,} parameters, {active:,} active per token; {tokens:,} tokens in {seconds:.0f} s of training, "
@@ -233,47 +344,26 @@ def finish(run: Run, console: Console, *, seconds: float) -> None:
     )
     if run.corpus.tokenizer is not None:
         report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
-    results = {
-        name: {**each._asdict(), "perplexity": each.perplexity, **simple[name]._asdict()}
-        for name, each in scores.items()
-    }
+    if run.world.rank:
+        return
+    append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
     summary = {"parameters": total, "active_parameters": active, "tokens": tokens, "seconds": round(seconds, 1)}
-    _write_results(run.folder / "results.json", {**summary, "validation": results})
+    report.write_results(run.folder / "results.json", summary, scores, simple)
     picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
     console.rule()
-    console.print(f"picture: {picture}\ncheckpoint: {checkpoint_folder(run.folder, run.settings.optimizer.steps)}")
+    console.print(f"picture: {picture}\ncheckpoint: {checkpoint}")
 
 
-def _write_results(path: Path, results: Mapping[str, Any]) -> None:
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(dict(results), indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:
+    """Score with count models, which take whole sequences alone: a run whose data have others ends without them."""
+    try:
+        return report.simple_scores(run.corpus, scores, run.model.config)
+    except ValueError as error:
+        console.print(f"no bigrams and unigrams beside the scores: {error}", highlight=False, soft_wrap=True)
+        return {}
 
 
 def _resume_flags(run: Run) -> str:
     given = run.settings.run
     named = "" if given.name else f" --name {shlex.quote(run.folder.name)}"
     return named + ("" if given.resume == "latest" else " --resume latest")  # of two --resume, the last counts
-
-
-class _Clock:
-    """Seconds that went into training steps; reports and validations are not counted."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self._resumed = time.monotonic()
-        self._lap_steps, self._lap_start = 0, seconds
-
-    @contextmanager
-    def paused(self, *, steps: int) -> Iterator[None]:
-        """Count the steps since the last pause, and stop the clock."""
-        self.seconds += time.monotonic() - self._resumed
-        self._lap_steps += steps
-        yield
-        self._resumed = time.monotonic()
-
-    def lap(self) -> float:
-        """Return steps per second since the last lap."""
-        speed = self._lap_steps / max(self.seconds - self._lap_start, 1e-9)
-        self._lap_steps, self._lap_start = 0, self.seconds
-        return speed

@@ -29,8 +29,9 @@ def load_balance_loss(
         logits: (T, E) float32.
         routing: the decision made from them.
         token_mask: (T,) bool, True for real tokens. Others count in neither f nor P.
-        tokens_per_expert: (E,) counts to use for f in place of this call's own, for example summed over ranks
-            (the global-batch loss of Qiu et al.).
+        tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
+            ranks (the global-batch loss of Qiu et al.): (E,), or (K, E) by choice, of which ``choices`` takes the
+            first.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.
 
@@ -54,6 +55,8 @@ def load_balance_loss(
     num_experts = logits.shape[-1]
     if tokens_per_expert is None:
         tokens_per_expert = _counts(routing, token_mask, choices)
+    elif tokens_per_expert.ndim == 2:
+        tokens_per_expert = tokens_per_expert[:choices].sum(0)
     scores = score(logits)
     probs = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
     load = tokens_per_expert.to(probs.dtype)

@@ -68,7 +68,9 @@ def random_second(routing: Routing) -> Routing:
 
 
 def _keep(routing: Routing, kept: Tensor) -> Routing:
-    return routing._replace(
-        expert_indices=routing.expert_indices.masked_fill(~kept, -1),
-        weights=routing.weights.masked_fill(~kept, 0.0),
+    experts = routing.expert_indices.masked_fill(~kept, -1)
+    weights = routing.weights.masked_fill(~kept, 0.0)
+    # Spelled out: torch 2.11 cannot compile a model that returns what ``_replace`` made.
+    return Routing(
+        routing.token_indices, experts, weights, routing.num_tokens, routing.num_experts, routing.pool_tokens
     )

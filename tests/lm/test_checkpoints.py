@@ -1,18 +1,28 @@
 import json
+import os
 import pickle
+import random
+import shutil
+import subprocess
+import sys
 import warnings
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata
 
+from moekit.lm import checkpoint_folders
+from moekit.lm.checkpoint_checksums import changed_file, covered_files, file_checksums, read_checksums, write_checksums
 from moekit.lm.checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
     load_checkpoint,
+    prune_checkpoints,
     read_state,
     save_checkpoint,
+    stored_shapes,
     training_tensors,
 )
 
@@ -35,6 +45,11 @@ def blank(tensors):
 
 def files(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def forge_checksums(folder):
+    """Make the checksums those of the files as they are, as whoever wrote them on purpose would."""
+    write_checksums(folder, file_checksums(folder, covered_files(folder)))
 
 
 @pytest.fixture
@@ -61,7 +76,12 @@ def test_a_part_can_be_loaded(saved):
 def test_state_is_readable_text_beside_the_tensors(saved):
     assert json.loads((saved / "state.json").read_text(encoding="utf-8")) == STATE
     assert read_state(saved) == STATE
-    assert sorted(path.name for path in saved.iterdir()) == [".metadata", "__0_0.distcp", "state.json"]
+    assert sorted(path.name for path in saved.iterdir()) == [
+        ".metadata",
+        "__0_0.distcp",
+        "checksums.json",
+        "state.json",
+    ]
     assert [path.name for path in saved.parent.iterdir()] == [saved.name]
 
 
@@ -154,6 +174,7 @@ def test_a_strangers_checkpoint_runs_no_code(saved, tmp_path, hide):
         name = b"os.mkdir"
         attack = attack.replace(b"\x8c\x08Metadata", b"\x8c" + bytes([len(name)]) + name)
     (saved / ".metadata").write_bytes(attack)
+    forge_checksums(saved)
     with pytest.raises(ValueError, match=r"asks for .*, which no index of tensors has.*could run code"):
         load_checkpoint(saved, blank(TENSORS))
     assert not marker.exists()
@@ -175,11 +196,254 @@ def test_the_latest_is_the_newest_whole_one(tmp_path):
     assert latest_checkpoint(tmp_path) is None
     folders = [save_checkpoint(checkpoint_folder(tmp_path, step), {"w": torch.ones(1)}, {}) for step in (20, 100, 3)]
     assert latest_checkpoint(tmp_path) == folders[1]
+    shutil.copytree(folders[0], folders[1].with_name("step_00000999_of_before"))  # put aside under another name
     broken = checkpoint_folder(tmp_path, 101)
     broken.mkdir()
     (broken / ".metadata").write_bytes(b"half")
     with pytest.warns(UserWarning, match=r"skipping .*step_00000101: it has no state\.json, .*not written to its end"):
         assert latest_checkpoint(tmp_path) == folders[1]
+
+
+def refusal(folder, tensors):
+    """Load a checkpoint whose state is STATE; return the message if it is refused."""
+    try:
+        assert load_checkpoint(folder, tensors) == STATE
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "state.json", "checksums.json"])
+def test_no_damage_is_read_as_something_else(saved, name):
+    path, rng = saved / name, random.Random(name)
+    whole = path.read_bytes()
+    flips = [(rng.randrange(len(whole)), 1 << rng.randrange(8)) for _ in range(60)]
+    cuts = [0, 1, len(whole) // 2, len(whole) - 1, *(rng.randrange(len(whole)) for _ in range(10))]
+    damaged = [whole[:at] + bytes([whole[at] ^ bit]) + whole[at + 1 :] for at, bit in flips]
+    damaged += [whole[:cut] for cut in cuts]
+    refused = 0
+    for content in damaged:
+        path.write_bytes(content)
+        tensors = blank(TENSORS)
+        message = refusal(saved, tensors)
+        if message is None:
+            assert all(torch.equal(tensors[key], TENSORS[key]) for key in TENSORS)
+            continue
+        refused += 1
+        assert f"checkpoint {saved} is damaged: " in message
+        assert not any(tensor.count_nonzero() for tensor in tensors.values()), "nothing of it was loaded"
+    # One cut takes the line's end off the checksums, and a bit may turn a space there into a comma or a line's end.
+    assert refused >= len(damaged) * (0.8 if name == "checksums.json" else 1)
+    path.unlink()
+    kind, message = (FileNotFoundError, "no checkpoint at") if name == "state.json" else (ValueError, "is missing")
+    with pytest.raises(kind, match=message):
+        load_checkpoint(saved, blank(TENSORS))
+
+
+def test_damaged_tensors_are_refused_even_with_fitting_checksums(saved):
+    path = saved / "__0_0.distcp"
+    path.write_bytes(bytes(path.stat().st_size))
+    forge_checksums(saved)
+    with pytest.raises(ValueError, match=r"is damaged: Unpick.*something else than tensors\. Resume from an older"):
+        load_checkpoint(saved, blank(TENSORS))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", r"\.metadata: EOFError"),
+        (b"no pickle", r"\.metadata: UnpicklingError"),
+        (pickle.dumps([1]), r"\.metadata holds a list"),
+        (pickle.dumps(Metadata({"float": [1]})), "expected float .*found no such tensor"),
+    ],
+)
+def test_an_index_that_is_none_is_refused_even_with_fitting_checksums(saved, content, message):
+    (saved / ".metadata").write_bytes(content)
+    forge_checksums(saved)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved, {"float": torch.zeros(3, 5)})
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"{", r"state\.json is no JSON"), (b"[]", r"state\.json holds a list, no object"), (b"\xff", "is no JSON")],
+)
+def test_a_state_that_is_none_is_refused_even_with_fitting_checksums(saved, content, message):
+    (saved / "state.json").write_bytes(content)
+    forge_checksums(saved)
+    with pytest.raises(ValueError, match=message):
+        read_state(saved)
+    with pytest.raises(ValueError, match=message):
+        load_checkpoint(saved, blank(TENSORS))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"checksums\.json is missing or no JSON"),
+        ("[1]", "holds no checksums"),
+        ('{"a": 1}', "holds no checksums"),
+        ("{}", r"its checksums leave out \.metadata"),
+    ],
+)
+def test_checksums_that_are_none_are_refused(saved, content, message):
+    (saved / "checksums.json").write_text(content)
+    with pytest.raises(ValueError, match=rf"{message}.*Resume from an older one"):
+        load_checkpoint(saved, blank(TENSORS))
+
+
+def test_checksums_are_those_of_the_files(saved):
+    checksums = read_checksums(saved)
+    assert sorted(checksums) == [".metadata", "__0_0.distcp", "state.json"]
+    assert changed_file(saved, checksums) is None
+    (saved / "state.json").write_text("123456789")
+    assert changed_file(saved, checksums) == (
+        f"its file state.json has the checksum cbf43926, but was written with {checksums['state.json']}"
+    )
+
+
+def test_parameters_that_the_model_has_no_place_for_are_named(tmp_path):
+    tensors = {"model.a": torch.ones(1), "model.b": torch.ones(2), "optimizer.step.b": torch.ones(1)}
+    folder = save_checkpoint(tmp_path / "step_00000001", tensors, {})
+    part = {"model.a": torch.zeros(1)}
+    with pytest.raises(
+        ValueError, match=r"holds model\.b, which the model has no place for\. Start with the model flags"
+    ):
+        load_checkpoint(folder, part)
+    assert part["model.a"] == 0
+    load_checkpoint(folder, part | {"model.b": torch.zeros(2)})  # the optimizer's state may stay
+    assert part["model.a"] == 1
+
+
+def test_shapes_are_listed_without_reading_tensors(saved):
+    (saved / "__0_0.distcp").unlink()
+    assert stored_shapes(saved) == {name: tensor.shape for name, tensor in TENSORS.items()}
+
+
+@pytest.fixture
+def three(tmp_path):
+    """The checkpoints of steps 3, 20 and 100."""
+    return [save_checkpoint(checkpoint_folder(tmp_path, step), {"w": torch.ones(1)}, {}) for step in (3, 20, 100)]
+
+
+def names_in(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def test_old_checkpoints_are_pruned(three, tmp_path):
+    put_aside = shutil.copytree(three[0], three[0].with_name("step_00000003_best"))
+    prune_checkpoints(tmp_path, keep=3, step=100)
+    assert all(folder.exists() for folder in three)
+    prune_checkpoints(tmp_path, keep=2, step=100)
+    assert names_in(tmp_path) == [put_aside.name, "step_00000020", "step_00000100"]
+    prune_checkpoints(tmp_path, keep=1, step=100)
+    assert names_in(tmp_path) == [put_aside.name, "step_00000100"]
+
+
+def test_pruning_counts_whole_checkpoints_only_and_spares_later_ones(three, tmp_path):
+    (three[2] / "state.json").unlink()
+    prune_checkpoints(tmp_path, keep=1, step=100)
+    assert names_in(tmp_path) == ["step_00000020", "step_00000100"], "the broken one does not count as kept"
+    later = save_checkpoint(checkpoint_folder(tmp_path, 200), {"w": torch.ones(1)}, {})
+    save_checkpoint(checkpoint_folder(tmp_path, 30), {"w": torch.ones(1)}, {})  # of a run that went back to step 20
+    prune_checkpoints(tmp_path, keep=1, step=30)
+    assert names_in(tmp_path) == ["step_00000030", "step_00000100", later.name]
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("state.json", b'{"step": 9}', r"its file state\.json has the checksum"),
+        (".metadata", b"", r"its file \.metadata has the checksum"),
+        ("__0_0.distcp", b"", r"its file __0_0\.distcp is missing or cut short"),
+        ("checksums.json", b"", r"checksums\.json is missing or no JSON"),
+    ],
+)
+def test_a_damaged_checkpoint_is_not_the_latest(three, tmp_path, file, damage, message):
+    (three[2] / file).write_bytes(damage)
+    with pytest.warns(UserWarning, match=rf"skipping .*step_00000100: .*{message}"):
+        assert latest_checkpoint(tmp_path) == three[1]
+
+
+KILLED = """
+import json, os, shutil, signal, sys
+import torch
+from moekit.lm.checkpoints import checkpoint_folder, prune_checkpoints, save_checkpoint
+
+
+def save_killed_at(run, name, calls):
+    module = {"replace": os, "rmtree": shutil}[name]
+    function = getattr(module, name)
+
+    def counted(*arguments, **options):
+        nonlocal calls
+        if os.path.exists(arguments[0]):
+            calls -= 1
+            if not calls:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+
+    setattr(module, name, counted)
+    save_checkpoint(checkpoint_folder(run, 7), {"w": torch.full((2,), 2.0)}, {"new": True})
+    prune_checkpoints(run, keep=1, step=7)
+
+
+save_checkpoint(checkpoint_folder(sys.argv[2], 1), {"w": torch.ones(2)}, {})  # so that the children import nothing
+endings = []
+for moment in json.loads(sys.argv[1]):
+    child = os.fork()
+    if not child:
+        save_killed_at(*moment)
+        os._exit(0)
+    endings.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(endings)
+"""
+
+
+def moments(replaces_one):
+    """List the calls that a save and a pruning make: the process is killed before the n-th."""
+    # Renames: state.json, checksums.json, (old away), new in place, (old removed), pruned one removed.
+    renames, removals = (6, 2) if replaces_one else (4, 1)
+    return [*(("replace", n + 1) for n in range(renames)), *(("rmtree", n + 1) for n in range(removals))]
+
+
+def test_a_process_killed_between_writing_and_renaming_loses_nothing(tmp_path):
+    runs = {tmp_path / f"{kind}-{name}{n}": (name, n) for kind in (True, False) for name, n in moments(kind)}
+    for run in runs:
+        save_checkpoint(checkpoint_folder(run, 5), {"w": torch.full((2,), 0.0)}, {"new": False})
+        if run.name.startswith("True"):
+            save_checkpoint(checkpoint_folder(run, 7), {"w": torch.full((2,), 1.0)}, {"new": False})
+    arguments = json.dumps([(str(run), *moment) for run, moment in runs.items()])
+    words = [sys.executable, "-c", KILLED, arguments, str(tmp_path / "first")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert json.loads(done.stdout) == [-9] * len(runs), done.stderr
+    seen = set()
+    for run in runs:
+        latest = latest_checkpoint(run)  # no warning: what is half done has no name of its own
+        assert latest is not None
+        tensors = {"w": torch.zeros(2)}
+        new = load_checkpoint(latest, tensors)["new"]
+        older = 1.0 if run.name.startswith("True") else 0.0
+        assert tensors["w"].tolist() == [2.0 if new else older] * 2
+        seen.add((run.name.partition("-")[0], latest.name, new))
+        again = save_checkpoint(checkpoint_folder(run, 7), {"w": torch.full((2,), 3.0)}, {})
+        prune_checkpoints(run, keep=1, step=7)
+        assert latest_checkpoint(run) == again
+        assert names_in(run) == ["step_00000007"], "nothing is left over"
+    assert seen == {
+        ("True", "step_00000007", False),
+        ("True", ".step_00000007.replaced", False),
+        ("True", "step_00000007", True),
+        ("False", "step_00000005", False),
+        ("False", "step_00000007", True),
+    }
+
+
+def test_the_one_moved_away_is_forgotten_once_its_successor_is_there(three, tmp_path):
+    checkpoint_folders.put_in_place(shutil.copytree(three[2], tmp_path / "new"), three[2])
+    assert names_in(tmp_path) == ["step_00000003", "step_00000020", "step_00000100"]
+    shutil.copytree(three[1], three[2].with_name(".step_00000100.replaced"))
+    assert latest_checkpoint(tmp_path) == three[2]
 
 
 def make_training(seed, **options):

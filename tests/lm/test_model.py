@@ -7,7 +7,7 @@ from torch import nn
 
 from moekit.lm.configs import load_config
 from moekit.lm.feed_forward import make_feed_forward
-from moekit.lm.model import LanguageModel, count_parameters, init_weights
+from moekit.lm.model import Block, LanguageModel, count_parameters, init_weights
 from moekit.types import LayerOutput
 
 TINY = load_config("moekit_tiny", vocab_size=31)
@@ -243,3 +243,47 @@ def test_learns_to_copy_the_previous_token():
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5  # log 8 = 2.08 at the start
+
+
+@pytest.mark.parametrize("attention", [False, True])
+@pytest.mark.parametrize("feed_forward", [False, True])
+def test_a_block_computes_again_what_it_is_told_to(attention, feed_forward):
+    block = Block(TINY, make_feed_forward("swiglu")(TINY.hidden_dim)).double()
+    randomize(block)
+    x = torch.randn(2, 5, TINY.hidden_dim, dtype=torch.float64, requires_grad=True)
+    leaves = [x, *block.parameters()]
+    expected = block(x).y
+    grads = torch.autograd.grad(expected.square().sum(), leaves)
+    assert (block.recompute_attention, block.recompute_feed_forward) == (False, False)
+    block.recompute_attention, block.recompute_feed_forward = attention, feed_forward
+    calls = []
+    block.attention.register_forward_pre_hook(lambda *_: calls.append("attention"))
+    block.feed_forward.register_forward_pre_hook(lambda *_: calls.append("feed_forward"))
+    y = block(x).y
+    assert calls == ["attention", "feed_forward"]
+    assert torch.equal(y, expected)
+    for grad, other in zip(grads, torch.autograd.grad(y.square().sum(), leaves), strict=True):
+        assert grad.abs().max() > 0
+        torch.testing.assert_close(other, grad, rtol=1e-12, atol=1e-14)
+    assert calls.count("attention") == 1 + attention
+    assert calls.count("feed_forward") == 1 + feed_forward
+
+
+def test_a_recomputed_block_hands_on_what_its_feed_forward_was_given_and_returned():
+    feed_forward = RecordingFFN(0)
+    block = Block(TINY, feed_forward)
+    block.recompute_feed_forward = True
+    ids, mask = torch.zeros(2, 5, dtype=torch.int64), torch.ones(2, 5, dtype=torch.bool)
+    output = block(torch.randn(2, 5, TINY.hidden_dim), token_ids=ids, token_mask=mask)
+    assert feed_forward.seen["token_ids"] is ids
+    assert feed_forward.seen["token_mask"] is mask
+    torch.testing.assert_close(output.losses["load_balance"], feed_forward.own.sum())
+    output.losses["load_balance"].backward()
+    assert torch.equal(feed_forward.own.grad, torch.ones_like(feed_forward.own))
+
+
+def test_flags_of_recomputing_are_no_part_of_the_state():
+    block = Block(TINY, make_feed_forward("swiglu")(TINY.hidden_dim))
+    before = set(block.state_dict())
+    block.recompute_attention = block.recompute_feed_forward = True
+    assert set(block.state_dict()) == before

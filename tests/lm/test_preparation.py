@@ -8,7 +8,7 @@ import pytest
 from moekit.lm import corpora
 from moekit.lm.corpora import Document, split
 from moekit.lm.preparation import prepare
-from moekit.lm.shards import load_sequences
+from moekit.lm.shards import load_sequences, pack
 
 DOMAINS = {
     "letters": [Document(f"l{i}", "dear friend, " * (i + 3)) for i in range(12)],
@@ -28,10 +28,15 @@ def test_shards_hold_the_split_documents(tmp_path, tokenizer_name):
     assert tokenizer.name == tokenizer_name
     assert list(prepared.domains) == ["letters", "sums"]
     for name, manifests in prepared.domains.items():
-        for manifest, documents in zip(manifests, split(DOMAINS[name]), strict=True):
-            tokens = load_sequences(manifest, seq_len=16, vocab_size=tokenizer.vocab_size)
-            texts = tokenizer.decode(tokens.flatten()).split("<|endoftext|>")[: len(documents)]
-            assert texts == [document.text for document in documents]
+        train, held_out = split(DOMAINS[name])
+        ids = tokenizer.encode_batch([document.text for document in train])
+        packed = pack(ids, seq_len=16, end_of_text=0).tolist()
+        stored = load_sequences(manifests.train, seq_len=16, vocab_size=tokenizer.vocab_size).tolist()
+        assert sorted(stored) == sorted(packed)
+        assert stored != packed, "documents are not mixed over the shards"
+        tokens = load_sequences(manifests.validation, seq_len=16, vocab_size=tokenizer.vocab_size)
+        texts = tokenizer.decode(tokens.flatten()).split("<|endoftext|>")[: len(held_out)]
+        assert texts == [document.text for document in held_out]
 
 
 def test_second_use_reads_and_writes_nothing(tmp_path, monkeypatch):

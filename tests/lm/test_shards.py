@@ -1,17 +1,14 @@
 import gzip
 import io
 import json
-import os
 import re
 import tarfile
 import time
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from moekit.lm.shards import load_sequences, pack, read_manifest, read_shard, write_shards
+from moekit.lm.shards import Shard, ShardError, load_sequences, read_manifest, read_shard, write_shards
 
 ROWS = torch.arange(7 * 5).view(7, 5)
 
@@ -31,90 +28,6 @@ def manifest_of(folder, members, *, count=None):
     return manifest
 
 
-@given(
-    documents=st.lists(st.lists(st.integers(1, 99), max_size=9), min_size=1, max_size=6),
-    seq_len=st.integers(1, 12),
-)
-def test_pack_is_the_joined_stream_cut_and_wrapped_round(documents, seq_len):
-    packed = pack(documents, seq_len=seq_len, end_of_text=0)
-    stream = [token for document in documents for token in (*document, 0)]
-    flat = packed.flatten().tolist()
-    assert packed.shape[1] == seq_len + 1
-    assert packed.dtype == torch.int32
-    assert 0 <= len(flat) - len(stream) <= seq_len
-    assert flat == [stream[i % len(stream)] for i in range(len(flat))]
-
-
-def test_pack_refuses_nothing_and_no_length():
-    with pytest.raises(ValueError, match="there is no document to pack"):
-        pack([], seq_len=4, end_of_text=0)
-    with pytest.raises(ValueError, match="seq_len is 0; expected at least 1"):
-        pack([[1]], seq_len=0, end_of_text=0)
-
-
-@pytest.mark.parametrize("rows", [ROWS, ROWS.tolist(), iter(ROWS.tolist())], ids=["tensor", "lists", "iterator"])
-def test_write_and_load(tmp_path, rows):
-    manifest = write_shards(tmp_path / "new" / "folder", rows, sequences_per_shard=3)
-    assert manifest == tmp_path / "new" / "folder" / "manifest.jsonl"
-    assert [(shard.path.name, shard.num_sequences) for shard in read_manifest(manifest)] == [
-        ("00000000.tar", 3),
-        ("00000001.tar", 3),
-        ("00000002.tar", 1),
-    ]
-    assert sorted(path.name for path in manifest.parent.iterdir()) == [
-        *(f"0000000{i}.tar" for i in range(3)),
-        "manifest.jsonl",
-    ]
-    loaded = load_sequences(manifest, seq_len=4, vocab_size=35)
-    assert loaded.dtype == torch.int32
-    assert torch.equal(loaded.long(), ROWS)
-    assert list(read_shard(manifest.with_name("00000001.tar"))) == ROWS[3:6].tolist()
-
-
-def test_the_same_sequences_give_the_same_bytes(tmp_path, monkeypatch):
-    first = write_shards(tmp_path / "a", ROWS, sequences_per_shard=4)
-    monkeypatch.setattr(time, "time", lambda: 2e9)
-    second = write_shards(tmp_path / "b", ROWS, sequences_per_shard=4)
-    for path in first.parent.iterdir():
-        assert path.read_bytes() == (second.parent / path.name).read_bytes()
-
-
-def test_the_format_is_openlm_s(tmp_path):
-    manifest = write_shards(tmp_path, ROWS[:1])
-    assert manifest.read_text() == '{"shard": "00000000", "num_sequences": 1}\n'
-    with tarfile.open(tmp_path / "00000000.tar") as tar:
-        assert tar.getnames() == ["00000000.json"]
-        assert json.load(tar.extractfile("00000000.json")) == [0, 1, 2, 3, 4]
-        assert tar.getmembers()[0].mtime == 0
-
-
-def test_member_names_are_unique_over_shards(tmp_path):
-    manifest = write_shards(tmp_path, ROWS, sequences_per_shard=2)
-    names = []
-    for shard in read_manifest(manifest):
-        with tarfile.open(shard.path) as tar:
-            names += tar.getnames()
-    assert names == [f"0000000{i}.json" for i in range(7)]
-
-
-def test_the_manifest_comes_last(tmp_path, monkeypatch):
-    written = []
-    replace = os.replace
-    monkeypatch.setattr("os.replace", lambda a, b: (written.append(b.name), replace(a, b)))
-    write_shards(tmp_path, ROWS, sequences_per_shard=4)
-    assert written == ["00000000.tar", "00000001.tar", "manifest.jsonl"]
-
-
-def test_write_refuses(tmp_path):
-    with pytest.raises(ValueError, match="sequences_per_shard is 0; expected at least 1"):
-        write_shards(tmp_path, ROWS, sequences_per_shard=0)
-    with pytest.raises(ValueError, match="there are no sequences to write"):
-        write_shards(tmp_path, [])
-    write_shards(tmp_path, ROWS)
-    with pytest.raises(FileExistsError, match=r"manifest\.jsonl exists; shards are never overwritten"):
-        write_shards(tmp_path, ROWS)
-
-
 @pytest.mark.parametrize("end", ["", "\n", "\n\n"])
 @pytest.mark.parametrize("key", ["num_sequences", "num_chunks"])
 def test_manifest_keys_and_final_newline(tmp_path, key, end):
@@ -122,33 +35,18 @@ def test_manifest_keys_and_final_newline(tmp_path, key, end):
         (tmp_path / f"{name}.tar").touch()
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps({"shard": name, key: count}) for name, count in (("b", 2), ("a", 1))) + end)
-    assert [tuple(shard) for shard in read_manifest(path)] == [(tmp_path / "b.tar", 2), (tmp_path / "a.tar", 1)]
+    assert [tuple(shard) for shard in read_manifest(path)] == [(f"{tmp_path}/b.tar", 2), (f"{tmp_path}/a.tar", 1)]
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path):
     path = tmp_path / "absent.jsonl"
-    with pytest.raises(FileNotFoundError, match=re.escape(f"no manifest at {path}. Make one with moekit")):
+    with pytest.raises(
+        FileNotFoundError,
+        match=re.escape(f"no manifest at {path}. Make one from texts with python -m moekit.lm.tokenize"),
+    ):
         read_manifest(path)
     with pytest.raises(IsADirectoryError, match=r"is a folder; expected a manifest file, such as .*manifest\.jsonl"):
         read_manifest(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ('{"shard": "0", "num_sequences": 1}\n{"shard": oops}', "line 2 of manifest .* is no JSON"),
-        ('{"shard": "0"}', 'line 1 of manifest .*expected an object like {"shard": "00000000", "num_sequences": 2048}'),
-        ('{"num_sequences": 1}', "line 1 of manifest .*expected an object"),
-        ('{"shard": "0", "num_sequences": "1"}', "line 1 of manifest .*expected an object"),
-        ('["0", 1]', "line 1 of manifest .*expected an object"),
-        ("\n", "is empty; expected one JSON line per shard"),
-    ],
-)
-def test_bad_manifests(tmp_path, text, message):
-    path = tmp_path / "manifest.jsonl"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        read_manifest(path)
 
 
 def test_missing_shard_is_named(tmp_path):
@@ -171,64 +69,6 @@ def test_every_kind_of_member_is_read(tmp_path):
     assert load_sequences(manifest, vocab_size=13).tolist() == [[1, 2, 3], [4, 5, 6], [7, 0, 9], [10, 11, 12]]
 
 
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("x.json", b"[1, 2", "cannot be read"),
-        ("x.json", b'{"a": 1}', "it is no list of ints"),
-        ("x.json", b'[1, "a"]', "it is no list of ints"),
-        ("x.json", b"[1, 2.5]", "it is no list of ints"),
-        ("x.json", b"[1, true]", "it is no list of ints"),
-        ("x.json.gz", b"[1, 2]", "cannot be read"),
-        ("x.txt", b"__import__('os')", "cannot be read"),
-        ("x.txt", b"(1", "cannot be read"),
-        ("x.npy", b"", "its name ends in none of .json, .json.gz, .txt"),
-    ],
-)
-def test_bad_members_are_named(tmp_path, name, content, message):
-    tar_of(tmp_path / "s.tar", {"good.json": b"[1, 2]", name: content})
-    with pytest.raises(ValueError, match=rf"member {re.escape(name)} of shard .*s\.tar cannot be read.*") as caught:
-        list(read_shard(tmp_path / "s.tar"))
-    assert message in str(caught.value)
-
-
-def test_damaged_tars_are_named(tmp_path):
-    manifest = write_shards(tmp_path, ROWS)
-    shard = tmp_path / "00000000.tar"
-    whole = shard.read_bytes()
-    shard.write_bytes(b"not a tar at all" * 100)
-    with pytest.raises(ValueError, match=r"shard .*00000000\.tar is no tar file, or is cut short"):
-        load_sequences(manifest)
-    for length in (0, 512 + 3, 1024 + 100, 4 * 512):
-        shard.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match=r"00000000\.tar"):
-            load_sequences(manifest)
-
-
-def test_count_must_equal_the_manifest(tmp_path):
-    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]"}, count=2)
-    with pytest.raises(ValueError, match=r"00000000\.tar holds 1 sequences; manifest .* says 2"):
-        load_sequences(manifest)
-
-
-@pytest.mark.parametrize("content", [b"[1]", b"[1, 2, 3]", b"[]"])
-def test_length_must_fit(tmp_path, content):
-    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]", "b.json": content})
-    message = rf"member b.json of shard .* has {len(json.loads(content))} tokens; expected 2"
-    with pytest.raises(ValueError, match=message):
-        load_sequences(manifest)
-    with pytest.raises(ValueError, match=r"member a\.json of shard .* has 2 tokens; expected 10"):
-        load_sequences(manifest, seq_len=9)
-
-
-@pytest.mark.parametrize("bad", [-1, 4, 2**40])
-def test_ids_must_be_in_the_vocabulary(tmp_path, bad):
-    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]", "b.json": json.dumps([3, bad]).encode()})
-    message = rf"member b.json of shard .* has the id {bad} at position 1; expected ids in \[0, 4\)"
-    with pytest.raises(ValueError, match=message):
-        load_sequences(manifest, vocab_size=4)
-
-
 def test_ids_are_kept_as_written_without_a_vocabulary_and_never_wrap(tmp_path):
     manifest = manifest_of(tmp_path, {"a.json": b"[-1, 2147483647]"})
     assert load_sequences(manifest).tolist() == [[-1, 2**31 - 1]]
@@ -244,7 +84,127 @@ def test_reading_is_fast(tmp_path):
     assert time.perf_counter() - start < 4  # 0.2 s when the machine is idle
 
 
-def test_floats_are_no_token_ids(tmp_path):
-    with pytest.raises(TypeError, match=r"torch.float32; expected integer token ids"):
-        write_shards(tmp_path, torch.zeros(2, 3))
+LINE = '{"shard": "0", "num_sequences": 1}'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (LINE + '\n{"shard": oops}', "line 2 of manifest .* is no JSON"),
+        ("[" * 100_000, "line 1 of manifest .* is no JSON"),
+        ('{"shard": "0"}', 'line 1 of manifest .*expected an object like {"shard": "00000000", "num_sequences": 2048}'),
+        ('{"num_sequences": 1}', "line 1 of manifest .*expected an object"),
+        ('{"shard": "", "num_sequences": 1}', "line 1 of manifest .*expected an object"),
+        ('{"shard": 0, "num_sequences": 1}', "line 1 of manifest .*expected an object"),
+        ('{"shard": "0", "num_sequences": "1"}', "line 1 of manifest .*expected an object"),
+        ('{"shard": "0", "num_sequences": -1}', "line 1 of manifest .*expected an object"),
+        ('{"shard": "0", "num_sequences": 1.0}', "line 1 of manifest .*expected an object"),
+        ('{"shard": "0", "num_sequences": true}', "line 1 of manifest .*expected an object"),
+        ('["0", 1]', "line 1 of manifest .*expected an object"),
+        (
+            '{"shard": "/tmp/0", "num_sequences": 1}',
+            "names the shard '/tmp/0'; expected the name of a file beside the manifest",
+        ),
+        ('{"shard": "../0", "num_sequences": 1}', r"'\.\./0'; expected .*neither absolute nor with '\.\.'"),
+        ('{"shard": "s3://bucket/0", "num_sequences": 1}', "'s3://bucket/0'; expected the name of a file"),
+        ('{"shard": "pipe:true", "num_sequences": 1}', "which is not beside it"),
+        (LINE + "\n" + LINE, r"names the shard 0\.tar twice; no data may repeat"),
+        (LINE + "\n" + LINE.replace("0", "0.tar", 1), r"names the shard 0\.tar twice; no data may repeat"),
+        (LINE + "\n" + LINE.replace("0", "./0", 1), r"names the shard 0\.tar twice; no data may repeat"),
+        ("\n", "is empty; expected one JSON line per shard"),
+        ("\N{LATIN SMALL LETTER E WITH ACUTE}".encode("latin-1"), "is no UTF-8 text"),
+    ],
+)
+def test_bad_manifests(tmp_path, text, message):
+    (tmp_path / "0.tar").touch()
+    path = tmp_path / "manifest.jsonl"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read_manifest(path)
+
+
+def test_a_name_may_have_its_extension_and_a_folder(tmp_path):
+    (tmp_path / "part").mkdir()
+    tar_of(tmp_path / "part" / "0.tar", {"a.json": b"[1, 2]"})
+    path = tmp_path / "manifest.jsonl"
+    path.write_text('{"shard": "part/0.tar", "num_sequences": 1}')
+    assert read_manifest(path) == [Shard(f"{tmp_path}/part/0.tar", 1)]
+
+
+def test_line_separators_of_unicode_do_not_cut_a_line(tmp_path):
+    (tmp_path / "a\u2028b.tar").touch()
+    path = tmp_path / "manifest.jsonl"
+    path.write_text(json.dumps({"shard": "a\u2028b", "num_sequences": 1}, ensure_ascii=False), encoding="utf-8")
+    assert read_manifest(path) == [Shard(f"{tmp_path}/a\u2028b.tar", 1)]
+
+
+def test_no_command_is_a_manifest(tmp_path):
+    with pytest.raises(ValueError, match=r"would run a command.*--allow-pipe-commands"):
+        read_manifest(f"pipe:touch {tmp_path}/ran")
+    with pytest.raises(ValueError, match="is a command, which has no folder"):
+        read_manifest(f"pipe:touch {tmp_path}/ran", allow_commands=True)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_is_a_shard_where_allowed(tmp_path):
+    tar_of(tmp_path / "0.tar", {"a.json": b"[1, 2]"})
+    command = f"pipe:cat {tmp_path}/0.tar"
+    assert list(read_shard(command, allow_commands=True)) == [[1, 2]]
+    with pytest.raises(ValueError, match="--allow-pipe-commands"):
+        next(read_shard(command))
+
+
+def reason_of(manifest, message, **options):
+    with pytest.raises(ShardError, match=message) as caught:
+        load_sequences(manifest, **options)
+    return caught.value.reason
+
+
+def test_damaged_shards_are_named(tmp_path):
+    manifest = write_shards(tmp_path, ROWS)
+    (tmp_path / "00000000.tar").write_bytes(b"not a tar at all" * 100)
+    message = r"shard .*/00000000\.tar cannot be read as a whole tar: a header is damaged .*\. Write or copy it again"
+    assert reason_of(manifest, message) == "broken shard"
+    tar_of(tmp_path / "00000000.tar", {"a.json": b"[1, 2"})
+    message = r"shard .*/00000000\.tar: member 'a\.json' cannot be read: .*\. Write the shard again"
+    assert reason_of(manifest, message) == "bad member"
+
+
+@pytest.mark.parametrize(("count", "reason"), [(2, "missing sequences"), (0, "surplus sequences")])
+def test_count_must_equal_the_manifest(tmp_path, count, reason):
+    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]"}, count=count)
+    assert reason_of(manifest, rf"00000000\.tar holds 1 sequences; manifest .* says {count}") == reason
+
+
+@pytest.mark.parametrize("content", [b"[1]", b"[1, 2, 3]", b"[]"])
+def test_lengths_must_be_equal(tmp_path, content):
+    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]", "b.json": content})
+    message = rf"member 'b\.json' of shard .* has {len(json.loads(content))} tokens; expected 2"
+    assert reason_of(manifest, message) == "short sequence"
+
+
+def test_long_sequences_are_cut_and_short_ones_are_errors_where_the_length_is_given(tmp_path):
+    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2, 3]", "b.json": b"[4, 5, 6, 7]"})
+    assert load_sequences(manifest, seq_len=1).tolist() == [[1, 2], [4, 5]]
+    assert load_sequences(manifest, seq_len=2).tolist() == [[1, 2, 3], [4, 5, 6]]
+    assert reason_of(manifest, r"member 'a\.json' of .* has 3 tokens; expected 4", seq_len=3) == "short sequence"
+
+
+@pytest.mark.parametrize("bad", [-3, 4, 2**40, -(2**40)])
+def test_ids_must_be_in_the_vocabulary(tmp_path, bad):
+    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]", "b.json": json.dumps([3, bad]).encode()})
+    message = rf"member 'b\.json' of shard .* has the id {bad} at position 1; expected ids in \[0, 4\)"
+    assert reason_of(manifest, message, vocab_size=4) == "id outside vocabulary"
+
+
+def test_padding_stays_and_end_of_document_is_an_id(tmp_path):
+    manifest = manifest_of(tmp_path, {"a.json": b"[-1, -2, 3]"})
+    assert load_sequences(manifest, vocab_size=10).tolist() == [[-1, 8, 3]]
+    assert load_sequences(manifest).tolist() == [[-1, -2, 3]]
+
+
+def test_the_data_key_picks_members(tmp_path):
+    manifest = manifest_of(tmp_path, {"a.json": b"[1, 2]", "a.txt": b"[3, 4]"}, count=1)
+    assert load_sequences(manifest, data_key="txt").tolist() == [[3, 4]]
+    assert list(read_shard(tmp_path / "00000000.tar", data_key="json")) == [[1, 2]]
+    assert reason_of(manifest, "found json, txt. Set --data-key", data_key="json.gz") == "bad member"

@@ -42,16 +42,24 @@ def test_the_first_signal_becomes_a_request(handlers, number):
     assert current() == handlers
 
 
-def test_the_second_signal_acts_at_once(handlers):
+def test_the_second_ctrl_c_acts_at_once(handlers):
     with stop_on_signals() as stop:
         signal.raise_signal(signal.SIGINT)
         assert stop
-        assert current() == handlers
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+    assert current() == handlers
 
 
-def test_a_second_signal_of_the_other_kind_acts_at_once(handlers):
+def test_a_second_sigterm_still_waits_for_the_loop(handlers):
+    with stop_on_signals() as stop:
+        for _ in range(3):  # a scheduler, its launcher, and the process group
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+    assert current() == handlers
+
+
+def test_a_ctrl_c_after_a_sigterm_acts_at_once(handlers):
     with stop_on_signals() as stop:
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

@@ -167,3 +167,134 @@ def test_backend_must_have_end_of_text_first():
 def test_load_names_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"absent\.json"):
         load_tokenizer(Path(tmp_path) / "absent.json")
+
+
+def foreign_file(path, *, end_of_text="<|endoftext|>", special=True, **changes):
+    """Write a tokenizer.json as other projects do: end-of-text last, runs of spaces as added tokens, NFC."""
+    import tokenizers as library
+
+    backend = library.Tokenizer(library.models.BPE())
+    backend.normalizer = library.normalizers.NFC()
+    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = library.decoders.ByteLevel()
+    alphabet = library.pre_tokenizers.ByteLevel.alphabet()
+    backend.train_from_iterator(TEXTS, library.trainers.BpeTrainer(vocab_size=280, initial_alphabet=alphabet))
+    backend.add_special_tokens(["<|padding|>"])
+    backend.add_tokens([library.AddedToken("    ", normalized=True), library.AddedToken("ñandú", normalized=True)])
+    backend.add_tokens([library.AddedToken(end_of_text, special=special)])
+    content = json.loads(backend.to_str())
+    path.write_text(json.dumps({**content, **changes}))
+    return path
+
+
+def test_a_foreign_tokenizer_is_read(tmp_path):
+    path = foreign_file(tmp_path / "tokenizer.json", truncation=None)
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.vocab_size, tokenizer.end_of_text, tokenizer.name) == (284, 283, "bpe-284")
+    text = "def f():\n    return 'ñandú' # über 中文 \U0001f600"
+    ids = tokenizer.encode(text)
+    assert {281, 282} <= set(ids)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, "a"]) == [ids, tokenizer.encode("a")]
+    lengths = token_bytes(tokenizer)
+    assert lengths.shape == (284,)
+    assert int(lengths[ids].sum()) == len(text.encode())
+    assert lengths[280:].tolist() == [0, 4, len("ñandú".encode()), 0]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_names_of_special_tokens_in_a_text_are_text(tmp_path, special):
+    tokenizer = load_tokenizer(foreign_file(tmp_path / "tokenizer.json", special=special))
+    text = "a<|endoftext|>b<|padding|> <|endoftext|>"
+    ids = tokenizer.encode(text)
+    assert not {280, 283} & set(ids)
+    assert tokenizer.decode(ids) == text
+    assert int(token_bytes(tokenizer)[ids].sum()) == len(text)
+    assert tokenizer.decode([*tokenizer.encode("a"), 283]) == "a<|endoftext|>"
+
+
+@given(text=ANY_TEXT)
+def test_any_text_comes_back_in_normal_form(foreign, text):
+    import unicodedata
+
+    normal = unicodedata.normalize("NFC", text)
+    ids = foreign.encode(text)
+    assert foreign.end_of_text not in ids
+    assert foreign.decode(ids) == normal
+    assert int(token_bytes(foreign)[ids].sum()) == len(normal.encode())
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory):
+    return load_tokenizer(foreign_file(tmp_path_factory.mktemp("foreign") / "tokenizer.json"))
+
+
+def test_the_library_agrees_where_no_special_token_is_named(tmp_path):
+    import tokenizers as library
+
+    path = foreign_file(tmp_path / "tokenizer.json")
+    other = library.Tokenizer.from_file(str(path))
+    for text in TEXTS:
+        assert load_tokenizer(path).encode(text) == other.encode(text).ids
+
+
+def test_truncation_and_padding_of_a_file_are_not_applied(tmp_path):
+    import tokenizers as library
+
+    path = foreign_file(tmp_path / "tokenizer.json")
+    cutting = library.Tokenizer.from_file(str(path))
+    cutting.enable_truncation(3)
+    cutting.enable_padding(length=9)
+    cutting.save(str(path))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.decode(tokenizer.encode(TEXTS[1])) == TEXTS[1]
+    assert len(tokenizer.encode("a")) == 1
+
+
+def test_another_end_of_text_is_named_and_kept(tmp_path):
+    path = foreign_file(tmp_path / "tokenizer.json", end_of_text="</s>")
+    with pytest.raises(
+        ValueError, match=r"no token '<\|endoftext\|>' .* special tokens are \['</s>', '<\|padding\|>'\]"
+    ):
+        load_tokenizer(path)
+    tokenizer = load_tokenizer(path, end_of_text="</s>")
+    save_tokenizer(tokenizer, tmp_path / "copy.json")
+    copy = load_tokenizer(tmp_path / "copy.json")
+    assert copy.end_of_text == tokenizer.end_of_text == 283
+    assert copy.encode("a</s>b") == tokenizer.encode("a</s>b")
+    assert 283 not in copy.encode("a</s>b")
+
+
+def test_a_foreign_tokenizer_is_saved_in_its_own_format(tmp_path):
+    import tokenizers as library
+
+    tokenizer = load_tokenizer(foreign_file(tmp_path / "tokenizer.json"))
+    save_tokenizer(tokenizer, tmp_path / "copy.json")
+    assert load_tokenizer(tmp_path / "copy.json").to_json() == tokenizer.to_json()
+    assert library.Tokenizer.from_file(str(tmp_path / "copy.json")).encode(TEXTS[0]).ids == tokenizer.encode(TEXTS[0])
+
+
+def test_tokenizers_that_would_lose_text_are_refused(tmp_path):
+    path = foreign_file(tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    model = content["model"]
+    few = {token: i for token, i in model["vocab"].items() if token != "Ġ"}
+    added = [{**token, "id": token["id"] + 5} for token in content["added_tokens"]]
+    for change, words in [
+        ({"pre_tokenizer": {"type": "Whitespace"}, "normalizer": None}, "not byte-level"),
+        ({"model": {**model, "vocab": few, "merges": []}}, "lacks 1 bytes, such as 0x20"),
+        ({"model": {**model, "end_of_word_suffix": "</w>"}}, "carry the end_of_word_suffix '</w>'"),
+        ({"added_tokens": added}, r"added token '<\|padding\|>' has the id 285, which is read as 280"),
+    ]:
+        path.write_text(json.dumps({**content, **change}))
+        with pytest.raises(ValueError, match=words):
+            load_tokenizer(path)
+
+
+def test_byte_level_inside_a_sequence_is_found(tmp_path):
+    path = foreign_file(tmp_path / "tokenizer.json")
+    content = json.loads(path.read_text())
+    split = {"type": "Split", "pattern": {"Regex": "\\d"}, "behavior": "Isolated", "invert": False}
+    sequence = {"type": "Sequence", "pretokenizers": [split, {**content["pre_tokenizer"], "use_regex": False}]}
+    path.write_text(json.dumps({**content, "pre_tokenizer": sequence}))
+    assert load_tokenizer(path).decode(load_tokenizer(path).encode("a 12\n b")) == "a 12\n b"

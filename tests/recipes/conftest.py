@@ -1,50 +1,70 @@
-"""Small shards for the tests of the training program, so that no corpus is prepared."""
+"""Small shards and small runs for the tests of the training program, so that no corpus is prepared."""
 
+import signal
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from small_runs import Shards, make_shards, words
 
-from moekit.lm.shards import write_shards
-
-SEQ_LEN = 64  # of the preset moekit_tiny
-
-
-class Shards(NamedTuple):
-    """Manifests of two sources."""
-
-    train: tuple[Path, Path]
-    validation: tuple[Path, Path]
-
-    @property
-    def flags(self) -> list[str]:
-        """The command line for both sources."""
-        train, validation = map(str, self.train), map(str, self.validation)
-        return ["--dataset-manifest", *train, "--val-manifest", *validation, "--train-data-mix-weights", "0.75", "0.25"]
-
-
-def markov_sequences(count: int, *, first: int, seed: int, states: int = 16) -> Tensor:
-    """Draw sequences of a chain in which two tokens, equally likely, can follow each: ln 2 nats per token."""
-    generator = torch.Generator().manual_seed(seed)
-    state, columns = torch.randint(states, (count,), generator=generator), []
-    for _ in range(SEQ_LEN + 1):
-        columns.append(first + state)
-        state = (3 * state + torch.randint(2, (count,), generator=generator) + 1) % states
-    return torch.stack(columns, dim=1)
+from moekit.recipes import report
+from moekit.recipes.recording import Recorder
+from moekit.recipes.train import main
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
-    """Two sources with tokens of their own: 0 to 15, and 100 to 115."""
-    folder = tmp_path_factory.mktemp("shards")
-    train = [
-        write_shards(folder / "train" / name, markov_sequences(48, first=first, seed=first), sequences_per_shard=20)
-        for name, first in (("prose", 0), ("code", 100))
-    ]
-    validation = [
-        write_shards(folder / "val" / name, markov_sequences(6, first=first, seed=first + 1))
-        for name, first in (("prose", 0), ("code", 100))
-    ]
-    return Shards((train[0], train[1]), (validation[0], validation[1]))
+    """Two sources with tokens of their own."""
+    return make_shards(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Draw no picture, and run on one thread, unless the test asks for them: small models gain nothing from two."""
+    if "picture" not in request.fixturenames:
+        monkeypatch.setattr(report, "plot_run", lambda path, **options: path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2 if "two_threads" in request.fixturenames else 1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def picture() -> None:
+    """Ask for the picture."""
+
+
+@pytest.fixture
+def two_threads() -> None:
+    """Ask for two threads."""
+
+
+@pytest.fixture
+def program(quick: None, shards: Shards, tmp_path: Path) -> Callable[..., Path]:
+    """Run the program on the small shards, and return the run folder."""
+
+    def run(*flags: str, name: str = "a") -> Path:
+        main(words(shards, tmp_path / "logs", *flags, name=name))
+        return tmp_path / "logs" / name
+
+    return run
+
+
+@pytest.fixture
+def interrupt_after() -> Iterator[Callable[..., None]]:
+    """Send this process a signal in the middle of the report of a step, once."""
+    with pytest.MonkeyPatch.context() as patch:
+        data = Recorder.data
+
+        def interrupt(step: int, number: int = signal.SIGINT) -> None:
+            def interrupted(self: Any, at: int) -> None:
+                if at == step:
+                    patch.setattr(Recorder, "data", data)
+                    signal.raise_signal(number)
+                data(self, at)
+
+            patch.setattr(Recorder, "data", interrupted)
+
+        yield interrupt

@@ -3,8 +3,8 @@ import torch
 
 from moekit.lm.configs import load_config
 from moekit.lm.model import count_parameters
-from moekit.recipes import deepseek_moe, mixtral, olmoe, openlm, switch
-from moekit.recipes.language_models import language_model, moe_layers, parameter_table
+from moekit.recipes import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+from moekit.recipes.language_models import language_model, moe_layers, parameter_table, recompute_activations
 from moekit.recipes.modules import MoE
 
 # OpenLM's own counts, with an expert bias of D in each of 6 MoE blocks that it allocates and never uses.
@@ -102,3 +102,101 @@ def test_the_model_is_causal_with_a_causal_recipe():
         before, after = model(ids).logits, model(other).logits
     torch.testing.assert_close(before[:, :8], after[:, :8])
     assert not torch.allclose(before[:, 8:], after[:, 8:])
+
+
+# Computing activations again.
+
+
+def total_loss(model, ids, mask):
+    output = model(ids, token_mask=mask)
+    losses = [loss for layer in output.layers for loss in layer.losses.values()]
+    return output.logits.logsumexp(-1).square().mean() + sum(losses)
+
+
+@pytest.mark.parametrize("recipe", [openlm(capacity_factor=0.75), gshard(), deepseek_moe(k=2)], ids=str)
+def test_recomputed_activations_change_no_output_and_no_gradient(recipe):
+    model = tiny(recipe, moe_freq=2, moe_num_experts=4, qk_norm=True).double()
+    ids, mask = torch.randint(512, (3, 9)), torch.arange(9).expand(3, 9) < 7
+    results = []
+    for _ in range(2):
+        torch.default_generator.manual_seed(1)  # GShard draws
+        total = total_loss(model, ids, mask)
+        results.append((total, torch.autograd.grad(total, list(model.parameters()))))
+        recompute_activations(model)
+    (total, grads), (again, others) = results
+    assert torch.equal(total, again)
+    for (name, _), grad, other in zip(model.named_parameters(), grads, others, strict=True):
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(other, grad, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def test_a_recomputed_router_decides_once_and_draws_once():
+    calls, recipe = [], gshard()
+
+    def route(logits, **options):
+        calls.append(torch.get_rng_state())
+        return recipe.route(logits, **options)
+
+    model = tiny(recipe._replace(route=route), moe_freq=1, moe_num_experts=4)
+    recompute_activations(model)
+    total = total_loss(model, torch.randint(512, (2, 9)), None)
+    state = torch.get_rng_state()
+    total.backward()
+    assert len(calls) == 2  # one per layer
+    assert not torch.equal(*calls), "this router draws, or the test says nothing"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def held(model, ids):
+    """Count the bytes that a model keeps between forward and backward, parameters apart."""
+    kept, own = {}, {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(ids)
+    assert output.logits.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for place, tensor in kept.items() if place not in own)
+
+
+@pytest.mark.parametrize("freq", [0, 1, 2])
+def test_recomputed_activations_hold_less_memory(freq):
+    model = tiny(mixtral(), moe_freq=freq, moe_num_experts=4)
+    ids = torch.randint(512, (8, 64))
+    plain = held(model, ids)
+    recompute_activations(model)
+    saving = held(model, ids)
+    stream = 4 * 8 * 64 * 64  # a residual stream
+    assert plain > 35 * stream
+    assert saving < 15 * stream
+    assert saving < 0.4 * plain
+
+
+def test_only_dense_feed_forwards_run_again_whole():
+    model = tiny(openlm(), moe_freq=2, moe_num_experts=4)
+    calls = []
+    for index, block in enumerate(model.layers):
+        for name in ("attention", "feed_forward"):
+            getattr(block, name).register_forward_pre_hook(
+                lambda *_, index=index, name=name: calls.append((index, name))
+            )
+    recompute_activations(model)
+    total_loss(model, torch.randint(512, (1, 5)), None).backward()
+    counts = {call: calls.count(call) for call in calls}
+    assert counts == {(0, "attention"): 2, (0, "feed_forward"): 1, (1, "attention"): 2, (1, "feed_forward"): 2}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+def test_a_model_with_recomputed_activations_compiles_whole():
+    torch._dynamo.reset()
+    model = tiny(openlm(), moe_freq=2, moe_num_experts=4)
+    recompute_activations(model)
+    ids = torch.randint(512, (2, 9))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = [total_loss(each, ids, None) for each in (model, compiled)]
+    grads = [torch.autograd.grad(total, list(model.parameters())) for total in results]
+    torch.testing.assert_close(*results)
+    for (name, _), grad, other in zip(model.named_parameters(), *grads, strict=True):
+        torch.testing.assert_close(other, grad, rtol=1e-4, atol=1e-6, msg=name)

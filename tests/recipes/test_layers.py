@@ -8,6 +8,7 @@ from torch import Tensor
 from moekit.dispatch import by_choice, dropless, padded
 from moekit.experts import GatedParams, batched, gelu_mlp, grouped, init_gated, init_mlp, loop, relu_mlp, swiglu
 from moekit.recipes import MoEParams, Recipe, expert_layer, moe_layer, shared_experts, weighted_sum
+from moekit.recipes.layers import recompute
 from moekit.routing import hash_choice, hash_table, linear_gate, load_balance_loss, mask_tokens, top_k, z_loss
 from moekit.routing.top_k import token_choice
 
@@ -260,3 +261,103 @@ def test_inputs_are_left_alone() -> None:
     before = routing.weights.clone()
     mask_tokens(routing, torch.zeros(4, dtype=torch.bool))
     assert torch.equal(routing.weights, before)
+
+
+# Computing activations again.
+
+
+def saved_bytes(run) -> tuple[Tensor, int]:
+    """Run, and count what autograd keeps for the backward, each storage once."""
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = run()
+    return y, sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+
+
+@pytest.mark.usefixtures("poison")
+@every_dispatcher
+@pytest.mark.parametrize("masked", [False, True])
+def test_recomputing_changes_no_output_and_no_gradient(dispatcher, masked: bool) -> None:
+    x, params = torch.randn(12, D, dtype=torch.float64, requires_grad=True), draw_params()
+    recipe = recipe_of(dispatcher)
+    mask = torch.arange(12) % 3 != 0 if masked else None
+    results = []
+    for each in (recipe, recipe._replace(layer=recompute(recipe.layer))):
+        output = moe_layer(x, params, each, token_mask=mask)
+        total = output.y.square().sum() + sum(output.losses.values())
+        results.append((output.y, torch.autograd.grad(total, [x, *leaves_of(params)])))
+    (y, grads), (again, others) = results
+    assert torch.equal(y, again)
+    assert all(grad.abs().sum() > 0 for grad in grads)
+    assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+
+
+def test_recomputing_decides_the_routing_once_and_runs_the_experts_twice() -> None:
+    calls = []
+    recipe = recipe_of()
+
+    def spy(name: str, function):
+        return lambda *args, **options: (calls.append(name), function(*args, **options))[1]
+
+    watched = recipe._replace(
+        gate=spy("gate", recipe.gate),
+        route=spy("route", recipe.route),
+        layer=recompute(spy("layer", recipe.layer)),
+    )
+    output = moe_layer(torch.randn(9, D, dtype=torch.float64), draw_params(), watched)
+    assert calls == ["gate", "route", "layer"]
+    output.y.sum().backward()
+    assert calls == ["gate", "route", "layer", "layer"]
+
+
+def test_recomputing_without_a_gradient_runs_once() -> None:
+    calls = []
+    layer = recompute(lambda x, routing, params: (calls.append(1), x)[1])
+    with torch.no_grad():
+        moe_layer(torch.randn(9, D, dtype=torch.float64), draw_params(), recipe_of(layer=layer))
+    assert calls == [1]
+
+
+@every_dispatcher
+def test_recomputing_keeps_less_memory(dispatcher) -> None:
+    x = torch.randn(64, D, requires_grad=True)
+    params = MoEParams(torch.randn(D, E, requires_grad=True), init_gated(E, D, 32))
+    for weight in params.experts:
+        weight.requires_grad_()
+    recipe = recipe_of(dispatcher)
+    y, plain = saved_bytes(lambda: moe_layer(x, params, recipe).y)
+    again, saving = saved_bytes(lambda: moe_layer(x, params, recipe._replace(layer=recompute(recipe.layer))).y)
+    assert torch.equal(y, again)
+    own = sum(4 * tensor.numel() for tensor in (x, *params.experts))
+    rows = 4 * 64 * K * 32  # one activation of the experts
+    assert plain > own + 3 * rows
+    assert saving < own + rows
+    again.sum().backward()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+def test_recomputing_compiles_whole() -> None:
+    torch._dynamo.reset()
+    recipe = recipe_of()
+    recipe = recipe._replace(layer=recompute(recipe.layer))
+    x = torch.randn(12, D, requires_grad=True)
+    params = MoEParams(torch.randn(D, E, requires_grad=True), init_gated(E, D, F))
+    for weight in params.experts:
+        weight.requires_grad_()
+
+    def run(x: Tensor, params: MoEParams) -> Tensor:
+        return moe_layer(x, params, recipe).y
+
+    expected, found = run(x, params), torch.compile(run, fullgraph=True, backend="aot_eager")(x, params)
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(expected.square().sum(), [x, *leaves_of(params)]),
+        torch.autograd.grad(found.square().sum(), [x, *leaves_of(params)]),
+        strict=True,
+    ):
+        torch.testing.assert_close(other, one)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moekit.recipes import MoE, Recipe, mixtral, moe_layer
-from moekit.recipes.names import RECIPES, experts_per_token, find_recipe
+from moekit.recipes.names import RECIPES, experts_per_token, find_recipe, recipe_options
 
 FILE = """
 from functools import partial
@@ -131,6 +131,29 @@ def test_what_is_no_recipe_is_refused(file):
 def test_a_function_with_arguments_that_nobody_gives_is_refused(file, name, argument):
     with pytest.raises(ValueError, match=f"{name} needs {argument}.*A router alone is no recipe"):
         find_recipe(f"{file}:{name}")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("openlm", {"k", "capacity_factor", "matmul"}),
+        ("gshard", {"capacity_factor", "matmul"}),
+        ("mixtral", {"k", "matmul"}),
+    ],
+)
+def test_options_of_a_recipe(name, options):
+    assert set(recipe_options(name)) == options
+
+
+def test_options_of_a_recipe_in_a_file(file):
+    assert set(recipe_options(f"{file}:function")) == {"k", "capacity_factor"}
+    assert recipe_options(f"{file}:no_recipe") == {}
+    assert recipe_options(f"{file}:VALUE") == {}
+
+
+def test_options_of_an_unknown_recipe():
+    with pytest.raises(ValueError, match="unknown recipe 'mixtrall'; did you mean 'mixtral'"):
+        recipe_options("mixtrall")
 
 
 def test_experts_per_token_leaves_the_random_state_alone():

@@ -1,3 +1,4 @@
+import json
 from io import StringIO
 from pathlib import Path
 
@@ -6,20 +7,37 @@ import torch
 from rich.console import Console
 
 from moekit.lm.configs import load_config
+from moekit.lm.displays import LayerLoad
 from moekit.lm.ngrams import bigram_loss, unigram_loss
-from moekit.lm.shards import load_sequences, write_shards
+from moekit.lm.shards import load_sequences, read_manifest, write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.recipes import mixtral, openlm, report
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import language_model
 from moekit.recipes.report import Baselines
-from moekit.recipes.setup import Domain
+from moekit.recipes.setup import Corpus, Source, ValidationSet
+
+
+def load(layer, shares, *, drop_rate=0.0, entropy=1.0):
+    return LayerLoad(layer, shares, max(shares) * len(shares) - 1, drop_rate, entropy, shares.count(0.0))
+
+
+def scores(loss, bits=None, layers=(), skipped=None):
+    return Evaluation(loss, loss - 0.25, loss + 0.5, 1234, 100, bits, layers, skipped or {})
+
 
 SCORES = {
-    "prose": Evaluation(2.0, 100, 1.25, {0: [0.5, 0.25, 0.25, 0.0], 2: [0.25] * 4}, 0.125),
-    "code": Evaluation(1.0, 100, None, {0: [0.25] * 4, 2: [0.0, 0.0, 0.0, 1.0]}, 0.0),
+    "prose": scores(2.0, 1.25, [load(0, [0.5, 0.25, 0.25, 0.0], drop_rate=0.125), load(2, [0.25] * 4, entropy=0.5)]),
+    "code": scores(1.0, None, [load(0, [0.25] * 4), load(2, [0.0, 0.0, 0.0, 1.0])]),
 }
 SIMPLE = {"prose": Baselines(4.0, 3.0), "code": Baselines(5.0, None)}
+
+
+def sources_of(shards):
+    """Return the first source and what was held out from it."""
+    source = Source("prose", str(shards.train[0]), read_manifest(shards.train[0]))
+    held_out = ValidationSet("prose", read_manifest(shards.validation[0]), None, None, str(shards.validation[0]))
+    return source, held_out
 
 
 def rendered(table):
@@ -40,8 +58,7 @@ def small_model(**options):
 
 
 def test_baselines_score_the_validation_data(shards):
-    domain = Domain("prose", shards.train[0], shards.validation[0])
-    unigram, bigram = report.baselines(domain, vocab_size=512)
+    unigram, bigram = report.baselines(*sources_of(shards), vocab_size=512)
     train, held_out = load_sequences(shards.train[0]), load_sequences(shards.validation[0])
     assert unigram == unigram_loss(train, held_out, vocab_size=512)
     assert bigram == bigram_loss(train, held_out, vocab_size=512)
@@ -49,32 +66,87 @@ def test_baselines_score_the_validation_data(shards):
 
 
 def test_a_large_vocabulary_or_a_single_sequence_has_no_bigram(shards, tmp_path):
-    domain = Domain("prose", shards.train[0], shards.validation[0])
-    assert report.baselines(domain, vocab_size=50_432).bigram is None
+    source, held_out = sources_of(shards)
+    assert report.baselines(source, held_out, vocab_size=50_432).bigram is None
     single = write_shards(tmp_path, load_sequences(shards.train[0])[:1])
-    assert report.baselines(domain._replace(train=single), vocab_size=512).bigram is None
+    assert report.baselines(source._replace(manifest=str(single)), held_out, vocab_size=512).bigram is None
 
 
-def test_baselines_need_validation_data(shards):
-    with pytest.raises(ValueError, match="domain prose has no validation data; give them with --val-manifest"):
-        report.baselines(Domain("prose", shards.train[0], None), vocab_size=512)
+def test_baselines_are_of_sets_that_were_held_out_from_a_source(shards):
+    source, held_out = sources_of(shards)
+    config = load_config("moekit_tiny")
+    other = held_out._replace(name="other")
+    corpus = Corpus((source, source._replace(name="code")), (1, 1), (held_out, other), None, None)
+    found = report.simple_scores(corpus, ["prose", "other"], config)
+    assert found == {"prose": report.baselines(source, held_out, vocab_size=512)}
+    assert report.simple_scores(corpus, ["other"], config) == {}
+
+
+@pytest.mark.parametrize("manifest", ["s3://bucket/prose/manifest.jsonl", "pipe:aws s3 cp s3://b/p/m.jsonl -"])
+def test_data_elsewhere_have_no_baseline(shards, manifest):
+    source, held_out = sources_of(shards)
+    corpus = Corpus((source._replace(manifest=manifest),), (1,), (held_out,), None, None)
+    assert report.simple_scores(corpus, ["prose"], load_config("moekit_tiny")) == {}
+
+
+def test_data_too_large_for_memory_have_no_baseline(shards):
+    source, held_out = sources_of(shards)
+    most = report.MOST_BASELINE_TOKENS // 64
+    for count, expected in ((most, ["prose"]), (most + 1, [])):
+        counted = source._replace(shards=[source.shards[0]._replace(num_sequences=count)])
+        corpus = Corpus((counted,), (1,), (held_out,), None, None)
+        assert list(report.simple_scores(corpus, ["prose"], load_config("moekit_tiny"))) == expected
 
 
 def test_the_score_table_sets_losses_beside_baselines():
     text = rendered(report.score_table(SCORES, SIMPLE))
-    assert cells(text, "prose") == ["prose", "2.000", "7.39", "1.250", "3.000", "4.000", "1.000"]
-    assert cells(text, "code") == ["code", "1.000", "2.72", "-", "-", "5.000", "-"]
+    assert cells(text, "prose") == ["prose", "2.000", "1.750 2.500", "7.39", "1.250", "3.000", "4.000", "1.000"]
+    assert cells(text, "code") == ["code", "1.000", "0.750 1.500", "2.72", "-", "-", "5.000", "-"]
+    assert "intervals by bootstrap over sequences: 1,234 of prose, 1,234 of code" in " ".join(text.split())
+
+
+def test_a_set_without_baselines_has_dashes_or_no_columns():
+    text = rendered(report.score_table(SCORES, {"prose": SIMPLE["prose"]}))
+    assert cells(text, "code")[-3:] == ["-", "-", "-"]
+    text = rendered(report.score_table(SCORES, {}))
+    assert cells(text, "code") == ["code", "1.000", "0.750 1.500", "2.72", "-"]
+    assert "bigram" not in text
 
 
 def test_the_load_table_has_a_row_for_every_domain_and_block():
     text = rendered(report.load_table(SCORES))
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [
-        ["prose", "0", "█▄▄", "0.00", "2.00", "12.5%"],
-        ["prose", "2", "▄▄▄▄", "1.00", "1.00", ""],
-        ["code", "0", "▄▄▄▄", "1.00", "1.00", "0.0%"],
-        ["code", "2", "█", "0.00", "4.00", ""],
+        ["prose", "0", "█▄▄", "0.00", "2.00", "1.00", "12.5%"],
+        ["prose", "2", "▄▄▄▄", "1.00", "1.00", "0.50", "0.0%"],
+        ["code", "0", "▄▄▄▄", "1.00", "1.00", "1.00", "0.0%"],
+        ["code", "2", "█", "0.00", "4.00", "1.00", "0.0%"],
     ]
+
+
+def test_results_are_written_as_json(tmp_path):
+    skipping = SCORES["prose"]._replace(skipped={"short sequence": 2})
+    report.write_results(tmp_path / "r.json", {"steps": 7}, {**SCORES, "prose": skipping}, {"prose": SIMPLE["prose"]})
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert written["steps"] == 7
+    prose, code = written["validation"]["prose"], written["validation"]["code"]
+    layers = [each._asdict() for each in SCORES["prose"].layers]
+    assert prose == {
+        "loss": 2.0,
+        "perplexity": pytest.approx(7.389, abs=1e-3),
+        "loss_low": 1.75,
+        "loss_high": 2.5,
+        "bits_per_byte": 1.25,
+        "sequences": 1234,
+        "tokens": 100,
+        "skipped_data": {"short sequence": 2},
+        "layers": layers,
+        "unigram": 4.0,
+        "bigram": 3.0,
+    }
+    assert code["skipped_data"] == {}
+    assert code["bits_per_byte"] is None
+    assert "unigram" not in code
 
 
 def test_describe_lays_out_parameters_and_bytes():
@@ -116,9 +188,10 @@ def test_draw_takes_its_curves_from_the_metrics(monkeypatch, tmp_path, validated
     metrics = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}]
     if validated:
         metrics[1]["validation"] = {"prose": 2.5, "code": 1.5}
-    scores = {**SCORES, "dense": Evaluation(1.0, 1, None, {}, 0.0)} if not validated else SCORES
-    assert report.draw(tmp_path / "run.png", metrics, scores, SIMPLE) == tmp_path / "run.png"
+    found = SCORES if validated else {**SCORES, "dense": scores(1.0)}
+    assert report.draw(tmp_path / "run.png", metrics, found, SIMPLE) == tmp_path / "run.png"
     assert drawn["train"] == ([10, 20], [3.0, 2.0])
     assert drawn["validation"] == ({"prose": ([20], [2.5]), "code": ([20], [1.5])} if validated else {})
     assert drawn["baselines"] == {"prose": 3.0}
+    assert drawn["loads"]["prose"] == {0: [0.5, 0.25, 0.25, 0.0], 2: [0.25] * 4}
     assert list(drawn["loads"]) == ["prose", "code"]

@@ -116,6 +116,30 @@ def test_counts_may_come_from_elsewhere() -> None:
     assert (sum(own) / 2 - whole).abs() > 1e-3
 
 
+@pytest.mark.parametrize("choices", [None, 1, 2])
+def test_counts_from_elsewhere_may_be_by_choice(choices: int | None) -> None:
+    """Of (K, E) counts the loss takes the choices that it counts by itself."""
+    logits, routing = routed(3)
+    by_choice = torch.stack([tokens_per_expert(row, E) for row in routing.expert_indices.unbind(1)])
+    assert by_choice.shape == (3, E)
+    given = load_balance_loss(logits, routing, tokens_per_expert=by_choice, choices=choices)
+    own = load_balance_loss(logits, routing, choices=choices)
+    torch.testing.assert_close(given, own)
+    torch.testing.assert_close(torch.autograd.grad(given, logits), torch.autograd.grad(own, logits))
+    if choices != 1:
+        first = load_balance_loss(logits, routing, tokens_per_expert=by_choice, choices=1)
+        assert (first - own).abs() > 1e-3
+
+
+def test_counts_of_the_first_choices_over_several_batches_give_gshards_loss() -> None:
+    logits, routing = routed()
+    counts = torch.stack([tokens_per_expert(row, E) for row in routing.expert_indices.unbind(1)])
+    parts = [
+        load_balance_loss(part, top_k(part, k=K), tokens_per_expert=counts, choices=1) for part in logits.split(T // 3)
+    ]
+    torch.testing.assert_close(sum(parts) / 3, load_balance_loss(logits, routing, choices=1))
+
+
 def test_counts_carry_no_gradient_and_assignments_that_do_not_exist_do_not_count() -> None:
     logits, routing = routed(1)
     gone = routing._replace(expert_indices=routing.expert_indices.masked_fill(routing.expert_indices == 0, -1))

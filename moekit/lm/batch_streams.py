@@ -1,0 +1,188 @@
+"""The stream that `moekit.lm.batches.open_stream` opens, a chain of two ``torchdata.nodes``.
+
+`_Plan` yields addresses, `_Batches` the rows at them. The state of the chain is the position of the batches that were
+handed out; what workers have read ahead does not enter it.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Self
+
+from torch import Tensor
+from torchdata.nodes import BaseNode
+
+from moekit.lm.orders import Address, Order
+from moekit.lm.row_workers import LocalRows, Reading, WorkerRows
+from moekit.lm.shards import Shard
+
+
+class Batch(NamedTuple):
+    """A rank's rows of one optimizer step.
+
+    Attributes:
+        ids: (b, seq_len + 1) int64; inputs are all but the last column, targets all but the first. -1 where there is no
+            token, neither as input nor as target.
+        num_targets: how many targets are tokens.
+        has_padding: whether there is any -1.
+    """
+
+    ids: Tensor
+    num_targets: int
+    has_padding: bool
+
+
+def batch_of(ids: Tensor) -> Batch:
+    """Count what a batch holds.
+
+    Args:
+        ids: (b, seq_len + 1) int64.
+
+    Example:
+        >>> import torch
+        >>> batch_of(torch.tensor([[3, 1, 2], [4, 5, -1]])).num_targets
+        3
+    """
+    missing = ids < 0
+    return Batch(ids, ids[:, 1:].numel() - int(missing[:, 1:].sum()), bool(missing.any()))
+
+
+class Stream:
+    """The `moekit.lm.batches.BatchStream` over a chain of nodes.
+
+    Args:
+        reading: what is read, and which part of it is this rank's.
+        workers: processes that read ahead; 0 reads in this one.
+    """
+
+    def __init__(self, reading: Reading, *, workers: int) -> None:
+        self._order = reading.order()
+        self._origin = _origin(reading, self._order)
+        self._batches = _Batches(_Plan(self._order, reading.batch_size), reading, workers=workers)
+
+    @property
+    def passes(self) -> tuple[int, ...]:
+        """How often each source was used up so far."""
+        return self._order.passes
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """Sequences that this rank left out as bad, by reason."""
+        return dict(self._batches.skipped)
+
+    @property
+    def addresses(self) -> Sequence[Address]:
+        """Of the last global batch, in slot order."""
+        return self._batches.addresses
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        batch: Batch = next(self._batches)
+        return batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position and what it depends on."""
+        return {"origin": self._origin, "position": self._batches.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go to a position that `state_dict` returned; ValueError if it is none, or of other data."""
+        origin, position = (state.get("origin"), state.get("position")) if isinstance(state, Mapping) else (None, None)
+        if not isinstance(origin, Mapping) or not isinstance(position, Mapping) or not position:
+            raise ValueError(
+                f"the saved position is damaged: it is {str(state)[:80]}; expected what state_dict returns"
+            )
+        for key, value in self._origin.items():
+            if origin.get(key) != value:
+                raise ValueError(
+                    f"the saved position is for {key} {origin.get(key)}; this stream has {value}. "
+                    "Resume with the same data, weights and seed, or start without the saved position"
+                )
+        self._batches.reset(dict(position))
+
+    def close(self) -> None:
+        """End the workers and close the files."""
+        self._batches.close()
+
+
+def _origin(reading: Reading, order: Order) -> dict[str, Any]:
+    """Say what a position depends on: under anything else, it would point to other data."""
+    return {
+        "seed": reading.seed,
+        "weights": order.weights,
+        "lanes": reading.lanes,
+        "seq_len": reading.row_format.seq_len,
+        "num_sequences": [sum(shard.num_sequences for shard in source) for source in reading.sources],
+        "shards": [_digest(source) for source in reading.sources],
+    }
+
+
+def _digest(shards: Sequence[Shard]) -> str:
+    # By name and not by path: data may be moved as a whole.
+    lines = "".join(f"{str(shard.path).rpartition('/')[2]} {shard.num_sequences}\n" for shard in shards)
+    return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
+
+
+class _Plan(BaseNode[tuple[Address, ...]]):
+    """Yields the addresses of each step."""
+
+    def __init__(self, order: Order, batch_size: int) -> None:
+        super().__init__()
+        self._order, self._batch_size = order, batch_size
+        self._start = order.state_dict()
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self._order.load_state_dict(initial_state or self._start)
+
+    def next(self) -> tuple[Address, ...]:
+        return self._order.step(self._batch_size)
+
+    def get_state(self) -> dict[str, Any]:
+        return self._order.state_dict()
+
+
+class _Batches(BaseNode[Batch]):
+    """Yields the batches of this rank; its state is that of its plan."""
+
+    def __init__(self, plan: _Plan, reading: Reading, *, workers: int) -> None:
+        super().__init__()
+        self._plan, self._reading, self._workers = plan, reading, workers
+        self._rows: LocalRows | WorkerRows | None = None
+        self.addresses: tuple[Address, ...] = ()
+        self.skipped = Counter[str]()
+
+    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
+        super().reset(initial_state)
+        self.close()
+        self._plan.reset(initial_state)
+
+    def next(self) -> Batch:
+        position = self._plan.state_dict()
+        try:
+            addresses = next(self._plan)
+            rows = self._started(position).read(addresses)
+        except BaseException:
+            self._plan.reset(position)
+            self.close()
+            raise
+        self.addresses = addresses
+        self.skipped.update(rows.skipped)
+        return batch_of(rows.ids)
+
+    def get_state(self) -> dict[str, Any]:
+        state: dict[str, Any] = self._plan.state_dict()
+        return state
+
+    def close(self) -> None:
+        rows, self._rows = self._rows, None
+        if rows is not None:
+            rows.close()
+
+    def _started(self, position: Mapping[str, Any]) -> LocalRows | WorkerRows:
+        if self._rows is None and self._workers:
+            self._rows = WorkerRows(self._reading, position, workers=self._workers)
+        elif self._rows is None:
+            self._rows = LocalRows(self._reading)
+        return self._rows

@@ -1,0 +1,140 @@
+"""The index of a checkpoint, which says what tensor lies where in its files, read without running code.
+
+torch pickles it. The unpickler here knows the classes of an index of plain tensors and no others.
+"""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+
+INDEX = ".metadata"
+_PATHS = frozenset({"PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath"})
+_CLASSES = {  # all that the index of a checkpoint of plain tensors is made of, besides dtypes
+    "torch": frozenset({"Size"}),
+    "torch.serialization": frozenset({"_get_layout"}),
+    "torch.distributed.checkpoint.metadata": frozenset(
+        {
+            "Metadata",
+            "MetadataIndex",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "StorageMeta",
+        }
+        | {"_MEM_FORMAT_ENCODING"}
+    ),
+    "torch.distributed.checkpoint.filesystem": frozenset({"_StorageInfo"}),
+    "pathlib": _PATHS,
+    "pathlib._local": _PATHS,
+}
+
+
+class IndexReader(dcp.FileSystemReader):
+    """torch's reader of a checkpoint, with its ``pickle.load`` of the index replaced."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Read the index.
+
+        Args:
+            args: ignored, as torch's reader does.
+            kwargs: ignored likewise.
+
+        Returns:
+            The index.
+
+        Raises:
+            ValueError: if it is missing or damaged, or names classes that no index has.
+        """
+        metadata = _unpickled(Path(self.path) / INDEX)
+        metadata.storage_meta = metadata.storage_meta or StorageMeta()
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def stored_shapes(folder: str | os.PathLike[str]) -> dict[str, torch.Size]:
+    """List the tensors of a checkpoint, without reading them.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        Name to shape.
+
+    Raises:
+        ValueError: if the index is missing or damaged, or names classes that no index has.
+    """
+    entries = _unpickled(Path(folder) / INDEX).state_dict_metadata
+    return {name: entry.size for name, entry in entries.items() if hasattr(entry, "size")}
+
+
+def missing_piece(folder: Path) -> str | None:
+    """Say which of a checkpoint's files the index names and the folder lacks, by their sizes.
+
+    Args:
+        folder: of the checkpoint.
+
+    Returns:
+        A clause about the first such file, or None.
+
+    Raises:
+        ValueError: if the index is missing or damaged, or names classes that no index has.
+    """
+    for piece in (_unpickled(folder / INDEX).storage_data or {}).values():
+        file = folder / piece.relative_path
+        if not file.is_file() or file.stat().st_size < piece.offset + piece.length:
+            return f"its file {piece.relative_path} is missing or cut short"
+    return None
+
+
+def one_line(error: BaseException) -> str:
+    """Say in one line what an error was, for a message.
+
+    Args:
+        error: of a reader.
+
+    Returns:
+        Its class and the first line of its text; those of the cause, if torch wrapped it up.
+
+    Example:
+        >>> one_line(KeyError("a"))
+        "KeyError: 'a'"
+    """
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        return "UnpicklingError: a file holds something else than tensors"  # torch advises to run its code
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+class _ForeignClass(ValueError):
+    pass
+
+
+class _Unpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+        if not is_dtype and name not in _CLASSES.get(module, ()):
+            raise _ForeignClass(
+                f"the checkpoint's {INDEX} asks for {module}.{name}, which no index of tensors has; expected a "
+                f"checkpoint that save_checkpoint wrote. It was not loaded, since it could run code."
+            )
+        return super().find_class(module, name)
+
+
+def _unpickled(path: Path) -> Metadata:
+    try:
+        with path.open("rb") as file:
+            metadata = _Unpickler(file).load()
+    except _ForeignClass as error:
+        raise ValueError(f"{path.parent}: {error}") from error
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX}: {one_line(error)}") from error
+    if not isinstance(metadata, Metadata):
+        raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX} holds a {type(metadata).__name__}")
+    return metadata

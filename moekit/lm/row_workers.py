@@ -1,0 +1,247 @@
+"""The rows of a rank, step after step, read in this process or in worker processes with the same result.
+
+Every worker walks through the whole order from the same position, and reads the lanes that are its own. Each step it
+hands over one item, be it without rows, so that the strict turns of torch's DataLoader keep all steps in order.
+"""
+
+import atexit
+import math
+import multiprocessing
+import multiprocessing.util  # so that its function at exit is registered before ours, and so runs after it
+import signal
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from moekit.lm.orders import Address, DataExhausted, Order
+from moekit.lm.shard_readers import RowReader
+from moekit.lm.shards import Shard, ShardError
+from moekit.lm.token_rows import RowFormat, bad_data_policy
+
+_PREFETCHED_STEPS = 4  # for each worker
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Reading(NamedTuple):
+    """What is read, and which part of it is this rank's. The fields are those of `moekit.lm.batches.open_stream`."""
+
+    sources: Sequence[Sequence[Shard]]
+    weights: Sequence[float] | None
+    batch_size: int
+    row_format: RowFormat
+    seed: int
+    lanes: int
+    max_passes: int | None
+    rank: int
+    world_size: int
+    on_bad: str
+    data_key: str | None
+    allow_commands: bool
+
+    def order(self) -> Order:
+        """Return the order, at its start."""
+        counts = [[shard.num_sequences for shard in source] for source in self.sources]
+        return Order(counts, self.weights, seed=self.seed, lanes=self.lanes, max_passes=self.max_passes)
+
+    def slots(self) -> range:
+        """Return the places of this rank's rows in the global batch."""
+        return range(self.rank, self.batch_size, self.world_size)
+
+    def owners(self, addresses: Sequence[Address], workers: int) -> list[int]:
+        """Return which of this rank's workers reads each of its slots: its lanes take turns."""
+        stride = math.gcd(self.lanes, self.world_size)  # between the lanes of a rank
+        return [addresses[slot].lane // stride % workers for slot in self.slots()]
+
+
+class Rows(NamedTuple):
+    """What was read for one step.
+
+    Attributes:
+        ids: (n, seq_len + 1) int64.
+        skipped: sequences left out as bad, by reason.
+    """
+
+    ids: Tensor
+    skipped: Mapping[str, int]
+
+
+class LocalRows:
+    """The rows of a rank, or of one of its workers, read in this process.
+
+    Args:
+        reading: what to read.
+        worker: number of the worker.
+        workers: how many there are.
+    """
+
+    def __init__(self, reading: Reading, *, worker: int = 0, workers: int = 1) -> None:
+        self._reading, self._worker, self._workers = reading, worker, workers
+        self._skipped = Counter[str]()
+        self._reader = RowReader(
+            reading.sources,
+            reading.row_format,
+            seed=reading.seed,
+            on_bad=bad_data_policy(reading.on_bad, self._skipped),
+            data_key=reading.data_key,
+            allow_commands=reading.allow_commands,
+        )
+
+    def read(self, addresses: Sequence[Address]) -> Rows:
+        """Read the rows of the next step.
+
+        Args:
+            addresses: of the global batch.
+
+        Returns:
+            The rows in slot order, n of them.
+
+        Raises:
+            ShardError: if there is bad data and it is not to be skipped.
+        """
+        owners = self._reading.owners(addresses, self._workers)
+        slots = [slot for slot, owner in zip(self._reading.slots(), owners, strict=True) if owner == self._worker]
+        self._skipped.clear()
+        return Rows(self._reader.read(addresses, slots), dict(self._skipped))
+
+    def close(self) -> None:
+        """Close the shards; a later read opens them again."""
+        self._reader.close()
+
+
+class _Failure(NamedTuple):
+    """An error of a worker, as a value: raised in the main process again, without the worker's traceback."""
+
+    kind: type[Exception]
+    arguments: tuple[Any, ...]
+
+
+class _Share(IterableDataset[Rows | _Failure]):
+    """What a worker runs."""
+
+    def __init__(self, reading: Reading, position: Mapping[str, Any]) -> None:
+        self._reading, self._position = reading, position
+
+    def __iter__(self) -> Iterator[Rows | _Failure]:
+        info = get_worker_info()
+        assert info is not None
+        order, rows = self._reading.order(), LocalRows(self._reading, worker=info.id, workers=info.num_workers)
+        order.load_state_dict(self._position)
+        try:
+            while True:
+                yield rows.read(order.step(self._reading.batch_size))
+        except DataExhausted:  # whoever asks for that step has been told by its own order
+            return
+        except ShardError as error:
+            yield _Failure(ShardError, (str(error), error.reason))
+        except (ValueError, OSError, ImportError) as error:
+            yield _Failure(type(error), (str(error),))
+
+
+class WorkerRows:
+    """The rows of a rank from ``workers`` processes, read ahead.
+
+    The processes ignore SIGINT and SIGTERM, since this one decides when to end; they end with it, however it ends.
+
+    Args:
+        reading: what to read.
+        position: of the order, from its ``state_dict``.
+        workers: at least 1.
+    """
+
+    def __init__(self, reading: Reading, position: Mapping[str, Any], *, workers: int) -> None:
+        self._reading, self._workers = reading, workers
+        loader = DataLoader(
+            _Share(reading, position),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=_PREFETCHED_STEPS,
+            collate_fn=_unchanged,
+            worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else it would draw from the global one
+        )
+        before = set(multiprocessing.active_children())
+        with _signals_held_back():
+            self._items: Any = iter(loader)
+        self._processes = [process for process in multiprocessing.active_children() if process not in before]
+        self._at_exit = partial(_close_at_exit, weakref.ref(self))
+        atexit.register(self._at_exit)
+
+    def read(self, addresses: Sequence[Address]) -> Rows:
+        """Put the rows of the next step together.
+
+        Args:
+            addresses: of the global batch; those that follow ``position``, step after step.
+
+        Returns:
+            The rows in slot order, n of them.
+
+        Raises:
+            ShardError: if there is bad data and it is not to be skipped.
+            RuntimeError: if a process was ended from outside.
+        """
+        owners = torch.tensor(self._reading.owners(addresses, self._workers))
+        ids = torch.empty(len(owners), self._reading.row_format.seq_len + 1, dtype=torch.int64)
+        skipped = Counter[str]()
+        for worker in range(self._workers):
+            rows = self._next_item()
+            ids[owners == worker] = rows.ids
+            skipped.update(rows.skipped)
+        return Rows(ids, skipped)
+
+    def close(self) -> None:
+        """End the processes; those that do not end by themselves are killed."""
+        atexit.unregister(self._at_exit)
+        # The loader's iterator ends its workers when it goes, and has no other way to be told. It does not go by
+        # itself as long as an error's traceback refers to it. Torch may only now notice that a worker was killed.
+        with suppress(RuntimeError):
+            self._items.__del__()
+        for process in self._processes:
+            if process.is_alive():
+                process.kill()
+                process.join()
+        self._processes = []
+
+    def _next_item(self) -> Rows:
+        try:
+            item: Rows | _Failure = next(self._items)
+        except (RuntimeError, OSError, EOFError, StopIteration) as error:  # a pipe breaks, or torch notices the end
+            if isinstance(error, RuntimeError) and all(process.is_alive() for process in self._processes):
+                raise
+            raise RuntimeError(
+                f"a data worker of rank {self._reading.rank} was ended from outside ({error}). "
+                "If the machine ran out of memory, use fewer --workers"
+            ) from error
+        if isinstance(item, _Failure):
+            raise item.kind(*item.arguments)
+        return item
+
+
+def _close_at_exit(rows: "weakref.ref[WorkerRows]") -> None:
+    if (left := rows()) is not None:
+        left.close()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """Hold signals back while workers start, which would not ignore them yet."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _ignore_signals(worker: int) -> None:
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _unchanged(item: Any) -> Any:
+    return item

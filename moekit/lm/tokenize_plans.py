@@ -1,0 +1,153 @@
+"""What a tokenizing run is to do, on record, so that the same command goes on and another one is refused."""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from moekit.lm.files import write_whole
+from moekit.lm.shards import MANIFEST
+from moekit.lm.tokenize_parts import TOKENIZER
+from moekit.lm.tokenizers import BpeTokenizer, Tokenizer
+
+FORMAT = 1  # raise it when the same plan would give other bytes
+PARTS = ".parts"
+RECORD = "tokenize.json"
+_ANEW = "Give another --output, or remove the folder to start anew"
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """Return a hash of all that decides a tokenizer's ids.
+
+    Args:
+        tokenizer: a byte tokenizer or a BPE.
+
+    Returns:
+        Hexadecimal digits, with the name in front.
+    """
+    content = f"{tokenizer.to_json()} {tokenizer.end_of_text}" if isinstance(tokenizer, BpeTokenizer) else ""
+    return f"{tokenizer.name} {hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
+
+
+def input_states(files: Sequence[Path]) -> dict[str, list[int]]:
+    """Note size and time of change of each file.
+
+    Args:
+        files: absolute paths.
+
+    Returns:
+        Path to size in bytes and time in nanoseconds.
+    """
+    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+
+
+def library_versions() -> dict[str, str]:
+    """Name the versions of what decides bytes: torch the order, tokenizers the ids."""
+    versions = {}
+    for package in ("torch", "tokenizers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # bytes need no tokenizers
+            versions[package] = importlib.metadata.version(package)
+    return versions
+
+
+def check_same(recorded: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
+    """Check that a command is the one that a folder was begun with.
+
+    After a stop at a bad document, ``on_bad_document`` may turn from "raise" to "skip": nothing was left out before.
+
+    Args:
+        recorded: the plan in the folder.
+        plan: of the command.
+        folder: the output.
+
+    Raises:
+        ValueError: if they differ; it says in what.
+    """
+    differences = []
+    for key in sorted({*recorded, *plan}):
+        old, new = recorded.get(key), plan.get(key)
+        if old != new and (key, old, new) != ("on_bad_document", "raise", "skip"):
+            differences += _changed_inputs(old, new) if key == "inputs" else [f"{key} was {old!r} and is {new!r}"]
+    if differences:
+        raise ValueError(f"{folder} was begun by another command: {'; '.join(differences)}. {_ANEW}")
+
+
+def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:
+    """Note the plan in a new folder, or check it in one that was begun.
+
+    Args:
+        folder: the output; it holds `PARTS`.
+        plan: of the command.
+
+    Raises:
+        ValueError: if the folder was begun by another command.
+        FileExistsError: if it holds shards of which nothing is known.
+    """
+    path = folder / PARTS / "plan.json"
+    if path.exists():
+        check_same(json.loads(path.read_text(encoding="utf-8")), plan, folder)
+    else:
+        check_free(folder)
+    write_whole(path, json.dumps(plan))
+
+
+def check_free(folder: Path) -> None:
+    """Check that a folder holds nothing that would be written.
+
+    Args:
+        folder: the output, which need not exist.
+
+    Raises:
+        FileExistsError: if it holds shards, a manifest, or a tokenizer.
+    """
+    names = [MANIFEST, RECORD, TOKENIZER, *sorted(path.name for path in folder.glob("*.tar"))]
+    taken = [name for name in names if (folder / name).exists()]
+    if taken:
+        raise FileExistsError(f"{folder} holds {taken[0]}, which this command did not write. {_ANEW}")
+
+
+@contextlib.contextmanager
+def sole_use(parts: Path) -> Iterator[None]:
+    """Keep other processes out of a folder of parts; the system lifts the lock when the process ends, however it does.
+
+    Args:
+        parts: the folder.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        BlockingIOError: if another process works there.
+    """
+    with open(parts / "lock", "ab") as file:
+        _lock(file, parts)
+        yield
+
+
+def _lock(file: IO[bytes], parts: Path) -> None:
+    try:
+        import fcntl
+    except ModuleNotFoundError:  # Windows; there it is the user who starts no second run
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise BlockingIOError(f"another process is working in {parts.parent}; wait for it, or stop it") from error
+    except OSError:  # a file system without locks
+        return
+
+
+def _changed_inputs(old: Any, new: Any) -> list[str]:
+    kinds = {
+        "is new": sorted(new.keys() - old.keys()),
+        "is missing": sorted(old.keys() - new.keys()),
+        "has changed": sorted(path for path in old.keys() & new.keys() if old[path] != new[path]),
+    }
+    return [
+        f"input {paths[0]} {what}" + (f", and {len(paths) - 1} more" if paths[1:] else "")
+        for what, paths in kinds.items()
+        if paths
+    ]

@@ -1,0 +1,191 @@
+"""Settings from a command line and a file, and back into a file."""
+
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from moekit.lm.files import write_whole
+from moekit.recipes.settings import TrainSettings
+
+_NOT_WRITTEN = frozenset({"config", "resume", "describe"})  # of one launch, not of the run
+_RENAMED = {"preset": "model"}  # field to flag
+_OF_A_LAUNCH = frozenset(
+    {"config", "help", "h", "tyro_print_completion", "tyro_write_completion"}
+)  # flags, no settings
+_OF_A_LAUNCH = frozenset(
+    {"config", "help", "h", "tyro_print_completion", "tyro_write_completion"}
+)  # flags, no settings
+
+
+def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSettings:
+    """Read the settings from a command line and, under it, from the file that ``--config`` names.
+
+    A flag may be written with dashes or underscores. A setting of the file is read as if it stood on the command line
+    before all flags, so that its type is checked and a flag wins over it.
+
+    Args:
+        arguments: the words.
+        prog: name of the program in the help text.
+
+    Returns:
+        TrainSettings.
+
+    Raises:
+        SystemExit: if a flag is unknown or has a bad value; the message is printed, with a hint.
+        FileNotFoundError: if the file is not there.
+        ValueError: if it holds no settings.
+
+    Example:
+        >>> parse_settings(["--moe-num-experts", "4", "--steps", "60"]).optimizer.steps
+        60
+    """
+    path = _config_path(arguments)
+    words = [] if path is None else _words(read_config(path))
+    try:
+        return tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog)
+    except SystemExit as error:
+        if words and error.code:  # the message above shows no more than words, of which the user has not typed these
+            shown = shlex.join(words).encode("utf-8", "backslashreplace").decode()
+            print(f"(--config {path} is read as: {shown})", file=sys.stderr)
+        raise
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Read a file of settings, JSON or (by its suffix, .yaml or .yml) YAML: flag names, with dashes or underscores.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Name with underscores to value.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if it is no JSON or YAML object of plain values.
+        ModuleNotFoundError: if it is YAML and pyyaml is not installed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--config {path}: there is no such file. A run writes its settings as config.json")
+    values = _parse(path)
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+        raise ValueError(f"--config {path}: expected an object of flag names and values, such as {{'steps': 100}}")
+    for key, value in values.items():
+        if key.replace("-", "_").strip("_") in _OF_A_LAUNCH:
+            raise ValueError(f"--config {path}: {key!r} belongs on the command line and is no setting; remove it")
+        items = value if isinstance(value, list) else [value]
+        if not all(item is None or isinstance(item, str | int | float) for item in items):
+            raise ValueError(f"--config {path}: {key} is {value!r}; expected a number, a text, or a list of them")
+    return {key.replace("-", "_"): value for key, value in values.items()}
+
+
+def flat_settings(settings: TrainSettings) -> dict[str, Any]:
+    """List all settings by flag name, sorted, in plain values that JSON and text can hold.
+
+    Args:
+        settings: to list.
+
+    Returns:
+        Name to value; flags without effect are left out, unless they were given.
+
+    Example:
+        >>> flat = flat_settings(TrainSettings())
+        >>> flat["moe_num_experts"], flat["model"], "trace" in flat
+        (8, 'moekit_cpu', False)
+    """
+    groups = (getattr(settings, group.name) for group in dataclasses.fields(settings) if group.name != "legacy")
+    values = {_RENAMED.get(name, name): value for group in groups for name, value in vars(group).items()}
+    legacy = settings.legacy
+    values |= {each.name: given for each in dataclasses.fields(legacy) if (given := getattr(legacy, each.name))}
+    return {name: _plain(values[name]) for name in sorted(values)}
+
+
+def unflatten(values: Mapping[str, Any]) -> TrainSettings:
+    """Turn what ``flat_settings`` listed back into settings, for example those in a checkpoint.
+
+    Args:
+        values: name to value; what is left out takes its default.
+
+    Returns:
+        TrainSettings.
+
+    Raises:
+        ValueError: if a name is unknown or a value is bad.
+
+    Example:
+        >>> unflatten(flat_settings(TrainSettings())) == TrainSettings()
+        True
+    """
+    try:
+        return tyro.cli(TrainSettings, args=_words(dict(values)), console_outputs=False)
+    except SystemExit as error:
+        raise ValueError(f"these settings are not of this version of moekit: {dict(values)}") from error
+
+
+def write_config(folder: Path, settings: TrainSettings) -> Path:
+    """Write a run's settings, resolved, as ``config.json``, which ``--config`` reads; and as OpenLM's ``params.txt``.
+
+    Args:
+        folder: of the run; made if need be.
+        settings: of the run.
+
+    Returns:
+        The path of ``config.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    values = flat_settings(settings)
+    write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
+    kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
+    return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
+
+
+def _config_path(arguments: list[str]) -> Path | None:
+    found = None
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if word == "--config" and following is not None:
+            found = Path(following)
+        elif word.startswith("--config="):
+            found = Path(word.removeprefix("--config="))
+    return found  # the last, as of every flag
+
+
+def _parse(path: Path) -> Any:
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix not in (".yaml", ".yml"):
+            return json.loads(text)
+        try:
+            import yaml  # type: ignore[import-untyped]
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(f"--config {path}: YAML needs pyyaml; install it, or write JSON") from error
+        return yaml.safe_load(text)
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # whatever the two parsers raise about the text
+        raise ValueError(
+            f"--config {path}: it is no {'YAML' if path.suffix in ('.yaml', '.yml') else 'JSON'}: {error}"
+        ) from error
+
+
+def _words(values: dict[str, Any]) -> list[str]:
+    words = []
+    for name, value in values.items():
+        flag = "--" + name.replace("_", "-")
+        if value is None or value == []:
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,79 @@
+"""AdamW over a model's parameters, and the clipping of their gradients."""
+
+import torch
+from torch import Tensor, nn
+
+from moekit.parallel import is_sharded, whole
+from moekit.recipes.settings import OptimizerSettings
+
+
+def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim.AdamW:
+    """Make AdamW.
+
+    OpenLM decays every parameter: norm gains, embeddings, head, routers and experts. The usual exclusion
+    (``--wd-on matrices``) spares vectors (norm gains, biases) and the embedding.
+
+    Args:
+        model: whose parameters it updates, sharded or whole.
+        settings: of the optimizer.
+
+    Returns:
+        AdamW; parameters that do not decay, and sharded ones, have groups of their own.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.lm.model import LanguageModel
+        >>> model = LanguageModel(load_config("moekit_tiny"))
+        >>> groups = make_optimizer(model, OptimizerSettings(wd_on="matrices")).param_groups
+        >>> [group["weight_decay"] for group in groups], len(groups[1]["params"])
+        ([0.1, 0.0], 10)
+
+    References:
+        Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
+    """
+    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        decays = settings.wd_on == "all" or not _is_spared(name, parameter)
+        groups.setdefault((not decays, is_sharded(parameter)), []).append(parameter)  # one kind a kernel
+    return torch.optim.AdamW(
+        [{"params": groups[key], "weight_decay": 0.0 if key[0] else settings.wd} for key in sorted(groups)],
+        lr=settings.lr,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.eps,
+        fused=True,
+    )
+
+
+def clip_gradients(model: nn.Module, limit: float) -> float:
+    """Scale all gradients so that their global norm, over every rank's shards, is at most a limit.
+
+    Args:
+        model: whose parameters have gradients, sharded or whole; whole ones are the same on every rank.
+        limit: largest norm; 0 does not clip.
+
+    Returns:
+        The norm before, the same on every rank. Reads the device.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> layer.weight.grad = torch.tensor([[3.0]])
+        >>> clip_gradients(layer, 1.0), round(layer.weight.grad.item(), 3)
+        (3.0, 1.0)
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    kinds = [[g for g in gradients if is_sharded(g) is sharded] for sharded in (True, False)]
+    norms = [whole(torch.nn.utils.get_total_norm(kind)).double() for kind in kinds if kind]
+    norm = torch.stack(norms).norm().item() if norms else 0.0
+    if limit and norm > limit:
+        for kind in kinds:
+            _scale_(kind, limit / (norm + 1e-6))
+    return norm
+
+
+def _scale_(gradients: list[Tensor], factor: float) -> None:
+    if gradients and factor == factor:  # a norm that is not a number scales nothing
+        torch._foreach_mul_(gradients, factor)
+
+
+def _is_spared(name: str, parameter: Tensor) -> bool:
+    return parameter.ndim < 2 or name.startswith("tok_embeddings")

@@ -1,0 +1,233 @@
+"""What a run says and writes while it trains: metrics, progress, and which sequences it read."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from moekit.lm.displays import Display, StepReport, show_training
+from moekit.lm.json_lines import JsonLines
+from moekit.lm.orders import Address
+from moekit.lm.permutations import BLOCK, block_permutation
+from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
+from moekit.recipes.configuration import flat_settings
+from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.routing_sums import layer_loads
+from moekit.recipes.runs import Run
+from moekit.recipes.saving import Progress
+from moekit.recipes.updates import StepResult
+
+_PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by NVIDIA's data sheets
+
+
+class Clock:
+    """Seconds that went into training steps; reports, validations and checkpoints are not counted.
+
+    Args:
+        seconds: of the run so far.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self._resumed = time.monotonic()
+        self._lap_steps, self._lap_start = 0, seconds
+
+    @contextmanager
+    def paused(self, *, steps: int) -> Iterator[None]:
+        """Count the steps since the last pause, and stop the clock meanwhile."""
+        self.seconds += time.monotonic() - self._resumed
+        self._lap_steps += steps
+        yield
+        self._resumed = time.monotonic()
+
+    def lap(self) -> float:
+        """Return steps per second since the last lap."""
+        speed = self._lap_steps / max(self.seconds - self._lap_start, 1e-9)
+        self._lap_steps, self._lap_start = 0, self.seconds
+        return speed
+
+
+class Recorder:
+    """Writes a run's metrics and shows its progress; on ranks other than 0 it does nothing.
+
+    Args:
+        run: the run.
+        trackers: to write to; None on other ranks.
+        display: to show progress on; None on other ranks.
+        data_log: for the sequences of each step, or None.
+    """
+
+    def __init__(
+        self, run: Run, trackers: Trackers | None, display: Display | None, data_log: JsonLines | None
+    ) -> None:
+        self._run, self._trackers, self._display, self._data_log = run, trackers, display, data_log
+        self._block = lru_cache(maxsize=1024)(partial(block_permutation, seed=run.settings.run.seed))
+
+    def step(
+        self,
+        result: StepResult,
+        progress: Progress,
+        *,
+        speed: float,
+        data_time: float,
+        validation: Mapping[str, float] | None = None,
+    ) -> None:
+        """Report a step.
+
+        Args:
+            result: of the step.
+            progress: after it.
+            speed: optimizer steps per second since the last report.
+            data_time: seconds that this step waited for data.
+            validation: name of a validation set to its loss.
+        """
+        if self._trackers is None or self._display is None:
+            return
+        metrics = step_metrics(self._run, result, progress, speed=speed, data_time=data_time)
+        if validation:
+            metrics["validation"] = dict(validation)
+        self._trackers.log(metrics)
+        report = StepReport(
+            progress.step,
+            self._run.budget.steps,
+            metrics["loss"],
+            metrics.get("loss/load_balance", float("nan")),
+            result.rate,
+            metrics["tokens_per_second"],
+            layer_loads(self._run.model, result.loss.routing),
+        )
+        self._display.update(report)
+
+    def data(self, step: int) -> None:
+        """Write down which sequences a step read, in the order of the global batch.
+
+        Each is the name of its source, the pass over it, the shard, and the member's place in the tar, from 0.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if self._data_log is not None:
+            sequences = [self._name(address) for address in self._run.stream.addresses]
+            self._data_log.log({"step": step, "sequences": sequences})
+
+    def say(self, text: str) -> None:
+        """Print a line that stays."""
+        if self._display is not None:
+            self._display.say(text)
+
+    def _name(self, address: Address) -> list[Any]:
+        source = self._run.corpus.sources[address.source]
+        shard = source.shards[address.shard]
+        block, offset = divmod(address.position, BLOCK)
+        size = min(BLOCK, shard.num_sequences - block * BLOCK)
+        member = block * BLOCK + self._block(block, size, address=address._replace(position=0))[offset]
+        return [source.name, address.data_pass, shard.path.rsplit("/", 1)[-1], member]
+
+
+@contextmanager
+def recording(run: Run, console: Console, progress: Progress) -> Iterator[Recorder]:
+    """Open everything that a run writes to while it trains.
+
+    Args:
+        run: the run.
+        console: where to show progress.
+        progress: where the run starts; what an earlier launch wrote of later steps is taken out.
+
+    Yields:
+        Recorder.
+    """
+    if run.world.rank:
+        yield Recorder(run, None, None, None)
+        return
+    given, first = run.settings.run, progress.step + 1
+    with ExitStack() as stack:
+        trackers = stack.enter_context(
+            open_trackers(
+                parse_report_to(given.report_to),
+                run.folder,
+                from_step=first,
+                name=given.name or run.folder.name,
+                project=given.wandb_project_name,
+                config=flat_settings(run.settings),
+            )
+        )
+        display = stack.enter_context(show_training(console, run.budget.steps, done=progress.step))
+        data_log = JsonLines(run.folder / "data.jsonl", from_step=first) if given.log_data else None
+        yield Recorder(run, trackers, display, data_log)
+
+
+def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: float, data_time: float) -> dict[str, Any]:
+    """Gather the numbers of a step under the names that trackers show, which are OpenLM's where it has them.
+
+    ``samples_per_second`` and ``samples_per_second_per_gpu`` count tokens, as in OpenLM. ``load_balancing_loss`` has
+    its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance.
+
+    Args:
+        run: the run.
+        result: of the step.
+        progress: after it.
+        speed: optimizer steps per second since the last report.
+        data_time: seconds that this step waited for data.
+
+    Returns:
+        Name to number; ``layers`` is a list with the routing of each MoE layer.
+    """
+    loss, budget, ranks = result.loss, run.budget, run.world.size
+    tokens_per_second = speed * budget.tokens_per_step
+    names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
+    cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
+    metrics: dict[str, Any] = {
+        "step": progress.step,
+        **_epoch_metrics(run, progress.step),
+        "tokens": progress.step * budget.tokens_per_step,
+        "loss": cross_entropy,
+        **{f"loss/{name}": term for name, term in zip(names, terms, strict=True)},
+        "load_balancing_loss": _coefficient(run) * dict(zip(names, terms, strict=True)).get("load_balance", 0.0),
+        "lr": result.rate,
+        "grad_norm": result.gradient_norm,
+        "tokens_per_second": round(tokens_per_second, 1),
+        "samples_per_second": round(tokens_per_second, 1),
+        "samples_per_second_per_gpu": round(tokens_per_second / ranks, 1),
+        "tflops_per_second": round(6 * active_parameters(run) * tokens_per_second / 1e12, 4),
+        "data_time": data_time,
+        "batch_time": 1 / speed if speed else 0.0,
+        **result.seconds,
+        "skipped_steps": progress.skipped_steps,
+        "skipped_data": dict(progress.skipped_data),
+    }
+    peak = next((rate for name, rate in _PEAK.items() if name in device_name(run.world.device)), None)
+    if peak is not None:
+        metrics["mfu"] = 6 * active_parameters(run) * tokens_per_second / (peak * ranks)
+    if run.settings.optimizer.z_loss_coefficient:
+        metrics["z_loss"] = z
+    if run.settings.run.log_logit_mean:
+        metrics["logit_mean"] = logit_mean
+    if run.scaler.is_enabled():
+        metrics["loss_scale"] = run.scaler.get_scale()
+    return metrics | {"layers": [load._asdict() for load in layer_loads(run.model, loss.routing)]}
+
+
+def _epoch_metrics(run: Run, step: int) -> dict[str, int]:
+    ended = run.budget.epochs_ended(step)
+    first, last = (run.budget.epoch_end(epoch) for epoch in (ended, min(ended + 1, run.budget.epochs)))
+    passes = {f"dataset_pass_{source}": count for source, count in enumerate(run.stream.passes)}
+    return {"epoch": ended, "expected_steps_epoch": last - first, "seen_steps_epoch": step - first, **passes}
+
+
+def active_parameters(run: Run) -> int:
+    """Return how many parameters one token uses."""
+    return parameter_table(run.model)[-1].active
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def _coefficient(run: Run) -> float:
+    recipes = (layer.recipe for _, layer in moe_layers(run.model))
+    return next((recipe.coefficients.get("load_balance", 0.0) for recipe in recipes), 0.0)

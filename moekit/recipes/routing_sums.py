@@ -1,0 +1,108 @@
+"""Routing statistics as sums, which add up over micro-batches, ranks and batches of an evaluation."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moekit.lm.displays import LayerLoad
+from moekit.lm.model import LanguageModel
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.layers import Recipe
+from moekit.routing import routing_stats
+from moekit.segments import tokens_per_expert
+from moekit.types import LayerOutput, Routing
+
+_EXTRA = 3  # after the counts: assignments dropped, nats of router entropy, tokens
+
+
+def choice_counts(routing: Routing) -> Tensor:
+    """Count the assignments of each expert by choice.
+
+    Args:
+        routing: the decision, padding tokens already taken out.
+
+    Returns:
+        (K, E) int64 for token choice, (1, E) for any other routing.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> choice_counts(top_k(torch.tensor([[3.0, 2.0, 1.0]] * 5), k=2)).tolist()
+        [[5, 0, 0], [0, 5, 0]]
+    """
+    experts, num_experts = routing.expert_indices, routing.num_experts
+    rows = experts.unbind(1) if experts.ndim == 2 else (experts,)
+    return torch.stack([tokens_per_expert(row, num_experts) for row in rows])
+
+
+def routing_sums(output: LayerOutput, recipe: Recipe, *, token_mask: Tensor | None = None) -> Tensor:
+    """Describe what one MoE layer did with a batch, in numbers that add up.
+
+    Args:
+        output: of the layer.
+        recipe: of the layer, which says how it plans.
+        token_mask: (...) bool, True for real tokens.
+
+    Returns:
+        (E + 3,) float64: assignments per expert before any drop, assignments dropped, the sum over real tokens of the
+        router's entropy in nats, real tokens. No host synchronisation.
+    """
+    assert output.routing is not None
+    assert output.logits is not None
+    stats = routing_stats(output.logits, output.routing, recipe.plan(output.routing), token_mask=token_mask)
+    counts = stats.tokens_per_expert.double()
+    tokens = torch.full_like(counts[0], output.logits.shape[0]) if token_mask is None else token_mask.sum().double()
+    extra = torch.stack([stats.drop_rate.double() * counts.sum(), stats.entropy.double() * tokens, tokens])
+    return torch.cat([counts, extra])
+
+
+def all_routing_sums(
+    model: LanguageModel, layers: Sequence[LayerOutput], *, token_mask: Tensor | None = None
+) -> Tensor:
+    """Describe what every MoE layer did with a batch.
+
+    Args:
+        model: the language model.
+        layers: what each block returned.
+        token_mask: (...) bool, True for real tokens.
+
+    Returns:
+        (MoE layers, E + 3) float64; see ``routing_sums``. (0, 3) for a dense model.
+    """
+    rows = [routing_sums(layers[index], layer.recipe, token_mask=token_mask) for index, layer in moe_layers(model)]
+    return torch.stack(rows) if rows else torch.zeros(0, _EXTRA, dtype=torch.float64, device=model.output.weight.device)
+
+
+def layer_loads(model: LanguageModel, sums: Tensor) -> list[LayerLoad]:
+    """Turn sums into what a display or a file shows.
+
+    Args:
+        model: the language model.
+        sums: (MoE layers, E + 3); see ``routing_sums``.
+
+    Returns:
+        One per MoE layer. Reads the device once.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.recipes.language_models import language_model
+        >>> model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=2), mixtral())
+        >>> layer_loads(model, torch.tensor([[6.0, 2.0, 4.0, 2.0, 4.0]]))[0]
+        LayerLoad(layer=0, load=[0.75, 0.25], max_violation=0.5, drop_rate=0.5, entropy=0.5, dead_experts=0)
+    """
+    return [_load(index, row) for (index, _), row in zip(moe_layers(model), sums.tolist(), strict=True)]
+
+
+def _load(index: int, row: list[float]) -> LayerLoad:
+    counts, (dropped, entropy, tokens) = row[:-_EXTRA], row[-_EXTRA:]
+    total = sum(counts)
+    load = [count / total if total else 0.0 for count in counts]
+    return LayerLoad(
+        layer=index,
+        load=load,
+        max_violation=max(load) * len(load) - 1 if total else 0.0,
+        drop_rate=dropped / total if total else 0.0,
+        entropy=entropy / tokens if tokens else 0.0,
+        dead_experts=counts.count(0),
+    )

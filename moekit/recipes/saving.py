@@ -1,0 +1,242 @@
+"""What a run saves, and how it goes on from that: bitwise from its own checkpoints, with weights from others."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from moekit.lm.checkpoints import (
+    checkpoint_folder,
+    latest_checkpoint,
+    load_checkpoint,
+    prune_checkpoints,
+    save_checkpoint,
+    set_aside,
+    stored_shapes,
+    training_tensors,
+)
+from moekit.lm.openlm_optimizers import read_openlm_optimizer
+from moekit.lm.shard_members import Reason
+from moekit.parallel import all_sum, fill, share
+from moekit.recipes.configuration import flat_settings
+from moekit.recipes.runs import Run
+from moekit.recipes.weights import find_checkpoint, load_weights, naming
+
+
+class Progress(NamedTuple):
+    """How far a run is.
+
+    Attributes:
+        step: optimizer steps done.
+        seconds: of training so far.
+        skipped_steps: steps left out because their loss or gradient was not finite.
+        skipped_data: sequences left out as bad data before this launch, over all ranks, by reason.
+    """
+
+    step: int = 0
+    seconds: float = 0.0
+    skipped_steps: int = 0
+    skipped_data: Mapping[str, int] = {}
+
+
+class Position(NamedTuple):
+    """Where a step starts: in the data, and in the random numbers.
+
+    Attributes:
+        stream: state of the batch stream.
+        random: name to random state, of this rank.
+        skipped: sequences that this rank left out as bad since the stream was opened, by reason.
+        scaler: state of the gradient scaler.
+    """
+
+    stream: Mapping[str, Any]
+    random: Mapping[str, Tensor]
+    skipped: Mapping[str, int]
+    scaler: Mapping[str, Any]
+
+
+def position(run: Run) -> Position:
+    """Take down where a run is, so that a checkpoint can say so later.
+
+    Args:
+        run: the run.
+
+    Returns:
+        Position.
+    """
+    rank = run.world.rank
+    states = {f"rng.{rank}": torch.get_rng_state()}
+    if run.world.device.type == "cuda":
+        states[f"rng_cuda.{rank}"] = torch.cuda.get_rng_state()
+    return Position(run.stream.state_dict(), states, dict(run.stream.skipped), run.scaler.state_dict())
+
+
+def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
+    """Write a checkpoint of the run, and remove old ones if the settings say so. All ranks call it together.
+
+    Args:
+        run: the run.
+        progress: how far it is.
+        at: where its next step starts; None is where it is now.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    at = position(run) if at is None else at
+    epoch = run.budget.epochs_ended(progress.step)
+    state = {
+        **progress._asdict(),
+        "skipped_data": skipped_data(run, progress, at),
+        "epoch": epoch,
+        "ends_epoch": epoch > run.budget.epochs_ended(progress.step - 1),
+        "stream": at.stream,
+        "scaler": at.scaler,
+        "batch_size": run.budget.batch_size,
+        "settings": flat_settings(run.settings),
+    }
+    tensors = {**training_tensors(run.model, run.optimizer), **at.random}
+    folder = save_checkpoint(checkpoint_folder(run.folder, progress.step), tensors, state)
+    given = run.settings.run
+    keep = 1 if given.delete_previous_checkpoint else given.keep_checkpoints
+    if keep is not None and run.world.rank == 0:
+        prune_checkpoints(run.folder, keep=keep, step=progress.step)
+    return folder
+
+
+def skipped_data(run: Run, progress: Progress, at: Position) -> dict[str, int]:
+    """Add up what was left out as bad data, over launches and ranks. All ranks call it together.
+
+    Args:
+        run: the run.
+        progress: with what was left out before this launch.
+        at: with what this rank left out since.
+
+    Returns:
+        Reason to number of sequences; reasons that did not occur are left out.
+    """
+    reasons = get_args(Reason)
+    counts = all_sum(run.world, torch.tensor([at.skipped.get(reason, 0) for reason in reasons])).tolist()
+    total = Counter(progress.skipped_data) + Counter(dict(zip(reasons, counts, strict=True)))
+    return {reason: total[reason] for reason in sorted(total)}
+
+
+def restore(run: Run, console: Console) -> Progress:
+    """Load the checkpoint that the settings name, if any. All ranks call it together.
+
+    Args:
+        run: changed in place.
+        console: where to say so.
+
+    Returns:
+        Progress.
+
+    Raises:
+        FileNotFoundError: if the settings name a checkpoint that is not there.
+        ValueError: if it does not fit the run.
+    """
+    resume = run.settings.run.resume
+    if resume is None:
+        return Progress()
+    found = latest_checkpoint(run.folder) if resume == "latest" and run.world.rank == 0 else None
+    path = share(run.world, found) if resume == "latest" else find_checkpoint(resume)
+    if path is None and any((run.folder / "checkpoints").glob("step_*")):
+        raise ValueError(
+            f"--resume latest: every checkpoint in {run.folder / 'checkpoints'} is incomplete or damaged, so there is "
+            "nothing to go on from. Start anew under another --name"
+        )
+    if path is None:
+        console.print(f"--resume latest: {run.folder} has no checkpoint yet, so the run starts", highlight=False)
+        return Progress()
+    if path.is_file():
+        return _restore_weights(run, path, console)
+    progress = _restore_all(run, path)
+    if run.world.rank == 0:
+        for left in set_aside(run.folder, after=progress.step):
+            console.print(f"{left.name} was set aside: the run goes back to step {progress.step}", highlight=False)
+    console.print(f"resumed {path}: step {progress.step}", highlight=False, soft_wrap=True)
+    return progress
+
+
+def _restore_all(run: Run, folder: Path) -> Progress:
+    tensors = training_tensors(run.model, run.optimizer)
+    random, stored = position(run).random, stored_shapes(folder)
+    saved = {name: state for name, state in random.items() if name in stored}
+    state = load_checkpoint(folder, {**tensors, **saved})
+    try:
+        progress = Progress(*(state[name] for name in Progress._fields))
+        stream, scaler, batch_size = state["stream"], state["scaler"], state["batch_size"]
+    except KeyError as error:
+        raise ValueError(
+            f"checkpoint {folder} lacks {error}; it is of another version of moekit. Export its weights, or start anew"
+        ) from error
+    _check_progress(progress, folder)
+    if batch_size != run.budget.batch_size:
+        raise ValueError(
+            f"checkpoint {folder} was trained with {batch_size} sequences per step over all ranks, and this launch has "
+            f"{run.budget.batch_size}, under which steps, schedule and data would mean something else. --batch-size is "
+            f"of one rank; give --global-batch-size {batch_size} instead"
+        )
+    if progress.step > run.budget.steps:
+        raise ValueError(
+            f"checkpoint {folder} is of step {progress.step}, but the run has {run.budget.steps} steps; expected at "
+            f"least as many. --steps and --train-num-samples count from the beginning of the run."
+        )
+    with naming(f"checkpoint {folder}"):
+        run.stream.load_state_dict(stream)
+    if scaler and run.scaler.is_enabled():
+        run.scaler.load_state_dict(scaler)
+    _restore_random(run, saved, step=progress.step)
+    return progress
+
+
+def _check_progress(progress: Progress, folder: Path) -> None:
+    counts = progress.skipped_data if isinstance(progress.skipped_data, Mapping) else {"": None}
+    numbers = (progress.step, progress.skipped_steps, *counts.values())
+    seconds = progress.seconds
+    if (
+        any(type(number) is not int or number < 0 for number in numbers)
+        or type(seconds) not in (int, float)
+        or not 0 <= seconds < math.inf
+    ):
+        raise ValueError(
+            f"checkpoint {folder} is damaged: its state says {progress}; expected numbers of at least 0, and counts of "
+            "skipped data. Resume from an older one"
+        )
+
+
+def _restore_random(run: Run, saved: Mapping[str, Tensor], *, step: int) -> None:
+    rank = run.world.rank
+    if f"rng.{rank}" not in saved:  # the checkpoint is of fewer ranks
+        torch.manual_seed(run.settings.run.seed + 1_000_003 * step + rank)
+        return
+    torch.set_rng_state(saved[f"rng.{rank}"])
+    if f"rng_cuda.{rank}" in saved:
+        torch.cuda.set_rng_state(saved[f"rng_cuda.{rank}"])
+
+
+def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
+    """Start from weights of another program; what it knew of its data means nothing here."""
+    load_weights(run.model, path, run.world)
+    tensors = training_tensors(run.model, run.optimizer)
+    shapes = {name.removeprefix("model."): t.shape for name, t in tensors.items() if name.startswith("model.")}
+    moments = None
+    if path.suffix != ".safetensors":
+        moments = read_openlm_optimizer(path, expected=shapes, weight_tying=run.model.config.weight_tying)
+    for name, value in (moments or {}).items():
+        fill(tensors[name], value)
+    # OpenLM's first version stores the step at which the epoch began; AdamW's own count is right in all.
+    counts = [int(value) for name, value in (moments or {}).items() if name.startswith("optimizer.step.")]
+    step = min(max(counts, default=0), run.budget.steps)
+    console.print(
+        f"loaded the weights of {path}; "
+        + (f"with its optimizer's state, at step {step}" if moments else "the optimizer and the schedule start anew")
+        + "; the data start at their beginning",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return Progress(step=step)

@@ -1,0 +1,162 @@
+"""Scoring validation sets: on the way of a run, at its end, or alone, as OpenLM does without training data."""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moekit.lm.batches import read_validation
+from moekit.lm.model import LanguageModel
+from moekit.parallel import World
+from moekit.recipes import report
+from moekit.recipes.budgets import DEFAULT_BATCH
+from moekit.recipes.configuration import write_config
+from moekit.recipes.evaluate import Evaluation, evaluate
+from moekit.recipes.language_models import parameter_table
+from moekit.recipes.layers import Recipe
+from moekit.recipes.precisions import autocast, precision_words
+from moekit.recipes.runs import make_model, run_folder, shared_corpus
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.setup import Corpus
+from moekit.recipes.weights import find_checkpoint, load_weights
+
+
+def score(settings: TrainSettings, world: World, console: Console) -> Path:
+    """Score a checkpoint on validation data. All ranks call it together.
+
+    Args:
+        settings: with ``--resume`` and validation data.
+        world: the ranks.
+        console: where to.
+
+    Returns:
+        ``results.jsonl`` beside the checkpoint, with a line for each validation set.
+
+    Raises:
+        FileNotFoundError: if checkpoint or data are not there.
+        ValueError: if they do not fit the model.
+    """
+    assert settings.run.resume is not None
+    folder = run_folder(settings)
+    checkpoint = find_checkpoint(_named_checkpoint(settings, folder))
+    corpus = shared_corpus(settings, world, console)
+    model, recipe = make_model(settings, world)
+    state = load_weights(model, checkpoint, world)
+    total, active = parameter_table(model)[-1][1:]
+    console.print(
+        f"{checkpoint}: {total:,} parameters, {active:,} active; {world.device.type}, "
+        f"{precision_words(settings.optimizer.precision, world.device)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
+    console.print(report.score_table(scores, {}))
+    if any(each.layers for each in scores.values()):
+        console.print(report.load_table(scores))
+    results = checkpoint.parent / "results.jsonl"
+    if world.rank == 0:
+        append_results(checkpoint, settings, corpus, scores, step=state.get("step"))
+        if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
+            write_config(folder, settings)
+            summary = {"parameters": total, "active_parameters": active}
+            report.write_results(folder / "results.json", summary, scores, {})
+    console.print(f"results: {results}", highlight=False, soft_wrap=True)
+    return results
+
+
+def score_sets(
+    settings: TrainSettings,
+    model: LanguageModel,
+    corpus: Corpus,
+    *,
+    recipe: Recipe | None,
+    world: World,
+    tokens: int | None = None,
+) -> dict[str, Evaluation]:
+    """Score every validation set. All ranks call it together.
+
+    Args:
+        settings: of the run.
+        model: to score.
+        corpus: with the validation sets.
+        recipe: that the MoE layers run meanwhile; None leaves them their own.
+        world: the ranks.
+        tokens: score the first so many tokens of each set, rounded up to whole sequences; None scores what
+            ``--val-num-samples`` says, or all.
+
+    Returns:
+        Name to scores, the same on every rank.
+    """
+    data, given, config = settings.data, settings.optimizer, model.config
+    limit = data.val_num_samples if tokens is None else tokens
+    per_rank = given.batch_size or (given.global_batch_size or world.size * DEFAULT_BATCH) // world.size
+    scores = {}
+    for each in corpus.validation:
+        batches = read_validation(
+            each.shards,
+            batch_size=world.size * max(per_rank // given.accum_freq, 1),
+            seq_len=config.seq_len,
+            vocab_size=config.vocab_size,
+            rank=world.rank,
+            world_size=world.size,
+            num_sequences=None if limit is None else -(-limit // config.seq_len),
+            on_bad=data.on_bad_data,
+            data_key=each.data_key,
+            allow_commands=data.allow_pipe_commands,
+        )
+        scores[each.name] = evaluate(
+            model,
+            batches,
+            token_bytes=each.token_bytes(),
+            precision=partial(autocast, given.precision, world.device),
+            recipe=recipe,
+            world=world,
+        )
+    return scores
+
+
+def append_results(
+    checkpoint: Path,
+    settings: TrainSettings,
+    corpus: Corpus,
+    scores: Mapping[str, Evaluation],
+    *,
+    step: int | None,
+    train_tokens: int | None = None,
+) -> None:
+    """Append a line for each validation set to ``results.jsonl`` beside a checkpoint.
+
+    Args:
+        checkpoint: that was scored.
+        settings: of the run.
+        corpus: with the validation sets.
+        scores: name of a set to its scores.
+        step: optimizer steps behind the checkpoint, if known.
+        train_tokens: tokens that it was trained on, if known.
+    """
+    locations = {each.name: each.location for each in corpus.validation}
+    lines: list[dict[str, Any]] = [
+        {
+            "checkpoint_path": str(checkpoint),
+            "model": settings.model.preset,
+            "val_data": locations[name],
+            "name": name,
+            "step": step,
+            "train_tokens": train_tokens,
+            **report.plain(each),
+        }
+        for name, each in scores.items()
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    with open(checkpoint.parent / "results.jsonl", "ab") as file:
+        os.write(file.fileno(), text.encode())  # one write, so that the lines are whole
+
+
+def _named_checkpoint(settings: TrainSettings, folder: Path) -> str:
+    """``latest`` is the newest of the run that the settings name."""
+    resume = settings.run.resume or ""
+    return str(folder) if resume == "latest" else resume

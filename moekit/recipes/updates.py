@@ -1,0 +1,161 @@
+"""One optimizer step of a run, on all ranks together."""
+
+import math
+import time
+from functools import partial
+from typing import NamedTuple
+
+import torch
+
+from moekit.lm.batches import Batch
+from moekit.parallel import all_sum, sum_gradients
+from moekit.recipes.budgets import final_rate, warmup_steps
+from moekit.recipes.optimizers import clip_gradients
+from moekit.recipes.precisions import autocast
+from moekit.recipes.runs import Run
+from moekit.recipes.steps import (
+    LossRules,
+    StepLoss,
+    Tokens,
+    count_tokens,
+    learning_rate,
+    take_gradient,
+    update_selection_biases,
+)
+
+
+class StepResult(NamedTuple):
+    """What an optimizer step did.
+
+    Attributes:
+        loss: over the global batch.
+        gradient_norm: before clipping.
+        rate: learning rate.
+        finite: whether loss and gradient were finite, as far as that is not the gradient scaler's business.
+        taken: whether anything was updated.
+        seconds: name of a part of the step to its seconds on this rank's clock: ``forward_backward_time``,
+            ``sync_time`` (gradients over ranks, and clipping), ``optim_step_time``.
+    """
+
+    loss: StepLoss
+    gradient_norm: float
+    rate: float
+    finite: bool
+    taken: bool
+    seconds: dict[str, float]
+
+
+def agree(run: Run, batch: Batch | None, *, stop: bool) -> tuple[Tokens, bool]:
+    """Add up over ranks how many tokens a global batch has, and hear whether any rank has to stop.
+
+    Args:
+        run: the run.
+        batch: this rank's; None if it got none, and then it has to stop.
+        stop: whether this rank has to stop.
+
+    Returns:
+        Tokens of the global batch, and whether to stop; the same on every rank.
+    """
+    own = Tokens(0, 0) if batch is None else _count(batch)
+    total = all_sum(run.world, torch.tensor([*own, int(stop)])).tolist()
+    return Tokens(*total[:2]), bool(total[2])
+
+
+def _count(batch: Batch) -> Tokens:
+    return count_tokens(batch.ids) if batch.has_padding else Tokens(batch.num_targets, batch.num_targets)
+
+
+def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics: bool) -> StepResult:
+    """Take one optimizer step; a step whose loss or gradient is not finite changes nothing.
+
+    With a gradient scaler, a gradient that is not finite under a finite loss is the scaler's business: it leaves the
+    step out and takes a smaller scale.
+
+    Args:
+        run: changed in place.
+        batch: this rank's.
+        step: optimizer steps done before.
+        tokens: of the global batch.
+        statistics: compute all routing statistics.
+
+    Returns:
+        StepResult.
+    """
+    started = time.perf_counter()
+    given = run.settings.optimizer
+    rate = step_rate(run, step)
+    for group in run.optimizer.param_groups:
+        group["lr"] = rate
+    run.optimizer.zero_grad(set_to_none=True)
+    ids = batch.ids.to(run.world.device, non_blocking=True)
+    micro_batches = ids.chunk(given.accum_freq)
+    loss = take_gradient(
+        run.model,
+        micro_batches,
+        tokens=tokens,
+        rules=loss_rules(run),
+        world=run.world,
+        masked=batch.has_padding,
+        statistics=statistics,
+    )
+    whole_loss = math.isfinite(loss.total.item())
+    computed = time.perf_counter()
+    sum_gradients(run.model.parameters(), run.world)
+    run.scaler.unscale_(run.optimizer)
+    norm = clip_gradients(run.model, given.grad_clip_norm)
+    synced = time.perf_counter()
+    finite = whole_loss and (math.isfinite(norm) or run.scaler.is_enabled())
+    scale = run.scaler.get_scale()
+    if finite:
+        run.scaler.step(run.optimizer)
+    run.scaler.update()
+    taken = finite and run.scaler.get_scale() >= scale  # a scaler that left the step out lowers its scale
+    if taken:
+        update_selection_biases(run.model, loss.routing)
+    seconds = {
+        "forward_backward_time": computed - started,
+        "sync_time": synced - computed,
+        "optim_step_time": time.perf_counter() - synced,
+    }
+    return StepResult(loss, norm, rate, finite, taken, seconds)
+
+
+def step_rate(run: Run, step: int) -> float:
+    """Return the learning rate of a step.
+
+    Args:
+        run: whose settings say it.
+        step: optimizer steps done before.
+
+    Returns:
+        The rate.
+    """
+    given, steps = run.settings.optimizer, run.budget.steps
+    return learning_rate(
+        step,
+        steps=steps,
+        peak=given.lr,
+        warmup=warmup_steps(given, steps),
+        end=final_rate(given),
+        cosine=given.lr_scheduler == "cosine",
+        least=given.force_min_lr,
+    )
+
+
+def loss_rules(run: Run) -> LossRules:
+    """Return what the loss of a run is made of.
+
+    Args:
+        run: whose settings say it.
+
+    Returns:
+        LossRules.
+    """
+    given = run.settings.optimizer
+    return LossRules(
+        z_coefficient=given.z_loss_coefficient,
+        whole_step=run.settings.model.moe_loss_scope == "step",
+        precision=partial(autocast, given.precision, run.world.device),
+        scale=run.scaler.scale,
+        logit_mean=run.settings.run.log_logit_mean,
+    )

@@ -1,0 +1,105 @@
+"""Checkpoints by name, ours and others', and the weights in them."""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
+from moekit.lm.model import LanguageModel
+from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
+from moekit.lm.openlm_names import check_tensors
+from moekit.lm.tensor_files import read_safetensors
+from moekit.parallel import World, fill
+
+
+def find_checkpoint(resume: str) -> Path:
+    """Find what ``--resume`` names.
+
+    Args:
+        resume: a checkpoint folder, a run folder (its newest checkpoint), a .pt or .safetensors file, or
+            ``checkpoints/epoch_N.pt`` of one of our runs, as OpenLM names it: the checkpoint at the end of epoch N.
+
+    Returns:
+        A folder of ours, or a file.
+
+    Raises:
+        FileNotFoundError: if there is nothing of the kind.
+    """
+    path = Path(resume)
+    if os.path.isfile(path):  # unlike Path's own, False also for a name that is too long
+        return path
+    if os.path.isdir(path):
+        newest = latest_checkpoint(path) if (path / "checkpoints").is_dir() else path
+        if newest is not None:
+            read_state(newest)  # says what is expected if it is none
+            return newest
+    epoch = re.fullmatch(r"epoch_(\d+)(\.pt)?", path.name)
+    if epoch:
+        for folder in sorted(path.parent.glob("step_*"), reverse=True):
+            with suppress(ValueError, FileNotFoundError):  # a neighbour that is damaged, or somebody's copy
+                state = read_state(folder)
+                if state.get("ends_epoch") and state.get("epoch") == int(epoch[1]):
+                    return folder
+    raise FileNotFoundError(
+        f"--resume {resume}: there is no such checkpoint. Expected a folder step_NNNNNNNN of a run, the run's folder, "
+        "or a .pt or .safetensors file"
+    )
+
+
+def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, Any]:
+    """Load the weights of a checkpoint, ours or OpenLM's, and nothing else. All ranks call it together.
+
+    Args:
+        model: changed in place.
+        path: a checkpoint folder, a .pt file of OpenLM's, or a .safetensors file.
+        world: the ranks.
+
+    Returns:
+        What the checkpoint says beside tensors; ``step`` if it is known.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: if it does not fit the model, or is damaged.
+    """
+    own = model.state_dict()
+    if path.is_dir():
+        state = load_checkpoint(path, {f"model.{name}": tensor for name, tensor in own.items()})
+        return state
+    shapes = {name: tensor.shape for name, tensor in own.items()}
+    if path.suffix == ".safetensors":
+        tensors, known = read_safetensors(path), {}
+        tensors |= {name: own[name] for name in own if name not in tensors and _is_tied(model, name)}
+        with naming(path):
+            check_tensors(tensors, shapes)
+    else:
+        checkpoint = read_openlm(path)
+        with naming(path):
+            tensors = from_openlm(checkpoint.state_dict, expected=shapes, config=model.config)
+        known = {"step": checkpoint.step, "epoch": checkpoint.epoch, "name": checkpoint.name}
+    for name, tensor in own.items():
+        if not (path.suffix == ".safetensors" and tensors[name] is tensor):
+            fill(tensor, tensors[name])
+    return {key: value for key, value in known.items() if value is not None}
+
+
+@contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Put into an error what it is about.
+
+    Args:
+        what: the file or folder.
+
+    Raises:
+        ValueError: the same error with ``what`` before its words.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{what}: {error}") from error
+
+
+def _is_tied(model: LanguageModel, name: str) -> bool:
+    return model.config.weight_tying and name in ("tok_embeddings.weight", "output.weight")

@@ -1,0 +1,61 @@
+import os
+
+import pytest
+
+from moekit.lm.files import write_whole
+
+
+@pytest.mark.parametrize(("content", "expected"), [("häß\n", "häß\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")])
+def test_text_is_utf8_and_bytes_are_bytes(tmp_path, content, expected):
+    path = tmp_path / "a.txt"
+    assert write_whole(path, content) == path
+    assert path.read_bytes() == expected
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_path_may_be_text(tmp_path):
+    assert write_whole(f"{tmp_path}/a", "x") == tmp_path / "a"
+
+
+def test_what_was_there_is_replaced(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("a long old text")
+    write_whole(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_reader_of_the_old_file_keeps_it(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with path.open() as reader:
+        write_whole(path, "new")
+        assert reader.read() == "old"
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_failure_leaves_the_old_content_and_nothing_else(tmp_path, monkeypatch, error):
+    path = tmp_path / "a"
+    path.write_text("old")
+
+    def fail(*names):
+        assert (tmp_path / os.path.basename(names[0])).read_text() == "new"  # written whole before it is moved
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(type(error)):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_folder_must_be_there(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        write_whole(tmp_path / "absent" / "a", "x")
+
+
+def test_a_folder_in_its_place_is_an_error_and_stays(tmp_path):
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OSError, match="directory"):
+        write_whole(tmp_path / "a", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

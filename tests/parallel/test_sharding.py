@@ -1,0 +1,106 @@
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from moekit.parallel import (
+    World,
+    fill,
+    gradient_sync,
+    one_process,
+    shard_model,
+    shard_modules,
+    sum_gradients,
+    whole,
+)
+
+
+@pytest.fixture
+def group():
+    """Start a process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+def test_one_process_shards_nothing():
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    before = dict(model.named_parameters())
+    shard_model(model, [model[0]], one_process(), reduce_dtype=torch.float32)
+    shard_modules([model[1]], one_process())
+    assert not any(isinstance(module, FSDPModule) for module in model.modules())
+    assert all(before[name] is parameter for name, parameter in model.named_parameters())
+
+
+def test_one_process_sums_nothing():
+    layer = nn.Linear(2, 1)
+    gradient = layer.weight.grad = torch.ones(1, 2)
+    sum_gradients(layer.parameters(), one_process())
+    assert layer.weight.grad is gradient
+    assert layer.bias.grad is None
+
+
+def test_gradients_are_summed_in_one_exchange_per_dtype(monkeypatch):
+    """The other rank's share is as large: the sum is twice this one's, and no gradient counts as zero."""
+    exchanges = []
+
+    def all_reduce(flat):
+        exchanges.append((flat.dtype, flat.numel()))
+        flat.mul_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    first, second, third = nn.Linear(2, 3), nn.Linear(3, 1), nn.Linear(1, 1).to(torch.bfloat16)
+    third.bias.requires_grad_(False)
+    for parameter in (*first.parameters(), second.weight, third.weight):
+        parameter.grad = torch.randn_like(parameter)
+    parameters = [*first.parameters(), *second.parameters(), *third.parameters()]
+    before = [None if p.grad is None else p.grad.clone() for p in parameters]
+    sum_gradients(iter(parameters), World(0, 2, torch.device("cpu")))
+    assert sorted(exchanges, key=str) == [(torch.bfloat16, 1), (torch.float32, 6 + 3 + 3 + 1)]
+    assert third.bias.grad is None
+    for parameter, gradient in zip(parameters[:-1], before[:-1], strict=True):
+        expected = torch.zeros_like(parameter) if gradient is None else 2 * gradient
+        assert parameter.grad.shape == parameter.shape
+        assert torch.equal(parameter.grad, expected)
+
+
+def test_whole_tensors_stay_as_they_are():
+    tensor = torch.randn(2)
+    assert whole(tensor) is tensor
+
+
+def test_fill_copies_values_into_whole_tensors():
+    parameter = nn.Parameter(torch.zeros(2, 3, dtype=torch.bfloat16))
+    value = torch.arange(6.0).view(2, 3)
+    fill(parameter, value)
+    assert torch.equal(parameter.detach().float(), value)
+    assert parameter.requires_grad
+
+
+@pytest.mark.parametrize("placement", [Shard(0), Replicate()])
+def test_sharded_tensors_are_gathered_and_filled(group, placement):
+    sharded = distribute_tensor(torch.zeros(4, 3), group, [placement])
+    value = torch.arange(12.0, dtype=torch.float64).view(4, 3)
+    fill(sharded, value)
+    assert isinstance(sharded, DTensor)
+    gathered = whole(sharded)
+    assert not isinstance(gathered, DTensor)
+    assert gathered.dtype == torch.float32
+    assert torch.equal(gathered.double(), value)
+
+
+def test_gradients_of_sharded_modules_are_held_back_until_the_last_micro_batch(group):
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    fully_shard(model[0], mesh=group)
+    asked = []
+    model[0].set_requires_gradient_sync = lambda last, recurse: asked.append((last, recurse))
+    gradient_sync(model, last=False)
+    gradient_sync(model, last=True)
+    assert asked == [(False, False), (True, False)]
+
+
+def test_whole_modules_have_nothing_to_hold_back():
+    gradient_sync(nn.Linear(2, 2), last=False)

@@ -1,0 +1,392 @@
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+from typing import Literal, Union, get_args, get_origin, get_type_hints
+
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from moekit.recipes.configuration import flat_settings, parse_settings, read_config, unflatten, write_config
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.settings_legacy import without_effect
+
+TRAIN_COMMAND = r"""
+    --train-num-samples 1000000000 \
+    --workers 2 \
+    --dataset-manifest "s3://laion-west/rpj_tokenized_upsampled_eleutherai/manifest.jsonl" "s3://laion-west/2T_no_rpj_tokenized_upsampled_25k_shards/manifest.jsonl" \
+    --train-data-mix-weights 0.725 0.275 \
+    --precision amp_bfloat16 \
+    --batch-size 8 \
+    --log-every-n-steps 20 \
+    --grad-clip-norm 1 \
+    --lr 6e-4 \
+    --warmup 200 \
+    --model aphid_neox \
+    --wd 0.01 \
+    --beta2 0.95 \
+    --epochs 4 \
+    --report-to wandb \
+
+    --wandb-project-name moe \
+    --name test_moe \
+    --logs /fsx/home-$USER/experiments/moe \
+    --resume latest \
+    --seed 124 \
+    --data-key 'json' \
+    --accum-freq 4 \
+    --model-norm gain_only_layer_norm \
+    --fsdp --fsdp-amp \
+    --lr-cooldown-end 1e-5 \
+    --no-skip-tokens \
+    --accurate-total-tokens \
+    --moe-freq 2 \
+    --moe-num-experts 8 \
+    --moe-top-k 2 \
+    --moe-expert-model-parallelism --moe-weight-parallelism \
+    --moe-capacity-factor 1.25 --moe-loss-weight 0.1 \
+"""  # noqa: E501
+EVALUATE_COMMAND = r"""
+    --val-data "pipe:aws s3 cp s3://laion-west/lmdata/validation_data_tokenized/open_lm//shard_00000000.tar -" \
+    --workers 6 \
+    --precision amp_bfloat16 \
+    --batch-size 8 \
+    --log-every-n-steps 1 \
+    --model open_lm_41m \
+    --fsdp --fsdp-amp \
+    --moe-num-experts 64 --moe-freq 2 \
+    --data-key json \
+    --train-num-samples 1000000000 \
+    --model-norm gain_only_layer_norm \
+    --name $RANDOM \
+    --resume /fsx/home-suching/experiments/mix_wo/test8086/checkpoints/epoch_1.pt \
+    --logs /fsx/home-$USER/experiments/eval
+"""
+
+
+def shell_words(command):
+    """Split as a shell would that joins lines at every backslash; OpenLM's document has an empty line too many."""
+    return shlex.split(command.strip().removesuffix("\\").replace("\\\n", " ").replace("\n", " "))
+
+
+def changed(settings):
+    """List the settings that are not as by default."""
+    default = flat_settings(TrainSettings())
+    return {name: value for name, value in flat_settings(settings).items() if value != default.get(name)}
+
+
+# OpenLM's two commands.
+
+
+def test_openlms_command_to_train():
+    settings = parse_settings(shell_words(TRAIN_COMMAND))
+    assert changed(settings) == {
+        "train_num_samples": 1_000_000_000,
+        "workers": 2,
+        "dataset_manifest": [
+            "s3://laion-west/rpj_tokenized_upsampled_eleutherai/manifest.jsonl",
+            "s3://laion-west/2T_no_rpj_tokenized_upsampled_25k_shards/manifest.jsonl",
+        ],
+        "train_data_mix_weights": [0.725, 0.275],
+        "precision": "amp_bfloat16",
+        "batch_size": 8,
+        "log_every_n_steps": 20,
+        "lr": 6e-4,
+        "warmup": 200,
+        "model": "aphid_neox",
+        "wd": 0.01,
+        "epochs": 4,
+        "report_to": "wandb",
+        "wandb_project_name": "moe",
+        "name": "test_moe",
+        "logs": "/fsx/home-$USER/experiments/moe",
+        "resume": "latest",
+        "seed": 124,
+        "data_key": "json",
+        "accum_freq": 4,
+        "fsdp": True,
+        "fsdp_amp": True,
+        "lr_cooldown_end": 1e-5,
+        "no_skip_tokens": True,
+        "accurate_total_tokens": True,
+        "moe_top_k": 2,
+        "moe_expert_model_parallelism": True,
+        "moe_weight_parallelism": True,
+        "moe_capacity_factor": 1.25,
+        "moe_loss_weight": 0.1,
+    }
+    model, optimizer = settings.model, settings.optimizer
+    assert (model.moe_freq, model.moe_num_experts, model.model_norm) == (2, 8, "gain_only_layer_norm")
+    assert (optimizer.grad_clip_norm, optimizer.beta2, model.recipe) == (1.0, 0.95, "openlm")
+    assert not settings.evaluates_only
+    assert [line.split()[0] for line in without_effect(settings.legacy)] == [
+        "--no-skip-tokens",
+        "--accurate-total-tokens",
+    ]
+
+
+def test_openlms_command_to_evaluate():
+    settings = parse_settings(shell_words(EVALUATE_COMMAND.replace("$RANDOM", "12345")))
+    assert changed(settings) == {
+        "val_data": ["pipe:aws s3 cp s3://laion-west/lmdata/validation_data_tokenized/open_lm//shard_00000000.tar -"],
+        "workers": 6,
+        "precision": "amp_bfloat16",
+        "batch_size": 8,
+        "log_every_n_steps": 1,
+        "model": "open_lm_41m",
+        "fsdp": True,
+        "fsdp_amp": True,
+        "moe_num_experts": 64,
+        "data_key": "json",
+        "train_num_samples": 1_000_000_000,
+        "name": "12345",
+        "resume": "/fsx/home-suching/experiments/mix_wo/test8086/checkpoints/epoch_1.pt",
+        "logs": "/fsx/home-$USER/experiments/eval",
+    }
+    assert settings.evaluates_only
+    assert settings.model.moe_freq == 2
+    assert without_effect(settings.legacy) == []
+
+
+# There and back.
+
+
+def another(hint, default):
+    """Return a valid value of a field's type that is not its default."""
+    if get_origin(hint) in (Union, type(int | None)):
+        [hint] = [each for each in get_args(hint) if each is not type(None)]
+    if get_origin(hint) is Literal:
+        return next(each for each in reversed(get_args(hint)) if each != default)
+    if get_origin(hint) is tuple:
+        return (0.5, 1.25e-7) if get_args(hint)[0] is float else ("a b.tar -", "it's/{0..3}.tar")
+    return {bool: not default, int: 3, float: 0.0625, str: "x,y z", Path: Path("some folder/f")}[hint]
+
+
+SPECIAL = {
+    "val_data_key": ("txt",),
+    "report_to": "wandb,tensorboard",
+    "name": "name with spaces",
+    "resume": "a checkpoint.pt",
+    "accum_freq": 2,
+    "lr_cooldown_end": 1e-5,
+    "data_key": "json.gz",
+}
+NEEDS = {
+    "epochs": ("data", {"train_num_samples": 1000}),
+    "precision": ("optimizer", {"eps": 1e-4}),
+    "fsdp_amp": ("parallel", {"fsdp": True}),
+    "fsdp_pure_bf16": ("parallel", {"fsdp": True}),
+    "val_data": ("run", {"resume": "a.pt"}),
+    "val_manifest": ("run", {"resume": "a.pt"}),
+    "val_data_key": ("data", {"val_data": ("a.tar",), "dataset_manifest": ("a.jsonl",)}),
+}
+REFUSED = {"train_data", "dataset_resampled", "dataset_type", "target_mask_left", "target_mask_individual"}
+REFUSED |= {"averagers", "remote_sync"}
+FIELDS = [
+    (group.name, each.name)
+    for group in dataclasses.fields(TrainSettings)
+    for each in dataclasses.fields(getattr(TrainSettings(), group.name))
+    if each.name not in REFUSED
+]
+
+
+def with_another(group, name):
+    """Change one field of the defaults, and what it cannot do without."""
+    settings = TrainSettings()
+    if name in NEEDS:
+        other, values = NEEDS[name]
+        settings = dataclasses.replace(settings, **{other: dataclasses.replace(getattr(settings, other), **values)})
+    old = getattr(settings, group)
+    value = SPECIAL.get(name, another(get_type_hints(type(old))[name], getattr(old, name)))
+    assert value != getattr(old, name)
+    return dataclasses.replace(settings, **{group: dataclasses.replace(old, **{name: value})})
+
+
+@pytest.mark.parametrize(("group", "name"), FIELDS)
+def test_every_setting_survives_the_way_into_a_file_and_back(tmp_path, group, name):
+    settings = with_another(group, name)
+    flat = flat_settings(settings)
+    assert list(flat) == sorted(flat)
+    assert unflatten(json.loads(json.dumps(flat))) == settings
+    if name in ("resume", "config", "describe") or (
+        name.startswith("val_") and "resume" in NEEDS.get(name, ("", {}))[1]
+    ):
+        return  # of one launch: not written
+    path = write_config(tmp_path, settings)
+    parsed = parse_settings(["--config", str(path)])
+    assert dataclasses.replace(parsed, run=dataclasses.replace(parsed.run, config=None)) == settings
+
+
+@hypothesis_settings(max_examples=25, deadline=None)
+@given(
+    lr=st.floats(1e-12, 10),
+    weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=3),
+    seed=st.integers(-(10**9), 10**12),
+    text=st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1).filter(
+        lambda text: not text.startswith("-")
+    ),
+)
+def test_numbers_and_texts_come_back_exactly(lr, weights, seed, text):
+    old = TrainSettings()
+    settings = dataclasses.replace(
+        old,
+        optimizer=dataclasses.replace(old.optimizer, lr=lr),
+        data=dataclasses.replace(old.data, train_data_mix_weights=tuple(weights), dataset_manifest=(text, text)),
+        run=dataclasses.replace(old.run, seed=seed, wandb_project_name=text),
+    )
+    assert unflatten(json.loads(json.dumps(flat_settings(settings)))) == settings
+
+
+def test_what_a_run_writes(tmp_path):
+    settings = parse_settings(["--name", "a", "--resume", "latest", "--steps", "5", "--describe", "--no-skip-tokens"])
+    path = write_config(tmp_path / "new" / "folder", settings)
+    assert path == tmp_path / "new" / "folder" / "config.json"
+    written = json.loads(path.read_text())
+    assert not {"resume", "config", "describe"} & set(written)
+    assert (written["name"], written["steps"], written["no_skip_tokens"]) == ("a", 5, True)
+    lines = (path.parent / "params.txt").read_text().splitlines()
+    assert lines == sorted(lines)
+    assert {"resume: latest", "steps: 5", "moe_top_k: None"} <= set(lines)
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_flat_settings_are_sorted_plain_and_complete():
+    arguments = ["--dataset-manifest", "a/m.jsonl", "--logs", "runs", "--moe-capacity-factor", "1.5"]
+    flat = flat_settings(parse_settings(arguments))
+    assert list(flat) == sorted(flat)
+    assert json.loads(json.dumps(flat)) == flat
+    assert flat["dataset_manifest"] == ["a/m.jsonl"]
+    assert flat["logs"] == "runs"
+    assert flat["moe_capacity_factor"] == 1.5
+    groups = TrainSettings()
+    sizes = [len(vars(group)) for group in (groups.model, groups.data, groups.optimizer, groups.parallel, groups.run)]
+    assert len(flat) == sum(sizes)  # no group hides a name of another
+
+
+def test_settings_of_another_version_are_an_error():
+    with pytest.raises(ValueError, match=r"these settings are not of this version of moekit: \{'stepz': 3\}"):
+        unflatten({"stepz": 3})
+
+
+# The file of --config.
+
+
+@pytest.fixture
+def config(tmp_path):
+    def write(content, name="settings.json"):
+        path = tmp_path / name
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+        return str(path)
+
+    return write
+
+
+def test_flags_win_over_the_file(config):
+    path = config({"steps": 100, "lr": 0.5, "train_data_mix_weights": [1, 2], "fsdp": True, "name": "a"})
+    words = ["--steps", "7", "--no-fsdp", "--train-data-mix-weights", "3"]
+    for arguments in ([*words, "--config", path], ["--config", path, *words], [f"--config={path}", *words]):
+        settings = parse_settings(arguments)
+        assert (settings.optimizer.steps, settings.optimizer.lr, settings.run.name) == (7, 0.5, "a")
+        assert settings.data.train_data_mix_weights == (3.0,)
+        assert settings.parallel.fsdp is False
+        assert settings.run.config == Path(path)
+
+
+def test_keys_may_have_dashes_or_underscores(config):
+    dashes = {"moe-num-experts": 4, "no-skip-tokens": True, "log-data": False}
+    underscores = {key.replace("-", "_"): value for key, value in dashes.items()}
+    first, second = (parse_settings(["--config", config(each)]) for each in (dashes, underscores))
+    assert first == second
+    assert first.model.moe_num_experts == 4
+    assert first.legacy.no_skip_tokens is True
+
+
+@pytest.mark.parametrize("suffix", ["yaml", "yml"])
+def test_a_file_may_be_yaml(config, suffix):
+    text = "lr: 0.01  # a comment\nmodel: open_lm_41m\ndataset-manifest:\n- a\n- b\nfsdp: yes\nwarmup: null\n"
+    settings = parse_settings(["--config", config(text, f"settings.{suffix}")])
+    assert settings.optimizer.lr == 0.01
+    assert settings.model.preset == "open_lm_41m"
+    assert settings.data.dataset_manifest == ("a", "b")
+    assert settings.parallel.fsdp is True
+    assert settings.optimizer.warmup is None
+
+
+def test_no_and_none_leave_the_default(config):
+    path = config({"describe": False, "moe_top_k": None, "val_data": [], "multiple_data_passes": False})
+    settings = parse_settings(["--config", path])
+    assert dataclasses.replace(settings, run=TrainSettings().run) == TrainSettings()
+
+
+def failing_words(capsys, arguments):
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(arguments)
+    assert raised.value.code == 2
+    return " ".join("".join(c for c in capsys.readouterr().err if c not in "│╭╮╰╯─").split())
+
+
+def test_an_unknown_key_gets_the_hint_of_a_flag(capsys, config):
+    words = failing_words(capsys, ["--config", config({"moe_num_expert": 4})])
+    assert "Unrecognized options: --moe-num-expert" in words
+    assert "Perhaps you meant: --moe-num-experts " in words
+
+
+@pytest.mark.parametrize(
+    ("values", "flag"),
+    [
+        ({"steps": "many"}, "--steps"),
+        ({"steps": 1.5}, "--steps"),
+        ({"steps": [1, 2]}, ""),
+        ({"steps": True}, "--steps"),
+        ({"fsdp": "true"}, ""),
+        ({"precision": "fp61"}, "--precision"),
+        ({"train_data_mix_weights": [1, "x"]}, "--train-data-mix-weights"),
+    ],
+)
+def test_values_of_the_file_are_checked_as_flags_are(capsys, config, values, flag):
+    words = failing_words(capsys, ["--config", config(values)])
+    assert flag in words
+    assert "steps" in words or "true" in words or "fp61" in words or "x" in words
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", "3", '"steps"', "null"])
+def test_a_file_that_is_no_object(config, content):
+    with pytest.raises(ValueError, match=r"settings\.json: expected an object of flag names and values, such as"):
+        parse_settings(["--config", config(content)])
+
+
+def test_keys_of_yaml_that_are_no_names(config):
+    with pytest.raises(ValueError, match="expected an object of flag names and values"):
+        read_config(Path(config("1: 2", "a.yaml")))
+
+
+@pytest.mark.parametrize("value", [{"a": 1}, [[1]]])
+def test_values_are_plain(config, value):
+    with pytest.raises(ValueError, match=r"steps is .*; expected a number, a text, or a list of them"):
+        parse_settings(["--config", config({"steps": value})])
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("a.json", "JSON"), ("a.txt", "JSON"), ("a.yaml", "YAML"), ("a.yml", "YAML")]
+)
+def test_a_file_that_does_not_parse(config, name, kind):
+    with pytest.raises(ValueError, match=rf"--config .*{name}: it is no {kind}: "):
+        parse_settings(["--config", config('{"steps": ', name)])
+
+
+def test_a_file_that_is_not_there(tmp_path):
+    message = r"--config .*absent\.json: there is no such file. A run writes its settings as config\.json"
+    with pytest.raises(FileNotFoundError, match=message):
+        parse_settings(["--config", str(tmp_path / "absent.json")])
+
+
+def test_a_config_without_its_path_is_an_error(capsys):
+    assert "--config" in failing_words(capsys, ["--config"])
+
+
+def test_of_two_files_the_last_counts(config):
+    first, second = config({"steps": 3}, "a.json"), config({"steps": 4}, "b.json")
+    settings = parse_settings(["--config", first, "--config", second])
+    assert (settings.optimizer.steps, settings.run.config) == (4, Path(second))

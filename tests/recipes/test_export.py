@@ -1,0 +1,173 @@
+import json
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from moekit.lm.checkpoint_checksums import covered_files, file_checksums, write_checksums
+from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
+from moekit.lm.configs import ModelConfig
+from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
+from moekit.lm.tensor_files import read_safetensors
+from moekit.recipes.export import export, main, model_of
+from moekit.recipes.language_models import language_model
+from moekit.recipes.names import find_recipe
+
+SHAPE = {
+    "hidden_dim": 16, "n_layers": 3, "n_heads": 2, "seq_len": 8, "vocab_size": 24,
+    "post_embed_norm": True, "weight_tying": False, "model_norm": "gain_only_layer_norm",
+}  # fmt: skip
+IDS = torch.arange(12).reshape(2, 6)
+
+
+def make_run(tmp_path, *, recipe="openlm", name="a", step=7, **shape):
+    """Write a checkpoint of a model with random weights; return its folder and the model."""
+    preset = tmp_path / "shape.json"
+    preset.write_text(json.dumps({**SHAPE, **shape}))
+    freq = shape.get("moe_freq", 2)
+    config = ModelConfig(**{**SHAPE, "moe_freq": freq, "moe_num_experts": 4 if freq else None, **shape})
+    model = language_model(config, find_recipe(recipe))
+    tensors = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    settings = {"model": str(preset), "moe_freq": freq, "moe_num_experts": 4, "recipe": recipe, "lr": 0.1, "name": name}
+    state = {"step": step, "epoch": 2, "settings": settings}
+    return save_checkpoint(checkpoint_folder(tmp_path / name, step), tensors, state), model
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_an_openlm_file_loads_into_the_same_model(tied, tmp_path):
+    folder, model = make_run(tmp_path, weight_tying=tied)
+    path = export(folder, tmp_path / "epoch_2.pt")
+    found = read_openlm(path)
+    assert (found.epoch, found.step, found.name) == (2, 7, "a")
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    again = language_model(model.config, find_recipe("openlm"))
+    again.load_state_dict(from_openlm(found.state_dict, expected=shapes, config=model.config))
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    shared = found.state_dict["tok_embeddings.weight"].data_ptr() == found.state_dict["output.weight"].data_ptr()
+    assert shared == tied
+
+
+@pytest.mark.parametrize("recipe", ["openlm", "mixtral", "deepseek_moe"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_safetensors_file_loads_into_the_same_model(recipe, tied, tmp_path):
+    folder, model = make_run(tmp_path, recipe=recipe, weight_tying=tied)
+    found = read_safetensors(export(folder, tmp_path / "a.safetensors"))
+    assert found.keys() == model.state_dict().keys()
+    again = language_model(model.config, find_recipe(recipe))
+    again.load_state_dict(found)
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert (found["tok_embeddings.weight"] is found["output.weight"]) == tied
+
+
+def test_the_metadata_say_what_model_it_is(tmp_path):
+    folder, model = make_run(tmp_path)
+    with safe_open(export(folder, tmp_path / "a.safetensors"), framework="pt") as file:
+        metadata = file.metadata()
+    assert ModelConfig(**json.loads(metadata["config"])) == model.config
+    assert json.loads(metadata["settings"])["lr"] == 0.1
+    assert json.loads(metadata["step"]) == 7
+
+
+def test_a_run_folder_gives_its_newest_checkpoint(tmp_path):
+    make_run(tmp_path, step=7)
+    make_run(tmp_path, step=12)
+    assert read_openlm(export(tmp_path / "a", tmp_path / "a.pt")).step == 12
+
+
+def test_a_dense_model_of_any_recipe_is_openlms(tmp_path):
+    folder, _ = make_run(tmp_path, recipe="mixtral", moe_freq=0)
+    assert "layers.0.feed_forward.w12.weight" in read_openlm(export(folder, tmp_path / "a.pt")).state_dict
+
+
+@pytest.mark.parametrize("recipe", ["switch", "gshard", "mixtral", "deepseek_moe"])
+def test_what_openlm_would_misread_is_refused_before_anything_is_written(recipe, tmp_path):
+    folder, _ = make_run(tmp_path, recipe=recipe)
+    with pytest.raises(ValueError, match=rf"no layout for the recipe {recipe}: .*Export to a \.safetensors file"):
+        export(folder, tmp_path / "a.pt")
+    assert not (tmp_path / "a.pt").exists()
+
+
+def test_a_file_that_is_there_is_replaced_on_demand_only(tmp_path):
+    folder, _ = make_run(tmp_path)
+    path = tmp_path / "a.pt"
+    path.write_text("precious")
+    with pytest.raises(FileExistsError, match=r"a\.pt is there already; .*--overwrite"):
+        export(folder, path)
+    assert path.read_text() == "precious"
+    export(folder, path, overwrite=True)
+    assert read_openlm(path).step == 7
+    (tmp_path / "folder.pt").mkdir()
+    with pytest.raises(FileExistsError, match="is there already"):
+        export(folder, tmp_path / "folder.pt", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("to", "error", "words"),
+    [
+        ("a.bin", ValueError, r"--to is .*a\.bin; expected a name that ends in \.pt or \.safetensors"),
+        ("no/such/a.pt", FileNotFoundError, r"there is no folder .*such to write a\.pt into"),
+    ],
+)
+def test_places_that_cannot_be_written_are_refused(to, error, words, tmp_path):
+    folder, _ = make_run(tmp_path)
+    with pytest.raises(error, match=words):
+        export(folder, tmp_path / to)
+
+
+def test_no_checkpoint_is_said_so(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        export(tmp_path, tmp_path / "a.pt")
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="has no complete checkpoint yet"):
+        export(tmp_path, tmp_path / "a.pt")
+
+
+def test_a_checkpoint_without_settings_is_refused(tmp_path):
+    folder = save_checkpoint(tmp_path / "step_00000001", {"w": torch.ones(1)}, {"step": 1})
+    with pytest.raises(ValueError, match="holds no settings of its model"):
+        model_of(folder)
+
+
+def test_code_that_a_checkpoint_names_runs_only_if_the_caller_names_it(tmp_path):
+    folder, model = make_run(tmp_path)
+    code, trace = tmp_path / "mine.py", tmp_path / "trace"
+    code.write_text(
+        f"import pathlib\npathlib.Path({str(trace)!r}).touch()\nfrom moekit.recipes import openlm\nmake = openlm\n"
+    )
+    state = json.loads((folder / "state.json").read_text())
+    state["settings"]["recipe"] = f"{code}:make"
+    (folder / "state.json").write_text(json.dumps(state))
+    write_checksums(folder, file_checksums(folder, covered_files(folder)))
+    with pytest.raises(ValueError, match=r"is code in a file\. If it is yours, say so with --recipe .*mine\.py:make"):
+        export(folder, tmp_path / "a.safetensors")
+    assert not trace.exists()
+    found = read_safetensors(export(folder, tmp_path / "a.safetensors", recipe=f"{code}:make"))
+    assert trace.exists()
+    assert torch.equal(found["norm.weight"], model.norm.weight)
+
+
+def test_the_model_has_no_weights_and_old_settings_are_understood(tmp_path):
+    folder, model = make_run(tmp_path)
+    path = folder / "state.json"
+    path.write_text(path.read_text().replace('"model":', '"preset":'))
+    found = model_of(folder)
+    assert all(tensor.is_meta for tensor in found.state_dict().values())
+    assert found.config == model.config
+
+
+def test_the_program(tmp_path, capsys):
+    folder, _ = make_run(tmp_path)
+    path = tmp_path / "a.pt"
+    main([str(folder), "--to", str(path)])
+    assert capsys.readouterr().out == f"{path}: {path.stat().st_size:,} bytes\n"
+    with pytest.raises(SystemExit, match=r"^moekit export: .*is there already"):
+        main([str(folder), "--to", str(path)])
+    main([str(folder), "--to", str(path), "--overwrite"])
+
+
+def test_a_missing_package_ends_the_program_with_a_message(tmp_path, monkeypatch):
+    folder, _ = make_run(tmp_path)
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(SystemExit, match=r"moekit export: .*moekit\[export\]"):
+        main([str(folder), "--to", str(tmp_path / "a.safetensors")])

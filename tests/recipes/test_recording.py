@@ -1,0 +1,207 @@
+import json
+import time
+
+import pytest
+import torch
+from small_runs import SEQ_LEN, TIMES, differing, losses, markov_sequences, numbers, tensors_of, words
+
+from moekit.lm.checkpoints import checkpoint_folder, read_state
+from moekit.lm.shards import write_shards
+from moekit.lm.trackers import read_metrics
+from moekit.recipes.recording import Clock
+from moekit.recipes.train import main
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+def test_every_number_has_its_name_and_adds_up(program):
+    folder = program("--log-every-n-steps", "4", "--val-every-n-steps", "3")
+    lines = read_metrics(folder / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [3, 4, 6, 8]
+    named = {"step", "epoch", "tokens", "loss", "loss/load_balance", "load_balancing_loss", "lr", "grad_norm"}
+    named |= {"expected_steps_epoch", "seen_steps_epoch", "dataset_pass_0", "dataset_pass_1"}
+    named |= {"skipped_steps", "skipped_data", "layers"} | (set(TIMES) - {"mfu"})
+    assert set(lines[1]) == named
+    for line in lines:
+        assert line["load_balancing_loss"] == pytest.approx(0.1 * line["loss/load_balance"])
+        assert line["samples_per_second"] == line["tokens_per_second"] == line["samples_per_second_per_gpu"]
+        parts = line["data_time"] + line["forward_backward_time"] + line["sync_time"] + line["optim_step_time"]
+        assert all(line[name] > 0 for name in TIMES if name in line)
+        assert line["tokens_per_second"] * line["batch_time"] == pytest.approx(4 * SEQ_LEN, rel=1e-2)
+        assert parts < 60
+        assert sum(line["layers"][0]["load"]) == pytest.approx(1)
+
+
+def test_the_clock_stands_still_in_pauses():
+    clock = Clock(5.0)
+    time.sleep(0.02)
+    with clock.paused(steps=2):
+        time.sleep(0.2)
+    assert 5.02 <= clock.seconds < 5.2
+    assert 2 / 0.2 < clock.lap() <= 2 / 0.02
+    with clock.paused(steps=1):
+        pass
+    assert clock.lap() > 5, "a lap begins where the last one ended"
+
+
+def test_a_dense_run_has_no_balancing(program):
+    [line] = numbers(program("--moe-freq", "0", "--steps", "1"))
+    assert (line["layers"], line["load_balancing_loss"]) == ([], 0.0)
+    assert "loss/load_balance" not in line
+
+
+def test_the_data_log_names_each_sequence_of_each_step(program, interrupt_after):
+    interrupt_after(5)
+    folder = program("--log-data", "--workers", "1")
+    program("--log-data", "--resume", "latest")
+    lines = [json.loads(line) for line in (folder / "data.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    read = [tuple(sequence) for line in lines for sequence in line["sequences"]]
+    assert len(read) == len(set(read)) == 8 * 4, "none is read twice in a pass"
+    assert {name for name, _, _, _ in read} == {"prose", "code"}
+    assert sum(name == "prose" for name, _, _, _ in read) == 24, "three quarters"
+    assert {shard for _, _, shard, _ in read} <= {"00000000.tar", "00000001.tar", "00000002.tar"}
+    assert {data_pass for _, data_pass, _, _ in read} == {0}
+
+
+def test_without_the_flag_there_is_no_data_log(program):
+    assert not (program("--steps", "1") / "data.jsonl").exists()
+
+
+def test_trackers_get_the_metrics_of_a_run(program, monkeypatch, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    flags = ["--report-to", "tensorboard,wandb", "--wandb-project-name", "moe", "--steps", "3"]
+    folder = program(*flags, "--val-every-n-steps", "2")
+    metrics = numbers(folder)
+    board = EventAccumulator(str(folder / "tensorboard")).Reload()
+    points = [(point.step, point.value) for point in board.Scalars("train/loss")]
+    assert points == [(line["step"], pytest.approx(line["loss"])) for line in metrics]
+    assert "valid/prose/loss" in board.Tags()["scalars"]
+    [offline] = (folder / "wandb").glob("offline-run-*")
+    assert any(path.suffix == ".wandb" and path.stat().st_size > 0 for path in offline.iterdir())
+
+
+def test_an_unknown_tracker_is_refused_before_anything_is_written(program, tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        program("--report-to", "wandbb")
+    assert "did you mean 'wandb'" in " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert not (tmp_path / "logs").exists()
+
+
+def test_the_settings_of_a_run_repeat_it(program, shards, tmp_path, capsys):
+    flags = [
+        "--recipe",
+        "deepseek_moe",
+        "--moe-loss-weight",
+        "0.02",
+        "--accum-freq",
+        "2",
+        "--seed",
+        "7",
+        "--wd",
+        "0.02",
+    ]
+    first = program(*flags, "--val-every-n-steps", "4", "--save-every-n-steps", "4", "--log-data")
+    main(["--config", str(first / "config.json"), "--name", "again", "--logs", str(tmp_path / "elsewhere")])
+    again = tmp_path / "elsewhere" / "again"
+    assert numbers(again) == numbers(first)
+    assert (again / "data.jsonl").read_bytes() == (first / "data.jsonl").read_bytes()
+    for step in (4, 8):
+        assert differing(*(tensors_of(checkpoint_folder(run, step)) for run in (first, again))) == []
+    configs = [json.loads((run / "config.json").read_text()) for run in (first, again)]
+    different = {name for name in {*configs[0], *configs[1]} if configs[0].get(name) != configs[1].get(name)}
+    assert different == {"name", "logs"}
+    main(["--config", str(first / "config.json"), "--name", "c", "--seed", "8"])  # a flag wins over the file
+    assert losses(numbers(tmp_path / "logs" / "c")) != losses(numbers(first))
+
+
+def test_data_that_do_not_last_are_refused_before_step_0(shards, tmp_path):
+    flags = [flag for flag in words(shards, tmp_path / "logs", "--steps", "20") if flag != "--multiple-data-passes"]
+    with pytest.raises(SystemExit) as stopped:
+        main(flags)
+    message = str(stopped.value)
+    assert message.startswith("train_moe.py: the run takes 80 sequences, more than one pass over the data can give:")
+    assert "prose/manifest.jsonl: 60 needed, 48 there (12 short)" in message
+    assert "code/manifest.jsonl: 20 needed, 48 there\n" in message
+    assert "--multiple-data-passes" in message
+    assert not (tmp_path / "logs").exists()
+    main([*flags, "--steps", "16"])
+    assert len(numbers(tmp_path / "logs" / "a")) == 16
+
+
+@pytest.fixture
+def bad_data(tmp_path):
+    """A source in which every fourth sequence is too short, and a validation set with one id out of the vocabulary."""
+    rows = markov_sequences(40, first=0, seed=1).tolist()
+    for number in range(0, 40, 4):
+        rows[number] = rows[number][:10]
+    held_out = markov_sequences(6, first=0, seed=2).tolist()
+    held_out[2][5] = 512
+    return [
+        *("--dataset-manifest", str(write_shards(tmp_path / "bad" / "train", rows, sequences_per_shard=16))),
+        *("--val-manifest", str(write_shards(tmp_path / "bad" / "val", held_out))),
+        *("--model", "moekit_tiny", "--precision", "fp32", "--batch-size", "4", "--log-every-n-steps", "3"),
+        *("--logs", str(tmp_path / "logs"), "--name", "a", "--steps", "8", "--log-data"),
+    ]
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_bad_data_stop_the_run_with_one_message(bad_data, tmp_path, workers, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*bad_data, "--workers", workers])
+    message = str(stopped.value)
+    assert message.startswith("train_moe.py: ")
+    assert "00000" in message
+    assert "has 10 tokens; expected" in message
+    assert message.endswith("To leave out bad data and count it, add --on-bad-data skip")
+    assert "Traceback" not in message + capsys.readouterr().out
+    # What was trained before the bad sequence was met is saved.
+    trained = len((tmp_path / "logs" / "a" / "data.jsonl").read_text().splitlines())
+    saved = [path.name for path in (tmp_path / "logs" / "a").glob("checkpoints/*")]
+    assert saved == ([f"step_{trained:08d}"] if trained else [])
+
+
+def test_bad_data_are_left_out_and_counted(bad_data, tmp_path, capsys):
+    main([*bad_data, "--on-bad-data", "skip"])
+    assert "no bigrams and unigrams beside the scores: " in " ".join(capsys.readouterr().out.split())
+    folder = tmp_path / "logs" / "a"
+    lines = numbers(folder)
+    counts = [line["skipped_data"].get("short sequence", 0) for line in lines]
+    assert [line["step"] for line in lines] == [3, 6, 8]
+    read = [json.loads(line)["sequences"] for line in (folder / "data.jsonl").read_text().splitlines()]
+    # Every fourth member is bad, in each tar of 16.
+    bad = [sum(place % 4 == 0 for _, _, _, place in step) for step in read]
+    assert counts == [sum(bad[: line["step"]]) for line in lines]
+    assert counts[-1] > 4
+    assert read_state(checkpoint_folder(folder, 8))["skipped_data"] == {"short sequence": counts[-1]}
+    [results] = json.loads((folder / "results.json").read_text())["validation"].values()
+    assert results["skipped_data"] == {"id outside vocabulary": 1}
+    assert results["sequences"] == 5
+    assert all(torch.tensor(losses(lines)).isfinite())
+
+
+def test_padded_sequences_are_trained_on_and_scored(tmp_path, capsys):
+    rows = markov_sequences(40, first=0, seed=1)
+    rows[::3, 40:] = -1
+    manifests = [str(write_shards(tmp_path / name, part)) for name, part in (("train", rows), ("val", rows[:6]))]
+    flags = ["--model", "moekit_tiny", "--precision", "fp32", "--steps", "2", "--batch-size", "4", "--name", "a"]
+    main([*flags, "--dataset-manifest", manifests[0], "--val-manifest", manifests[1], "--logs", str(tmp_path / "logs")])
+    results = json.loads((tmp_path / "logs" / "a" / "results.json").read_text())["validation"]
+    [scores] = results.values()
+    assert scores["tokens"] == 4 * 64 + 2 * 39
+    assert "no bigrams and unigrams beside the scores: " in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("step", [2, 5])  # neither is reported
+def test_counts_of_bad_data_go_on_over_a_resume(bad_data, interrupt_after, tmp_path, step):
+    main([*bad_data, "--on-bad-data", "skip", "--name", "unbroken"])
+    interrupt_after(step)
+    main([*bad_data, "--on-bad-data", "skip", "--workers", "1"])
+    main([*bad_data, "--on-bad-data", "skip", "--resume", "latest"])
+    runs = [tmp_path / "logs" / name for name in ("unbroken", "a")]
+    assert numbers(runs[0]) == numbers(runs[1])
+    states = [read_state(checkpoint_folder(run, 8)) for run in runs]
+    assert states[0]["skipped_data"] == states[1]["skipped_data"]

@@ -1,0 +1,243 @@
+import shutil
+
+import pytest
+import torch
+from rich.console import Console
+from small_runs import differing, files, losses, numbers, tensors_of, words, write_state
+
+from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.model import LanguageModel
+from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
+from moekit.lm.openlm_names import openlm_name
+from moekit.lm.tensor_files import write_safetensors
+from moekit.parallel import one_process
+from moekit.recipes.configuration import parse_settings, unflatten
+from moekit.recipes.runs import make_model, set_up
+from moekit.recipes.saving import find_checkpoint, load_weights
+
+pytestmark = pytest.mark.usefixtures("quick")
+DROPLESS = ("--moe-capacity-factor", "0")
+
+
+def names_in(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir() if path.is_dir())
+
+
+def steps_in(folder):
+    return [int(name.removeprefix("step_")) for name in names_in(folder)]
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps"),
+    [
+        ([], [8]),
+        (["--save-every-n-steps", "3"], [3, 6, 8]),
+        (["--save-every-n-steps", "4"], [4, 8]),
+        (["--save-every-n-steps", "2", "--keep-checkpoints", "3"], [4, 6, 8]),
+        (["--save-every-n-steps", "3", "--delete-previous-checkpoint"], [8]),
+    ],
+)
+def test_checkpoints_are_saved_and_kept_as_asked(program, flags, steps):
+    folder = program(*flags)
+    assert steps_in(folder) == steps
+    assert [read_state(checkpoint_folder(folder, step))["step"] for step in steps] == steps
+
+
+# 11 sequences of 64 tokens are an epoch; 3 epochs are 33 sequences, 8 steps of 4.
+EPOCHS = ("--train-num-samples", str(11 * 64 + 63), "--epochs", "3")
+
+
+@pytest.mark.parametrize(
+    ("flags", "epochs"),
+    [
+        ([], {2: 1, 5: 2, 8: 3}),
+        (["--save-frequency", "2"], {5: 2, 8: 3}),
+        (["--save-frequency", "5"], {8: 3}),
+        (["--save-every-n-steps", "3"], {2: 1, 3: 1, 5: 2, 6: 2, 8: 3}),
+    ],
+)
+def test_checkpoints_are_saved_at_the_ends_of_epochs(program, flags, epochs):
+    folder = program(*EPOCHS, *flags)
+    found = {step: read_state(checkpoint_folder(folder, step))["epoch"] for step in steps_in(folder)}
+    assert found == epochs
+    metrics = numbers(folder)
+    assert [line["epoch"] for line in metrics] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [line["step"] for line in metrics if "validation" in line] == [2, 5, 8], "each epoch ends with a validation"
+
+
+def test_a_checkpoint_is_found_by_the_name_that_openlm_gives_it(program, capsys):
+    folder = program(*EPOCHS, "--save-every-n-steps", "3")
+    checkpoints = folder / "checkpoints"
+    # Of those that have seen two epochs, 5 is the end of epoch 2; 6 is inside epoch 3.
+    assert find_checkpoint(str(checkpoints / "epoch_1.pt")) == checkpoint_folder(folder, 2)
+    assert find_checkpoint(str(checkpoints / "epoch_2.pt")) == checkpoint_folder(folder, 5)
+    assert find_checkpoint(str(checkpoints / "epoch_3.pt")) == checkpoint_folder(folder, 8)
+    with pytest.raises(FileNotFoundError, match=r"epoch_4\.pt: there is no such checkpoint\. Expected a folder"):
+        find_checkpoint(str(checkpoints / "epoch_4.pt"))
+    capsys.readouterr()
+    other = program(*EPOCHS, "--resume", str(checkpoints / "epoch_2.pt"), name="b")
+    assert "step_00000005: step 5" in capsys.readouterr().out
+    assert numbers(other) == numbers(folder)[5:]
+
+
+def test_a_run_folder_names_its_newest_checkpoint(program, tmp_path):
+    folder = program("--save-every-n-steps", "3")
+    assert find_checkpoint(str(folder)) == checkpoint_folder(folder, 8)
+    assert find_checkpoint(str(checkpoint_folder(folder, 3))) == checkpoint_folder(folder, 3)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*logs/a: expected a folder step_NNNNNNNN"):
+        find_checkpoint(str(folder))
+    (folder / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"logs/a: there is no such checkpoint"):
+        find_checkpoint(str(folder))
+
+
+def test_going_back_to_an_older_checkpoint_repeats_the_run(program):
+    folder = program("--save-every-n-steps", "3", "--log-data")
+    before, lines, data = (
+        tensors_of(checkpoint_folder(folder, 8)),
+        numbers(folder),
+        (folder / "data.jsonl").read_bytes(),
+    )
+    flags = ["--save-every-n-steps", "3", "--log-data", "--keep-checkpoints", "1"]
+    program(*flags, "--resume", str(checkpoint_folder(folder, 3)))
+    assert numbers(folder) == lines
+    assert (folder / "data.jsonl").read_bytes() == data
+    assert differing(before, tensors_of(checkpoint_folder(folder, 8))) == []
+    assert names_in(folder) == ["abandoned_step_00000006", "abandoned_step_00000008", "step_00000008"]
+
+
+def test_a_damaged_checkpoint_is_not_resumed(program, tmp_path):
+    folder = program("--save-every-n-steps", "4")
+    path = checkpoint_folder(folder, 8) / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    before = files(folder)
+    with pytest.raises(SystemExit, match=r"step_00000008 is damaged: .*checksum.* Resume from an older one"):
+        program("--resume", str(path.parent), "--steps", "9")
+    assert files(folder) == before
+    path.write_bytes(content[:100])
+    with pytest.warns(UserWarning, match=r"skipping .*step_00000008: its file __0_0\.distcp is missing or cut short"):
+        program("--resume", "latest")
+    assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
+
+
+def test_a_checkpoint_of_another_version_is_refused(program):
+    folder = program("--steps", "3")
+    checkpoint = checkpoint_folder(folder, 3)
+    state = read_state(checkpoint)
+    del state["skipped_steps"]
+    write_state(checkpoint, state)
+    with pytest.raises(SystemExit, match=r"step_00000003 lacks 'skipped_steps'; it is of another version of moekit"):
+        program("--steps", "3", "--resume", "latest")
+
+
+@pytest.fixture
+def trained(program):
+    """A run of 4 steps of 8, as all of its checkpoint's tensors, its folder and its model."""
+    folder = program("--save-every-n-steps", "4", *DROPLESS, name="trained")
+    checkpoint = checkpoint_folder(folder, 4)
+    model, _ = make_model(unflatten(read_state(checkpoint)["settings"]), one_process())
+    load_weights(model, checkpoint, one_process())
+    return folder, model, tensors_of(checkpoint)
+
+
+def as_openlm(path, model: LanguageModel, *, prefix="module.", epoch=1, step=4):
+    theirs = to_openlm(model.state_dict(), config=model.config)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return write_openlm(path, {f"{prefix}{name}": tensor for name, tensor in theirs.items()}, epoch=epoch, step=step)
+
+
+def openlm_optimizer(path, tensors):
+    """Write AdamW's state as OpenLM does with FSDP: by the names of its parameters."""
+    state = {}
+    for name in [name.removeprefix("model.") for name in tensors if name.startswith("model.")]:
+        entry = {kind: tensors[f"optimizer.{kind}.{name}"] for kind in ("step", "exp_avg", "exp_avg_sq")}
+        if name.endswith("gate"):  # MegaBlocks' router is the transpose of our gate
+            entry = {kind: tensor.T.contiguous() if tensor.ndim else tensor for kind, tensor in entry.items()}
+        state[openlm_name(name)] = entry
+    torch.save({"epoch": 1, "name": "a", "optimizer": {"state": state, "param_groups": []}}, path)
+
+
+def test_training_goes_on_from_openlms_weights_with_a_fresh_optimizer(program, trained, tmp_path, capsys):
+    _, model, _ = trained
+    path = as_openlm(tmp_path / "openlm" / "epoch_1.pt", model)
+    folder = program("--resume", str(path), *DROPLESS, name="b")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "epoch_1.pt; the optimizer and the schedule start anew; the data start at their beginning" in said
+    metrics = numbers(folder)
+    assert [line["step"] for line in metrics] == list(range(1, 9))
+    fresh = losses(numbers(program(*DROPLESS, name="c")))
+    assert metrics[0]["loss"] < fresh[0] - 0.5, "the weights are those of the file"
+    assert latest_checkpoint(folder) == checkpoint_folder(folder, 8)
+
+
+def test_training_goes_on_from_openlms_optimizer_as_if_it_were_ours(program, trained, shards, tmp_path, capsys):
+    folder, model, tensors = trained
+    path = as_openlm(tmp_path / "openlm" / "epoch_1.pt", model)
+    openlm_optimizer(path.with_name("optimizer_1.pt"), tensors)
+    found = program("--resume", str(path), *DROPLESS, "--save-every-n-steps", "5", name="b")
+    assert "with its optimizer's state, at step 4; the data start at their" in " ".join(capsys.readouterr().out.split())
+    assert [line["step"] for line in numbers(found)] == [5, 6, 7, 8]
+    assert [line["lr"] for line in numbers(found)] == [line["lr"] for line in numbers(folder)][4:]
+    # Our own checkpoint, put at the beginning of the data, must take the same step.
+    copy = shutil.copytree(checkpoint_folder(folder, 4), tmp_path / "copy")
+    start = set_up(parse_settings(words(shards, tmp_path / "logs", *DROPLESS, name="new")), one_process(), Console())
+    write_state(copy, read_state(copy) | {"stream": start.stream.state_dict()})
+    ours = program("--resume", str(copy), *DROPLESS, "--save-every-n-steps", "5", name="c")
+    assert numbers(found)[0] == numbers(ours)[0]
+    pair = [tensors_of(checkpoint_folder(run, 5)) for run in (found, ours)]
+    assert [name for name in differing(*pair) if not name.startswith("rng")] == []
+
+
+def test_training_goes_on_from_safetensors(program, trained, tmp_path, capsys):
+    _, model, _ = trained
+    path = tmp_path / "weights.safetensors"
+    write_safetensors(path, model.state_dict())
+    folder = program("--resume", str(path), *DROPLESS, name="b")
+    assert "weights.safetensors; the optimizer and the schedule start anew" in " ".join(capsys.readouterr().out.split())
+    from_openlm = program("--resume", str(as_openlm(tmp_path / "epoch_1.pt", model)), *DROPLESS, name="c")
+    assert numbers(folder) == numbers(from_openlm), "the same weights in two formats"
+
+
+@pytest.mark.parametrize("kind", ["pt", "safetensors", "folder"])
+def test_weights_are_the_same_from_every_format(trained, tmp_path, kind):
+    folder, model, _ = trained
+    if kind == "pt":
+        path = as_openlm(tmp_path / "epoch_7.pt", model, epoch=7, step=70)
+    elif kind == "safetensors":
+        path = tmp_path / "a.safetensors"
+        write_safetensors(path, model.state_dict())
+    else:
+        path = checkpoint_folder(folder, 4)
+    other, _ = make_model(unflatten(read_state(checkpoint_folder(folder, 4))["settings"]), one_process())
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.zero_()
+    state = load_weights(other, path, one_process())
+    assert differing(model.state_dict(), other.state_dict()) == []
+    assert state.get("step") == {"pt": 70, "safetensors": None, "folder": 4}[kind]
+
+
+def test_weights_of_another_model_are_refused(program, trained, tmp_path):
+    _, model, _ = trained
+    path = as_openlm(tmp_path / "epoch_1.pt", model)
+    with pytest.raises(SystemExit, match=r"expected .*router|router.*expected|shape"):
+        program("--resume", str(path), "--moe-num-experts", "4", name="b")
+    assert not (tmp_path / "logs" / "b").exists()
+
+
+def test_a_file_that_is_no_checkpoint_is_refused(program, tmp_path):
+    path = tmp_path / "epoch_1.pt"
+    path.write_bytes(b"nothing")
+    with pytest.raises(SystemExit, match=r"epoch_1\.pt"):
+        program("--resume", str(path))
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_finished_run_is_not_saved_again(program):
+    folder = program("--steps", "3")
+    before = checkpoint_folder(folder, 3).stat().st_mtime_ns
+    program("--steps", "3", "--resume", "latest")
+    assert checkpoint_folder(folder, 3).stat().st_mtime_ns == before

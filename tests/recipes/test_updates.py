@@ -1,0 +1,190 @@
+import math
+import re
+import shlex
+
+import pytest
+import torch
+from small_runs import differing, losses, numbers, tensors_of
+
+from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.model import LanguageModel
+from moekit.recipes import train
+from moekit.recipes.train import main
+
+pytestmark = pytest.mark.usefixtures("quick")
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Make the gradient or the loss of one step not finite, once; all later uses find the step as it is."""
+
+    def spoil(step, what, value=math.nan):
+        take = train.train_step
+
+        def spoiled(run, batch, **options):
+            if options["step"] != step - 1 or what not in pending:
+                return take(run, batch, **options)
+            pending.remove(what)
+            hook = hooks[what](run.model, value)
+            result = take(run, batch, **options)
+            hook.remove()
+            return result
+
+        pending = [what]
+        monkeypatch.setattr(train, "train_step", spoiled)
+
+    hooks = {
+        "gradient": lambda model, value: model.norm.weight.register_hook(lambda gradient: gradient * value),
+        "loss": lambda model, value: model.output.register_forward_hook(lambda *arguments: arguments[2] * value),
+    }
+    return spoil
+
+
+@pytest.mark.parametrize(("what", "value"), [("gradient", math.nan), ("gradient", math.inf), ("loss", math.inf)])
+def test_a_step_that_is_not_finite_stops_the_run_with_the_state_before_it(program, spoil, tmp_path, what, value):
+    flags = ["--recipe", "gshard", "--log-every-n-steps", "3"]  # step 5 is not reported
+    spoil(5, what, value)
+    with pytest.raises(SystemExit) as stopped:
+        program(*flags, name="a")
+    folder = tmp_path / "logs" / "a"
+    message = str(stopped.value)
+    assert message.startswith("train_moe.py: the loss or its gradient is not finite at step 5. Nothing was updated")
+    assert "step_00000004 has the state before" in message
+    assert "Lower --lr, lengthen --warmup" in message
+    assert latest_checkpoint(folder) == checkpoint_folder(folder, 4)
+    assert [line["step"] for line in numbers(folder)] == [3]
+
+    # Weights, moments, position and random numbers are those of a run that never saw step 5.
+    unbroken = program(*flags, "--save-every-n-steps", "4", name="b")
+    assert differing(*(tensors_of(checkpoint_folder(run, 4)) for run in (folder, unbroken))) == []
+    states = [read_state(checkpoint_folder(run, 4)) for run in (folder, unbroken)]
+    assert states[0]["stream"] == states[1]["stream"]
+    assert states[0]["skipped_steps"] == 0
+
+    words = shlex.split(message.splitlines()[-1])
+    assert words[-4:] == ["--resume", "latest", "--on-nonfinite", "skip"]
+    main(words[2:])  # what it told the user to do; this time the step is finite
+    assert differing(*(tensors_of(checkpoint_folder(run, 8)) for run in (folder, unbroken))) == []
+    assert numbers(folder) == numbers(unbroken)
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("recipe", ["openlm", "deepseek_moe"])
+def test_a_step_that_is_not_finite_can_be_left_out(program, spoil, capsys, what, recipe):
+    flags = ["--on-nonfinite", "skip", "--save-every-n-steps", "1", "--recipe", recipe]
+    spoil(3, what)
+    folder = program(*flags)
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert "the loss or its gradient is not finite at step 3: left out (--on-nonfinite skip)" in said
+    before, after = (tensors_of(checkpoint_folder(folder, step)) for step in (2, 3))
+    assert all(name.startswith("rng") for name in differing(before, after)), "the step changed nothing else"
+    assert differing(after, tensors_of(checkpoint_folder(folder, 4))) != []
+    assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    assert [read_state(checkpoint_folder(folder, step))["skipped_steps"] for step in (2, 3, 8)] == [0, 1, 1]
+    assert all(math.isfinite(loss) for loss in losses(numbers(folder)) if loss is not None)
+
+
+def test_the_step_after_one_that_was_left_out_has_the_next_data(program, spoil, tmp_path):
+    spoil(3, "gradient")
+    skipping = program("--on-nonfinite", "skip", "--log-data")
+    straight = program("--log-data", name="b")
+    assert (skipping / "data.jsonl").read_bytes() == (straight / "data.jsonl").read_bytes()
+    # A loss that is read before the update is the same in step 3, and another from step 4 on.
+    pairs = list(zip(losses(numbers(skipping)), losses(numbers(straight)), strict=True))
+    assert [left == right for left, right in pairs[:4]] == [True, True, True, False]
+
+
+def test_counts_of_left_out_steps_go_on_over_a_resume(program, spoil, interrupt_after):
+    spoil(3, "gradient")
+    interrupt_after(5)
+    folder = program("--on-nonfinite", "skip")
+    program("--on-nonfinite", "skip", "--resume", "latest")
+    assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_infinite_weights_stop_the_run_at_the_first_step(program, tmp_path, monkeypatch):
+    make = train.set_up
+
+    def spoiled(*arguments):
+        run = make(*arguments)
+        with torch.no_grad():
+            run.model.output.weight[0, 0] = math.inf
+        return run
+
+    monkeypatch.setattr(train, "set_up", spoiled)
+    with pytest.raises(SystemExit, match=r"not finite at step 1\. .*step_00000000 has the state before"):
+        program()
+    assert read_state(checkpoint_folder(tmp_path / "logs" / "a", 0))["step"] == 0
+
+
+@pytest.mark.parametrize("recipe", ["openlm", "deepseek_moe"])
+def test_accumulation_changes_the_losses_by_rounding_alone(program, recipe):
+    flags = ["--recipe", recipe, "--moe-capacity-factor", "0"] if recipe == "openlm" else ["--recipe", recipe]
+    whole = numbers(program(*flags, name="a"))
+    for parts in (2, 4):
+        found = numbers(program(*flags, "--accum-freq", str(parts), name=f"b{parts}"))
+        for left, right in zip(whole, found, strict=True):
+            for name in ("loss", "grad_norm", *(name for name in left if name.startswith("loss/"))):
+                assert left[name] == pytest.approx(right[name], rel=2e-4), (parts, name)
+
+
+def test_the_balancing_of_micro_batches_is_another_loss(program):
+    flags = ["--accum-freq", "4", "--moe-loss-weight", "0.5", "--moe-capacity-factor", "0"]
+    step = numbers(program(*flags, name="a"))
+    micro = numbers(program(*flags, "--moe-loss-scope", "micro-batch", name="b"))
+    assert micro[0]["loss"] == pytest.approx(step[0]["loss"], rel=1e-6)
+    assert micro[0]["loss/load_balance"] > step[0]["loss/load_balance"] + 1e-3
+
+
+def test_gradient_checkpointing_changes_no_loss(program):
+    flags = ["--recipe", "gshard"]  # its draws must be the same in the second forward
+    plain = numbers(program(*flags, name="a"))
+    assert numbers(program(*flags, "--grad-checkpointing", name="b")) == plain
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # both are torch's own
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+def test_a_compiled_model_has_the_same_losses(program, monkeypatch):
+    def compile_quickly(model):  # writing and building C++ would take minutes; test_compile.py does so for a layer
+        calls.append(model)
+        compile_model(model, backend="aot_eager")
+
+    calls, compile_model = [], LanguageModel.compile
+    monkeypatch.setattr(LanguageModel, "compile", compile_quickly)
+    plain = program("--steps", "3", "--moe-freq", "1", name="a")
+    compiled = program("--steps", "3", "--moe-freq", "1", "--torchcompile", name="b")
+    assert losses(numbers(compiled)) == pytest.approx(losses(numbers(plain)), rel=1e-4)
+    assert len(calls) == 1
+    names = [set(tensors_of(checkpoint_folder(run, 3))) for run in (plain, compiled)]
+    assert names[0] == names[1], "a checkpoint does not show that the model was compiled"
+
+
+def test_the_z_loss_is_reported_and_changes_the_gradient(program):
+    plain, with_z = (
+        numbers(program("--z-loss-coefficient", z, "--log-logit-mean", "--steps", "2", name=f"z{z}"))
+        for z in ("0", "0.1")
+    )
+    assert "z_loss" not in plain[0]
+    assert with_z[0]["z_loss"] == pytest.approx(math.log(512) ** 2, rel=0.2)
+    assert with_z[0]["loss"] == plain[0]["loss"]
+    assert with_z[0]["grad_norm"] != plain[0]["grad_norm"]
+    assert abs(plain[0]["logit_mean"]) < 1.0
+
+
+def test_an_fp16_run_scales_its_loss(program):
+    folder = program("--precision", "amp", "--steps", "3", "--save-every-n-steps", "1")
+    scales = [line["loss_scale"] for line in numbers(folder)]
+    assert all(scale >= 1.0 for scale in scales)
+    assert read_state(checkpoint_folder(folder, 2))["scaler"]["scale"] == scales[1]
+    full = numbers(program("--steps", "3", name="b"))
+    assert numbers(folder)[0]["loss"] == pytest.approx(full[0]["loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["amp_bfloat16", "bf16"])
+def test_a_bf16_run_learns(program, precision):
+    folder = program("--precision", precision, "--steps", "12")
+    found = losses(numbers(folder))
+    assert found[-1] < found[0] - 0.5
+    dtype = tensors_of(checkpoint_folder(folder, 12))["model.output.weight"].dtype
+    assert dtype == (torch.bfloat16 if precision == "bf16" else torch.float32)
