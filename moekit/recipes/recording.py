@@ -155,6 +155,8 @@ def recording(run: Run, console: Console, progress: Progress) -> Iterator[Record
                 config=flat_settings(run.settings),
             )
         )
+        for place in trackers.places[1:]:  # the first is the run's own metrics.jsonl
+            console.print(f"tracked in {place}", highlight=False, soft_wrap=True)
         display = stack.enter_context(show_training(console, run.budget.steps, done=progress.step))
         data_log = JsonLines(run.folder / "data.jsonl", from_step=first) if given.log_data else None
         yield Recorder(run, trackers, display, data_log)

@@ -21,7 +21,7 @@ from moekit.lm.tokenizers import Tokenizer
 from moekit.lm.urls import is_remote
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import parameter_table
-from moekit.recipes.setup import Corpus, Source, ValidationSet
+from moekit.recipes.sources import Corpus, Source, ValidationSet
 
 MOST_BASELINE_TOKENS = 50_000_000
 LARGEST_BIGRAM_VOCABULARY = 8192  # a table of counts for all pairs takes 8 V^2 bytes

@@ -18,7 +18,8 @@ from moekit.recipes.layers import Recipe
 from moekit.recipes.optimizers import make_optimizer
 from moekit.recipes.precisions import gradient_scaler, parameter_dtype, resolved_precision
 from moekit.recipes.settings import ParallelSettings, TrainSettings
-from moekit.recipes.setup import Corpus, make_config, make_corpus, make_evaluation_recipe, make_recipe, resolved_model
+from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe, resolved_model
+from moekit.recipes.sources import Corpus, make_corpus
 
 
 class Run(NamedTuple):

@@ -21,7 +21,7 @@ from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import autocast, precision_words
 from moekit.recipes.runs import make_model, run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
-from moekit.recipes.setup import Corpus
+from moekit.recipes.sources import Corpus
 from moekit.recipes.weights import find_checkpoint, load_weights
 
 

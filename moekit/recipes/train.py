@@ -2,37 +2,32 @@
 
 import shlex
 import sys
-import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
 
 import torch
 from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
-from moekit.lm.signals import StopRequest, stop_on_signals
+from moekit.lm.signals import stop_on_signals
 from moekit.lm.trackers import read_metrics
-from moekit.parallel import World, any_true, start_processes
+from moekit.parallel import World, start_processes
 from moekit.recipes import report
 from moekit.recipes.configuration import parse_settings, write_config
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import language_model, parameter_table
+from moekit.recipes.loop import loop, validate
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
-from moekit.recipes.recording import Clock, Recorder, recording
+from moekit.recipes.recording import recording
 from moekit.recipes.runs import Run, resolved, set_up
-from moekit.recipes.saving import Position, Progress, position, restore, save, skipped_data
-from moekit.recipes.scoring import append_results, score, score_sets
+from moekit.recipes.saving import restore, save
+from moekit.recipes.scoring import append_results, score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 from moekit.recipes.setup import make_config, make_recipe
-from moekit.recipes.updates import StepResult, agree, train_step
 
-T = TypeVar("T")
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
-_SHORT_VALIDATION = 16_384  # tokens per set of the validations on the way
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)
 
 
@@ -192,131 +187,6 @@ def announce(run: Run, console: Console) -> None:
             f"--warmup {warmup} is not shorter than the run: the rate does not reach --lr before its end",
             highlight=False,
         )
-
-
-class Ended(NamedTuple):
-    """How a training loop ended.
-
-    Attributes:
-        progress: how far it came.
-        at: where the next step starts.
-        by: who stopped it, in words.
-        trouble: what went wrong on this rank outside a step, with data, validation or trackers; or None.
-    """
-
-    progress: Progress
-    at: Position
-    by: str
-    trouble: Exception | None
-
-
-def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *, command: str) -> Ended:
-    """Train until the last step, or until a rank is asked to stop or has to. The last checkpoint is left to the caller.
-
-    Args:
-        run: changed in place.
-        recorder: to report to.
-        progress: where to start.
-        stop: whether somebody asked to stop.
-        command: that resumes the run, for messages.
-
-    Returns:
-        How it ended, on all ranks after the same step.
-
-    Raises:
-        FloatingPointError: see ``train``.
-    """
-    steps, every = run.budget.steps, run.settings.run
-    clock, at, trouble = Clock(progress.seconds), position(run), None
-    while progress.step < steps:
-        asked = time.perf_counter()
-        batch, trouble = _attempt(run.stream.__next__)
-        data_time = time.perf_counter() - asked
-        tokens, stopping = agree(run, batch, stop=bool(stop) or batch is None)
-        if batch is None or stopping:
-            break  # the batch is not used, and the position is before it
-        step = progress.step + 1
-        ended = run.budget.epochs_ended(step) > run.budget.epochs_ended(progress.step)
-        validates = step % every.val_every_n_steps == 0 or ended or step == steps
-        reports = step % every.log_every_n_steps == 0 or validates
-        result = train_step(run, batch, step=progress.step, tokens=tokens, statistics=reports)
-        with clock.paused(steps=1):
-            progress = _counted(run, progress, result, clock.seconds, at, command, recorder)
-            at = position(run)
-            report = partial(_report, run, recorder, result, progress, at, clock, data_time=data_time)
-            _, trouble = _attempt(partial(report, reports=reports, validates=validates))
-            if (reports or every.log_data) and any_true(run.world, trouble is not None):
-                break
-            if step < steps and _saves(run, step, ended=ended):
-                save(run, progress, at)
-    return Ended(progress, at, stop.name or "another rank's signal or error", trouble)
-
-
-def _report(
-    run: Run,
-    recorder: Recorder,
-    result: StepResult,
-    progress: Progress,
-    at: Position,
-    clock: Clock,
-    *,
-    data_time: float,
-    reports: bool,
-    validates: bool,
-) -> None:
-    recorder.data(progress.step)
-    if reports:
-        scores = validate(run, tokens=_SHORT_VALIDATION) if validates else {}
-        losses = {name: each.loss for name, each in scores.items()}
-        total = progress._replace(skipped_data=skipped_data(run, progress, at))
-        recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    """Do something that may fail on this rank alone, so that all ranks can hear of it before any stops."""
-    try:
-        return action(), None
-    except Exception as error:
-        return None, error
-
-
-def _counted(
-    run: Run, progress: Progress, result: StepResult, seconds: float, at: Position, command: str, recorder: Recorder
-) -> Progress:
-    """Count a step; one that was not finite is counted apart, or ends the run with a checkpoint from before it."""
-    step = progress.step + 1
-    if result.taken:
-        return progress._replace(step=step, seconds=seconds)
-    what = f"the loss or its gradient is not finite at step {step}"
-    if not result.finite:
-        if run.settings.optimizer.on_nonfinite == "stop":
-            folder = save(run, progress, at)
-            raise FloatingPointError(
-                f"{what}. Nothing was updated with it; {folder} has the state before. Lower --lr, lengthen --warmup, "
-                f"or leave such steps out:\n  {command} --on-nonfinite skip"
-            )
-        recorder.say(f"{what}: left out (--on-nonfinite skip)")
-    return progress._replace(step=step, seconds=seconds, skipped_steps=progress.skipped_steps + 1)
-
-
-def _saves(run: Run, step: int, *, ended: bool) -> bool:
-    given = run.settings.run
-    by_steps = given.save_every_n_steps is not None and step % given.save_every_n_steps == 0
-    return by_steps or (ended and run.budget.epochs_ended(step) % given.save_frequency == 0)
-
-
-def validate(run: Run, *, tokens: int | None = None) -> dict[str, Evaluation]:
-    """Score every validation set of a run; see ``score_sets``.
-
-    Args:
-        run: the run.
-        tokens: at most so many of each set.
-
-    Returns:
-        Name to scores.
-    """
-    recipe = run.evaluation_recipe
-    return score_sets(run.settings, run.model, run.corpus, recipe=recipe, world=run.world, tokens=tokens)
 
 
 def finish(run: Run, console: Console, *, seconds: float) -> None:

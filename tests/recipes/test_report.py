@@ -15,7 +15,7 @@ from moekit.recipes import mixtral, openlm, report
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import language_model
 from moekit.recipes.report import Baselines
-from moekit.recipes.setup import Corpus, Source, ValidationSet
+from moekit.recipes.sources import Corpus, Source, ValidationSet
 
 
 def load(layer, shares, *, drop_rate=0.0, entropy=1.0):

@@ -14,7 +14,7 @@ from moekit.lm.preparation import PreparedDomain
 from moekit.lm.shards import write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.lm.trackers import read_metrics
-from moekit.recipes import setup, train
+from moekit.recipes import sources, train
 from moekit.recipes.train import main
 
 ROUTER = '''\
@@ -386,15 +386,15 @@ def test_a_dense_run_without_validation_ends_well(shards, tmp_path, picture, cap
 
 def test_with_a_tokenizer_there_are_bits_per_byte_and_samples(shards, tmp_path, capsys, monkeypatch):
     pairs = zip(shards.train, shards.validation, strict=True)
-    domains = {name: PreparedDomain(*pair) for name, pair in zip(setup.MIXING_WEIGHTS, pairs, strict=True)}
+    domains = {name: PreparedDomain(*pair) for name, pair in zip(sources.MIXING_WEIGHTS, pairs, strict=True)}
     prepared = type("Prepared", (), {"domains": domains, "tokenizer": ByteTokenizer()})
-    monkeypatch.setattr(setup, "prepare", lambda **options: prepared)
-    shape = json.loads((Path(setup.__file__).parents[1] / "lm/presets/moekit_tiny.json").read_text())
+    monkeypatch.setattr(sources, "prepare", lambda **options: prepared)
+    shape = json.loads((Path(sources.__file__).parents[1] / "lm/presets/moekit_tiny.json").read_text())
     preset = tmp_path / "bytes.json"
     preset.write_text(json.dumps({**shape, "vocab_size": 257}))
     main(["--model", str(preset), "--steps", "2", "--batch-size", "4", "--logs", str(tmp_path), "--name", "a"])
     scores = json.loads((tmp_path / "a" / "results.json").read_text())["validation"]
-    assert sorted(scores) == sorted(setup.MIXING_WEIGHTS)
+    assert sorted(scores) == sorted(sources.MIXING_WEIGHTS)
     for each in scores.values():  # a byte a token, but for end-of-text
         assert each["bits_per_byte"] == pytest.approx(each["loss"] / math.log(2), rel=0.2)
     text = capsys.readouterr().out

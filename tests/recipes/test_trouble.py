@@ -16,6 +16,7 @@ from moekit.lm.shards import write_shards
 from moekit.recipes import train
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.names import find_recipe
+from moekit.recipes.recording import Recorder
 from moekit.recipes.train import main, notes
 
 ROOT = Path(__file__).parents[2]
@@ -72,7 +73,7 @@ def test_a_tracker_that_fails_loses_no_step(program, tmp_path, monkeypatch):
     def fail(self, *arguments, **options):
         raise OSError("no space left")
 
-    monkeypatch.setattr(train.Recorder, "step", fail)
+    monkeypatch.setattr(Recorder, "step", fail)
     with pytest.raises(SystemExit, match="no space left"):
         program("--log-every-n-steps", "5")
     assert checkpoint_folder(tmp_path / "logs/a", 5).exists()

@@ -8,7 +8,7 @@ from small_runs import differing, losses, numbers, tensors_of
 
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
 from moekit.lm.model import LanguageModel
-from moekit.recipes import train
+from moekit.recipes import loop, train
 from moekit.recipes.train import main
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -19,7 +19,7 @@ def spoil(monkeypatch):
     """Make the gradient or the loss of one step not finite, once; all later uses find the step as it is."""
 
     def spoil(step, what, value=math.nan):
-        take = train.train_step
+        take = loop.train_step
 
         def spoiled(run, batch, **options):
             if options["step"] != step - 1 or what not in pending:
@@ -31,7 +31,7 @@ def spoil(monkeypatch):
             return result
 
         pending = [what]
-        monkeypatch.setattr(train, "train_step", spoiled)
+        monkeypatch.setattr(loop, "train_step", spoiled)
 
     hooks = {
         "gradient": lambda model, value: model.norm.weight.register_hook(lambda gradient: gradient * value),
