@@ -128,14 +128,14 @@ class _SumRows(torch.autograd.Function):
         chosen = _take(products, rows_of_token.clamp_min(0))
         grad_weights = chosen.masked_fill(rows_of_token < 0, 0.0).to(weights.dtype)
         row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(padding, 0.0)
-        grad_rows = copies.mul_(row_weights.unsqueeze(1)).to(rows.dtype)
+        grad_rows = _cast(_scaled(copies, row_weights.unsqueeze(1)), rows.dtype)
         return grad_rows, grad_weights, None, None, None, None
 
 
 def _copy_tokens(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
     if x.shape[0] == 0:
         return x.new_zeros(tokens.shape[0], x.shape[1])
-    return x.index_select(0, tokens).masked_fill_(padding.unsqueeze(1), 0.0)
+    return _cleared(x.index_select(0, tokens), padding.unsqueeze(1))
 
 
 def _sum_rows(rows: Tensor, rows_of_token: Tensor, weights: Tensor | None) -> Tensor:
@@ -154,7 +154,25 @@ def _sum_rows(rows: Tensor, rows_of_token: Tensor, weights: Tensor | None) -> Te
         sums = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
     else:  # embedding_bag would round the weights to the rows' dtype
         sums = sum(rows.index_select(0, index[:, i]) * weights[:, i : i + 1] for i in range(k))  # type: ignore[assignment]
-    return sums.masked_fill_(missing.all(1, keepdim=True), 0.0).to(rows.dtype)
+    return _cast(_cleared(sums, missing.all(1, keepdim=True)), rows.dtype)
+
+
+# Where torch compiles, neither in place nor cast to what a tensor is already: torch 2.11 takes the gradient of an
+# autograd.Function for zero if what its forward or backward returns went through either. Compiled code fuses the rest.
+
+
+def _cleared(x: Tensor, mask: Tensor) -> Tensor:
+    """Fill with zero where the mask is true; ``x`` is the caller's own and may be changed."""
+    return x.masked_fill(mask, 0.0) if torch.compiler.is_compiling() else x.masked_fill_(mask, 0.0)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def _scaled(x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply; ``x`` is the caller's own and may be changed."""
+    return x * factors if torch.compiler.is_compiling() else x.mul_(factors)
 
 
 def _take(values: Tensor, indices: Tensor) -> Tensor:
