@@ -23,7 +23,8 @@ TIMES = (
     "mfu",
     "data_time",
     "batch_time",
-    "forward_backward_time",
+    "forward_time",
+    "backward_time",
     "sync_time",
     "optim_step_time",
 )

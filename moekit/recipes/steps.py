@@ -1,6 +1,7 @@
 """The loss of an optimizer step and its gradient, over micro-batches and ranks."""
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class StepLoss(NamedTuple):
         z: mean squared log-sum-exp of the output logits.
         logit_mean: mean of the output logits.
         routing: (MoE layers, E + 3) float64, see ``moekit.recipes.routing_sums``.
+        backward_time: seconds that the backwards took on this rank's clock, which waits for no GPU.
     """
 
     total: Tensor
@@ -48,6 +50,7 @@ class StepLoss(NamedTuple):
     z: Tensor
     logit_mean: Tensor
     routing: Tensor
+    backward_time: float
 
 
 class LossRules(NamedTuple):
@@ -149,7 +152,7 @@ def take_gradient(
     layers = [layer for _, layer in moe_layers(model)]
     weighs = rules.whole_step and any(any(layer.recipe.coefficients.values()) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
-    sums = []
+    sums, backward_time = [], 0.0
     for number, ids in enumerate(batches, start=1):
         gradient_sync(model, last=number == len(batches))
         inputs, targets, mask = split_ids(ids)
@@ -163,16 +166,17 @@ def take_gradient(
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             weighted, balancing = _balancing(layers, outputs, counts, token_mask=token_mask)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
+        asked = time.perf_counter()
         rules.scale(total).backward()
+        backward_time += time.perf_counter() - asked
         routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
         numbers = [total, *terms, *(share * balancing[name] for name in sorted(balancing))]
         sums.append(torch.cat([torch.stack([each.detach().double() for each in numbers]), *routing]))
     flat = all_sum(world, torch.stack(sums).sum(0))
     names, width = sorted(balancing), len(numbers)
     total, cross_entropy, z, logit_mean, *means = flat[:width].unbind()
-    return StepLoss(
-        total, cross_entropy, dict(zip(names, means, strict=True)), z, logit_mean, _rows(flat[width:], len(layers))
-    )
+    balancing, routed = dict(zip(names, means, strict=True)), _rows(flat[width:], len(layers))
+    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routed, backward_time)
 
 
 def learning_rate(

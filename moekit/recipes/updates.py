@@ -33,7 +33,7 @@ class StepResult(NamedTuple):
         rate: learning rate.
         finite: whether loss and gradient were finite, as far as that is not the gradient scaler's business.
         taken: whether anything was updated.
-        seconds: name of a part of the step to its seconds on this rank's clock: ``forward_backward_time``,
+        seconds: name of a part of the step to its seconds on this rank's clock: ``forward_time``, ``backward_time``,
             ``sync_time`` (gradients over ranks, and clipping), ``optim_step_time``.
     """
 
@@ -113,7 +113,8 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     if taken:
         update_selection_biases(run.model, loss.routing)
     seconds = {
-        "forward_backward_time": computed - started,
+        "forward_time": computed - started - loss.backward_time,
+        "backward_time": loss.backward_time,
         "sync_time": synced - computed,
         "optim_step_time": time.perf_counter() - synced,
     }

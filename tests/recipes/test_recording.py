@@ -25,7 +25,13 @@ def test_every_number_has_its_name_and_adds_up(program):
     for line in lines:
         assert line["load_balancing_loss"] == pytest.approx(0.1 * line["loss/load_balance"])
         assert line["samples_per_second"] == line["tokens_per_second"] == line["samples_per_second_per_gpu"]
-        parts = line["data_time"] + line["forward_backward_time"] + line["sync_time"] + line["optim_step_time"]
+        parts = (
+            line["data_time"]
+            + line["forward_time"]
+            + line["backward_time"]
+            + line["sync_time"]
+            + line["optim_step_time"]
+        )
         assert all(line[name] > 0 for name in TIMES if name in line)
         assert line["tokens_per_second"] * line["batch_time"] == pytest.approx(4 * SEQ_LEN, rel=1e-2)
         assert parts < 60
