@@ -1,9 +1,12 @@
 """The picture of a training run: loss curves, and which experts each domain uses."""
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from moekit.lm.files import write_whole
 
 
 class Curve(NamedTuple):
@@ -59,10 +62,9 @@ def plot_run(
                 axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     if loads:
         figure.colorbar(image, ax=axes[1:].tolist(), label="load, 1 = balanced", shrink=0.9)
-    unfinished = Path(path).with_suffix(".unfinished.png")
-    figure.savefig(unfinished, dpi=130)
-    os.replace(unfinished, path)
-    return Path(path)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=130)
+    return write_whole(path, content.getvalue())
 
 
 def smooth(losses: Sequence[float], *, window: int) -> list[float]:

@@ -15,12 +15,8 @@ from moekit.recipes.settings import TrainSettings
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
-_OF_A_LAUNCH = frozenset(
-    {"config", "help", "h", "tyro_print_completion", "tyro_write_completion"}
-)  # flags, no settings
-_OF_A_LAUNCH = frozenset(
-    {"config", "help", "h", "tyro_print_completion", "tyro_write_completion"}
-)  # flags, no settings
+# Flags that are no settings.
+_OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})
 
 
 def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSettings:

@@ -88,6 +88,8 @@ class Recorder:
         if self._trackers is None or self._display is None:
             return
         metrics = step_metrics(self._run, result, progress, speed=speed, data_time=data_time)
+        loads = layer_loads(self._run.model, result.loss.routing)
+        metrics["layers"] = [load._asdict() for load in loads]
         if validation:
             metrics["validation"] = dict(validation)
         self._trackers.log(metrics)
@@ -98,7 +100,7 @@ class Recorder:
             metrics.get("loss/load_balance", float("nan")),
             result.rate,
             metrics["tokens_per_second"],
-            layer_loads(self._run.model, result.loss.routing),
+            loads,
         )
         self._display.update(report)
 
@@ -176,10 +178,11 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: flo
         data_time: seconds that this step waited for data.
 
     Returns:
-        Name to number; ``layers`` is a list with the routing of each MoE layer.
+        Name to number.
     """
     loss, budget, ranks = result.loss, run.budget, run.world.size
     tokens_per_second = speed * budget.tokens_per_step
+    flops_per_second = 6 * parameter_table(run.model)[-1].active * tokens_per_second
     names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
     cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
     metrics: dict[str, Any] = {
@@ -194,7 +197,7 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: flo
         "tokens_per_second": round(tokens_per_second, 1),
         "samples_per_second": round(tokens_per_second, 1),
         "samples_per_second_per_gpu": round(tokens_per_second / ranks, 1),
-        "tflops_per_second": round(6 * active_parameters(run) * tokens_per_second / 1e12, 4),
+        "tflops_per_second": round(flops_per_second / 1e12, 4),
         "data_time": data_time,
         "batch_time": 1 / speed if speed else 0.0,
         **result.seconds,
@@ -203,14 +206,14 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: flo
     }
     peak = next((rate for name, rate in _PEAK.items() if name in device_name(run.world.device)), None)
     if peak is not None:
-        metrics["mfu"] = 6 * active_parameters(run) * tokens_per_second / (peak * ranks)
+        metrics["mfu"] = flops_per_second / (peak * ranks)
     if run.settings.optimizer.z_loss_coefficient:
         metrics["z_loss"] = z
     if run.settings.run.log_logit_mean:
         metrics["logit_mean"] = logit_mean
     if run.scaler.is_enabled():
         metrics["loss_scale"] = run.scaler.get_scale()
-    return metrics | {"layers": [load._asdict() for load in layer_loads(run.model, loss.routing)]}
+    return metrics
 
 
 def _epoch_metrics(run: Run, step: int) -> dict[str, int]:
@@ -218,11 +221,6 @@ def _epoch_metrics(run: Run, step: int) -> dict[str, int]:
     first, last = (run.budget.epoch_end(epoch) for epoch in (ended, min(ended + 1, run.budget.epochs)))
     passes = {f"dataset_pass_{source}": count for source, count in enumerate(run.stream.passes)}
     return {"epoch": ended, "expected_steps_epoch": last - first, "seen_steps_epoch": step - first, **passes}
-
-
-def active_parameters(run: Run) -> int:
-    """Return how many parameters one token uses."""
-    return parameter_table(run.model)[-1].active
 
 
 def device_name(device: torch.device) -> str:

@@ -122,6 +122,20 @@ def write_results(
     write_whole(path, json.dumps({**summary, "validation": validation}, indent=1) + "\n")
 
 
+def print_scores(console: Console, scores: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> None:
+    """Print the scores of validation sets, and how they use the experts.
+
+    Args:
+        console: where to.
+        scores: name to scores; nothing is printed if there are none.
+        simple: name to baselines, for those that have any.
+    """
+    if scores:
+        console.print(score_table(scores, simple))
+    if any(each.layers for each in scores.values()):
+        console.print(load_table(scores))
+
+
 def score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> Table:
     """Lay out the loss and perplexity of each validation set beside its baselines.
 

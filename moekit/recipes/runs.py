@@ -11,7 +11,7 @@ from rich.console import Console
 from moekit.lm.batches import BatchStream, open_stream
 from moekit.lm.model import LanguageModel
 from moekit.lm.orders import check_budget
-from moekit.parallel import World, shard_model, shard_modules, share
+from moekit.parallel import World, shard_model, shard_modules, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import Recipe
@@ -188,7 +188,7 @@ def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Co
     for turn in (True, False):
         if (world.rank == 0) is turn:
             corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False))
-        share(world, None)
+        wait(world)
     assert corpus is not None
     return corpus
 
@@ -213,7 +213,6 @@ def run_folder(settings: TrainSettings) -> Path:
     Raises:
         FileExistsError: if it holds a run and the settings do not resume that one.
         NotADirectoryError: if there is a file in its place.
-        NotADirectoryError: if a file is in its place.
     """
     run, recipe = settings.run, settings.model.recipe.rpartition(":")[2]
     preset = Path(settings.model.preset).stem

@@ -54,9 +54,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
         soft_wrap=True,
     )
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
-    console.print(report.score_table(scores, {}))
-    if any(each.layers for each in scores.values()):
-        console.print(report.load_table(scores))
+    report.print_scores(console, scores, {})
     results = checkpoint.parent / "results.jsonl"
     if world.rank == 0:
         append_results(checkpoint, settings, corpus, scores, step=state.get("step"))

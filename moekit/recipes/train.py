@@ -203,10 +203,7 @@ def finish(run: Run, console: Console, *, seconds: float) -> None:
     total, active = parameter_table(run.model)[-1][1:]
     simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
     console.print()
-    if scores:
-        console.print(report.score_table(scores, simple))
-    if any(each.layers for each in scores.values()):
-        console.print(report.load_table(scores))
+    report.print_scores(console, scores, simple)
     console.print(
         f"{total:,} parameters, {active:,} active per token; {tokens:,} tokens in {seconds:.0f} s of training, "
         f"{tokens / seconds:,.0f} tokens/s",
