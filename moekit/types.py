@@ -13,6 +13,7 @@ G     pools: sets of tokens that compete or mix
 """
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -32,10 +33,14 @@ class Routing(NamedTuple):
     Attributes:
         token_indices: (*A) int64 in [0, T).
         expert_indices: (*A) int64 in [0, E), or -1: this assignment does not exist.
-        weights: (*A) float32. The only path of gradient from the layer's output to the router.
+        weights: (*A) float32. The only path of gradient from the layer's output to the router. That of an assignment
+            that does not exist is zero, or, behind an exchange, that of a choice which lives on another rank.
         num_tokens: T, the rows of the ``x`` that ``token_indices`` points into.
         num_experts: E, the experts that ``expert_indices`` points into.
-        pool_tokens: tokens per rank that compete for capacity: T, and still T behind an exchange.
+        pool: assignments that compete for the capacity of the E experts: N on one process. Behind an exchange, those of
+            all ranks times this rank's share of their experts, which need not be whole.
+        positions: (*A) int64, the place of each assignment among all that compete, which decides who is dropped; None
+            is the order of the list.
     """
 
     token_indices: Tensor
@@ -43,7 +48,8 @@ class Routing(NamedTuple):
     weights: Tensor
     num_tokens: int
     num_experts: int
-    pool_tokens: int
+    pool: int | Fraction
+    positions: Tensor | None = None
 
 
 class SoftRouting(NamedTuple):

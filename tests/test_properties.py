@@ -50,8 +50,8 @@ def routings(draw, *, axes: tuple[int, ...] = (1, 2, 3)) -> Routing:
         experts = torch.arange(num_experts)[:, None].expand(shape) if num_tokens else torch.zeros(shape).long()
     else:
         experts = torch.randint(-1, num_experts, shape, generator=generator(draw(seeds)))
-    weights = torch.rand(shape, dtype=torch.float64, generator=generator(draw(seeds)))
-    return Routing(tokens, experts, weights, num_tokens, num_experts, pool_tokens=num_tokens)
+    weights = torch.rand(shape, dtype=torch.float64, generator=generator(draw(seeds))).masked_fill(experts < 0, 0.0)
+    return Routing(tokens, experts, weights, num_tokens, num_experts, pool=experts.numel())
 
 
 @st.composite
@@ -201,7 +201,7 @@ def test_appending_masked_tokens_changes_nothing(size, extra: int, factor: float
     gate = normal(D, num_experts, seed=seed + 2)
     params = MoEParams(gate, init_gated(num_experts, D, F, dtype=torch.float64, generator=generator(seed)))
     # Capacity follows the number of tokens that compete, which the mask must not change here.
-    route = lambda logits, *, bias=None: top_k(logits, k=k)._replace(pool_tokens=num_tokens)  # noqa: E731
+    route = lambda logits, *, bias=None: top_k(logits, k=k)._replace(pool=num_tokens * k)  # noqa: E731
     dispatcher = padded(capacity_factor=factor, priority=priority) if factor else dropless()
     losses = {"load_balance": load_balance_loss, "z": z_loss}
     recipe = Recipe(linear_gate, route, layer_of(dispatcher), losses)

@@ -43,7 +43,7 @@ def by_position(routing: Routing) -> Tensor:
     """Let earlier assignments keep their place: token-major order, as MegaBlocks and OpenLM. Causal.
 
     Args:
-        routing: any routing.
+        routing: any routing; its ``positions``, if it has any, say what is earlier.
 
     Returns:
         (N,) int64, assignments in order of priority.
@@ -53,6 +53,8 @@ def by_position(routing: Routing) -> Tensor:
         >>> by_position(round_robin(torch.zeros(2, 2), k=2))
         tensor([0, 1, 2, 3])
     """
+    if routing.positions is not None:
+        return torch.sort(routing.positions.flatten(), stable=True).indices
     return torch.arange(routing.expert_indices.numel(), device=routing.expert_indices.device)
 
 
@@ -78,8 +80,7 @@ def by_choice(routing: Routing) -> Tensor:
     References:
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
     """
-    num_tokens, k = _token_choice_shape(routing, "by_choice")
-    return by_position(routing).view(num_tokens, k).T.flatten()
+    return _first_choices_first(by_position(routing), _choices(routing, "by_choice"))
 
 
 def by_weight(routing: Routing) -> Tensor:
@@ -105,10 +106,10 @@ def by_weight(routing: Routing) -> Tensor:
         Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, Algorithm 2 (batch prioritized routing,
         scored by the largest weight), https://arxiv.org/abs/2106.05974
     """
-    num_tokens, k = _token_choice_shape(routing, "by_weight")
-    best = routing.weights.detach().masked_fill(routing.expert_indices < 0, 0.0).amax(dim=-1)
-    tokens = torch.sort(best, descending=True, stable=True).indices
-    return by_position(routing).view(num_tokens, k)[tokens].T.flatten()
+    k, order = _choices(routing, "by_weight"), by_position(routing)
+    best = routing.weights.detach().amax(dim=-1)  # (T,), over choices on other ranks too
+    scores = best.unsqueeze(1).expand(-1, k).flatten()[order]
+    return _first_choices_first(order[torch.sort(scores, descending=True, stable=True).indices], k)
 
 
 def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority = by_position) -> DispatchPlan:
@@ -151,11 +152,11 @@ def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority 
 def capacity(routing: Routing, *, capacity_factor: float) -> int:
     """Compute the rows per expert, C = max(1, trunc(cf * K * T / E)), as MegaBlocks and OpenLM do.
 
-    T is ``routing.pool_tokens``, the tokens that compete. Other systems round up, to multiples of 4 or 8, or leave K
+    K * T is ``routing.pool``, the assignments that compete. Other systems round up, to multiples of 4 or 8, or leave K
     out. The factor is taken as the decimal number that was written, so 1.1 * 10 is 11.
 
     Args:
-        routing: any routing; K is its assignments per token.
+        routing: any routing.
         capacity_factor: > 0.
 
     Returns:
@@ -175,15 +176,19 @@ def capacity(routing: Routing, *, capacity_factor: float) -> int:
             f"dropless dispatcher (on the command line: --moe-capacity-factor 0)."
         )
     numerator, denominator = Fraction(str(capacity_factor)).as_integer_ratio()
-    assignments = routing.expert_indices.numel() * routing.pool_tokens  # K * T * (T of the pool)
-    return max(1, numerator * assignments // max(1, denominator * routing.num_tokens * routing.num_experts))
+    return max(1, int(numerator * routing.pool // (denominator * routing.num_experts)))
 
 
-def _token_choice_shape(routing: Routing, name: str) -> tuple[int, int]:
+def _first_choices_first(order: Tensor, k: int) -> Tensor:
+    return order[torch.sort(order % k, stable=True).indices]
+
+
+def _choices(routing: Routing, name: str) -> int:
+    """Return K of a routing of shape (T, K)."""
     shape = routing.expert_indices.shape
     if len(shape) != 2:
         raise ValueError(
             f"{name} orders the choices of tokens, but the routing has shape {tuple(shape)}, not (T, K). "
             f"Use by_position for this router."
         )
-    return shape[0], shape[1]
+    return shape[1]

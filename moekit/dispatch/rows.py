@@ -6,9 +6,9 @@ the tests compare with.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.rows import Links, cast, copied, copy_rows, scaled, summed
 from moekit.segments import rows_of_assignments
 from moekit.types import DispatchPlan, Routing
 
@@ -39,7 +39,7 @@ def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """
     _check_rows("gather_rows: x", x, routing.num_tokens, "T, the tokens of the routing")
     if routing.expert_indices.ndim == 2:
-        return _GatherTokens.apply(x, *_links(routing, plan))
+        return copy_rows(x, _links(routing, plan))
     return gather_rows_by_index(x, routing, plan)
 
 
@@ -71,7 +71,7 @@ def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """
     _check_rows("scatter_rows: rows", rows, plan.assignments.shape[0], "R, the rows of the plan")
     if routing.expert_indices.ndim == 2:
-        return _SumRows.apply(rows, routing.weights, *_links(routing, plan))
+        return _WeighRows.apply(rows, routing.weights, *_links(routing, plan), plan.assignments)
     return scatter_rows_by_index(rows, routing, plan)
 
 
@@ -79,7 +79,7 @@ def gather_rows_by_index(x: Tensor, routing: Routing, plan: DispatchPlan) -> Ten
     """Do what ``gather_rows`` does, for any routing, leaving the gradient to autograd's ``index_add``."""
     tokens, padding = _tokens_of_rows(routing, plan)
     if routing.num_tokens == 0:
-        return x.new_zeros(tokens.shape[0], x.shape[1])
+        return x.sum(0, keepdim=True).expand(tokens.shape[0], -1)  # zeros, still connected to x
     return x.index_select(0, tokens).masked_fill(padding.unsqueeze(1), 0.0)
 
 
@@ -88,7 +88,7 @@ def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) ->
     tokens, padding = _tokens_of_rows(routing, plan)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if routing.num_tokens == 0:
-        return rows.new_zeros(0, rows.shape[1])
+        return rows[:0] + routing.weights.sum().to(rows.dtype)  # still connected to both
     weights = routing.weights.flatten().index_select(0, plan.assignments.clamp_min(0)).to(dtype)
     # Masked before it is multiplied: 0 * NaN would reach the router's gradient.
     clean = rows.to(dtype).masked_fill(padding.unsqueeze(1), 0.0)
@@ -96,21 +96,7 @@ def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) ->
     return sums.index_add(0, tokens, clean * weights.unsqueeze(1)).to(rows.dtype)
 
 
-class _GatherTokens(torch.autograd.Function):
-    """(T, D) -> (R, D) for token choice; its backward sums a token's rows."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows_of_token: Tensor, assignments: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows_of_token)
-        return _copy_tokens(x, tokens, padding)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        (rows_of_token,) = ctx.saved_tensors
-        return _sum_rows(grad, rows_of_token, None), None, None, None, None
-
-
-class _SumRows(torch.autograd.Function):
+class _WeighRows(torch.autograd.Function):
     """(R, D), (T, K) -> (T, D) for token choice; its backward copies a token's gradient to its rows."""
 
     @staticmethod
@@ -118,61 +104,18 @@ class _SumRows(torch.autograd.Function):
         ctx, rows: Tensor, weights: Tensor, tokens: Tensor, padding: Tensor, rows_of_token: Tensor, assignments: Tensor
     ) -> Tensor:
         ctx.save_for_backward(rows, weights, tokens, padding, rows_of_token, assignments)
-        return _sum_rows(rows, rows_of_token, weights)
+        return summed(rows, rows_of_token, weights)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         rows, weights, tokens, padding, rows_of_token, assignments = ctx.saved_tensors
-        copies = _copy_tokens(grad, tokens, padding).to(torch.promote_types(rows.dtype, torch.float32))  # (R, D)
+        copies = copied(grad, tokens, padding).to(torch.promote_types(rows.dtype, torch.float32))  # (R, D)
         products = (rows * copies).sum(-1)  # (R,): the gradient of a weight is its row times the token's gradient
         chosen = _take(products, rows_of_token.clamp_min(0))
         grad_weights = chosen.masked_fill(rows_of_token < 0, 0.0).to(weights.dtype)
         row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(padding, 0.0)
-        grad_rows = _cast(_scaled(copies, row_weights.unsqueeze(1)), rows.dtype)
+        grad_rows = cast(scaled(copies, row_weights.unsqueeze(1)), rows.dtype)
         return grad_rows, grad_weights, None, None, None, None
-
-
-def _copy_tokens(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
-    if x.shape[0] == 0:
-        return x.new_zeros(tokens.shape[0], x.shape[1])
-    return _cleared(x.index_select(0, tokens), padding.unsqueeze(1))
-
-
-def _sum_rows(rows: Tensor, rows_of_token: Tensor, weights: Tensor | None) -> Tensor:
-    """Sum each token's rows, (R, D) and (T, K) row numbers, -1 where there is none, to (T, D)."""
-    num_tokens, k = rows_of_token.shape
-    if rows.shape[0] == 0 or rows_of_token.numel() == 0:
-        return rows.new_zeros(num_tokens, rows.shape[1])
-    missing = rows_of_token < 0
-    # A missing assignment reads another row of the same token, with weight zero: never a padding row, which may be
-    # NaN. A token without any row is masked at the end.
-    index = torch.where(missing, rows_of_token.amax(1, keepdim=True), rows_of_token).clamp_min(0)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    weights = torch.ones_like(index, dtype=dtype) if weights is None else weights.to(dtype)
-    weights = weights.masked_fill(missing, 0.0)
-    if rows.dtype == dtype:
-        sums = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
-    else:  # embedding_bag would round the weights to the rows' dtype
-        sums = sum(rows.index_select(0, index[:, i]) * weights[:, i : i + 1] for i in range(k))  # type: ignore[assignment]
-    return _cast(_cleared(sums, missing.all(1, keepdim=True)), rows.dtype)
-
-
-# Where torch compiles, neither in place nor cast to what a tensor is already: torch 2.11 takes the gradient of an
-# autograd.Function for zero if what its forward or backward returns went through either. Compiled code fuses the rest.
-
-
-def _cleared(x: Tensor, mask: Tensor) -> Tensor:
-    """Fill with zero where the mask is true; ``x`` is the caller's own and may be changed."""
-    return x.masked_fill(mask, 0.0) if torch.compiler.is_compiling() else x.masked_fill_(mask, 0.0)
-
-
-def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x if x.dtype == dtype else x.to(dtype)
-
-
-def _scaled(x: Tensor, factors: Tensor) -> Tensor:
-    """Multiply; ``x`` is the caller's own and may be changed."""
-    return x * factors if torch.compiler.is_compiling() else x.mul_(factors)
 
 
 def _take(values: Tensor, indices: Tensor) -> Tensor:
@@ -190,10 +133,10 @@ def _tokens_of_rows(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tenso
     return torch.where(padding, spread, tokens), padding
 
 
-def _links(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _links(routing: Routing, plan: DispatchPlan) -> Links:
     tokens, padding = _tokens_of_rows(routing, plan)
     shape = routing.expert_indices.shape
-    return tokens, padding, rows_of_assignments(plan.assignments, shape.numel()).view(shape), plan.assignments
+    return Links(tokens, padding, rows_of_assignments(plan.assignments, shape.numel()).view(shape))
 
 
 def _check_rows(name: str, tensor: Tensor, expected: int, meaning: str) -> None:

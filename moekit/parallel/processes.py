@@ -1,17 +1,24 @@
 """The processes of a run: one alone, or as many as ``torchrun`` started.
 
 Every function here does nothing on one process, so callers need no ``if``. All ranks must call each of them, in the
-same order: they wait for one another.
+same order: they wait for one another, but not for ever. A rank that fails takes the others with it.
 """
 
 import os
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+# Longer than what one rank does while the others wait (preparing data, writing its share of a checkpoint), and short
+# beside what a run that hangs costs. It is torch's own for NCCL; gloo's would be half an hour.
+PATIENCE = timedelta(minutes=10)
 
 
 class World(NamedTuple):
@@ -21,11 +28,13 @@ class World(NamedTuple):
         rank: of this process, 0 to ``size - 1``. Rank 0 writes files and speaks.
         size: how many processes train together.
         device: of this process's tensors.
+        ranks_per_node: how many of the processes run on this machine.
     """
 
     rank: int
     size: int
     device: torch.device
+    ranks_per_node: int = 1
 
 
 def one_process() -> World:
@@ -42,11 +51,19 @@ def one_process() -> World:
 
 
 @contextmanager
-def start_processes() -> Iterator[World]:
+def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
     """Join the other processes of the launch, if there are any, and leave them at the end.
 
     The launcher's variables say who is who: ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``torchrun`` sets them.
     NCCL carries tensors of GPUs, gloo those of CPUs. A process group that exists already is used, and left alone.
+
+    An exception leaves at once. The orderly end would wait for the others, who wait for this rank, and nobody would
+    read the traceback; so the process group stays as it is until the process ends, which is soon, and then breaks the
+    others' connections. ``torchrun`` is told the traceback, and repeats it in its summary. A process whose
+    ``torchrun`` is gone ends within seconds, so that no rank trains on, unseen, in the folder of the next launch.
+
+    Args:
+        patience: how long a rank waits for the others before it ends with an error.
 
     Yields:
         World.
@@ -59,28 +76,34 @@ def start_processes() -> Iterator[World]:
         ...     world.rank, world.size
         (0, 1)
     """
-    joined = dist.is_available() and dist.is_initialized()
     if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ValueError(
             f"this is one of {os.environ['SLURM_STEP_NUM_TASKS']} tasks of a SLURM step without RANK, so each would "
             "train alone in the same folder. Let srun start torchrun, one task per node, and torchrun the ranks"
         )
-    if not joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield one_process()
-        return
-    local = _local_rank()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local)
-        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
-    else:
-        device, backend = torch.device("cpu"), "gloo"
-    if not joined:
-        dist.init_process_group(backend)
-    try:
-        yield World(dist.get_rank(), dist.get_world_size(), device)
-    finally:
-        if not joined:
+    joined = dist.is_available() and dist.is_initialized()
+    with _reported_errors(), _end_with_launcher():
+        if not joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield one_process()
+            return
+        device = _join(patience, joined=joined)
+        size = dist.get_world_size()
+        yield World(dist.get_rank(), size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        if not joined:  # not in a finally: see above
             dist.destroy_process_group()
+
+
+def under_torchrun() -> bool:
+    """Say whether a torchrun agent started this process, and will start it again if it ends with an error.
+
+    Returns:
+        Whether it did.
+
+    Example:
+        >>> under_torchrun()
+        False
+    """
+    return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def all_sum(world: World, tensor: Tensor) -> Tensor:
@@ -158,6 +181,20 @@ def wait(world: World) -> None:
     any_true(world, False)
 
 
+def _join(patience: timedelta, *, joined: bool) -> torch.device:
+    """Make the process group unless there is one; return the device of this rank."""
+    local = _local_rank()
+    if not torch.cuda.is_available():
+        device, backend, bound = torch.device("cpu"), "gloo", None
+    else:
+        torch.cuda.set_device(local)
+        device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
+        bound = device  # NCCL then connects here, where its errors are understood, and not in the first step
+    if not joined:
+        dist.init_process_group(backend, timeout=patience, device_id=bound)
+    return device
+
+
 def _local_rank() -> int:
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing:
@@ -166,3 +203,37 @@ def _local_rank() -> int:
             "is not set. Start them with torchrun, which sets all of them, or unset WORLD_SIZE for a single process"
         )
     return int(os.environ["LOCAL_RANK"])
+
+
+@contextmanager
+def _reported_errors() -> Iterator[None]:
+    """Write an exception into the file that torchrun reads, if it named one."""
+    try:
+        yield
+    except Exception as error:
+        if dist.is_available() and dist.is_torchelastic_launched():
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+            get_error_handler().record_exception(error)
+        raise
+
+
+@contextmanager
+def _end_with_launcher() -> Iterator[None]:
+    """End this process, hard, when the torchrun that started it is gone: SIGKILL lets it tell nobody."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()):
+        yield
+        return
+    left = threading.Event()
+    threading.Thread(target=_watch, args=(os.getppid(), left), name="launcher", daemon=True).start()
+    try:
+        yield
+    finally:
+        left.set()
+
+
+def _watch(launcher: int, left: threading.Event) -> None:
+    while not left.wait(1.0):
+        if os.getppid() != launcher:  # an orphan gets another parent
+            print("torchrun is gone, so this rank ends; go on from the last checkpoint", file=sys.stderr, flush=True)
+            os._exit(1)  # the main thread may be inside a collective that never returns

@@ -1,7 +1,8 @@
 """Data parallelism: gradients summed over ranks, and parameters sharded over them (ZeRO, by FSDP2).
 
 Gradients are *summed*, never averaged: each rank divides its loss by the tokens of the whole global batch, so the sum
-is the gradient of the mean, however unequal the ranks' shares are.
+is the gradient of the mean, however unequal the ranks' shares are. Experts that tokens travel to are sharded tensors
+(DTensor) of which a rank holds its part; their gradients are complete without any sum, but over replicas.
 
 References:
     Rajbhandari et al., ZeRO: Memory Optimizations Toward Training Trillion Parameter Models, 2019,
@@ -9,61 +10,117 @@ References:
     Zhao et al., PyTorch FSDP, 2023, https://arxiv.org/abs/2304.11277; FSDP2 is ``torch.distributed.fsdp.fully_shard``.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from moekit.parallel.grids import Grid
 from moekit.parallel.processes import World
 
 
+def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, int]) -> None:
+    """Turn the parameters of this rank's part of the experts into sharded tensors that stand for all experts.
+
+    Args:
+        module: whose own parameters are the part; changed in place. Nothing happens unless tokens travel.
+        grid: of all ranks.
+        hidden_axes: name of each parameter to the axis of its hidden dimension.
+    """
+    if grid.experts is None or not grid.layout.exchanges:
+        return
+    mesh = grid.experts["hidden", "blocks"]
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        placements = [Shard(hidden_axes[name]), Shard(0)]
+        whole = DTensor.from_local(parameter.detach(), mesh, placements, run_check=False)
+        setattr(module, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+
+
 def shard_model(
-    model: nn.Module, units: Iterable[nn.Module], world: World, *, reduce_dtype: torch.dtype | None
+    model: nn.Module,
+    units: Iterable[nn.Module],
+    grid: Grid,
+    *,
+    experts: Sequence[nn.Module] = (),
+    reduce_dtype: torch.dtype | None = None,
+    keep_gathered: bool = False,
 ) -> None:
-    """Shard a whole model over all ranks: each unit gathers its parameters when it runs, and frees them afterwards.
+    """Shard a whole model: each unit gathers its parameters when it runs, and frees them afterwards.
+
+    Experts are sharded over the ranks that hold the same ones, all else over all ranks (or those of a shard, see
+    ``make_grid``).
 
     Args:
         model: changed in place; what no unit holds is gathered by the model itself.
         units: submodules, for example the blocks.
-        world: of this process; nothing happens on one process.
+        grid: of all ranks; nothing happens on one process.
+        experts: submodules of the units that hold parameters of experts.
         reduce_dtype: None computes in the parameters' own dtype. A dtype computes in bf16 and reduces gradients in
             this one, while parameters and optimizer state stay as they are.
+        keep_gathered: free gathered parameters after the backward alone (ZeRO-2): faster, and takes more memory.
 
     Example:
-        >>> from moekit.parallel.processes import one_process
-        >>> shard_model(nn.Linear(2, 2), [], one_process(), reduce_dtype=None)
+        >>> from moekit.parallel import make_grid, one_process, replicated
+        >>> shard_model(nn.Linear(2, 2), [], make_grid(one_process(), replicated(1, 1)))
     """
-    if world.size > 1:
-        shard_modules([*units, model], world, reduce_dtype=reduce_dtype)
+    if grid.dense is None:
+        return
+    shard_experts(experts, grid, reduce_dtype=reduce_dtype, keep_gathered=keep_gathered)
+    left = {p for module in experts if not isinstance(module, FSDPModule) for p in module.parameters()}
+    for module in (*units, model):
+        _shard(module, grid.dense, _policy(reduce_dtype), keep_gathered, ignored=left)
 
 
-def shard_modules(modules: Sequence[nn.Module], world: World, *, reduce_dtype: torch.dtype | None = None) -> None:
-    """Shard some modules over all ranks, inner ones first; other parameters stay whole on every rank.
+def shard_experts(
+    modules: Sequence[nn.Module],
+    grid: Grid,
+    *,
+    reduce_dtype: torch.dtype | None = None,
+    keep_gathered: bool = False,
+) -> None:
+    """Shard the parameters of experts over the ranks that hold the same ones.
+
+    Where no axis can be cut evenly, the parameters stay as they are, on each of these ranks.
 
     Args:
-        modules: changed in place.
-        world: of this process; nothing happens on one process.
-        reduce_dtype: see ``shard_model``.
+        modules: each with parameters of experts alone; changed in place.
+        grid: of all ranks; nothing happens where every rank holds other experts.
+        reduce_dtype: see ``shard_model``. Tokens and routing are handed on as they are.
+        keep_gathered: see ``shard_model``.
 
     Example:
-        >>> from moekit.parallel.processes import one_process
-        >>> shard_modules([nn.Linear(2, 2)], one_process())
+        >>> from moekit.parallel import make_grid, one_process, replicated
+        >>> shard_experts([nn.Linear(2, 2)], make_grid(one_process(), replicated(1, 1)))
     """
-    if world.size == 1:
+    if grid.experts is None or grid.layout.replicas == 1:
         return
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy()
-    if reduce_dtype is not None:
-        policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype)
+    mesh = grid.experts["copies", "shards"]
     for module in modules:
-        fully_shard(module, mesh=mesh, mp_policy=policy)
-        assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+        if all(_axis(p, mesh["shards"].size()) is not None for p in module.parameters()):
+            _shard(module, mesh, _policy(reduce_dtype, cast_inputs=False), keep_gathered)
+
+
+def shard_axis(shape: Sequence[int], shards: int, *, taken: Collection[int] = ()) -> int | None:
+    """Choose the axis along which FSDP cuts a parameter of experts: the first that cuts evenly and is not cut already.
+
+    Args:
+        shape: of all experts, (E, ., .).
+        shards: how many pieces.
+        taken: axes that are cut already.
+
+    Returns:
+        The axis. Where none cuts evenly: 0 if nothing is taken, for FSDP can fill up that one, else None.
+
+    Example:
+        >>> shard_axis((3, 4, 8), 4), shard_axis((3, 5, 7), 2), shard_axis((4, 6, 5), 2, taken=(0, 1))
+        (1, 0, None)
+    """
+    even = [axis for axis, size in enumerate(shape) if size % shards == 0 and axis not in taken]
+    return even[0] if even else None if taken else 0
 
 
 def gradient_sync(model: nn.Module, *, last: bool) -> None:
@@ -81,32 +138,77 @@ def gradient_sync(model: nn.Module, *, last: bool) -> None:
             module.set_requires_gradient_sync(last, recurse=False)
 
 
-def sum_gradients(parameters: Iterable[Tensor], world: World) -> None:
-    """Add the gradients of whole parameters up over all ranks, in one exchange; sharded ones have been reduced already.
+def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
+    """Add gradients up over the ranks that hold the same parameters whole; what FSDP shards has been reduced already.
 
     A parameter without a gradient counts as zero, so that ranks whose tokens reached other parts of the model agree.
 
     Args:
         parameters: in the same order on every rank; their ``.grad`` is replaced.
-        world: of this process.
+        grid: of all ranks.
 
     Example:
-        >>> from moekit.parallel.processes import one_process
-        >>> sum_gradients([], one_process())
+        >>> from moekit.parallel import make_grid, one_process, replicated
+        >>> sum_gradients([], make_grid(one_process(), replicated(1, 1)))
     """
-    if world.size == 1:
+    if grid.experts is None:
         return
-    mine = [p for p in parameters if p.requires_grad and not is_sharded(p)]
-    for dtype in sorted({p.dtype for p in mine}, key=str):
-        group = [p for p in mine if p.dtype == dtype]
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in group])
-        dist.all_reduce(flat)
-        for parameter, piece in zip(group, flat.split([p.numel() for p in group]), strict=True):
-            parameter.grad = piece.view_as(parameter)
+    mine = [p for p in parameters if p.requires_grad]
+    _sum([p for p in mine if not isinstance(p, DTensor)], [None])
+    axes = [name for name in ("copies", "shards") if grid.experts[name].size() > 1]
+    _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
 
 
-def is_sharded(tensor: Tensor) -> bool:
-    """Say whether a tensor is in shards on several ranks.
+def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+    """Add up the squares of all gradients, each element of the model once, over every rank's part.
+
+    Args:
+        parameters: with gradients; those of whole parameters are the same on all ranks that hold them.
+        world: all ranks.
+
+    Returns:
+        Scalar float64, the same on every rank.
+
+    Example:
+        >>> from moekit.parallel import one_process
+        >>> x = nn.Parameter(torch.zeros(2))
+        >>> x.grad = torch.tensor([3.0, 4.0])
+        >>> squared_norm([x], one_process())
+        tensor(25., dtype=torch.float64)
+    """
+    found = [(local(p.grad), holders(p, world.size)) for p in parameters if p.grad is not None]
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    if found:
+        norms = torch._foreach_norm([gradient for gradient, _ in found])
+        total = sum((norm.double().square() / count for norm, (_, count) in zip(norms, found, strict=True)), total)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def holders(tensor: Tensor, world_size: int) -> int:
+    """Count the ranks that hold each element of a tensor.
+
+    Args:
+        tensor: whole, the same on all ranks, or a DTensor.
+        world_size: ranks in all.
+
+    Returns:
+        How many.
+
+    Example:
+        >>> holders(torch.ones(2), 4)
+        4
+    """
+    if not isinstance(tensor, DTensor):
+        return world_size
+    mesh = tensor.device_mesh
+    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    return world_size // torch.Size(cut).numel()
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Say whether a tensor is a part of the experts that this rank holds without FSDP.
 
     Args:
         tensor: any.
@@ -115,10 +217,42 @@ def is_sharded(tensor: Tensor) -> bool:
         Whether it is.
 
     Example:
-        >>> is_sharded(torch.ones(2))
+        >>> is_part(torch.ones(2))
         False
     """
-    return isinstance(tensor, DTensor)
+    return isinstance(tensor, DTensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def mesh_names(tensor: Tensor) -> tuple[str, ...]:
+    """Name the axes of ranks that a tensor is spread over; tensors with the same may share a fused operation.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Names; none for a whole tensor.
+
+    Example:
+        >>> mesh_names(torch.ones(2))
+        ()
+    """
+    return (tensor.device_mesh.mesh_dim_names or ("",)) if isinstance(tensor, DTensor) else ()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor; gradients flow through.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        A plain tensor.
+
+    Example:
+        >>> local(torch.ones(2))
+        tensor([1., 1.])
+    """
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -156,3 +290,57 @@ def fill(tensor: Tensor, value: Tensor) -> None:
         tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
     else:
         tensor.copy_(value)
+
+
+def _axis(parameter: Tensor, shards: int) -> int | None:
+    taken = [p.dim for p in parameter.placements if isinstance(p, Shard)] if isinstance(parameter, DTensor) else []
+    return shard_axis(parameter.shape, shards, taken=taken)
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    policy: MixedPrecisionPolicy,
+    keep_gathered: bool,
+    *,
+    ignored: set[nn.Parameter] | None = None,
+) -> None:
+    shards = mesh["shards"].size()
+    own = {p for p in module.parameters() if p.ndim == 3}
+    fully_shard(
+        module,
+        mesh=mesh if mesh["copies"].size() > 1 else mesh["shards"],
+        mp_policy=policy,
+        reshard_after_forward=not keep_gathered,
+        shard_placement_fn=lambda p: Shard(_axis(p, shards) or 0) if p in own else None,
+        ignored_params=ignored,
+    )
+    assert isinstance(module, FSDPModule)
+    module.set_gradient_divide_factor(1.0)
+    module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
+
+
+def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> MixedPrecisionPolicy:
+    if reduce_dtype is None:
+        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs)
+
+
+def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
+    """Add the gradients of parameters up over groups of ranks, one after the other, in one exchange per dtype."""
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        mine = [p for p in parameters if p.dtype == dtype]
+        parts = [local(p.detach()) if p.grad is None else local(p.grad) for p in mine]
+        flat = torch.cat(
+            [(torch.zeros_like(x) if p.grad is None else x).flatten() for p, x in zip(mine, parts, strict=True)]
+        )
+        for group in groups:
+            dist.all_reduce(flat, group=group)
+        for parameter, piece, part in zip(mine, flat.split([x.numel() for x in parts]), parts, strict=True):
+            _set_gradient(parameter, piece.view_as(part))
+
+
+def _set_gradient(parameter: Tensor, value: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False)
+    parameter.grad = value

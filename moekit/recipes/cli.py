@@ -176,11 +176,24 @@ def export(arguments: list[str]) -> None:
     _program("moekit.recipes.export", "moekit export")(arguments, prog="moekit export")
 
 
+def traffic(arguments: list[str]) -> None:
+    """Predict what each parallel strategy sends, and how long it takes, on 2 to 1,024 GPUs.
+
+    Args:
+        arguments: the words after `traffic`.
+
+    Raises:
+        SystemExit: with a message, if the shape cannot be, or a package is missing.
+    """
+    _program("moekit.recipes.traffic", "moekit traffic")(arguments, prog="moekit traffic")
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "tokenize": tokenize,
     "export": export,
     "recipes": recipes,
+    "traffic": traffic,
     "doctor": doctor,
 }
 

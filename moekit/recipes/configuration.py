@@ -13,7 +13,7 @@ import tyro
 from moekit.lm.files import write_whole
 from moekit.recipes.settings import TrainSettings
 
-_NOT_WRITTEN = frozenset({"config", "resume", "describe"})  # of one launch, not of the run
+_NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
 # Flags that are no settings.
 _OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})

@@ -8,18 +8,26 @@ from torch import nn
 from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.model import Block, LanguageModel, count_parameters
+from moekit.parallel import Part
 from moekit.recipes.layers import Recipe, recompute
 from moekit.recipes.modules import MoE
 from moekit.recipes.names import experts_per_token
 
 
-def language_model(config: ModelConfig, recipe: Recipe, *, expert_hidden: int | None = None) -> LanguageModel:
+def language_model(
+    config: ModelConfig,
+    recipe: Recipe,
+    *,
+    expert_hidden: int | None = None,
+    part: Part = Part(),  # noqa: B008, an immutable tuple
+) -> LanguageModel:
     """Build OpenLM's decoder with MoE layers where the configuration wants them.
 
     Args:
         config: the shape; ``moe_freq`` and ``moe_num_experts`` say which layers are MoE, and how wide.
         recipe: what an MoE layer does.
         expert_hidden: F of each expert; None takes what the recipe takes.
+        part: the part of every layer's experts that this rank owns.
 
     Returns:
         The model, with fresh weights.
@@ -36,7 +44,7 @@ def language_model(config: ModelConfig, recipe: Recipe, *, expert_hidden: int | 
     def make_ffn(layer_index: int) -> nn.Module:
         if config.is_moe_layer(layer_index):
             assert config.moe_num_experts is not None  # the configuration has checked it
-            return MoE(config.hidden_dim, config.moe_num_experts, recipe, hidden=expert_hidden)
+            return MoE(config.hidden_dim, config.moe_num_experts, recipe, hidden=expert_hidden, part=part)
         return dense(config.hidden_dim)
 
     return LanguageModel(config, make_ffn=make_ffn)

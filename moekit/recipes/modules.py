@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moekit.parallel import Part
+from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
 from moekit.routing import update_bias
 from moekit.types import LayerOutput
@@ -18,13 +20,15 @@ class MoE(nn.Module):
         num_experts: E.
         recipe: the method; ``moe.recipe = moe.recipe._replace(...)`` swaps a stage.
         hidden: F of each expert; None takes what the recipe's ``init`` takes.
+        part: the part of the routed experts that this rank owns, where the recipe's layer is wrapped in a strategy that
+            spreads them over ranks.
         generator: of the initial weights; None takes torch's global one.
         device: of the parameters.
         dtype: of the parameters.
 
     Attributes:
         gate: (D, E) parameter.
-        experts: parameters of the routed experts by name, each (E, ., .).
+        experts: module with the parameters of the routed experts, each (E, ., .).
         shared: parameters of the shared experts, if the recipe has any.
         bias: (E,) float32 buffer, the selection bias, if the recipe has one. Its update is the trainer's job, once per
             optimizer step: see ``update_selection_bias``.
@@ -49,6 +53,7 @@ class MoE(nn.Module):
         recipe: Recipe,
         *,
         hidden: int | None = None,
+        part: Part = Part(),  # noqa: B008, an immutable tuple
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -60,30 +65,30 @@ class MoE(nn.Module):
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         std = dim**-0.5 if recipe.gate_std is None else recipe.gate_std
         gate = torch.empty(dim, num_experts, device=device, dtype=dtype).normal_(std=std, generator=generator)
-        experts = recipe.init(num_experts, dim, hidden, **options)
         self.recipe = recipe
         self.num_experts = num_experts
         self.gate = nn.Parameter(gate)
-        self.experts = _parameters(experts)
-        self._params_type = type(experts)
+        self.experts = RoutedExperts(draw_experts(recipe.init, num_experts, dim, hidden, part=part, **options))
         self.shared = nn.ParameterDict()
         if recipe.shared is not None:
-            width = experts[0].shape[-1] * recipe.num_shared
-            self.shared = _parameters(recipe.init(1, dim, width, **options))
+            shared = recipe.init(1, dim, hidden_size(recipe.init, dim, hidden) * recipe.num_shared, **options)
+            self.shared, self._shared_type = _parameters(shared), type(shared)
         bias = torch.zeros(num_experts, device=device) if recipe.bias_rate else None
         self.register_buffer("bias", bias)
 
     def params(self) -> MoEParams:
         """Return the parameters as the NamedTuple that ``moe_layer`` takes."""
-        shared = self._named(self.shared) if self.recipe.shared is not None else None
-        return MoEParams(self.gate, self._named(self.experts), shared)
+        return MoEParams(self.gate, self.experts.params(), self._shared())
 
-    def _named(self, parameters: nn.ParameterDict) -> Any:
-        return self._params_type(*(parameters[name] for name in self._params_type._fields))
+    def _shared(self) -> Any:
+        return self._shared_type(**self.shared) if self.recipe.shared is not None else None
 
     def forward(self, x: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None) -> LayerOutput:
         """Apply the layer; see ``moe_layer`` for arguments and result."""
-        return moe_layer(x, self.params(), self.recipe, bias=self.bias, token_ids=token_ids, token_mask=token_mask)
+        layer = self.recipe.layer
+        through_module = self.recipe._replace(layer=lambda tokens, routing, _: self.experts(layer, tokens, routing))
+        params = MoEParams(self.gate, None, self._shared())
+        return moe_layer(x, params, through_module, bias=self.bias, token_ids=token_ids, token_mask=token_mask)
 
     @torch.no_grad()
     def update_selection_bias(self, tokens_per_expert: Tensor) -> None:

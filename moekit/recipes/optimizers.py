@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from moekit.parallel import is_sharded, whole
+from moekit.parallel import World, local, mesh_names, one_process, squared_norm
 from moekit.recipes.settings import OptimizerSettings
 
 
@@ -18,7 +18,7 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
         settings: of the optimizer.
 
     Returns:
-        AdamW; parameters that do not decay, and sharded ones, have groups of their own.
+        AdamW; parameters that do not decay, and those spread over other ranks, have groups of their own.
 
     Example:
         >>> from moekit.lm.configs import load_config
@@ -31,10 +31,10 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     References:
         Loshchilov and Hutter, Decoupled Weight Decay Regularization, 2017, https://arxiv.org/abs/1711.05101
     """
-    groups: dict[tuple[bool, bool], list[Tensor]] = {}
+    groups: dict[tuple[bool, tuple[str, ...]], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         decays = settings.wd_on == "all" or not _is_spared(name, parameter)
-        groups.setdefault((not decays, is_sharded(parameter)), []).append(parameter)  # one kind a kernel
+        groups.setdefault((not decays, mesh_names(parameter)), []).append(parameter)  # one kind a kernel
     return torch.optim.AdamW(
         [{"params": groups[key], "weight_decay": 0.0 if key[0] else settings.wd} for key in sorted(groups)],
         lr=settings.lr,
@@ -44,12 +44,13 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     )
 
 
-def clip_gradients(model: nn.Module, limit: float) -> float:
-    """Scale all gradients so that their global norm, over every rank's shards, is at most a limit.
+def clip_gradients(model: nn.Module, limit: float, world: World | None = None) -> float:
+    """Scale all gradients so that their global norm, over every rank's part, is at most a limit.
 
     Args:
-        model: whose parameters have gradients, sharded or whole; whole ones are the same on every rank.
+        model: whose parameters have gradients, whole ones the same on every rank that holds them.
         limit: largest norm; 0 does not clip.
+        world: all ranks; None is one process.
 
     Returns:
         The norm before, the same on every rank. Reads the device.
@@ -60,19 +61,11 @@ def clip_gradients(model: nn.Module, limit: float) -> float:
         >>> clip_gradients(layer, 1.0), round(layer.weight.grad.item(), 3)
         (3.0, 1.0)
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    kinds = [[g for g in gradients if is_sharded(g) is sharded] for sharded in (True, False)]
-    norms = [whole(torch.nn.utils.get_total_norm(kind)).double() for kind in kinds if kind]
-    norm = torch.stack(norms).norm().item() if norms else 0.0
-    if limit and norm > limit:
-        for kind in kinds:
-            _scale_(kind, limit / (norm + 1e-6))
+    norm = squared_norm(model.parameters(), world or one_process()).sqrt().item()
+    mine = [local(p.grad) for p in model.parameters() if p.grad is not None]
+    if mine and limit and norm > limit:  # a norm that is not a number scales nothing
+        torch._foreach_mul_(mine, limit / (norm + 1e-6))
     return norm
-
-
-def _scale_(gradients: list[Tensor], factor: float) -> None:
-    if gradients and factor == factor:  # a norm that is not a number scales nothing
-        torch._foreach_mul_(gradients, factor)
 
 
 def _is_spared(name: str, parameter: Tensor) -> bool:

@@ -11,14 +11,14 @@ from rich.console import Console
 from moekit.lm.batches import BatchStream, open_stream
 from moekit.lm.model import LanguageModel
 from moekit.lm.orders import check_budget
-from moekit.parallel import World, shard_model, shard_modules, share, wait
+from moekit.parallel import Grid, World, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
-from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
+from moekit.recipes.construction import make_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.optimizers import make_optimizer
-from moekit.recipes.precisions import gradient_scaler, parameter_dtype, resolved_precision
-from moekit.recipes.settings import ParallelSettings, TrainSettings
-from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe, resolved_model
+from moekit.recipes.precisions import gradient_scaler, resolved_precision
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.setup import make_config, resolved_model
 from moekit.recipes.sources import Corpus, make_corpus
 
 
@@ -33,6 +33,7 @@ class Run(NamedTuple):
         corpus: the data.
         model: being trained.
         evaluation_recipe: what its MoE layers run when it is scored; None for a dense model.
+        grid: how the ranks are arranged.
         optimizer: over all its parameters.
         scaler: of gradients; does nothing unless the precision is amp.
         stream: of training batches.
@@ -45,6 +46,7 @@ class Run(NamedTuple):
     corpus: Corpus
     model: LanguageModel
     evaluation_recipe: Recipe | None
+    grid: Grid
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     stream: BatchStream
@@ -76,7 +78,7 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         num_sequences=budget.sequences,
         max_passes=corpus.max_passes,
     )
-    model, evaluation_recipe = make_model(settings, world)
+    built = make_model(settings, world)
     data, seed = settings.data, settings.run.seed
     return Run(
         settings=settings,
@@ -84,9 +86,10 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         budget=budget,
         folder=folder,
         corpus=corpus,
-        model=model,
-        evaluation_recipe=evaluation_recipe,
-        optimizer=make_optimizer(model, settings.optimizer),
+        model=built.model,
+        evaluation_recipe=built.evaluation_recipe,
+        grid=built.grid,
+        optimizer=make_optimizer(built.model, settings.optimizer),
         scaler=gradient_scaler(settings.optimizer.precision, world.device),
         stream=open_stream(
             [source.shards for source in corpus.sources],
@@ -105,39 +108,6 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
             allow_commands=data.allow_pipe_commands,
         ),
     )
-
-
-def make_model(settings: TrainSettings, world: World) -> tuple[LanguageModel, Recipe | None]:
-    """Build the model of some settings, the same weights for any number of ranks, and share it out.
-
-    Args:
-        settings: of the run.
-        world: the ranks.
-
-    Returns:
-        The model on this rank's device, and the recipe that it is scored with (None for a dense model).
-    """
-    config, recipe = make_config(settings.model), make_recipe(settings.model)
-    torch.manual_seed(settings.run.seed)
-    try:
-        model = language_model(config, recipe).to(world.device)
-    except (RuntimeError, MemoryError) as error:  # torch has no class of its own for a CPU that is out of memory
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"the model --model {settings.model.preset} cannot be made on {world.device.type}: {reason}. Choose a "
-            "smaller one, or fewer --moe-num-experts"
-        ) from error
-    dtype = parameter_dtype(settings.optimizer.precision)
-    for parameter in model.parameters():  # not the buffers: the selection bias stays float32
-        parameter.data = parameter.data.to(dtype)
-    if world.rank:  # the weights are the same everywhere, but random routers must not draw the same noise
-        torch.manual_seed(settings.run.seed + 1_000_003 * world.rank)
-    if settings.run.grad_checkpointing:
-        recompute_activations(model)
-    _share_out(model, settings.parallel, world)
-    if settings.run.torchcompile:
-        model.compile()
-    return model, make_evaluation_recipe(settings.model) if config.moe_freq else None
 
 
 def resolved(run: Run) -> TrainSettings:
@@ -191,14 +161,6 @@ def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Co
         wait(world)
     assert corpus is not None
     return corpus
-
-
-def _share_out(model: LanguageModel, parallel: ParallelSettings, world: World) -> None:
-    reduce_dtype = torch.float32 if parallel.fsdp_amp else torch.bfloat16 if parallel.fsdp_pure_bf16 else None
-    if parallel.fsdp:
-        shard_model(model, model.layers, world, reduce_dtype=reduce_dtype)
-    elif parallel.moe_weight_parallelism:
-        shard_modules([layer for _, layer in moe_layers(model)], world)
 
 
 def run_folder(settings: TrainSettings) -> Path:

@@ -15,11 +15,12 @@ from moekit.parallel import World
 from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.configuration import write_config
+from moekit.recipes.construction import make_model
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import parameter_table
 from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import autocast, precision_words
-from moekit.recipes.runs import make_model, run_folder, shared_corpus
+from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.sources import Corpus
 from moekit.recipes.weights import find_checkpoint, load_weights
@@ -44,7 +45,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     folder = run_folder(settings)
     checkpoint = find_checkpoint(_named_checkpoint(settings, folder))
     corpus = shared_corpus(settings, world, console)
-    model, recipe = make_model(settings, world)
+    model, recipe, _ = make_model(settings, world)
     state = load_weights(model, checkpoint, world)
     total, active = parameter_table(model)[-1][1:]
     console.print(

@@ -132,10 +132,33 @@ class ParallelSettings:
     """With --fsdp: compute in bf16 and reduce gradients in float32; parameters stay float32."""
     fsdp_pure_bf16: bool = False
     """With --fsdp: compute and reduce gradients in bf16."""
+    fsdp_hybrid: bool = False
+    """With --fsdp: shard within each node and replicate over nodes, so that parameters travel inside a node alone."""
+    fsdp_hybrid_o2: bool = False
+    """The same, and keep gathered parameters until the backward (ZeRO-2): faster, for more memory."""
     moe_expert_model_parallelism: bool = False
-    """Distribute the experts over ranks. In this version their memory is, by sharding, and not their compute."""
+    """Spread the experts over the ranks, and send tokens to them. With more ranks than experts, the hidden dimension of
+    each expert is split over several ranks."""
     moe_weight_parallelism: bool = False
-    """Shard the experts over all ranks (ZeRO), also without --fsdp."""
+    """Shard the experts over the ranks that hold the same ones (ZeRO), also without --fsdp."""
+    moe_expert_ranks: int | None = None
+    """With --moe-expert-model-parallelism: over how many ranks to spread the experts; the others hold replicas. By
+    default the largest number that divides ranks and experts."""
+    moe_hidden_ranks: int | None = None
+    """With --moe-expert-model-parallelism: over how many ranks to split the hidden dimension of each expert. By default
+    all ranks that are left when every rank has at most one expert, else 1."""
+    moe_exchange: Literal["all_to_all", "all_gather", "static"] = "all_to_all"
+    """How tokens reach their experts: each to the ranks that it needs; all to all ranks; or a fixed number to every
+    rank, so that nothing is read from the device."""
+    moe_exchange_capacity_factor: float = 2.0
+    """With --moe-exchange static: rows from each rank to each rank relative to a balanced load; the number of ranks
+    drops nothing."""
+    moe_exchange_chunks: int = 1
+    """Slices of a rank's tokens whose exchange overlaps another slice's compute (on GPUs)."""
+    moe_hierarchical_exchange: bool = False
+    """Send a token once to each node, and from there to the ranks of the node, where experts span several nodes."""
+    ranks_per_node: int | None = None
+    """Ranks of a node; by default those that torchrun started here (8 for --describe)."""
 
 
 @dataclass(frozen=True)
@@ -181,6 +204,8 @@ class RunSettings:
     """Write data.jsonl: which sequences each step read."""
     describe: bool = False
     """Print the model, its parameters and bytes, and exit."""
+    world_size: int | None = None
+    """With --describe: plan for so many ranks, and print which rank would hold what."""
 
 
 @dataclass(frozen=True)

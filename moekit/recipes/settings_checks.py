@@ -76,9 +76,10 @@ def check_settings(settings: "TrainSettings") -> None:
     _check_data(settings)
     check_refused(settings.legacy)
     _check_dense(model)
-    if settings.legacy.fsdp_hybrid and settings.legacy.fsdp_hybrid_o2:
-        raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two")
     _check_parallel(settings.parallel, optimizer)
+    _check_exchange(settings)
+    if run.world_size is not None and not run.describe:
+        raise ValueError("--world-size plans for --describe; a launch has as many ranks as torchrun starts")
     _check_run(run)
 
 
@@ -183,9 +184,11 @@ def _check_data(settings: "TrainSettings") -> None:
 
 
 def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings") -> None:
-    for name in ("fsdp_amp", "fsdp_pure_bf16"):
+    for name in ("fsdp_amp", "fsdp_pure_bf16", "fsdp_hybrid", "fsdp_hybrid_o2"):
         if getattr(parallel, name) and not parallel.fsdp:
-            raise ValueError(f"{_flag(name)} says how --fsdp computes, which is not given; add --fsdp or leave it out")
+            raise ValueError(f"{_flag(name)} says how --fsdp works, which is not given; add --fsdp or leave it out")
+    if parallel.fsdp_hybrid and parallel.fsdp_hybrid_o2:
+        raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
         raise ValueError("--fsdp-amp reduces gradients in float32 and --fsdp-pure-bf16 in bf16; give one of the two")
     if optimizer.precision == "fp16" and optimizer.eps < _SMALLEST_FP16:
@@ -193,12 +196,46 @@ def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings"
             f"--eps {optimizer.eps:g} is zero in fp16, in which --precision fp16 keeps the optimizer's state; "
             "give --eps 1e-4 or so, or use --precision amp"
         )
-    if parallel.fsdp and optimizer.precision == "amp":
-        raise ValueError("--precision amp scales gradients, which --fsdp does not support; use amp_bfloat16")
-    if parallel.moe_weight_parallelism and optimizer.precision == "amp":
-        raise ValueError(
-            "--precision amp scales gradients, which --moe-weight-parallelism does not support; use amp_bfloat16"
+    for name in ("fsdp", "moe_weight_parallelism", "moe_expert_model_parallelism"):
+        if getattr(parallel, name) and optimizer.precision == "amp":
+            raise ValueError(
+                f"--precision amp scales gradients, which {_flag(name)} does not support; use amp_bfloat16"
+            )
+
+
+def _check_exchange(settings: "TrainSettings") -> None:
+    parallel = settings.parallel
+    _check_positive(
+        moe_expert_ranks=parallel.moe_expert_ranks,
+        moe_hidden_ranks=parallel.moe_hidden_ranks,
+        moe_exchange_capacity_factor=parallel.moe_exchange_capacity_factor,
+        moe_exchange_chunks=parallel.moe_exchange_chunks,
+        ranks_per_node=parallel.ranks_per_node,
+        world_size=settings.run.world_size,
+    )
+    changed = [
+        _flag(name)
+        for name in (
+            "moe_expert_ranks",
+            "moe_hidden_ranks",
+            "moe_exchange",
+            "moe_exchange_capacity_factor",
+            "moe_exchange_chunks",
+            "moe_hierarchical_exchange",
         )
+        if getattr(parallel, name) != type(parallel).__dataclass_fields__[name].default
+    ]
+    if changed and not parallel.moe_expert_model_parallelism:
+        raise ValueError(
+            f"{changed[0]} says how experts are spread over ranks, which they are not; add "
+            "--moe-expert-model-parallelism or leave it out"
+        )
+    if parallel.moe_exchange_capacity_factor != 2.0 and parallel.moe_exchange != "static":
+        raise ValueError(
+            f"--moe-exchange-capacity-factor limits --moe-exchange static, and the exchange is {parallel.moe_exchange}"
+        )
+    if parallel.moe_exchange == "static" and parallel.moe_hierarchical_exchange:
+        raise ValueError("--moe-exchange static sends to every rank at once; leave out --moe-hierarchical-exchange")
 
 
 def _check_dense(model: "ModelSettings") -> None:

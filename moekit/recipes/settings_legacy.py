@@ -33,8 +33,6 @@ class LegacySettings:
     data_tolerate_num_ckpts: Annotated[int | None, _because("see --on-bad-data.")] = None
     optimizer: Annotated[str, _because("it is always AdamW, as in OpenLM.")] = ""
     attn_name: Annotated[str, _because("it is always torch's scaled dot-product attention.")] = ""
-    fsdp_hybrid: Annotated[bool, _because("this version shards over all ranks; the numbers are the same.")] = False
-    fsdp_hybrid_o2: Annotated[bool, _because("this version shards over all ranks; the numbers are the same.")] = False
     fsdp_cpu_offload: Annotated[bool, _because("parameters stay on the device.")] = False
     fsdp_use_orig_params: Annotated[bool, _because("FSDP2 always keeps the parameters.")] = False
     fsdp_backward_prefetch: Annotated[bool, _because("FSDP2 always prefetches.")] = False

@@ -4,17 +4,21 @@ import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
+from moekit.lm.model import LanguageModel
 from moekit.lm.signals import stop_on_signals
 from moekit.lm.trackers import read_metrics
-from moekit.parallel import World, start_processes
+from moekit.parallel import World, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.configuration import parse_settings, write_config
+from moekit.recipes.construction import run_layout
 from moekit.recipes.evaluate import Evaluation
+from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import language_model, parameter_table
 from moekit.recipes.loop import loop, validate
 from moekit.recipes.names import users_fault
@@ -80,6 +84,13 @@ def describe(settings: TrainSettings, console: Console) -> None:
         model = language_model(config, make_recipe(settings.model))
     console.print(model, highlight=False, markup=False, soft_wrap=True)
     console.print(report.describe(model, upstream_bias=settings.model.recipe == "openlm" and config.moe_freq > 0))
+    if settings.run.world_size is not None:
+        console.print(_holdings(model, settings, settings.run.world_size, settings.parallel.ranks_per_node or 8))
+
+
+def _holdings(model: LanguageModel, settings: TrainSettings, world_size: int, ranks_per_node: int) -> Any:
+    rows = plan_holdings(model, settings, world_size, ranks_per_node=ranks_per_node)
+    return holding_table(rows, run_layout(settings, world_size, ranks_per_node=ranks_per_node))
 
 
 def notes(settings: TrainSettings, world: World) -> list[str]:
@@ -96,24 +107,16 @@ def notes(settings: TrainSettings, world: World) -> list[str]:
         >>> from moekit.recipes.settings import ParallelSettings
         >>> from moekit.parallel import one_process
         >>> notes(TrainSettings(parallel=ParallelSettings(fsdp=True)), one_process())
-        ['--fsdp has nothing to shard over: this is one process. Start several with torchrun']
+        ['--fsdp has nothing to share with: this is one process. Start several with torchrun']
     """
     parallel, lines = settings.parallel, without_effect(settings.legacy)
     if world.size == 1:
-        given = [
-            name for name in ("fsdp", "fsdp_amp", "fsdp_pure_bf16", "moe_weight_parallelism") if getattr(parallel, name)
-        ]
+        names = ("fsdp", "fsdp_amp", "fsdp_pure_bf16", "moe_weight_parallelism", "moe_expert_model_parallelism")
         lines += [
-            f"--{name.replace('_', '-')} has nothing to shard over: this is one process. Start several with torchrun"
-            for name in given
+            f"--{name.replace('_', '-')} has nothing to share with: this is one process. Start several with torchrun"
+            for name in names
+            if getattr(parallel, name)
         ]
-    if parallel.moe_expert_model_parallelism:
-        sharded = world.size > 1 and (parallel.fsdp or parallel.moe_weight_parallelism)
-        where = "sharded over the ranks" if sharded else "whole on every rank"
-        lines.append(
-            "--moe-expert-model-parallelism: this version exchanges no tokens; every rank computes all experts for its "
-            f"own tokens, with their memory {where}. Every expert is distinct, and the numbers are the same"
-        )
     return lines
 
 
@@ -159,6 +162,10 @@ def train(settings: TrainSettings, console: Console, *, world: World | None = No
         folder = checkpoint_folder(run.folder, progress.step)
         console.print(f"stopped by {ended.by} after step {progress.step}; checkpoint {folder}", highlight=False)
         console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
+        if under_torchrun():
+            raise SystemExit(
+                1
+            )  # 0 would say that the work is done, and agents on other machines would not go on with it
         return run.folder
     finish(run, console, seconds=progress.seconds)
     return run.folder
@@ -173,6 +180,9 @@ def announce(run: Run, console: Console) -> None:
     """
     total, active = parameter_table(run.model)[-1][1:]
     budget, device = run.budget, run.world.device
+    if run.world.size > 1:
+        per_node = run.settings.parallel.ranks_per_node or run.world.ranks_per_node
+        console.print(_holdings(run.model, run.settings, run.world.size, per_node))
     ranks = "" if run.world.size == 1 else f", {run.world.size} ranks"
     console.print(
         f"{run.folder}: {total:,} parameters, {active:,} active; {device.type}{ranks}, "

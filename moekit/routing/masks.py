@@ -9,7 +9,7 @@ from moekit.types import Routing
 def mask_tokens(routing: Routing, token_mask: Tensor) -> Routing:
     """Take the assignments of padding tokens out of a routing: they reach no expert and take no capacity.
 
-    The capacity itself follows ``routing.pool_tokens``, a number known without reading the device, and stays as it is.
+    The capacity itself follows ``routing.pool``, a number known without reading the device, and stays as it is.
 
     Args:
         routing: any routing.
@@ -71,6 +71,4 @@ def _keep(routing: Routing, kept: Tensor) -> Routing:
     experts = routing.expert_indices.masked_fill(~kept, -1)
     weights = routing.weights.masked_fill(~kept, 0.0)
     # Spelled out: torch 2.11 cannot compile a model that returns what ``_replace`` made.
-    return Routing(
-        routing.token_indices, experts, weights, routing.num_tokens, routing.num_experts, routing.pool_tokens
-    )
+    return Routing(routing.token_indices, experts, weights, *routing[3:])

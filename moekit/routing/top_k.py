@@ -145,7 +145,7 @@ def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor) -> Rou
         weights=weights,
         num_tokens=num_tokens,
         num_experts=num_experts,
-        pool_tokens=num_tokens,
+        pool=expert_indices.numel(),
     )
 
 

@@ -43,7 +43,7 @@ def test_capacity_is_exact(num_tokens: int, k: int, num_experts: int, factor: fl
 def test_capacity_follows_the_pool_and_not_the_tokens_at_hand() -> None:
     routing = round_robin(torch.zeros(8, 4), k=2)
     assert capacity(routing, capacity_factor=1.0) == 4
-    assert capacity(routing._replace(pool_tokens=16), capacity_factor=1.0) == 8
+    assert capacity(routing._replace(pool=32), capacity_factor=1.0) == 8
 
 
 @pytest.mark.parametrize("factor", [0, -1.0, float("inf"), float("nan")])
@@ -105,7 +105,7 @@ def test_missing_assignments_take_no_place() -> None:
 
 
 def test_by_weight_is_not_swayed_by_assignments_that_do_not_exist() -> None:
-    routing = choices([[0, -1], [0, -1]], num_experts=1, weights=[[0.4, 9.0], [0.5, 0.0]])
+    routing = choices([[0, -1], [0, -1]], num_experts=1, weights=[[-0.4, 0.0], [0.5, 0.0]])
     assert by_weight(routing).tolist() == [2, 0, 3, 1]
 
 
@@ -142,7 +142,7 @@ def test_more_experts_than_int16_can_number() -> None:
 @pytest.mark.parametrize("shape", [(6,), (1, 2, 3)])
 def test_orders_of_choices_refuse_other_routings(priority, shape: tuple[int, ...]) -> None:
     indices = torch.zeros(shape, dtype=torch.int64)
-    routing = Routing(indices, indices, torch.ones(shape), num_tokens=6, num_experts=2, pool_tokens=6)
+    routing = Routing(indices, indices, torch.ones(shape), num_tokens=6, num_experts=2, pool=6)
     with pytest.raises(ValueError, match=rf"{priority.__name__} orders the choices.*not \(T, K\). Use by_position"):
         padded_plan(routing, capacity_factor=1.0, priority=priority)
 

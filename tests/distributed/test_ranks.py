@@ -48,7 +48,7 @@ def flags(tmp_path_factory):
     manifests = [str(folder / name / "manifest.jsonl") for name in ("a", "b", "val_a", "val_b")]
     fixed = "--model moekit_tiny --precision fp32 --global-batch-size 8 --lr 1e-2 --log-every-n-steps 1 --log-data"
     data = ["--dataset-manifest", *manifests[:2], "--val-manifest", *manifests[2:]]
-    return [*fixed.split(), *data, "--train-data-mix-weights", "0.7", "0.3", "--steps", str(STEPS)]
+    return [*fixed.split(), *data, "--train-data-mix-weights", "0.7", "0.3", "--seed", "1", "--steps", str(STEPS)]
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,10 @@
+import json
+import os
+import subprocess
+import sys
+import threading
+from datetime import timedelta
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -82,3 +89,94 @@ def test_several_processes_talk(monkeypatch):
         assert share(world, {"a": [1, None]}) == {"a": [1, None]}
     finally:
         dist.destroy_process_group()
+
+
+class _Joined:
+    """Stands in for a process group of two, and writes down how it was made and left."""
+
+    def __init__(self, monkeypatch):
+        self.made, self.left = {}, 0
+        for name, value in zip(LAUNCHER, ("1", "2", "1", "127.0.0.1", "1"), strict=True):
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(dist, "init_process_group", lambda backend, **given: self.made.update(given, on=backend))
+        monkeypatch.setattr(dist, "destroy_process_group", self._leave)
+        monkeypatch.setattr(dist, "get_rank", lambda: 1)
+        monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+
+    def _leave(self):
+        self.left += 1
+
+
+@pytest.mark.parametrize("gpus", [0, 2])
+def test_a_rank_has_its_own_device_and_limited_patience(monkeypatch, gpus):
+    joined, chosen = _Joined(monkeypatch), []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with start_processes(patience=timedelta(seconds=7)) as world:
+        device = torch.device("cuda", 1) if gpus else torch.device("cpu")
+        assert world == World(1, 2, device, ranks_per_node=2)
+        assert joined.left == 0
+    backend, bound = ("cpu:gloo,cuda:nccl", torch.device("cuda", 1)) if gpus else ("gloo", None)
+    assert joined.made == {"on": backend, "timeout": timedelta(seconds=7), "device_id": bound}
+    assert chosen == [1] * (gpus > 0)
+    assert joined.left == 1
+
+
+def test_ten_minutes_of_patience_unless_told_otherwise(monkeypatch):
+    joined = _Joined(monkeypatch)
+    with start_processes():
+        pass
+    assert joined.made["timeout"] == timedelta(minutes=10)
+
+
+def test_an_exception_waits_for_nobody_and_torchrun_is_told(monkeypatch, tmp_path):
+    joined, file = _Joined(monkeypatch), tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(KeyError, match="what went wrong"), start_processes():
+        raise KeyError("what went wrong")
+    assert joined.left == 0
+    told = json.loads(file.read_text())["message"]
+    assert told["message"] == "KeyError: 'what went wrong'"
+    assert "test_an_exception_waits_for_nobody" in told["extraInfo"]["py_callstack"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "launcher" and not _ends(thread)]
+
+
+def test_without_torchrun_nobody_is_told_or_watched(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "error.json"))
+    with start_processes():
+        assert "launcher" not in [thread.name for thread in threading.enumerate()]
+    with pytest.raises(KeyError), start_processes():
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("ranks", ["1", "2"])
+def test_a_rank_ends_when_its_torchrun_is_gone(ranks):
+    """A parent that stands in for torchrun starts a rank, hears that it watches, and ends."""
+    rank = (
+        "import sys, time, torch.distributed as dist\n"
+        "dist.init_process_group, dist.get_rank, dist.get_world_size = lambda *a, **k: None, lambda: 0, lambda: 2\n"
+        "from moekit.parallel import start_processes\n"
+        "with start_processes():\n"
+        "    print('watching', flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    launcher = (
+        "import subprocess, sys\n"
+        f"rank = subprocess.Popen([sys.executable, '-c', {rank!r}], stdout=subprocess.PIPE, text=True)\n"
+        "print(rank.stdout.readline(), end='')\n"
+    )
+    environment = {**os.environ, "TORCHELASTIC_RUN_ID": "a", "RANK": "0", "WORLD_SIZE": ranks, "LOCAL_RANK": "0"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # The rank holds the pipe of errors open for as long as it lives, so this returns when it has ended.
+    done = subprocess.run(
+        [sys.executable, "-c", launcher], env=environment, capture_output=True, text=True, timeout=40, check=False
+    )
+    assert done.stdout == "watching\n", done.stderr
+    assert "torchrun is gone, so this rank ends" in done.stderr
+
+
+def _ends(thread):
+    thread.join(5)
+    return not thread.is_alive()

@@ -7,15 +7,24 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moekit.parallel import (
+    Grid,
+    Layout,
     World,
+    distribute_experts,
     fill,
     gradient_sync,
+    local,
+    make_grid,
+    mesh_names,
     one_process,
+    replicated,
+    shard_experts,
     shard_model,
-    shard_modules,
     sum_gradients,
     whole,
 )
+
+ALONE = make_grid(one_process(), replicated(1, 1))
 
 
 @pytest.fixture
@@ -26,11 +35,21 @@ def group():
     dist.destroy_process_group()
 
 
+@pytest.fixture
+def grid(group):
+    """Return a grid of this process alone, taken for two ranks."""
+    names = ("copies", "shards", "hidden", "blocks")
+    experts = init_device_mesh("cpu", (1, 1, 1, 1), mesh_dim_names=names)
+    dense = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    return Grid(World(0, 2, torch.device("cpu")), Layout(2, experts=2), dense, experts)
+
+
 def test_one_process_shards_nothing():
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
     before = dict(model.named_parameters())
-    shard_model(model, [model[0]], one_process(), reduce_dtype=torch.float32)
-    shard_modules([model[1]], one_process())
+    shard_model(model, [model[0]], ALONE, experts=[model[1]], reduce_dtype=torch.float32)
+    shard_experts([model[1]], ALONE)
+    distribute_experts(model[1], ALONE, {})
     assert not any(isinstance(module, FSDPModule) for module in model.modules())
     assert all(before[name] is parameter for name, parameter in model.named_parameters())
 
@@ -38,16 +57,16 @@ def test_one_process_shards_nothing():
 def test_one_process_sums_nothing():
     layer = nn.Linear(2, 1)
     gradient = layer.weight.grad = torch.ones(1, 2)
-    sum_gradients(layer.parameters(), one_process())
+    sum_gradients(layer.parameters(), ALONE)
     assert layer.weight.grad is gradient
     assert layer.bias.grad is None
 
 
-def test_gradients_are_summed_in_one_exchange_per_dtype(monkeypatch):
+def test_gradients_are_summed_in_one_exchange_per_dtype(grid, monkeypatch):
     """The other rank's share is as large: the sum is twice this one's, and no gradient counts as zero."""
     exchanges = []
 
-    def all_reduce(flat):
+    def all_reduce(flat, group=None):
         exchanges.append((flat.dtype, flat.numel()))
         flat.mul_(2)
 
@@ -58,7 +77,7 @@ def test_gradients_are_summed_in_one_exchange_per_dtype(monkeypatch):
         parameter.grad = torch.randn_like(parameter)
     parameters = [*first.parameters(), *second.parameters(), *third.parameters()]
     before = [None if p.grad is None else p.grad.clone() for p in parameters]
-    sum_gradients(iter(parameters), World(0, 2, torch.device("cpu")))
+    sum_gradients(iter(parameters), grid)
     assert sorted(exchanges, key=str) == [(torch.bfloat16, 1), (torch.float32, 6 + 3 + 3 + 1)]
     assert third.bias.grad is None
     for parameter, gradient in zip(parameters[:-1], before[:-1], strict=True):
@@ -67,9 +86,21 @@ def test_gradients_are_summed_in_one_exchange_per_dtype(monkeypatch):
         assert torch.equal(parameter.grad, expected)
 
 
+def test_parts_of_experts_that_no_other_rank_has_are_not_summed(grid, monkeypatch):
+    monkeypatch.setattr(dist, "all_reduce", lambda *_, **__: pytest.fail("nothing to add up"))
+    layer = nn.Module()
+    layer.up = nn.Parameter(torch.randn(1, 3, 4))
+    distribute_experts(layer, grid, {"up": 2})
+    assert mesh_names(layer.up) == ("hidden", "blocks")
+    (local(layer.up) * 3).sum().backward()
+    sum_gradients(layer.parameters(), grid)
+    assert (local(layer.up.grad) == 3).all()
+
+
 def test_whole_tensors_stay_as_they_are():
     tensor = torch.randn(2)
     assert whole(tensor) is tensor
+    assert local(tensor) is tensor
 
 
 def test_fill_copies_values_into_whole_tensors():

@@ -90,7 +90,7 @@ def test_moe_freq_chooses_the_layers(freq, expected):
 
 def test_the_experts_are_as_wide_as_asked():
     model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=4), mixtral(), expert_hidden=24)
-    assert model.layers[0].feed_forward.experts["up"].shape == (4, 64, 24)
+    assert model.layers[0].feed_forward.experts.up.shape == (4, 64, 24)
 
 
 def test_the_model_is_causal_with_a_causal_recipe():

@@ -86,8 +86,8 @@ def test_scale_of_the_gate() -> None:
 
 
 def test_default_width_is_the_recipe_s() -> None:
-    assert MoE(D, E, openlm()).experts["up"].shape == (E, D, 4 * D)
-    assert MoE(96, E, mixtral()).experts["up"].shape == (E, 96, 256)
+    assert MoE(D, E, openlm()).experts.up.shape == (E, D, 4 * D)
+    assert MoE(96, E, mixtral()).experts.up.shape == (E, 96, 256)
 
 
 def test_dtype_and_device() -> None:

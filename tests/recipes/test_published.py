@@ -244,7 +244,7 @@ def test_openlm_starts_from_a_normal_distribution_of_width_002() -> None:
     moe = MoE(64, 8, openlm())
     for name, parameter in moe.named_parameters():
         assert parameter.std().item() == pytest.approx(0.02, rel=0.1), name
-    assert moe.experts["up"].shape == (8, 64, 256)
+    assert moe.experts.up.shape == (8, 64, 256)
 
 
 def test_routing_settings_reach_the_router() -> None:

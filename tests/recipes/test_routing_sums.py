@@ -26,7 +26,9 @@ def test_counts_by_choice():
 @pytest.mark.parametrize("shape", [(6,), (1, 3, 2)])
 def test_a_routing_without_choices_has_one_row(shape):
     experts = torch.tensor([0, 2, 2, 1, -1, 2]).view(shape)
-    routing = Routing(experts.clamp_min(0), experts, torch.ones(shape), num_tokens=6, num_experts=4, pool_tokens=6)
+    routing = Routing(
+        experts.clamp_min(0), experts, torch.ones(shape), num_tokens=6, num_experts=4, pool=experts.numel()
+    )
     assert choice_counts(routing).tolist() == [[1, 1, 3, 0]]
 
 

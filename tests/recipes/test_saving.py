@@ -12,7 +12,8 @@ from moekit.lm.openlm_names import openlm_name
 from moekit.lm.tensor_files import write_safetensors
 from moekit.parallel import one_process
 from moekit.recipes.configuration import parse_settings, unflatten
-from moekit.recipes.runs import make_model, set_up
+from moekit.recipes.construction import make_model
+from moekit.recipes.runs import set_up
 from moekit.recipes.saving import find_checkpoint, load_weights
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -138,7 +139,7 @@ def trained(program):
     """A run of 4 steps of 8, as all of its checkpoint's tensors, its folder and its model."""
     folder = program("--save-every-n-steps", "4", *DROPLESS, name="trained")
     checkpoint = checkpoint_folder(folder, 4)
-    model, _ = make_model(unflatten(read_state(checkpoint)["settings"]), one_process())
+    model, _, _ = make_model(unflatten(read_state(checkpoint)["settings"]), one_process())
     load_weights(model, checkpoint, one_process())
     return folder, model, tensors_of(checkpoint)
 
@@ -211,7 +212,7 @@ def test_weights_are_the_same_from_every_format(trained, tmp_path, kind):
         write_safetensors(path, model.state_dict())
     else:
         path = checkpoint_folder(folder, 4)
-    other, _ = make_model(unflatten(read_state(checkpoint_folder(folder, 4))["settings"]), one_process())
+    other, _, _ = make_model(unflatten(read_state(checkpoint_folder(folder, 4))["settings"]), one_process())
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.zero_()

@@ -14,7 +14,7 @@ from moekit.lm.tensor_files import write_safetensors
 from moekit.lm.tokenizers import ByteTokenizer, save_tokenizer
 from moekit.parallel import one_process
 from moekit.recipes.configuration import unflatten
-from moekit.recipes.runs import make_model
+from moekit.recipes.construction import make_model
 from moekit.recipes.saving import load_weights
 from moekit.recipes.train import main
 
@@ -28,7 +28,7 @@ def trained(program):
 
 
 def model_of(checkpoint):
-    model, recipe = make_model(unflatten(read_state(checkpoint)["settings"]), one_process())
+    model, recipe, _ = make_model(unflatten(read_state(checkpoint)["settings"]), one_process())
     load_weights(model, checkpoint, one_process())
     return model, recipe
 

@@ -124,11 +124,47 @@ def test_validation_keys_are_known_and_as_many_as_the_data():
     settings_of(val_data_key=("txt", "json", "json.gz"), **given)
 
 
-@pytest.mark.parametrize("name", ["fsdp_amp", "fsdp_pure_bf16"])
+@pytest.mark.parametrize("name", ["fsdp_amp", "fsdp_pure_bf16", "fsdp_hybrid", "fsdp_hybrid_o2"])
 def test_ways_of_sharding_need_sharding(name):
     flag = "--" + name.replace("_", "-")
-    refuses(f"{flag} says how --fsdp computes, which is not given; add --fsdp or leave it out", **{name: True})
+    refuses(f"{flag} says how --fsdp works, which is not given; add --fsdp or leave it out", **{name: True})
     settings_of(**{name: True}, fsdp=True)
+
+
+def test_two_kinds_of_hybrid_sharding_exclude_each_other():
+    message = "--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two"
+    refuses(message, fsdp=True, fsdp_hybrid=True, fsdp_hybrid_o2=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("moe_expert_ranks", 2),
+        ("moe_hidden_ranks", 2),
+        ("moe_exchange", "all_gather"),
+        ("moe_exchange_chunks", 2),
+        ("moe_hierarchical_exchange", True),
+    ],
+)
+def test_ways_of_exchange_need_an_exchange(name, value):
+    flag = "--" + name.replace("_", "-")
+    message = f"{flag} says how experts are spread over ranks, which they are not; add --moe-expert-model-parallelism"
+    refuses(message, **{name: value})
+    settings_of(**{name: value}, moe_expert_model_parallelism=True)
+
+
+def test_exchanges_that_contradict_themselves():
+    spread = {"moe_expert_model_parallelism": True}
+    refuses("limits --moe-exchange static, and the exchange is all_to_all", moe_exchange_capacity_factor=1.5, **spread)
+    settings_of(moe_exchange_capacity_factor=1.5, moe_exchange="static", **spread)
+    message = "--moe-exchange static sends to every rank at once; leave out --moe-hierarchical-exchange"
+    refuses(message, moe_exchange="static", moe_hierarchical_exchange=True, **spread)
+    refuses("--moe-exchange-chunks is 0; expected a positive number", moe_exchange_chunks=0, **spread)
+
+
+def test_a_launch_has_the_ranks_that_are_started():
+    refuses("--world-size plans for --describe; a launch has as many ranks as torchrun starts", world_size=8)
+    settings_of(world_size=8, describe=True)
 
 
 def test_gradients_are_reduced_in_one_dtype():

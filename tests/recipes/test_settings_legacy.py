@@ -10,7 +10,6 @@ from moekit.recipes.settings_legacy import LegacySettings, without_effect
 REFUSED = ("train_data", "dataset_resampled", "dataset_type", "target_mask_left", "target_mask_individual")
 REFUSED += ("averagers", "remote_sync")
 FIELDS = [each for each in dataclasses.fields(LegacySettings) if each.name not in REFUSED]
-EXCLUDED = "fsdp_hybrid_o2"  # by fsdp_hybrid
 HINTS = get_type_hints(LegacySettings)
 WORDS = {each.name: "3" for each in dataclasses.fields(LegacySettings) if HINTS[each.name] is not bool}
 
@@ -32,9 +31,9 @@ def test_each_flag_is_accepted_and_answered_in_one_line(name):
 
 
 def test_all_flags_together_are_answered_in_a_line_each():
-    settings = parse_settings([word for each in FIELDS if each.name != EXCLUDED for word in flag_words(each.name)])
+    settings = parse_settings([word for each in FIELDS for word in flag_words(each.name)])
     lines = without_effect(settings.legacy)
-    assert len(lines) == len(FIELDS) - 1 == len(set(lines))
+    assert len(lines) == len(FIELDS) == len(set(lines))
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -43,11 +42,6 @@ def test_flags_that_would_change_the_training_are_refused(name, capsys):
         parse_settings(flag_words(name))
     said = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert f"--{name.replace('_', '-')} is not supported: " in said
-
-
-def test_two_kinds_of_hybrid_sharding_exclude_each_other():
-    with pytest.raises(ValueError, match="--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other"):
-        TrainSettings(legacy=LegacySettings(fsdp_hybrid=True, fsdp_hybrid_o2=True))
 
 
 def test_flags_that_were_not_given_are_not_answered():

@@ -157,7 +157,7 @@ def test_sigmoid_scores_that_underflow_give_no_nan() -> None:
 
 def test_choices_need_choices() -> None:
     indices = torch.zeros(5, dtype=torch.int64)
-    routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool_tokens=5)
+    routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool=5)
     with pytest.raises(ValueError, match=r"choices=1 counts first choices.*shape \(5,\), not \(T, K\). Leave choices"):
         load_balance_loss(torch.zeros(5, E), routing, choices=1)
 

@@ -22,7 +22,7 @@ def test_masked_tokens_lose_their_assignments_and_their_gradient() -> None:
 
 def test_pool_stays_as_it_is() -> None:
     after = mask_tokens(top_k(torch.randn(6, 4), k=2), torch.arange(6) < 2)
-    assert (after.num_tokens, after.pool_tokens) == (6, 6)
+    assert (after.num_tokens, after.pool) == (6, 12)
 
 
 def test_mask_follows_the_token_of_each_assignment_in_any_list() -> None:
@@ -32,7 +32,7 @@ def test_mask_follows_the_token_of_each_assignment_in_any_list() -> None:
         torch.ones(4),
         num_tokens=3,
         num_experts=2,
-        pool_tokens=3,
+        pool=4,
     )
     assert mask_tokens(routing, torch.tensor([True, True, False])).expert_indices.tolist() == [-1, 1, -1, 0]
 

@@ -21,7 +21,7 @@ def test_routing_is_complete(router) -> None:
     routing = router(torch.randn(T, E))
     assert routing.token_indices.tolist() == [[t] * K for t in range(T)]
     assert routing.expert_indices.shape == routing.weights.shape == (T, K)
-    assert (routing.num_tokens, routing.num_experts, routing.pool_tokens) == (T, E, T)
+    assert (routing.num_tokens, routing.num_experts, routing.pool) == (T, E, routing.expert_indices.numel())
     assert routing.expert_indices.dtype == routing.token_indices.dtype == torch.int64
     assert routing.weights.dtype == torch.float32
 

@@ -1,0 +1,224 @@
+"""Strategies that gather the tokens of all ranks: each rank adds its share, and the sums are scattered back."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
+from moekit.types import DispatchPlan, ExpertLayer, Routing, SoftRouting
+
+
+def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
+    """Let each rank of a group own E / P of the experts: it sees all tokens, and runs those experts alone.
+
+    Every rank gathers tokens and routing, and its weighted sums are added to the others' and scattered back. That is
+    more traffic than ``all_to_all`` unless most tokens go to most ranks, but its shapes never depend on the routing.
+    The inner layer sees E / P experts, and the tokens of all ranks in rank order. Soft routings work too, with pools
+    that lie on one rank.
+
+    Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
+    Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
+
+    Args:
+        layer: runs on a rank, with parameters of E / P experts.
+        group: of P ranks; rank p owns experts p * E / P to (p + 1) * E / P - 1.
+        equal: every rank has the same number of tokens and assignments, so nobody needs to ask.
+
+    Returns:
+        ExpertLayer over E experts.
+
+    Raises:
+        ValueError: when called, if P does not divide E.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import top_k
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> layer = all_gather(mixtral().layer, group=dist.group.WORLD)
+        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 2), k=1), init_gated(2, 4)).shape
+        torch.Size([5, 4])
+        >>> dist.destroy_process_group()
+    """
+    return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=True)
+
+
+def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
+    """Let each rank of a group own a slice of every expert's hidden dimension F.
+
+    An expert's output is a sum over its hidden units, so it is the sum of what the ranks make of their F / Y units
+    each. Tokens, which differ from rank to rank, are gathered; the partial outputs are added and scattered back. It is
+    what more ranks than experts need: ``all_to_all(tensor_parallel(layer, group=hidden), group=experts)``.
+
+    Exact for feed-forwards that treat every hidden unit alone, as all of ``moekit.experts`` do.
+
+    Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
+    Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
+
+    Args:
+        layer: runs on a rank, with F / Y hidden units of each of E experts.
+        group: of Y ranks.
+        equal: every rank has the same number of tokens and assignments, so nobody needs to ask.
+
+    Returns:
+        ExpertLayer over E experts.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import top_k
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> layer = tensor_parallel(mixtral().layer, group=dist.group.WORLD)
+        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 2), k=1), init_gated(2, 4)).shape
+        torch.Size([5, 4])
+        >>> dist.destroy_process_group()
+
+    References:
+        Shoeybi et al., Megatron-LM, 2019, section 3, https://arxiv.org/abs/1909.08053; gathering tokens that differ
+        between ranks is its sequence parallelism, Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198
+    """
+    return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=False)
+
+
+def plan_together(plan: Callable[[Routing], DispatchPlan], *, group: ProcessGroup) -> Callable[[Routing], DispatchPlan]:
+    """Let a plan see the routing of all ranks, as it does behind an exchange, to learn what is dropped here.
+
+    Args:
+        plan: makes a plan of any routing.
+        group: of ranks whose tokens compete, with equally many tokens and assignments each.
+
+    Returns:
+        A function routing -> DispatchPlan in which the assignments of other ranks are padding rows. All ranks call it
+        together.
+    """
+    return partial(_plan_together, plan=plan, group=group)
+
+
+def _plan_together(routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup) -> DispatchPlan:
+    together = _arrived(routing, _sizes(routing, group, equal=True), group, split_experts=False)
+    made = plan(together)
+    num_own = routing.expert_indices.numel()
+    own = made.assignments - group.rank() * num_own
+    return made._replace(assignments=torch.where((made.assignments >= 0) & (own >= 0) & (own < num_own), own, -1))
+
+
+class _Sizes(NamedTuple):
+    """The longest of all ranks' lists, and what competes for the capacity of the experts at hand."""
+
+    tokens: int
+    assignments: int
+    pool: int | Fraction
+
+
+def _gathered(
+    x: Tensor,
+    routing: Routing | SoftRouting,
+    params: Any,
+    *,
+    layer: ExpertLayer,
+    group: ProcessGroup,
+    equal: bool,
+    split_experts: bool,
+) -> Tensor:
+    if isinstance(routing, SoftRouting):
+        sizes = _Sizes(x.shape[0], 0, 0)
+        arrived: Any = _arrived_soft(routing, group, split_experts)
+    else:
+        sizes = _sizes(routing, group, equal)
+        arrived = _arrived(routing, sizes, group, split_experts)
+    rows = gather(_padded(narrowed(x), sizes.tokens), group=group)  # (P * T, D)
+    weights = [arrived.weights] if isinstance(arrived, Routing) else [*arrived]
+    y = connect(layer(rows, arrived, params), rows, *weights)
+    return reduce_scatter(y, group=group)[: x.shape[0]]
+
+
+def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:
+    num_ranks = group.size()
+    if equal:
+        return _Sizes(routing.num_tokens, routing.expert_indices.numel(), routing.pool * num_ranks)
+    own = [routing.num_tokens, routing.expert_indices.numel(), *routing.pool.as_integer_ratio()]
+    all_sizes = gather(torch.tensor([own], device=routing.weights.device), group=group).tolist()
+    tokens, assignments, *pools = zip(*all_sizes, strict=True)
+    pool = sum((Fraction(*pair) for pair in zip(*pools, strict=True)), Fraction(0))
+    return _Sizes(max(tokens), max(assignments), whole_if_possible(pool))
+
+
+def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts: bool) -> Routing:
+    """Make the routing of the gathered tokens; those that fill up a rank's share have no assignments."""
+    num_ranks, shape = group.size(), routing.expert_indices.shape
+    choices = len(shape) == 2
+    k = shape[1] if choices else 1
+    length = sizes.tokens if choices else sizes.assignments
+    columns = [routing.expert_indices.reshape(-1, k)]
+    columns += [] if choices else [routing.token_indices.reshape(-1, 1)]
+    columns += [] if routing.positions is None else [routing.positions.reshape(-1, k)]
+    numbers = gather(_padded(torch.cat(columns, dim=1), length, value=-1), group=group)
+    experts, *others = numbers.split(k, dim=1)
+    weights = gather(_padded(routing.weights.reshape(-1, k), length), group=group)
+    per_rank = routing.num_experts // num_ranks if split_experts else routing.num_experts
+    if split_experts:
+        _check_blocks(routing.num_experts, num_ranks)
+        experts = experts - group.rank() * per_rank
+        experts = torch.where((experts >= 0) & (experts < per_rank), experts, -1)
+        experts = torch.where(numbers[:, :k] < 0, -1, experts)
+    source = torch.arange(num_ranks * length, device=experts.device).unsqueeze(1)
+    tokens = source if choices else source // max(length, 1) * sizes.tokens + others.pop(0).clamp_min(0)
+    tokens = tokens.expand(-1, k)  # weights stay those of all choices: a token's priority may depend on its best
+    if not choices:
+        tokens, experts, weights = tokens.squeeze(1), experts.squeeze(1), weights.squeeze(1)
+    return Routing(
+        tokens,
+        experts,
+        weights,
+        num_tokens=num_ranks * sizes.tokens,
+        num_experts=per_rank,
+        pool=whole_if_possible(Fraction(sizes.pool) / num_ranks) if split_experts else sizes.pool,
+        positions=others[0].view_as(experts) if others else None,
+    )
+
+
+def _arrived_soft(routing: SoftRouting, group: ProcessGroup, split_experts: bool) -> SoftRouting:
+    weights = [gather(each, group=group) for each in routing]  # (P * G, T/G, E, S)
+    if split_experts:
+        num_experts = weights[0].shape[2]
+        _check_blocks(num_experts, group.size())
+        per_rank = num_experts // group.size()
+        weights = [each.narrow(2, group.rank() * per_rank, per_rank) for each in weights]
+    return SoftRouting(*weights)
+
+
+def whole_if_possible(number: Fraction) -> int | Fraction:
+    """Return an int where a fraction is one, as shapes and compilers like it.
+
+    Args:
+        number: any fraction.
+
+    Returns:
+        The same number.
+
+    Example:
+        >>> whole_if_possible(Fraction(4, 2))
+        2
+    """
+    return number.numerator if number.denominator == 1 else number
+
+
+def _padded(x: Tensor, length: int, *, value: int = 0) -> Tensor:
+    missing = length - x.shape[0]
+    return F.pad(x, (0, 0, 0, missing), value=value) if missing else x
+
+
+def _check_blocks(num_experts: int, num_ranks: int) -> None:
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"{num_experts} experts cannot be spread over {num_ranks} ranks in equal blocks; expected a number of "
+            "ranks that divides the number of experts. Use a smaller group, or tensor_parallel"
+        )

@@ -1,0 +1,322 @@
+"""Expert parallelism by all-to-all: tokens travel to the ranks of their experts, and partial sums travel back."""
+
+from collections.abc import Callable
+from fractions import Fraction
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from moekit.parallel.all_gather import all_gather, whole_if_possible
+from moekit.parallel.collectives import connect, exchange, narrowed
+from moekit.parallel.exchange_plans import (
+    ExchangePlan,
+    assignments_by_rank,
+    exchange_links,
+    limit_exchange,
+    plan_exchange,
+    tokens_of_rows,
+)
+from moekit.rows import copy_rows, sum_rows
+from moekit.types import ExpertLayer, Routing, SoftRouting
+
+
+def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None = None) -> ExpertLayer:
+    """Let each rank of a group own E / P of the experts: every token travels once to each rank that it needs.
+
+    With a token travel its choices on that rank; there ``layer`` runs on what arrived, and the weighted sum over those
+    choices travels back, where a token's sums are added. The inner layer sees E / P experts, and the tokens of all
+    ranks in the order of the ranks; it may drop by capacity, be a strategy itself, or anything else. What an ordinary
+    layer on one process would give for the tokens of all ranks, in rank order, is what comes out.
+
+    A soft routing, which sends every token everywhere, is gathered instead.
+
+    Causal if ``layer`` is. Reads the device once, for the number of rows. Deterministic on CUDA for token choice.
+
+    Args:
+        layer: runs on a rank, with parameters of E / P experts.
+        group: of P ranks; rank p owns experts p * E / P to (p + 1) * E / P - 1.
+        return_group: carries what travels back. A second communicator over the same ranks lets exchanges in both
+            directions overlap, see ``chunked``; None takes ``group``.
+
+    Returns:
+        ExpertLayer over E experts.
+
+    Raises:
+        ValueError: when called, if P does not divide E.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import top_k
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> layer = all_to_all(mixtral().layer, group=dist.group.WORLD)
+        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 2), k=1), init_gated(2, 4)).shape
+        torch.Size([5, 4])
+        >>> dist.destroy_process_group()
+
+    References:
+        Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668; sending a token once per rank and not once per
+        expert is DeepSeek-V3's, 2024, section 3.2.2 (per node there), https://arxiv.org/abs/2412.19437
+    """
+    return partial(_all_to_all, layer=layer, group=group, return_group=group if return_group is None else return_group)
+
+
+def static_all_to_all(
+    layer: ExpertLayer, *, group: ProcessGroup, capacity_factor: float, return_group: ProcessGroup | None = None
+) -> ExpertLayer:
+    """Do what ``all_to_all`` does with shapes known beforehand: nothing is read from the device, and it compiles.
+
+    Every rank sends exactly C = min(T, max(1, trunc(cf * K * T / P))) rows to every rank, whatever it has for it: the
+    rest is padding, and tokens beyond the first C are dropped on that rank. With cf = P nothing is dropped. A factor of
+    1 is room for a balanced load of tokens that travel once per choice, which they do not, so that some imbalance fits.
+    Routings that are no (T, K) are lists, of which C assignments travel.
+
+    Every rank must have the same number of tokens.
+
+    Causal if ``layer`` is. No host synchronisation. Deterministic on CUDA for token choice.
+
+    Args:
+        layer: runs on a rank, with parameters of E / P experts.
+        group: of P ranks.
+        capacity_factor: cf > 0.
+        return_group: see ``all_to_all``.
+
+    Returns:
+        ExpertLayer over E experts.
+
+    Raises:
+        ValueError: if the capacity factor is not a positive, finite number; when called, if P does not divide E.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import top_k
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> layer = static_all_to_all(mixtral().layer, group=dist.group.WORLD, capacity_factor=1.25)
+        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 2), k=1), init_gated(2, 4)).shape
+        torch.Size([5, 4])
+        >>> dist.destroy_process_group()
+
+    References:
+        Lepikhin et al., GShard, 2020, section 2.2 (capacity per source group), https://arxiv.org/abs/2006.16668
+    """
+    if not 0 < capacity_factor < float("inf"):
+        raise ValueError(
+            f"static_all_to_all: capacity_factor = {capacity_factor}; expected a positive, finite number. The number "
+            "of ranks drops nothing"
+        )
+    return partial(
+        _static_all_to_all,
+        layer=layer,
+        group=group,
+        capacity_factor=capacity_factor,
+        return_group=group if return_group is None else return_group,
+    )
+
+
+def static_limits(routing: Routing, num_ranks: int, *, capacity_factor: float) -> tuple[int, int]:
+    """Compute how many rows and assignments ``static_all_to_all`` sends from each rank to each rank.
+
+    Args:
+        routing: any routing of N assignments and T tokens.
+        num_ranks: P.
+        capacity_factor: cf.
+
+    Returns:
+        min(T, C) rows, C = max(1, trunc(cf * N / P)). The choices of a token, (T, K), all travel on its row, so they
+        are as many as there are; any other list has min(N, C) assignments.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> static_limits(round_robin(torch.zeros(16, 8), k=4), 8, capacity_factor=1.25)
+        (10, 64)
+    """
+    assignments = routing.expert_indices.numel()
+    limit = max(1, int(Fraction(str(capacity_factor)) * assignments // num_ranks))
+    choices = routing.expert_indices.ndim == 2
+    return min(routing.num_tokens, limit), assignments if choices else min(assignments, limit)
+
+
+def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float) -> Routing:
+    """Take out of a routing what ``static_all_to_all`` leaves behind.
+
+    Args:
+        routing: any.
+        num_ranks: P.
+        capacity_factor: cf.
+
+    Returns:
+        The routing with expert -1 for assignments that do not travel.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> static_routing(top_k(torch.zeros(4, 2), k=1), 2, capacity_factor=1.0).expert_indices.flatten().tolist()
+        [0, 0, -1, -1]
+    """
+    rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
+    plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
+    left = (plan.owners < 0).view_as(routing.expert_indices)
+    return routing._replace(expert_indices=routing.expert_indices.masked_fill(left, -1))
+
+
+class _Sizes(NamedTuple):
+    """Numbers that both ends of an exchange must know: rows and assignments, to and from each rank."""
+
+    sent: list[int]
+    received: list[int]
+    sent_assignments: list[int]
+    received_assignments: list[int]
+    pool: int | Fraction
+
+
+def _all_to_all(
+    x: Tensor,
+    routing: Routing | SoftRouting,
+    params: Any,
+    *,
+    layer: ExpertLayer,
+    group: ProcessGroup,
+    return_group: ProcessGroup,
+) -> Tensor:
+    if isinstance(routing, SoftRouting):
+        return all_gather(layer, group=group)(x, routing, params)  # type: ignore[arg-type]
+    plan = plan_exchange(routing, group.size())
+    sizes = _agree(plan, routing, group)
+    return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
+
+
+def _static_all_to_all(
+    x: Tensor,
+    routing: Routing | SoftRouting,
+    params: Any,
+    *,
+    layer: ExpertLayer,
+    group: ProcessGroup,
+    capacity_factor: float,
+    return_group: ProcessGroup,
+) -> Tensor:
+    if isinstance(routing, SoftRouting):
+        return all_gather(layer, group=group, equal=True)(x, routing, params)  # type: ignore[arg-type]
+    num_ranks = group.size()
+    rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
+    plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
+    row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
+    sizes = _Sizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool)
+    return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
+
+
+def _travel(
+    x: Tensor,
+    routing: Routing,
+    params: Any,
+    *,
+    plan: ExchangePlan,
+    sizes: _Sizes,
+    layer: ExpertLayer,
+    group: ProcessGroup,
+    return_group: ProcessGroup,
+) -> Tensor:
+    send, x = partial(exchange, sent=sizes.sent, received=sizes.received, group=group), narrowed(x)
+    if routing.expert_indices.ndim == 2:
+        links = exchange_links(plan, routing, sum(sizes.sent))
+        rows = send(copy_rows(x, links))
+        weights = send(copy_rows(routing.weights, links))
+        arrived = _arrived_choices(plan, routing, sizes, weights, send)
+    else:
+        tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
+        rows = send(_taken(x, tokens))
+        arrived = _arrived_list(plan, routing, sizes, group)
+    y = connect(layer(rows, arrived, params), rows, arrived.weights)
+    back = exchange(y, sent=sizes.received, received=sizes.sent, group=return_group)
+    return sum_rows(back, links) if routing.expert_indices.ndim == 2 else _added(back, tokens, routing.num_tokens)
+
+
+def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> _Sizes:
+    """Tell every rank what it is going to receive. Reads the device."""
+    num_ranks, device = group.size(), plan.sizes.device
+    pool = torch.tensor(routing.pool.as_integer_ratio(), device=device).expand(num_ranks, 2)
+    sent = torch.cat([plan.sizes.unsqueeze(1), plan.counts.unsqueeze(1), pool], dim=1)  # (P, 4)
+    both = torch.stack([sent, exchange(sent, group=group)])
+    (rows, counts, _, _), (their_rows, their_counts, *pools) = both.transpose(1, 2).tolist()
+    total = sum(Fraction(*pair) for pair in zip(*pools, strict=True)) / num_ranks
+    return _Sizes(rows, their_rows, counts, their_counts, whole_if_possible(Fraction(total)))
+
+
+def _arrived_choices(
+    plan: ExchangePlan, routing: Routing, sizes: _Sizes, weights: Tensor, send: Callable[[Tensor], Tensor]
+) -> Routing:
+    """Make the (R, K) routing of the rows that arrive: choices of other ranks' experts do not exist here."""
+    num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], weights.device
+    per_rank = routing.num_experts // num_ranks
+    tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
+    target = torch.repeat_interleave(
+        torch.arange(num_ranks, device=device), torch.tensor(sizes.sent, device=device), output_size=sum(sizes.sent)
+    )
+    owners = torch.where((tokens < 0).unsqueeze(1), -1, _taken(plan.owners.view(-1, k), tokens))
+    experts = _taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
+    numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
+    if routing.positions is not None:
+        numbers.append(_taken(routing.positions, tokens))
+    arrived, *positions = send(torch.cat(numbers, dim=1)).split(k, dim=1)
+    rows = torch.arange(arrived.shape[0], device=device).unsqueeze(1)
+    return Routing(
+        rows.expand(-1, k),
+        arrived,
+        weights,  # those of choices elsewhere too: a token's priority may depend on its best
+        num_tokens=arrived.shape[0],
+        num_experts=per_rank,
+        pool=sizes.pool,
+        positions=positions[0] if positions else None,
+    )
+
+
+def _arrived_list(plan: ExchangePlan, routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
+    """Make the routing, a list, of the assignments that arrive; each names a row of its source rank's."""
+    send = partial(exchange, sent=sizes.sent_assignments, received=sizes.received_assignments, group=group)
+    num_ranks, device = len(sizes.sent), plan.rows.device
+    per_rank = routing.num_experts // num_ranks
+    order = assignments_by_rank(plan, sum(sizes.sent_assignments))
+    starts = torch.tensor([0, *sizes.sent], device=device).cumsum(0)[:-1]
+    owner = plan.owners.clamp_min(0)
+    columns = [plan.rows - starts[owner], routing.expert_indices.flatten() - owner * per_rank]
+    columns += [] if routing.positions is None else [routing.positions.flatten()]
+    numbers = torch.where((order < 0).unsqueeze(1), -1, _taken(torch.stack(columns, dim=1), order))
+    rows, experts, *positions = send(numbers).unbind(1)
+    source = torch.repeat_interleave(
+        torch.tensor([0, *sizes.received], device=device).cumsum(0)[:-1],
+        torch.tensor(sizes.received_assignments, device=device),
+        output_size=sum(sizes.received_assignments),
+    )
+    weights = send(_taken(routing.weights.flatten().unsqueeze(1), order)).squeeze(1)
+    return Routing(
+        torch.where(rows < 0, 0, source + rows),
+        experts,
+        weights.masked_fill(experts < 0, 0.0),
+        num_tokens=sum(sizes.received),
+        num_experts=per_rank,
+        pool=sizes.pool,
+        positions=positions[0] if positions else None,
+    )
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """Take rows of ``x`` (T, ...); -1 gives zeros, still connected to ``x``."""
+    if x.shape[0] == 0:
+        return x.sum(0, keepdim=True).expand(rows.shape[0], *x.shape[1:])
+    missing = (rows < 0).view(-1, *[1] * (x.ndim - 1))
+    # Spread: padding rows that all read row 0 would serialise the backward there.
+    spread = torch.arange(rows.shape[0], device=rows.device) % x.shape[0]
+    return x.index_select(0, torch.where(rows < 0, spread, rows)).masked_fill(missing, 0)
+
+
+def _added(rows: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
+    """Add rows (R, D) up to their tokens (R,), -1 for padding: (T, D)."""
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    clean = rows.to(dtype).masked_fill((tokens < 0).unsqueeze(1), 0.0)
+    sums = torch.zeros(num_tokens + 1, rows.shape[1], dtype=dtype, device=rows.device)
+    return sums.index_add(0, torch.where(tokens < 0, num_tokens, tokens), clean)[:num_tokens].to(rows.dtype)

@@ -1,0 +1,156 @@
+"""Exchanges between the ranks of a group that gradients flow through: each one's backward is the opposite exchange.
+
+All ranks of the group must call each of them, in the same order, forward and backward; a rank without rows sends none.
+NCCL carries tensors on GPUs, gloo those on CPUs.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+
+def exchange(
+    x: Tensor, *, group: ProcessGroup, sent: Sequence[int] | None = None, received: Sequence[int] | None = None
+) -> Tensor:
+    """Send consecutive blocks of rows to the ranks of a group, and receive theirs in rank order (all-to-all).
+
+    Args:
+        x: (R, ...), the rows for rank 0 first.
+        group: of P ranks.
+        sent: P numbers of rows; None means equal blocks, and then R must be a multiple of P.
+        received: P numbers of rows; None like ``sent``.
+
+    Returns:
+        (R', ...), R' the sum of ``received``. The gradient goes back the way that the rows came.
+    """
+    return _Exchange.apply(x, sent, received, group)
+
+
+def gather(x: Tensor, *, group: ProcessGroup) -> Tensor:
+    """Put the rows of all ranks below each other, on every rank (all-gather).
+
+    Args:
+        x: (R, ...), of the same shape on every rank.
+        group: of P ranks.
+
+    Returns:
+        (P * R, ...). The gradient is the sum over ranks of each rank's block.
+    """
+    return _Gather.apply(x, group)
+
+
+def reduce_scatter(x: Tensor, *, group: ProcessGroup) -> Tensor:
+    """Add up over ranks, and keep this rank's block of rows.
+
+    Args:
+        x: (P * R, ...), of the same shape on every rank. Sums are taken in its dtype.
+        group: of P ranks.
+
+    Returns:
+        (R, ...). The gradient is gathered.
+    """
+    return _ReduceScatter.apply(x, group)
+
+
+def narrowed(x: Tensor) -> Tensor:
+    """Convert to the dtype that autocast would compute in, so that no wider rows travel than are used.
+
+    Args:
+        x: any tensor.
+
+    Returns:
+        The same where autocast is off.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     narrowed(torch.ones(1)).dtype
+        torch.bfloat16
+    """
+    kind = x.device.type
+    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+
+
+def connect(y: Tensor, *inputs: Tensor) -> Tensor:
+    """Make a tensor depend on others, with gradient zero, so that their backward runs whatever ``y`` was made from.
+
+    A layer that got no rows may return a constant. Without this its rank would skip the exchange of gradients that the
+    other ranks wait for.
+
+    Args:
+        y: any tensor.
+        inputs: what it shall depend on.
+
+    Returns:
+        The values of ``y``.
+
+    Example:
+        >>> connect(torch.zeros(1), torch.ones(2, requires_grad=True)).requires_grad
+        True
+    """
+    return _Connect.apply(y, *inputs)
+
+
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, sent, received, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _all_to_all(x, sent, received, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return _all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return _reduce_scatter(grad, ctx.group), None
+
+
+class _ReduceScatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.group = group
+        return _reduce_scatter(x, group)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return _all_gather(grad, ctx.group), None
+
+
+class _Connect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y: Tensor, *inputs: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.others = len(inputs)
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return grad, *[None] * ctx.others  # runs their backward all the same, and costs nothing
+
+
+# The operators behind ``torch.distributed``'s functional collectives: they return new tensors, and compile.
+
+
+def _all_to_all(x: Tensor, sent: Sequence[int] | None, received: Sequence[int] | None, group: ProcessGroup) -> Tensor:
+    equal = [x.shape[0] // group.size()] * group.size()
+    leaving, arriving = (equal if sizes is None else list(sizes) for sizes in (sent, received))
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_to_all_single(x.contiguous(), arriving, leaving, group.group_name))
+
+
+def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous(), group.size(), group.group_name))
+
+
+def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size(), group.group_name))

@@ -1,0 +1,205 @@
+"""Who holds what: the bytes of parameters, gradients and optimizer state on each rank, planned without making any."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from moekit.lm.model import LanguageModel
+from moekit.parallel import Layout, local, part_of, shard_axis, shards_of_experts
+from moekit.recipes.construction import run_layout
+from moekit.recipes.expert_parameters import hidden_axes
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.precisions import parameter_dtype
+from moekit.recipes.settings import ParallelSettings, TrainSettings
+from moekit.recipes.setup import make_config, make_recipe
+
+
+class Holding(NamedTuple):
+    """What a rank keeps of a group of parameters between steps, in bytes; the largest rank where they differ.
+
+    Attributes:
+        what: name of the group.
+        total: parameters of the whole model.
+        parameters: bytes of this rank's parameters.
+        gradients: bytes of their gradients.
+        optimizer: bytes of AdamW's two moments.
+        spread: words that say over which ranks the group is cut.
+    """
+
+    what: str
+    total: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    spread: str
+
+    @property
+    def bytes(self) -> int:
+        """All three."""
+        return self.parameters + self.gradients + self.optimizer
+
+
+def plan_holdings(
+    model: LanguageModel, settings: TrainSettings, world_size: int, *, ranks_per_node: int
+) -> list[Holding]:
+    """Compute what a rank would hold.
+
+    Args:
+        model: whole, on any device, the meta device included.
+        settings: of the run.
+        world_size: ranks to plan for.
+        ranks_per_node: ranks of a node.
+
+    Returns:
+        A row for what is outside experts, one for experts, and their sum.
+
+    Raises:
+        ValueError: if the experts cannot be spread as the settings want.
+    """
+    given = settings.parallel
+    layout = run_layout(settings, world_size, ranks_per_node=ranks_per_node)
+    named = [pair for _, layer in moe_layers(model) for pair in layer.experts.named_parameters()]
+    experts = [p for _, p in named]
+    inside = {id(p) for p in experts}
+    dense = [p for p in model.parameters() if id(p) not in inside]
+    shards = _shards(given, world_size, ranks_per_node)
+    size = torch.empty((), dtype=parameter_dtype(settings.optimizer.precision)).element_size()
+    kept = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in dense) if dense else 0
+    rows = [_holding("all but experts", dense, kept, size, _words(shards, world_size // shards))]
+    if experts:
+        cut = shards_of_experts(layout, shards if given.fsdp else world_size) if _shards_experts(given) else 1
+        axes = _cut_axes(settings, layout)
+        if any(shard_axis(p.shape, cut, taken=axes.get(name, ())) is None for name, p in named):
+            cut = 1
+        mine = sum(_expert_elements(p, layout, cut, axes.get(name, ())) for name, p in named)
+        rows.append(_holding("experts", experts, mine, size, expert_words(layout, cut)))
+    total, *held = (sum(column) for column in zip(*(row[1:5] for row in rows), strict=True))
+    return [*rows, Holding("all", total, held[0], held[1], held[2], spread="")]
+
+
+def measured_holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """Add up what this rank really holds.
+
+    Args:
+        model: of a run.
+        optimizer: over its parameters.
+
+    Returns:
+        Bytes of parameters, of gradients, of the optimizer's moments.
+    """
+    parameters = list(model.parameters())
+    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return tuple(sum(local(t.detach()).nbytes for t in group) for group in (parameters, gradients, moments))  # type: ignore[return-value]
+
+
+def rank_table(layout: Layout) -> list[tuple[str, str, str]]:
+    """Say which experts each rank holds.
+
+    Args:
+        layout: of the ranks.
+
+    Returns:
+        Ranks, experts, slice of their hidden dimension; ranks that hold the same are one row.
+
+    Example:
+        >>> rank_table(Layout(4, replicas=2, hidden=1, experts=2))
+        [('0, 2', '0-1', 'all'), ('1, 3', '2-3', 'all')]
+    """
+    holders: dict[tuple[str, str], list[int]] = {}
+    for rank in range(layout.world_size):
+        part = part_of(layout, rank)
+        own = part.experts(layout.num_experts)
+        names = f"{own[0]}" if len(own) == 1 else f"{own[0]}-{own[-1]}"
+        share = "all" if part.slices == 1 else f"{part.hidden + 1} of {part.slices}"
+        holders.setdefault((names, share), []).append(rank)
+    return [(_listed(ranks), *key) for key, ranks in holders.items()]
+
+
+def holding_table(rows: Sequence[Holding], layout: Layout) -> Any:
+    """Lay out what a rank holds, and below it which experts.
+
+    Args:
+        rows: from ``plan_holdings``.
+        layout: of the ranks.
+
+    Returns:
+        A ``rich.table.Table``.
+    """
+    from rich.table import Table
+
+    ranks = "1 rank" if layout.world_size == 1 else f"{layout.world_size:,} ranks"
+    table = Table(title=f"bytes per rank, {ranks}", title_justify="left", caption_justify="left")
+    for name in ("", "parameters\nof the model", "parameters", "gradients", "AdamW", "all", "cut over"):
+        table.add_column(name, justify="left" if name in ("", "cut over") else "right")
+    for row in rows:
+        cells = (row.parameters, row.gradients, row.optimizer, row.bytes)
+        style = "bold" if row.what == "all" else None
+        table.add_row(row.what, f"{row.total:,}", *(f"{cell:,}" for cell in cells), row.spread, style=style)
+    if layout.exchanges:
+        lines = [f"ranks {ranks}: experts {names}, hidden {share}" for ranks, names, share in rank_table(layout)]
+        table.caption = "\n".join(lines if len(lines) <= 16 else [*lines[:8], "...", *lines[-2:]])
+    return table
+
+
+def expert_words(layout: Layout, shards: int) -> str:
+    """Say over which ranks the experts are cut.
+
+    Args:
+        layout: of the ranks.
+        shards: ranks over which FSDP cuts what replicas hold.
+
+    Returns:
+        Words.
+
+    Example:
+        >>> expert_words(Layout(4, hidden=2, experts=4), 1)
+        '4 blocks of experts x 2 slices of hidden'
+    """
+    words = [f"{layout.expert_ranks} blocks of experts"] if layout.expert_ranks > 1 else []
+    words += [f"{layout.hidden} slices of hidden"] if layout.hidden > 1 else []
+    words += [f"{shards} shards"] if shards > 1 else []
+    copies = layout.replicas // shards
+    return " x ".join([*words, *([f"{copies} copies"] if copies > 1 else [])]) or "nothing"
+
+
+def _words(shards: int, copies: int) -> str:
+    words = [f"{shards} shards"] if shards > 1 else []
+    return " x ".join([*words, *([f"{copies} copies"] if copies > 1 else [])]) or "nothing"
+
+
+def _shards(given: ParallelSettings, world_size: int, ranks_per_node: int) -> int:
+    if not given.fsdp:
+        return 1
+    return min(ranks_per_node, world_size) if given.fsdp_hybrid or given.fsdp_hybrid_o2 else world_size
+
+
+def _shards_experts(given: ParallelSettings) -> bool:
+    return given.fsdp or given.moe_weight_parallelism
+
+
+def _cut_axes(settings: TrainSettings, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Name the axes of each parameter of experts that are cut where tokens travel: experts, and hidden units."""
+    if not layout.exchanges:
+        return {}
+    dim = make_config(settings.model).hidden_dim
+    return {name: (0, axis) for name, axis in hidden_axes(make_recipe(settings.model).init, dim, None).items()}
+
+
+def _expert_elements(parameter: torch.Tensor, layout: Layout, shards: int, taken: tuple[int, ...]) -> int:
+    """Count the elements of a parameter (E, ., .) that the fullest rank holds."""
+    own = parameter.numel() // (layout.expert_ranks * layout.hidden)
+    axis = shard_axis(parameter.shape, shards, taken=taken)
+    assert axis is not None
+    size = parameter.shape[axis]
+    return own // size * -(-size // shards)
+
+
+def _holding(what: str, parameters: Sequence[torch.Tensor], kept: int, size: int, spread: str) -> Holding:
+    return Holding(what, sum(p.numel() for p in parameters), kept * size, kept * size, 2 * kept * size, spread)
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    return ", ".join(map(str, ranks)) if len(ranks) <= 4 else f"{ranks[0]}, {ranks[1]}, ... {ranks[-1]}"

@@ -1,0 +1,132 @@
+"""Copying rows to several places, and adding them up again: the two moves of dispatch and exchange, in both directions.
+
+A token's gradient is the sum over its copies, and the gradient of a sum is a copy to each of its rows: with the links
+of both directions at hand each is a gather, so nothing needs atomics, on CUDA either.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Links(NamedTuple):
+    """Which row is a copy of which token.
+
+    Attributes:
+        tokens: (R,) int64 in [0, T), the token of each row; anything for a padding row.
+        padding: (R,) bool, rows that are no token's.
+        rows: (T, k) int64 in [0, R), the rows of each token; -1 where it has fewer than k.
+    """
+
+    tokens: Tensor
+    padding: Tensor
+    rows: Tensor
+
+
+def copy_rows(x: Tensor, links: Links) -> Tensor:
+    """Copy each token to its rows. Padding rows are zero; their gradient is never read, NaN included.
+
+    No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        x: (T, D).
+        links: between T tokens and R rows.
+
+    Returns:
+        (R, D), the dtype of ``x``.
+
+    Example:
+        >>> links = Links(torch.tensor([1, 0]), torch.tensor([False, True]), torch.tensor([[-1], [0]]))
+        >>> copy_rows(torch.tensor([[1.0], [2.0]]), links).flatten()
+        tensor([2., 0.])
+    """
+    return _CopyRows.apply(x, *links)
+
+
+def sum_rows(rows: Tensor, links: Links) -> Tensor:
+    """Add up each token's rows: the transpose of ``copy_rows``. Padding rows are never read, NaN included.
+
+    Sums are taken in float32 (float64 for float64 rows). No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        rows: (R, D).
+        links: between T tokens and R rows.
+
+    Returns:
+        (T, D), the dtype of ``rows``; zero for a token without rows.
+
+    Example:
+        >>> links = Links(torch.tensor([0, 0]), torch.tensor([False, False]), torch.tensor([[0, 1], [-1, -1]]))
+        >>> sum_rows(torch.tensor([[1.0], [2.0]]), links).flatten()
+        tensor([3., 0.])
+    """
+    return _SumRows.apply(rows, *links)
+
+
+class _CopyRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows)
+        return copied(x, tokens, padding)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return summed(grad, ctx.saved_tensors[0], None), None, None, None
+
+
+class _SumRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, values: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(tokens, padding)
+        return summed(values, rows, None)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return copied(grad, *ctx.saved_tensors), None, None, None
+
+
+def copied(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+    """Do what ``copy_rows`` does, without its gradient."""
+    if x.shape[0] == 0:
+        return x.new_zeros(tokens.shape[0], x.shape[1])
+    return cleared(x.index_select(0, tokens), padding.unsqueeze(1))
+
+
+def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Add up each token's rows of ``values`` (R, D), with ``weights`` (T, k) if given, without a gradient."""
+    num_tokens, k = rows.shape
+    if values.shape[0] == 0 or rows.numel() == 0:
+        return values.new_zeros(num_tokens, values.shape[1])
+    missing = rows < 0
+    # A missing row reads another row of the same token, with weight zero: never a padding row, which may be NaN. A
+    # token without any row is masked at the end.
+    index = torch.where(missing, rows.amax(1, keepdim=True), rows).clamp_min(0)
+    dtype = torch.promote_types(values.dtype, torch.float32)
+    weights = torch.ones_like(index, dtype=dtype) if weights is None else weights.to(dtype)
+    weights = weights.masked_fill(missing, 0.0)
+    if values.dtype == dtype:
+        sums = F.embedding_bag(index, values, mode="sum", per_sample_weights=weights)
+    else:  # embedding_bag would round the weights to the rows' dtype
+        sums = sum(values.index_select(0, index[:, i]) * weights[:, i : i + 1] for i in range(k))  # type: ignore[assignment]
+    return cast(cleared(sums, missing.all(1, keepdim=True)), values.dtype)
+
+
+# Where torch compiles, neither in place nor cast to what a tensor is already: torch 2.11 takes the gradient of an
+# autograd.Function for zero if what its forward or backward returns went through either. Compiled code fuses the rest.
+
+
+def cleared(x: Tensor, mask: Tensor) -> Tensor:
+    """Fill with zero where the mask is true; ``x`` is the caller's own and may be changed."""
+    return x.masked_fill(mask, 0.0) if torch.compiler.is_compiling() else x.masked_fill_(mask, 0.0)
+
+
+def scaled(x: Tensor, factors: Tensor) -> Tensor:
+    """Multiply; ``x`` is the caller's own and may be changed."""
+    return x * factors if torch.compiler.is_compiling() else x.mul_(factors)
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert to a dtype, if it is another one."""
+    return x if x.dtype == dtype else x.to(dtype)

@@ -1,0 +1,79 @@
+"""Every parallel strategy on 1, 2, 4 and 8 gloo ranks equals one process: outputs, gradients, clip norm, AdamW step."""
+
+import itertools
+
+import pytest
+import torch
+from ranks import run_ranks
+from strategy_cases import Case
+
+pytestmark = pytest.mark.distributed
+STRATEGIES = ("all_to_all", "all_gather", "tensor_parallel", "ep_tp", "hierarchical", "static")
+SEEDS = (1, 2, 3)
+
+
+def matrix(ranks: int, *, full: bool) -> list[Case]:
+    """List the cases of a number of ranks: strategies x {dropless, capacity} x {token choice, expert choice}."""
+    cases = [
+        Case(strategy, capacity, choice)
+        for strategy, capacity, choice in itertools.product(STRATEGIES, (0.0, 0.6), ("token", "expert"))
+    ]
+    cases += [Case("static_tight", capacity, choice) for capacity in (0.0, 0.8) for choice in ("token", "expert")]
+    cases += [Case("chunked"), Case("chunked", k=1), Case("all_to_all", k=8), Case("all_to_all", 0.3, k=1)]
+    cases += [Case("all_to_all", 0.6, priority=priority) for priority in ("choice", "weight")]
+    cases += [Case("hierarchical", 0.6, priority=priority) for priority in ("choice", "weight")]
+    if ranks >= 4:
+        cases += [Case("replicas"), Case("replicas", choice="expert")]
+    if full:
+        cases = [case._replace(dtype=dtype, seed=seed) for case in cases for dtype in DTYPES for seed in SEEDS]
+    return cases
+
+
+DTYPES = (torch.float64, torch.float32)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
+def test_strategies_equal_one_process(ranks, full):
+    cases = matrix(ranks, full=full)
+    done = run_ranks("strategy_cases:compare_all", ranks, cases, limit=600 if full else 120)
+    assert done == [[str(case) for case in cases]] * ranks
+
+
+def test_ranks_that_get_nothing_never_hang(full):
+    """50 random routings on 4 ranks, most of which leave some ranks without tokens of their own or of others."""
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for seed in range(50):
+        sizes = torch.randint(-4, 4, (4,), generator=generator).clamp_min(0).tolist()
+        strategy, choice = STRATEGIES[seed % 5], ("token", "expert")[seed % 2]
+        cases.append(Case(strategy, (0.0, 0.6)[seed // 2 % 2], choice, k=1, seed=seed, tokens=tuple(sizes)))
+    assert sum(0 in case.tokens for case in cases) > 40
+    assert sum(sum(case.tokens) == 0 for case in cases) > 2
+    run_ranks("strategy_cases:compare_all", 4, cases, limit=30)
+
+
+def test_a_soft_layer_is_gathered():
+    run_ranks("strategy_cases:compare_soft", 4, limit=30)
+
+
+def test_the_static_exchange_compiles_without_a_graph_break():
+    run_ranks("strategy_cases:compile_static", 2, limit=120)
+
+
+def test_a_layer_that_returns_a_constant_does_not_hold_the_others_up():
+    run_ranks("strategy_cases:constant_on_empty", 3, limit=30)
+
+
+@pytest.mark.parametrize(("ranks", "experts"), [(3, 8), (8, 4)])
+def test_experts_that_ranks_cannot_share_evenly_are_refused(ranks, experts):
+    [message, *_] = run_ranks("strategy_cases:refused", ranks, experts, limit=30)
+    assert f"{experts} experts cannot be spread over {ranks} ranks in equal blocks" in message
+    assert "expected a number of ranks that divides" in message
+
+
+def test_rows_sent_are_the_distinct_pairs_of_token_and_rank():
+    """K = 8 choices over P = 8 ranks: P (1 - (1 - 1/P)^K) = 5.25 rows a token if choices were independent, not 8."""
+    rows, pairs, tokens = torch.tensor(run_ranks("strategy_cases:rows_sent", 8, limit=60)).sum(0).tolist()
+    assert rows == pairs
+    independent = 8 * (1 - (1 - 1 / 8) ** 8)
+    assert rows / tokens == pytest.approx(independent, rel=0.01)

@@ -1,0 +1,30 @@
+"""Command lines of the training program on the ranks of ``ranks.run_ranks``."""
+
+import contextlib
+import io
+from typing import Any, NamedTuple
+
+from moekit.parallel import World
+from moekit.recipes.train import main
+
+
+class Ended(NamedTuple):
+    """How a command line ended on a rank: its exit message, or None, and what it printed."""
+
+    message: str | None
+    said: str
+
+
+def run_commands(world: World, commands: list[list[str]]) -> list[Ended]:
+    """Run command lines one after the other in the same processes."""
+    return [_run(words) for words in commands]
+
+
+def _run(words: list[str]) -> Ended:
+    said: Any = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        try:
+            main(words)
+        except SystemExit as error:
+            return Ended(str(error), said.getvalue())
+    return Ended(None, said.getvalue())

@@ -1,0 +1,336 @@
+"""One MoE layer under every parallel strategy against one process that holds all tokens: what the ranks run."""
+
+import math
+import warnings
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit.dispatch import by_choice, by_position, by_weight, dropless, padded
+from moekit.experts import grouped, init_gated, swiglu
+from moekit.parallel import (
+    Grid,
+    Layout,
+    Part,
+    World,
+    all_gather,
+    all_to_all,
+    chunked,
+    distribute_experts,
+    group_of,
+    in_order,
+    make_grid,
+    static_all_to_all,
+    sum_gradients,
+    tensor_parallel,
+    whole,
+)
+from moekit.recipes import MoE, Recipe, expert_layer
+from moekit.recipes.expert_parameters import hidden_axes
+from moekit.recipes.optimizers import clip_gradients, make_optimizer
+from moekit.recipes.settings import OptimizerSettings
+from moekit.routing import linear_gate, top_k
+from moekit.types import ExpertLayer, Routing, SoftRouting
+
+E, D, F = 8, 6, 8
+PRIORITIES = {"position": by_position, "choice": by_choice, "weight": by_weight}
+
+
+class Case(NamedTuple):
+    """What is compared: a strategy, what the inner layer drops, who chooses, and the tokens of each rank."""
+
+    strategy: str
+    capacity: float = 0.0
+    choice: str = "token"
+    k: int = 3
+    priority: str = "position"
+    dtype: torch.dtype = torch.float64
+    seed: int = 0
+    tokens: tuple[int, ...] = ()
+
+
+def layout_of(strategy: str, ranks: int) -> Layout:
+    """Arrange the ranks as a strategy wants them."""
+    half = max(ranks // 2, 1)
+    return {
+        "tensor_parallel": Layout(E, hidden=ranks),
+        "ep_tp": Layout(E, hidden=ranks // half, experts=half),
+        "replicas": Layout(E, replicas=ranks // half, experts=half),
+        "hierarchical": Layout(E, nodes=half, experts=ranks // half),
+    }.get(strategy, Layout(E, experts=ranks))
+
+
+def wrapped(layer: ExpertLayer, strategy: str, grid: Grid) -> ExpertLayer:
+    """Wrap a layer in a strategy; on one rank as well, where the groups have one member."""
+    experts = partial(group_of, grid.exchange)
+    size = grid.world.size
+    if strategy in ("all_to_all", "replicas"):
+        return all_to_all(layer, group=experts("experts"))
+    if strategy == "all_gather":
+        return all_gather(layer, group=experts("experts"))
+    if strategy == "tensor_parallel":
+        return tensor_parallel(layer, group=group_of(grid.experts, "hidden"))
+    if strategy == "ep_tp":
+        return all_to_all(tensor_parallel(layer, group=group_of(grid.experts, "hidden")), group=experts("experts"))
+    if strategy == "hierarchical":
+        inner = all_to_all(layer, group=experts("experts"))
+        return in_order(all_to_all(inner, group=experts("nodes")), rank=grid.world.rank, num_ranks=size)
+    if strategy == "chunked":
+        exchange = all_to_all(layer, group=experts("experts"), return_group=group_of(grid.returns, "experts"))
+        return chunked(exchange, num_chunks=3)
+    factor = {"static": float(size), "static_tight": 0.5}[strategy]
+    return static_all_to_all(layer, group=experts("experts"), capacity_factor=factor)
+
+
+def expert_choice(logits: Tensor, *, k: int, sizes: tuple[int, ...], pooled: bool) -> Routing:
+    """Let every expert take its best tokens of each pool; one pool is (1, E, C), several become a list."""
+    tokens, experts, weights, first = [], [], [], 0
+    for size in sizes:
+        scores = logits[first : first + size].softmax(-1)
+        taken, chosen = scores.T.topk(math.ceil(size * k / E), dim=-1)  # (E, C)
+        tokens.append(first + chosen)
+        experts.append(torch.arange(E).unsqueeze(1).expand_as(chosen))
+        weights.append(taken)
+        first += size
+    columns = [torch.cat([each.flatten() for each in column]) for column in (tokens, experts, weights)]
+    if pooled:
+        columns = [column.view(1, E, -1) for column in columns]
+    return Routing(*columns, num_tokens=first, num_experts=E, pool=columns[0].numel())
+
+
+def route(logits: Tensor, *, bias: Tensor | None = None, case: Case, sizes: tuple[int, ...], pooled: bool) -> Routing:
+    """Route as a case says, ``sizes`` being the tokens of the ranks at hand."""
+    if case.choice == "expert":
+        return expert_choice(logits, k=case.k, sizes=sizes, pooled=pooled)
+    return top_k(logits, k=case.k)
+
+
+def left_behind(routing: Routing, sizes: tuple[int, ...], ranks: int, factor: float) -> Routing:
+    """Take out what a tight static exchange drops: tokens beyond C for a rank, or assignments of a list."""
+    tokens, experts = routing.token_indices.flatten().tolist(), routing.expert_indices.flatten().tolist()
+    starts = [sum(sizes[:n]) for n in range(ranks + 1)]
+    kept, seen, counts, choices = [], {}, {}, routing.expert_indices.ndim == 2
+    sources = [next(n for n in range(ranks) if starts[n] <= token < starts[n + 1]) for token in tokens]
+    per_source = [sources.count(n) for n in range(ranks)]
+    limits = [max(1, int(factor * number / ranks)) for number in per_source]
+    wanted: dict[tuple[int, int], list[int]] = {}
+    for source, token, expert in zip(sources, tokens, experts, strict=True):
+        wanted.setdefault((source, expert // (E // ranks)), []).append(token)
+    for (source, target), group in wanted.items():
+        seen[source, target] = set(sorted(set(group))[: limits[source]])
+    for source, token, expert in zip(sources, tokens, experts, strict=True):
+        pair = source, expert // (E // ranks)
+        stays = token in seen[pair] and (choices or counts.get(pair, 0) < limits[source])
+        counts[pair] = counts.get(pair, 0) + (token in seen[pair])
+        kept.append(expert if stays else -1)
+    return routing._replace(expert_indices=torch.tensor(kept).view_as(routing.expert_indices))
+
+
+def recipe_of(case: Case, layer: ExpertLayer, router: Callable[..., Routing]) -> Recipe:
+    return Recipe(linear_gate, router, layer, init=init_gated)
+
+
+def inner_layer(case: Case) -> ExpertLayer:
+    dispatcher = dropless()
+    if case.capacity:
+        dispatcher = padded(capacity_factor=case.capacity, priority=PRIORITIES[case.priority])
+    return expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=grouped))
+
+
+def model_of(case: Case, recipe: Recipe, **options) -> MoE:
+    generator = torch.Generator().manual_seed(case.seed)
+    return MoE(D, E, recipe, hidden=F, generator=generator, dtype=case.dtype, **options)
+
+
+def stepped(moe: MoE, grid: Grid | None, x: Tensor, target: Tensor, count: int) -> dict[str, Tensor]:
+    """Run forward, backward, clipping and one AdamW step; name everything that came out."""
+    x = x.clone().requires_grad_()
+    output = moe(x)
+    ((output.y * target).sum() / count).backward()
+    if grid is not None:
+        sum_gradients(moe.parameters(), grid)
+    found = {"y": output.y.detach(), "grad x": x.grad}
+    found |= {f"grad {name}": whole(p.grad).clone() for name, p in moe.named_parameters()}
+    norm = clip_gradients(moe, 1e-3, None if grid is None else grid.world)
+    found["norm"] = torch.tensor(norm, dtype=torch.float64)
+    make_optimizer(moe, OptimizerSettings(lr=0.1, eps=1e-4)).step()
+    return found | {f"stepped {name}": whole(p).detach().clone() for name, p in moe.named_parameters()}
+
+
+def compare(world: World, case: Case, grid: Grid) -> None:
+    """Compare a strategy with one process, on this rank."""
+    ranks, rank = world.size, world.rank
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    sizes = case.tokens or tuple(torch.randint(0, 14, (ranks,), generator=generator).tolist())
+    if case.strategy.startswith("static"):
+        sizes = (11,) * ranks
+    total = sum(sizes)
+    x, target = (torch.randn(total, D, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(2))
+    own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
+
+    def one_route(logits: Tensor, *, bias: Tensor | None = None) -> Routing:
+        routing = route(logits, case=case, sizes=sizes, pooled=False)
+        return left_behind(routing, sizes, ranks, 0.5) if case.strategy == "static_tight" else routing
+
+    expected = stepped(model_of(case, recipe_of(case, inner_layer(case), one_route)), None, x, target, max(total, 1))
+    layer = wrapped(inner_layer(case), case.strategy, grid)
+    router = partial(route, case=case, sizes=(sizes[rank],), pooled=True)
+    moe = model_of(case, recipe_of(case, layer, router), part=grid.part)
+    distribute_experts(moe.experts, grid, hidden_axes(init_gated, D, F))
+    found = stepped(moe, grid, x[own], target[own], max(total, 1))
+    for name in ("y", "grad x"):
+        expected[name] = expected[name][own]
+    assert sorted(found) == sorted(expected)
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}[case.dtype]
+    for name, tensor in expected.items():
+        torch.testing.assert_close(
+            found[name], tensor, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{case}, {n}: {m}"
+        )
+    assert total == 0 or expected["norm"] > 0
+
+
+def lonely_grid(world: World) -> Grid:
+    """Make a grid of one rank with all its meshes, so that strategies can be tried on one."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    return Grid(
+        world,
+        Layout(E),
+        experts=init_device_mesh("cpu", (1, 1, 1, 1), mesh_dim_names=("copies", "shards", "hidden", "blocks")),
+        exchange=init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("others", "nodes", "experts")),
+        returns=init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("others", "nodes", "experts")),
+    )
+
+
+class _SoftLayer:
+    """Soft slots, plainly: each slot is a mix of its pool's tokens, each token a mix of the slots' outputs."""
+
+    def __call__(self, x, routing, params):
+        pools, size = routing.dispatch_weights.shape[:2]
+        mixed = torch.einsum("gtes,gtd->egsd", routing.dispatch_weights, x.view(pools, size, D))
+        hidden = torch.nn.functional.silu(torch.einsum("egsd,edf->egsf", mixed, params.gate))
+        hidden = hidden * torch.einsum("egsd,edf->egsf", mixed, params.up)
+        outputs = torch.einsum("egsf,efd->egsd", hidden, params.down)
+        return torch.einsum("gtes,egsd->gtd", routing.combine_weights, outputs).reshape(-1, D)
+
+
+def part_of_tensor(name: str, tensor: Tensor, *, part: Part) -> Tensor:
+    """Cut this rank's part out of a parameter of all experts."""
+    block = tensor.chunk(part.blocks)[part.block]
+    return block.chunk(part.slices, dim=hidden_axes(init_gated, D, F)[name])[part.hidden]
+
+
+def compare_soft(world: World) -> None:
+    """Compare a soft layer under each strategy with one process."""
+    ranks, per_rank, pool = world.size, 12, 6
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(ranks * per_rank, D, generator=generator, dtype=torch.float64)
+    logits = torch.randn(x.shape[0] // pool, pool, E, 2, generator=generator, dtype=torch.float64)
+    params = init_gated(E, D, F, generator=generator, dtype=torch.float64)
+
+    def run(layer, x, logits, params):
+        leaves = [each.detach().clone().requires_grad_() for each in (x, logits, *params)]
+        dispatch, combine = leaves[1].softmax(1), leaves[1].flatten(2).softmax(2).view_as(logits)
+        y = layer(leaves[0], SoftRouting(dispatch, combine), type(params)(*leaves[2:]))
+        y.square().sum().backward()
+        return [y, *(leaf.grad for leaf in leaves)]
+
+    y, *grads = run(_SoftLayer(), x, logits, params)
+    own = lambda tensor: tensor.chunk(ranks)[world.rank]  # noqa: E731
+    for strategy in ("all_to_all", "static", "all_gather", "tensor_parallel"):
+        grid = make_grid(world, layout_of(strategy, ranks))
+        cut = partial(part_of_tensor, part=grid.part)
+        mine = type(params)(*(cut(name, tensor) for name, tensor in params._asdict().items()))
+        found = run(wrapped(_SoftLayer(), strategy, grid), own(x), own(logits), mine)
+        wanted = [own(y), own(grads[0]), own(grads[1]), *map(cut, params._fields, grads[2:])]
+        for mine_, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(mine_, theirs, rtol=1e-10, atol=1e-10)
+
+
+def compile_static(world: World) -> None:
+    """Compile a layer behind the static exchange, without a graph break, and compare every gradient with eager."""
+    warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
+    case = Case("static", dtype=torch.float32)
+    grid = make_grid(world, layout_of("static", world.size))
+    for capacity, strategy in ((0.0, "static"), (0.7, "static_tight")):
+        case = case._replace(capacity=capacity)
+        layer = wrapped(inner_layer(case), strategy, grid)
+        moe = model_of(case, recipe_of(case, layer, partial(top_k, k=3)), part=grid.part)
+        generator = torch.Generator().manual_seed(world.rank)
+        torch.compiler.reset()  # a factor that changes would be taken for a symbol, which no str() can be made of
+        results = []
+        for run in (moe, torch.compile(moe, fullgraph=True)):
+            moe.zero_grad()
+            x = torch.randn(11, D, generator=generator.manual_seed(world.rank)).requires_grad_()
+            y = run(x).y
+            y.square().sum().backward()
+            results.append({"y": y.detach(), "x": x.grad, **{n: p.grad.clone() for n, p in moe.named_parameters()}})
+        for name, tensor in results[0].items():
+            torch.testing.assert_close(
+                results[1][name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
+            )
+            assert tensor.abs().sum() > 0, name
+
+
+def constant_on_empty(world: World) -> None:
+    """Run a layer that forgets its inputs where it gets no rows: the other ranks must still get their gradients."""
+
+    def layer(x, routing, params):
+        return (
+            torch.zeros(0, D, dtype=x.dtype) if x.shape[0] == 0 else inner_layer(Case("all_to_all"))(x, routing, params)
+        )
+
+    group = torch.distributed.group.WORLD
+    for strategy in (all_to_all, partial(static_all_to_all, capacity_factor=1.0)):
+        x = torch.randn(4, D, dtype=torch.float64, requires_grad=True)
+        experts = torch.zeros(4, 1, dtype=torch.int64)  # rank 0's
+        weights = torch.ones(4, 1, dtype=torch.float64, requires_grad=True)
+        routing = Routing(torch.arange(4).unsqueeze(1), experts, weights, num_tokens=4, num_experts=6, pool=4)
+        params = init_gated(2, D, F, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        strategy(layer, group=group)(x, routing, params).sum().backward()
+        assert (x.grad != 0).any(-1).any()
+        assert (weights.grad != 0).any()
+
+
+def refused(world: World, num_experts: int) -> str:
+    """Spread experts over ranks that cannot share them."""
+    routing = top_k(torch.zeros(3, num_experts), k=1)
+    messages = set()
+    for strategy in (all_to_all, all_gather, partial(static_all_to_all, capacity_factor=1.0)):
+        try:
+            strategy(inner_layer(Case("")), group=torch.distributed.group.WORLD)(torch.ones(3, D), routing, None)
+        except ValueError as error:
+            messages.add(str(error).split(". Use")[0])
+    assert len(messages) == 1
+    return messages.pop()
+
+
+def rows_sent(world: World) -> tuple[int, int, int]:
+    """Count the rows that the inner layers of all ranks see, and the distinct pairs of (token, rank) in the routing."""
+    seen = []
+
+    def layer(x, routing, params):
+        seen.append(x.shape[0])
+        return x
+
+    experts = 1024  # many, so that choices without repetition are nearly independent
+    generator = torch.Generator().manual_seed(world.rank)
+    routing = top_k(torch.randn(512, experts, generator=generator), k=8)
+    all_to_all(layer, group=torch.distributed.group.WORLD)(torch.ones(512, D), routing, None)
+    owners = routing.expert_indices // (experts // world.size)
+    return seen[0], sum(len(set(row)) for row in owners.tolist()), 512
+
+
+def compare_all(world: World, cases: list[Case]) -> list[str]:
+    """Compare every case; a failure ends the list, since the other ranks wait elsewhere then."""
+    torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
+    grids: dict[Layout, Grid] = {}
+    for case in cases:
+        layout = layout_of(case.strategy, world.size)
+        if layout not in grids:
+            grids[layout] = make_grid(world, layout) if world.size > 1 else lonely_grid(world)
+        compare(world, case, grids[layout])
+    return [str(case) for case in cases]
