@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test setup check bench clean
+.PHONY: train test test-distributed setup check bench clean
 
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
 test: setup check  ## environment, checks, then all tests
 	$(BIN)/python -m pytest $(FLAGS)
+
+test-distributed: setup  ## all cases of the matrices over ranks, about ten minutes
+	$(BIN)/python -m pytest tests/distributed tests/parallel --full --kills 20 $(FLAGS)
 
 setup: $(STAMP)  ## the environment
 

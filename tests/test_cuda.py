@@ -137,8 +137,8 @@ def program(tmp_path):
 
 @pytest.mark.parametrize("precision", ["fp32", "amp", "amp_bfloat16", "bf16"])
 def test_the_program_trains_in_every_precision(program, precision: str) -> None:
-    losses = program("run", "--precision", precision)
-    assert losses[-1] < losses[0] - 0.1
+    losses = program("run", "--precision", precision, "--lr", "1e-2", "--steps", "24", "--multiple-data-passes")
+    assert losses[-1] < losses[0] - 0.5
 
 
 @pytest.mark.parametrize(

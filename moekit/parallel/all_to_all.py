@@ -20,6 +20,7 @@ from moekit.parallel.exchange_plans import (
     tokens_of_rows,
 )
 from moekit.rows import copy_rows, sum_rows
+from moekit.segments import exclusive_cumsum
 from moekit.types import ExpertLayer, Routing, SoftRouting
 
 
@@ -165,13 +166,18 @@ def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float) 
 
 
 class _Sizes(NamedTuple):
-    """Numbers that both ends of an exchange must know: rows and assignments, to and from each rank."""
+    """Numbers that both ends of an exchange must know: rows and assignments, to and from each rank.
+
+    The last two say what arrives once more, (P,) on the device, where a copy from the host would wait for it.
+    """
 
     sent: list[int]
     received: list[int]
     sent_assignments: list[int]
     received_assignments: list[int]
     pool: int | Fraction
+    rows_from: Tensor
+    assignments_from: Tensor
 
 
 def _all_to_all(
@@ -206,7 +212,7 @@ def _static_all_to_all(
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
     row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
-    sizes = _Sizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool)
+    sizes = _Sizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
 
 
@@ -241,10 +247,10 @@ def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> _Sizes:
     num_ranks, device = group.size(), plan.sizes.device
     pool = torch.tensor(routing.pool.as_integer_ratio(), device=device).expand(num_ranks, 2)
     sent = torch.cat([plan.sizes.unsqueeze(1), plan.counts.unsqueeze(1), pool], dim=1)  # (P, 4)
-    both = torch.stack([sent, exchange(sent, group=group)])
-    (rows, counts, _, _), (their_rows, their_counts, *pools) = both.transpose(1, 2).tolist()
-    total = sum(Fraction(*pair) for pair in zip(*pools, strict=True)) / num_ranks
-    return _Sizes(rows, their_rows, counts, their_counts, whole_if_possible(Fraction(total)))
+    received = exchange(sent, group=group)
+    (rows, counts, _, _), (their_rows, their_counts, *pools) = torch.stack([sent, received]).transpose(1, 2).tolist()
+    total = whole_if_possible(Fraction(sum(Fraction(*pair) for pair in zip(*pools, strict=True)), num_ranks))
+    return _Sizes(rows, their_rows, counts, their_counts, total, received[:, 0], received[:, 1])
 
 
 def _arrived_choices(
@@ -254,9 +260,8 @@ def _arrived_choices(
     num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], weights.device
     per_rank = routing.num_experts // num_ranks
     tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
-    target = torch.repeat_interleave(
-        torch.arange(num_ranks, device=device), torch.tensor(sizes.sent, device=device), output_size=sum(sizes.sent)
-    )
+    ranks = torch.arange(num_ranks, device=device)
+    target = torch.repeat_interleave(ranks, plan.sizes, output_size=sum(sizes.sent))
     owners = torch.where((tokens < 0).unsqueeze(1), -1, _taken(plan.owners.view(-1, k), tokens))
     experts = _taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
     numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
@@ -278,20 +283,15 @@ def _arrived_choices(
 def _arrived_list(plan: ExchangePlan, routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
     """Make the routing, a list, of the assignments that arrive; each names a row of its source rank's."""
     send = partial(exchange, sent=sizes.sent_assignments, received=sizes.received_assignments, group=group)
-    num_ranks, device = len(sizes.sent), plan.rows.device
-    per_rank = routing.num_experts // num_ranks
+    per_rank = routing.num_experts // len(sizes.sent)
     order = assignments_by_rank(plan, sum(sizes.sent_assignments))
-    starts = torch.tensor([0, *sizes.sent], device=device).cumsum(0)[:-1]
     owner = plan.owners.clamp_min(0)
-    columns = [plan.rows - starts[owner], routing.expert_indices.flatten() - owner * per_rank]
+    columns = [plan.rows - exclusive_cumsum(plan.sizes)[owner], routing.expert_indices.flatten() - owner * per_rank]
     columns += [] if routing.positions is None else [routing.positions.flatten()]
     numbers = torch.where((order < 0).unsqueeze(1), -1, _taken(torch.stack(columns, dim=1), order))
     rows, experts, *positions = send(numbers).unbind(1)
-    source = torch.repeat_interleave(
-        torch.tensor([0, *sizes.received], device=device).cumsum(0)[:-1],
-        torch.tensor(sizes.received_assignments, device=device),
-        output_size=sum(sizes.received_assignments),
-    )
+    starts = exclusive_cumsum(sizes.rows_from)
+    source = torch.repeat_interleave(starts, sizes.assignments_from, output_size=sum(sizes.received_assignments))
     weights = send(_taken(routing.weights.flatten().unsqueeze(1), order)).squeeze(1)
     return Routing(
         torch.where(rows < 0, 0, source + rows),

@@ -133,6 +133,7 @@ def moe_layer(
     params: MoEParams,
     recipe: Recipe,
     *,
+    layer: ExpertLayer | None = None,
     bias: Tensor | None = None,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
@@ -143,6 +144,7 @@ def moe_layer(
         x: (..., D).
         params: gate (D, E), expert and shared parameters.
         recipe: the method.
+        layer: to run in place of the recipe's own; it may have parameters of its own.
         bias: (E,) selection bias, for routers that use one.
         token_ids: (...) int64 vocabulary ids, for routers that list them in ``recipe.needs``.
         token_mask: (...) bool, True for real tokens. Others reach no routed expert, take no capacity and count in no
@@ -167,7 +169,7 @@ def moe_layer(
     routing = recipe.route(logits, bias=bias, **_extras(recipe.needs, token_ids=token_ids))
     if token_mask is not None:
         routing = mask_tokens(routing, token_mask)
-    y = recipe.layer(tokens, routing, params.experts)  # (T, D)
+    y = (recipe.layer if layer is None else layer)(tokens, routing, params.experts)  # (T, D)
     if recipe.shared is not None:
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared)
     losses = {name: loss(logits, routing, token_mask=token_mask) for name, loss in recipe.losses.items()}

@@ -9,7 +9,7 @@ from moekit.parallel import Part
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
 from moekit.routing import update_bias
-from moekit.types import LayerOutput
+from moekit.types import LayerOutput, Routing
 
 
 class MoE(nn.Module):
@@ -81,14 +81,18 @@ class MoE(nn.Module):
         return MoEParams(self.gate, self.experts.params(), self._shared())
 
     def _shared(self) -> Any:
-        return self._shared_type(**self.shared) if self.recipe.shared is not None else None
+        if self.recipe.shared is None:
+            return None
+        return self._shared_type(*(self.shared[name] for name in self._shared_type._fields))
+
+    def _routed(self, x: Tensor, routing: Routing, _: Any) -> Tensor:
+        return self.experts(self.recipe.layer, x, routing)
 
     def forward(self, x: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None) -> LayerOutput:
         """Apply the layer; see ``moe_layer`` for arguments and result."""
-        layer = self.recipe.layer
-        through_module = self.recipe._replace(layer=lambda tokens, routing, _: self.experts(layer, tokens, routing))
         params = MoEParams(self.gate, None, self._shared())
-        return moe_layer(x, params, through_module, bias=self.bias, token_ids=token_ids, token_mask=token_mask)
+        options = {"bias": self.bias, "token_ids": token_ids, "token_mask": token_mask}
+        return moe_layer(x, params, self.recipe, layer=self._routed, **options)
 
     @torch.no_grad()
     def update_selection_bias(self, tokens_per_expert: Tensor) -> None:
