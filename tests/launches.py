@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import warnings
 from typing import Any, NamedTuple
 
 from moekit.parallel import World
@@ -22,7 +23,9 @@ def run_commands(world: World, commands: list[list[str]]) -> list[Ended]:
 
 def _run(words: list[str]) -> Ended:
     said: Any = io.StringIO()
-    with contextlib.redirect_stdout(said):
+    with contextlib.redirect_stdout(said), warnings.catch_warnings():
+        if "--torchcompile" in words:
+            warnings.simplefilter("ignore")  # the compiler's own
         try:
             main(words)
         except SystemExit as error:

@@ -67,7 +67,7 @@ def _rank(function: str, rank: int, size: int, folder: str, writer: Any, argumen
     from moekit.parallel import World
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", COLUMNS="160")
+    os.environ.update(MASTER_ADDR="127.0.0.1", COLUMNS="160", MOEKIT_CACHE=f"{folder}/cache")
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     store = dist.FileStore(f"{folder}/store", size)

@@ -23,6 +23,7 @@ from moekit.parallel import (
     group_of,
     in_order,
     make_grid,
+    plan_together,
     static_all_to_all,
     sum_gradients,
     tensor_parallel,
@@ -79,7 +80,7 @@ def wrapped(layer: ExpertLayer, strategy: str, grid: Grid) -> ExpertLayer:
         inner = all_to_all(layer, group=experts("experts"))
         return in_order(all_to_all(inner, group=experts("nodes")), rank=grid.world.rank, num_ranks=size)
     if strategy == "chunked":
-        exchange = all_to_all(layer, group=experts("experts"), return_group=group_of(grid.returns, "experts"))
+        exchange = all_to_all(layer, group=experts("experts"), return_group=grid.returns["experts"])
         return chunked(exchange, num_chunks=3)
     factor = {"static": float(size), "static_tight": 0.5}[strategy]
     return static_all_to_all(layer, group=experts("experts"), capacity_factor=factor)
@@ -201,7 +202,7 @@ def lonely_grid(world: World) -> Grid:
         Layout(E),
         experts=init_device_mesh("cpu", (1, 1, 1, 1), mesh_dim_names=("copies", "shards", "hidden", "blocks")),
         exchange=init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("others", "nodes", "experts")),
-        returns=init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("others", "nodes", "experts")),
+        returns={"experts": torch.distributed.new_group([0])},
     )
 
 
@@ -273,6 +274,30 @@ def compile_static(world: World) -> None:
                 results[1][name], tensor, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
             )
             assert tensor.abs().sum() > 0, name
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(moe, fullgraph=True)(x).y, results[0]["y"], rtol=1e-5, atol=1e-5)
+
+
+def second_groups(world: World) -> tuple[list[int], bool]:
+    """Make a grid with second communicators; say whom one has, and whether it is another than the first."""
+    grid = make_grid(world, Layout(E, experts=world.size), returning=True)
+    group = grid.returns["experts"]
+    return torch.distributed.get_process_group_ranks(group), group is not group_of(grid.exchange, "experts")
+
+
+def drops_together(world: World) -> None:
+    """Plan with the routing of all ranks, of different lengths: what is dropped is what one process drops."""
+    sizes = (3, 0, 7)
+    generator = torch.Generator().manual_seed(0)
+    whole_routing = top_k(torch.randn(sum(sizes), E, generator=generator), k=2)
+    plan = padded(capacity_factor=0.5).plan
+    kept = set(plan(whole_routing).assignments.tolist())
+    start, size = sum(sizes[: world.rank]), sizes[world.rank]
+    experts, weights = (each[start : start + size] for each in whole_routing[1:3])
+    tokens = torch.arange(size).unsqueeze(1).expand(-1, 2)
+    own = Routing(tokens, experts, weights, num_tokens=size, num_experts=E, pool=2 * size)
+    found = plan_together(plan, group=torch.distributed.group.WORLD)(own).assignments
+    assert sorted(found[found >= 0].tolist()) == [n for n in range(2 * size) if 2 * start + n in kept]
 
 
 def constant_on_empty(world: World) -> None:
@@ -331,6 +356,6 @@ def compare_all(world: World, cases: list[Case]) -> list[str]:
     for case in cases:
         layout = layout_of(case.strategy, world.size)
         if layout not in grids:
-            grids[layout] = make_grid(world, layout) if world.size > 1 else lonely_grid(world)
+            grids[layout] = make_grid(world, layout, returning=True) if world.size > 1 else lonely_grid(world)
         compare(world, case, grids[layout])
     return [str(case) for case in cases]

@@ -5,6 +5,7 @@ from torch.distributed import ProcessGroup
 from moekit.parallel.all_gather import all_gather, plan_together, tensor_parallel
 from moekit.parallel.all_to_all import all_to_all, static_all_to_all, static_routing
 from moekit.parallel.chunked import chunked
+from moekit.parallel.gradients import squared_norm, sum_gradients
 from moekit.parallel.grids import Grid, group_of, make_grid, shards_of_experts
 from moekit.parallel.in_order import in_order, with_positions
 from moekit.parallel.layouts import Layout, Part, part_of, replicated, spread_experts
@@ -18,19 +19,8 @@ from moekit.parallel.processes import (
     under_torchrun,
     wait,
 )
-from moekit.parallel.sharding import (
-    distribute_experts,
-    fill,
-    gradient_sync,
-    local,
-    mesh_names,
-    shard_axis,
-    shard_experts,
-    shard_model,
-    squared_norm,
-    sum_gradients,
-    whole,
-)
+from moekit.parallel.sharding import distribute_experts, gradient_sync, shard_axis, shard_experts, shard_model
+from moekit.parallel.spread_tensors import fill, local, mesh_names, whole
 
 __all__ = [
     "ProcessGroup",

@@ -88,25 +88,30 @@ def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = Fa
     return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=False)
 
 
-def plan_together(plan: Callable[[Routing], DispatchPlan], *, group: ProcessGroup) -> Callable[[Routing], DispatchPlan]:
+def plan_together(
+    plan: Callable[[Routing], DispatchPlan], *, group: ProcessGroup, equal: bool = False
+) -> Callable[[Routing], DispatchPlan]:
     """Let a plan see the routing of all ranks, as it does behind an exchange, to learn what is dropped here.
 
     Args:
         plan: makes a plan of any routing.
-        group: of ranks whose tokens compete, with equally many tokens and assignments each.
+        group: of ranks whose tokens compete.
+        equal: every rank has the same number of tokens and assignments, so nobody needs to ask.
 
     Returns:
         A function routing -> DispatchPlan in which the assignments of other ranks are padding rows. All ranks call it
         together.
     """
-    return partial(_plan_together, plan=plan, group=group)
+    return partial(_plan_together, plan=plan, group=group, equal=equal)
 
 
-def _plan_together(routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup) -> DispatchPlan:
-    together = _arrived(routing, _sizes(routing, group, equal=True), group, split_experts=False)
+def _plan_together(
+    routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup, equal: bool
+) -> DispatchPlan:
+    together = _arrived(routing, _sizes(routing, group, equal), group, split_experts=False)
     made = plan(together)
     num_own = routing.expert_indices.numel()
-    own = made.assignments - group.rank() * num_own
+    own = made.assignments - group.rank() * (together.expert_indices.numel() // group.size())
     return made._replace(assignments=torch.where((made.assignments >= 0) & (own >= 0) & (own < num_own), own, -1))
 
 
@@ -137,7 +142,8 @@ def _gathered(
     rows = gather(_padded(narrowed(x), sizes.tokens), group=group)  # (P * T, D)
     weights = [arrived.weights] if isinstance(arrived, Routing) else [*arrived]
     y = connect(layer(rows, arrived, params), rows, *weights)
-    return reduce_scatter(y, group=group)[: x.shape[0]]
+    y = reduce_scatter(y, group=group)
+    return y if y.shape[0] == x.shape[0] else y[: x.shape[0]].clone()  # FSDP wants no view of its modules
 
 
 def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:

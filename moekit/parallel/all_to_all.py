@@ -1,26 +1,24 @@
 """Expert parallelism by all-to-all: tokens travel to the ranks of their experts, and partial sums travel back."""
 
-from collections.abc import Callable
 from fractions import Fraction
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.parallel.all_gather import all_gather, whole_if_possible
+from moekit.parallel.arrivals import ExchangeSizes, added, arrived_choices, arrived_list, taken
 from moekit.parallel.collectives import connect, exchange, narrowed
 from moekit.parallel.exchange_plans import (
     ExchangePlan,
-    assignments_by_rank,
     exchange_links,
     limit_exchange,
     plan_exchange,
     tokens_of_rows,
 )
 from moekit.rows import copy_rows, sum_rows
-from moekit.segments import exclusive_cumsum
 from moekit.types import ExpertLayer, Routing, SoftRouting
 
 
@@ -165,21 +163,6 @@ def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float) 
     return routing._replace(expert_indices=routing.expert_indices.masked_fill(left, -1))
 
 
-class _Sizes(NamedTuple):
-    """Numbers that both ends of an exchange must know: rows and assignments, to and from each rank.
-
-    The last two say what arrives once more, (P,) on the device, where a copy from the host would wait for it.
-    """
-
-    sent: list[int]
-    received: list[int]
-    sent_assignments: list[int]
-    received_assignments: list[int]
-    pool: int | Fraction
-    rows_from: Tensor
-    assignments_from: Tensor
-
-
 def _all_to_all(
     x: Tensor,
     routing: Routing | SoftRouting,
@@ -212,7 +195,7 @@ def _static_all_to_all(
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
     row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
-    sizes = _Sizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
+    sizes = ExchangeSizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
 
 
@@ -222,7 +205,7 @@ def _travel(
     params: Any,
     *,
     plan: ExchangePlan,
-    sizes: _Sizes,
+    sizes: ExchangeSizes,
     layer: ExpertLayer,
     group: ProcessGroup,
     return_group: ProcessGroup,
@@ -232,17 +215,17 @@ def _travel(
         links = exchange_links(plan, routing, sum(sizes.sent))
         rows = send(copy_rows(x, links))
         weights = send(copy_rows(routing.weights, links))
-        arrived = _arrived_choices(plan, routing, sizes, weights, send)
+        arrived = arrived_choices(plan, routing, sizes, weights, send)
     else:
         tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
-        rows = send(_taken(x, tokens))
-        arrived = _arrived_list(plan, routing, sizes, group)
+        rows = send(taken(x, tokens))
+        arrived = arrived_list(plan, routing, sizes, group)
     y = connect(layer(rows, arrived, params), rows, arrived.weights)
     back = exchange(y, sent=sizes.received, received=sizes.sent, group=return_group)
-    return sum_rows(back, links) if routing.expert_indices.ndim == 2 else _added(back, tokens, routing.num_tokens)
+    return sum_rows(back, links) if routing.expert_indices.ndim == 2 else added(back, tokens, routing.num_tokens)
 
 
-def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> _Sizes:
+def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> ExchangeSizes:
     """Tell every rank what it is going to receive. Reads the device."""
     num_ranks, device = group.size(), plan.sizes.device
     pool = torch.tensor(routing.pool.as_integer_ratio(), device=device).expand(num_ranks, 2)
@@ -250,73 +233,4 @@ def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> _Sizes:
     received = exchange(sent, group=group)
     (rows, counts, _, _), (their_rows, their_counts, *pools) = torch.stack([sent, received]).transpose(1, 2).tolist()
     total = whole_if_possible(Fraction(sum(Fraction(*pair) for pair in zip(*pools, strict=True)), num_ranks))
-    return _Sizes(rows, their_rows, counts, their_counts, total, received[:, 0], received[:, 1])
-
-
-def _arrived_choices(
-    plan: ExchangePlan, routing: Routing, sizes: _Sizes, weights: Tensor, send: Callable[[Tensor], Tensor]
-) -> Routing:
-    """Make the (R, K) routing of the rows that arrive: choices of other ranks' experts do not exist here."""
-    num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], weights.device
-    per_rank = routing.num_experts // num_ranks
-    tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
-    ranks = torch.arange(num_ranks, device=device)
-    target = torch.repeat_interleave(ranks, plan.sizes, output_size=sum(sizes.sent))
-    owners = torch.where((tokens < 0).unsqueeze(1), -1, _taken(plan.owners.view(-1, k), tokens))
-    experts = _taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
-    numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
-    if routing.positions is not None:
-        numbers.append(_taken(routing.positions, tokens))
-    arrived, *positions = send(torch.cat(numbers, dim=1)).split(k, dim=1)
-    rows = torch.arange(arrived.shape[0], device=device).unsqueeze(1)
-    return Routing(
-        rows.expand(-1, k),
-        arrived,
-        weights,  # those of choices elsewhere too: a token's priority may depend on its best
-        num_tokens=arrived.shape[0],
-        num_experts=per_rank,
-        pool=sizes.pool,
-        positions=positions[0] if positions else None,
-    )
-
-
-def _arrived_list(plan: ExchangePlan, routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
-    """Make the routing, a list, of the assignments that arrive; each names a row of its source rank's."""
-    send = partial(exchange, sent=sizes.sent_assignments, received=sizes.received_assignments, group=group)
-    per_rank = routing.num_experts // len(sizes.sent)
-    order = assignments_by_rank(plan, sum(sizes.sent_assignments))
-    owner = plan.owners.clamp_min(0)
-    columns = [plan.rows - exclusive_cumsum(plan.sizes)[owner], routing.expert_indices.flatten() - owner * per_rank]
-    columns += [] if routing.positions is None else [routing.positions.flatten()]
-    numbers = torch.where((order < 0).unsqueeze(1), -1, _taken(torch.stack(columns, dim=1), order))
-    rows, experts, *positions = send(numbers).unbind(1)
-    starts = exclusive_cumsum(sizes.rows_from)
-    source = torch.repeat_interleave(starts, sizes.assignments_from, output_size=sum(sizes.received_assignments))
-    weights = send(_taken(routing.weights.flatten().unsqueeze(1), order)).squeeze(1)
-    return Routing(
-        torch.where(rows < 0, 0, source + rows),
-        experts,
-        weights.masked_fill(experts < 0, 0.0),
-        num_tokens=sum(sizes.received),
-        num_experts=per_rank,
-        pool=sizes.pool,
-        positions=positions[0] if positions else None,
-    )
-
-
-def _taken(x: Tensor, rows: Tensor) -> Tensor:
-    """Take rows of ``x`` (T, ...); -1 gives zeros, still connected to ``x``."""
-    if x.shape[0] == 0:
-        return x.sum(0, keepdim=True).expand(rows.shape[0], *x.shape[1:])
-    missing = (rows < 0).view(-1, *[1] * (x.ndim - 1))
-    # Spread: padding rows that all read row 0 would serialise the backward there.
-    spread = torch.arange(rows.shape[0], device=rows.device) % x.shape[0]
-    return x.index_select(0, torch.where(rows < 0, spread, rows)).masked_fill(missing, 0)
-
-
-def _added(rows: Tensor, tokens: Tensor, num_tokens: int) -> Tensor:
-    """Add rows (R, D) up to their tokens (R,), -1 for padding: (T, D)."""
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    clean = rows.to(dtype).masked_fill((tokens < 0).unsqueeze(1), 0.0)
-    sums = torch.zeros(num_tokens + 1, rows.shape[1], dtype=dtype, device=rows.device)
-    return sums.index_add(0, torch.where(tokens < 0, num_tokens, tokens), clean)[:num_tokens].to(rows.dtype)
+    return ExchangeSizes(rows, their_rows, counts, their_counts, total, received[:, 0], received[:, 1])

@@ -89,6 +89,9 @@ def connect(y: Tensor, *inputs: Tensor) -> Tensor:
         >>> connect(torch.zeros(1), torch.ones(2, requires_grad=True)).requires_grad
         True
     """
+    # Compiled without gradients, Dynamo would hand back another of the arguments.
+    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (y, *inputs)):
+        return y
     return _Connect.apply(y, *inputs)
 
 

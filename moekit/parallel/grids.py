@@ -1,7 +1,9 @@
 """The process groups of a run: meshes for the experts, for all else, and for tokens, made from a layout."""
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch.distributed as dist
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -21,7 +23,8 @@ class Grid(NamedTuple):
             copies * shards.
         tokens: (replicas, together): ``together`` are the hidden * blocks ranks that exchange tokens.
         exchange: (others, nodes, experts), ``blocks`` split into those of a node and those across.
-        returns: the same ranks, with communicators of their own for what travels back.
+        returns: "nodes" and "experts" to the same ranks as in ``exchange``, with a communicator of their own for what
+            travels back; empty unless asked for.
     """
 
     world: World
@@ -30,7 +33,7 @@ class Grid(NamedTuple):
     experts: DeviceMesh | None = None
     tokens: DeviceMesh | None = None
     exchange: DeviceMesh | None = None
-    returns: DeviceMesh | None = None
+    returns: Mapping[str, ProcessGroup] = {}
 
     @property
     def part(self) -> Part:
@@ -38,7 +41,7 @@ class Grid(NamedTuple):
         return part_of(self.layout, self.world.rank)
 
 
-def make_grid(world: World, layout: Layout, *, ranks_per_shard: int | None = None) -> Grid:
+def make_grid(world: World, layout: Layout, *, ranks_per_shard: int | None = None, returning: bool = False) -> Grid:
     """Make the meshes of a layout. All ranks call it together.
 
     Args:
@@ -46,6 +49,7 @@ def make_grid(world: World, layout: Layout, *, ranks_per_shard: int | None = Non
         layout: of as many.
         ranks_per_shard: hybrid sharding: parameters are sharded over so many neighbouring ranks, usually a node, and
             replicated over the rest. None shards over all.
+        returning: make second communicators for what travels back, see ``chunked``.
 
     Returns:
         Grid.
@@ -79,11 +83,20 @@ def make_grid(world: World, layout: Layout, *, ranks_per_shard: int | None = Non
     )
     if not layout.exchanges:
         return grid
+    mesh = init_device_mesh(device, exchange, mesh_dim_names=names)
     return grid._replace(
         tokens=init_device_mesh(device, (layout.replicas, together), mesh_dim_names=("replicas", "together")),
-        exchange=init_device_mesh(device, exchange, mesh_dim_names=names),
-        returns=init_device_mesh(device, exchange, mesh_dim_names=names),
+        exchange=mesh,
+        returns={name: _second_group(mesh, axis) for axis, name in ((1, "nodes"), (2, "experts"))} if returning else {},
     )
+
+
+def _second_group(mesh: DeviceMesh, axis: int) -> ProcessGroup:
+    """Make one more group of the ranks along an axis; a mesh would take the group of all ranks again where it can."""
+    ranks = mesh.mesh.movedim(axis, -1).reshape(-1, mesh.size(axis)).tolist()
+    group, _ = dist.new_subgroups_by_enumeration(ranks)
+    assert group is not None
+    return group
 
 
 def group_of(mesh: DeviceMesh | None, name: str) -> ProcessGroup:

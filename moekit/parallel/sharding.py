@@ -13,14 +13,12 @@ References:
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard
 
 from moekit.parallel.grids import Grid
-from moekit.parallel.processes import World
 
 
 def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, int]) -> None:
@@ -138,160 +136,6 @@ def gradient_sync(model: nn.Module, *, last: bool) -> None:
             module.set_requires_gradient_sync(last, recurse=False)
 
 
-def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
-    """Add gradients up over the ranks that hold the same parameters whole; what FSDP shards has been reduced already.
-
-    A parameter without a gradient counts as zero, so that ranks whose tokens reached other parts of the model agree.
-
-    Args:
-        parameters: in the same order on every rank; their ``.grad`` is replaced.
-        grid: of all ranks.
-
-    Example:
-        >>> from moekit.parallel import make_grid, one_process, replicated
-        >>> sum_gradients([], make_grid(one_process(), replicated(1, 1)))
-    """
-    if grid.experts is None:
-        return
-    mine = [p for p in parameters if p.requires_grad]
-    _sum([p for p in mine if not isinstance(p, DTensor)], [None])
-    axes = [name for name in ("copies", "shards") if grid.experts[name].size() > 1]
-    _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
-
-
-def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
-    """Add up the squares of all gradients, each element of the model once, over every rank's part.
-
-    Args:
-        parameters: with gradients; those of whole parameters are the same on all ranks that hold them.
-        world: all ranks.
-
-    Returns:
-        Scalar float64, the same on every rank.
-
-    Example:
-        >>> from moekit.parallel import one_process
-        >>> x = nn.Parameter(torch.zeros(2))
-        >>> x.grad = torch.tensor([3.0, 4.0])
-        >>> squared_norm([x], one_process())
-        tensor(25., dtype=torch.float64)
-    """
-    found = [(local(p.grad), holders(p, world.size)) for p in parameters if p.grad is not None]
-    total = torch.zeros((), dtype=torch.float64, device=world.device)
-    if found:
-        norms = torch._foreach_norm([gradient for gradient, _ in found])
-        total = sum((norm.double().square() / count for norm, (_, count) in zip(norms, found, strict=True)), total)
-    if world.size > 1:
-        dist.all_reduce(total)
-    return total
-
-
-def holders(tensor: Tensor, world_size: int) -> int:
-    """Count the ranks that hold each element of a tensor.
-
-    Args:
-        tensor: whole, the same on all ranks, or a DTensor.
-        world_size: ranks in all.
-
-    Returns:
-        How many.
-
-    Example:
-        >>> holders(torch.ones(2), 4)
-        4
-    """
-    if not isinstance(tensor, DTensor):
-        return world_size
-    mesh = tensor.device_mesh
-    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
-    return world_size // torch.Size(cut).numel()
-
-
-def is_part(tensor: Tensor) -> bool:
-    """Say whether a tensor is a part of the experts that this rank holds without FSDP.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        Whether it is.
-
-    Example:
-        >>> is_part(torch.ones(2))
-        False
-    """
-    return isinstance(tensor, DTensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
-
-
-def mesh_names(tensor: Tensor) -> tuple[str, ...]:
-    """Name the axes of ranks that a tensor is spread over; tensors with the same may share a fused operation.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        Names; none for a whole tensor.
-
-    Example:
-        >>> mesh_names(torch.ones(2))
-        ()
-    """
-    return (tensor.device_mesh.mesh_dim_names or ("",)) if isinstance(tensor, DTensor) else ()
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of a tensor; gradients flow through.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        A plain tensor.
-
-    Example:
-        >>> local(torch.ones(2))
-        tensor([1., 1.])
-    """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor that may be sharded; every rank must ask for it.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        The same values, whole on this rank.
-
-    Example:
-        >>> whole(torch.ones(2))
-        tensor([1., 1.])
-    """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@torch.no_grad()
-def fill(tensor: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into one that may be sharded; every rank must have the same value.
-
-    Args:
-        tensor: changed in place.
-        value: of the same shape, whole, on any device and of any dtype.
-
-    Example:
-        >>> x = torch.zeros(2)
-        >>> fill(x, torch.tensor([1.0, 2.0]))
-        >>> x
-        tensor([1., 2.])
-    """
-    if isinstance(tensor, DTensor):
-        value = value.to(tensor.device, tensor.dtype)
-        tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
-    else:
-        tensor.copy_(value)
-
-
 def _axis(parameter: Tensor, shards: int) -> int | None:
     taken = [p.dim for p in parameter.placements if isinstance(p, Shard)] if isinstance(parameter, DTensor) else []
     return shard_axis(parameter.shape, shards, taken=taken)
@@ -324,23 +168,3 @@ def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> Mi
     if reduce_dtype is None:
         return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
     return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs)
-
-
-def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
-    """Add the gradients of parameters up over groups of ranks, one after the other, in one exchange per dtype."""
-    for dtype in sorted({p.dtype for p in parameters}, key=str):
-        mine = [p for p in parameters if p.dtype == dtype]
-        parts = [local(p.detach()) if p.grad is None else local(p.grad) for p in mine]
-        flat = torch.cat(
-            [(torch.zeros_like(x) if p.grad is None else x).flatten() for p, x in zip(mine, parts, strict=True)]
-        )
-        for group in groups:
-            dist.all_reduce(flat, group=group)
-        for parameter, piece, part in zip(mine, flat.split([x.numel() for x in parts]), parts, strict=True):
-            _set_gradient(parameter, piece.view_as(part))
-
-
-def _set_gradient(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
-        value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False)
-    parameter.grad = value

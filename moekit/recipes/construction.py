@@ -91,7 +91,8 @@ def make_run_grid(settings: TrainSettings, world: World) -> Grid:
     per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
     layout = run_layout(settings, world.size, ranks_per_node=per_node)
     hybrid = given.fsdp_hybrid or given.fsdp_hybrid_o2
-    return make_grid(world, layout, ranks_per_shard=min(per_node, world.size) if hybrid else None)
+    shard = min(per_node, world.size) if hybrid else None
+    return make_grid(world, layout, ranks_per_shard=shard, returning=given.moe_exchange_chunks > 1)
 
 
 def run_layout(settings: TrainSettings, world_size: int, *, ranks_per_node: int) -> Layout:

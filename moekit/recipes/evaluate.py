@@ -94,7 +94,7 @@ def evaluate(
     device = model.output.weight.device
     parts, skipped = [], Counter[str]()
     routing = torch.zeros((), dtype=torch.float64, device=device)
-    with _evaluation(model, device, recipe):
+    with evaluating(model, recipe):
         for batch in _together(batches, world):
             skipped.update(batch.skipped)
             inputs, targets, mask = split_ids(batch.batch.ids.to(device))
@@ -167,7 +167,14 @@ def _evaluated(sums: Tensor, layers: Sequence[LayerLoad], skipped: Counter[str],
 
 
 @contextmanager
-def _evaluation(model: LanguageModel, device: torch.device, recipe: Recipe | None) -> Iterator[None]:
+def evaluating(model: LanguageModel, recipe: Recipe | None) -> Iterator[None]:
+    """Put a model into evaluation mode for a while; torch's random state is as before afterwards.
+
+    Args:
+        model: to evaluate.
+        recipe: that its MoE layers run meanwhile; None leaves them their own.
+    """
+    device = model.output.weight.device
     training, own = model.training, [(layer, layer.recipe) for _, layer in moe_layers(model)]
     model.eval()
     try:

@@ -31,12 +31,12 @@ from moekit.types import DispatchPlan, ExpertLayer, Routing
 class Exchange(Protocol):
     """A strategy that spreads experts over the ranks of a group."""
 
-    def __call__(self, layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup) -> ExpertLayer:
+    def __call__(self, layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None) -> ExpertLayer:
         """Wrap an expert layer."""
         ...
 
 
-def _by_gathering(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup) -> ExpertLayer:
+def _by_gathering(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None) -> ExpertLayer:
     return all_gather(layer, group=group)
 
 
@@ -103,7 +103,8 @@ def spread_recipe(
         grid: of all ranks; where no tokens travel the recipe stays as it is.
         settings: of the launch.
         block: tokens of a sequence, by which a batch is dealt to the ranks.
-        evaluates: drop nothing in the exchange, and let ranks have different numbers of tokens.
+        evaluates: drop nothing in the exchange, and let ranks have any numbers of tokens; a recipe that keeps its
+            capacity limit then takes them rank by rank.
 
     Returns:
         Recipe.
@@ -125,12 +126,13 @@ def spread_recipe(
                 "slice, and drop other tokens than one process does. Give --moe-capacity-factor 0, or leave it out"
             )
         layer = chunked(layer, num_chunks=settings.moe_exchange_chunks)
-    if limited:
-        layer = in_order(layer, rank=grid.world.rank, num_ranks=grid.world.size, block=block)
     plan = recipe.plan
     if limited:
-        ordered = partial(with_positions, rank=grid.world.rank, num_ranks=grid.world.size, block=block)
-        plan = partial(_after, edit=ordered, plan=plan_together(plan, group=group_of(grid.tokens, "together")))
+        rank, num_ranks, dealt = grid.world.rank, grid.world.size, None if evaluates else block
+        layer = in_order(layer, rank=rank, num_ranks=num_ranks, block=dealt)
+        together = plan_together(plan, group=group_of(grid.tokens, "together"), equal=not evaluates)
+        ordered = partial(with_positions, rank=rank, num_ranks=num_ranks, block=dealt)
+        plan = partial(_after, edit=ordered, plan=together)
     if settings.moe_exchange == "static":
         factor, ranks = settings.moe_exchange_capacity_factor, layout.experts
         plan = partial(_after, edit=partial(static_routing, num_ranks=ranks, capacity_factor=factor), plan=plan)
@@ -153,7 +155,7 @@ def spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange) -> ExpertLa
         layer = tensor_parallel(layer, group=group_of(grid.experts, "hidden"))
     for name, size in (("experts", layout.experts), ("nodes", layout.nodes)):
         if size > 1:
-            layer = exchange(layer, group=group_of(grid.exchange, name), return_group=group_of(grid.returns, name))
+            layer = exchange(layer, group=group_of(grid.exchange, name), return_group=grid.returns.get(name))
     return layer
 
 

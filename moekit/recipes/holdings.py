@@ -139,7 +139,7 @@ def holding_table(rows: Sequence[Holding], layout: Layout) -> Any:
         style = "bold" if row.what == "all" else None
         table.add_row(row.what, f"{row.total:,}", *(f"{cell:,}" for cell in cells), row.spread, style=style)
     if layout.exchanges:
-        lines = [f"ranks {ranks}: experts {names}, hidden {share}" for ranks, names, share in rank_table(layout)]
+        lines = [_owned(*row) for row in rank_table(layout)]
         table.caption = "\n".join(lines if len(lines) <= 16 else [*lines[:8], "...", *lines[-2:]])
     return table
 
@@ -199,6 +199,13 @@ def _expert_elements(parameter: torch.Tensor, layout: Layout, shards: int, taken
 
 def _holding(what: str, parameters: Sequence[torch.Tensor], kept: int, size: int, spread: str) -> Holding:
     return Holding(what, sum(p.numel() for p in parameters), kept * size, kept * size, 2 * kept * size, spread)
+
+
+def _owned(ranks: str, experts: str, hidden: str) -> str:
+    return (
+        f"{'ranks' if ',' in ranks else 'rank'} {ranks}: {'experts' if '-' in experts else 'expert'} {experts}, "
+        f"hidden {hidden}"
+    )
 
 
 def _listed(ranks: Sequence[int]) -> str:

@@ -88,12 +88,12 @@ def _report(
     reports: bool,
     validates: bool,
 ) -> None:
-    recorder.data(progress.step)
-    if reports:
+    if reports:  # first what all ranks do together, then what may fail on one
         scores = validate(run, tokens=_SHORT_VALIDATION) if validates else {}
         losses = {name: each.loss for name, each in scores.items()}
         total = progress._replace(skipped_data=skipped_data(run, progress, at))
         recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
+    recorder.data(progress.step)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

@@ -124,7 +124,8 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How several ranks share the work. Every mix gives the same loss curve, up to rounding."""
+    """How several ranks share the work. Every mix gives the same loss curve, up to rounding and what a capacity limit
+    drops, which counts within the ranks that exchange tokens."""
 
     fsdp: bool = False
     """Shard parameters, gradients and optimizer state over all ranks (FSDP2)."""

@@ -234,6 +234,8 @@ def _check_exchange(settings: "TrainSettings") -> None:
         raise ValueError(
             f"--moe-exchange-capacity-factor limits --moe-exchange static, and the exchange is {parallel.moe_exchange}"
         )
+    if parallel.moe_exchange == "static" and parallel.moe_exchange_chunks > 1:
+        raise ValueError("--moe-exchange static would limit each slice by itself; leave out --moe-exchange-chunks")
     if parallel.moe_exchange == "static" and parallel.moe_hierarchical_exchange:
         raise ValueError("--moe-exchange static sends to every rank at once; leave out --moe-hierarchical-exchange")
 

@@ -17,7 +17,7 @@ from moekit.parallel import World, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.configuration import parse_settings, write_config
 from moekit.recipes.construction import run_layout
-from moekit.recipes.evaluate import Evaluation
+from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import language_model, parameter_table
 from moekit.recipes.loop import loop, validate
@@ -181,6 +181,12 @@ def announce(run: Run, console: Console) -> None:
     total, active = parameter_table(run.model)[-1][1:]
     budget, device = run.budget, run.world.device
     if run.world.size > 1:
+        if run.settings.parallel.moe_expert_model_parallelism and not run.grid.layout.exchanges:
+            console.print(
+                f"--moe-expert-model-parallelism: {run.grid.layout.num_experts} experts cannot be spread over "
+                f"{run.world.size} ranks, which have no divisor in common; every rank computes all of them",
+                highlight=False,
+            )
         per_node = run.settings.parallel.ranks_per_node or run.world.ranks_per_node
         console.print(_holdings(run.model, run.settings, run.world.size, per_node))
     ranks = "" if run.world.size == 1 else f", {run.world.size} ranks"
@@ -219,14 +225,15 @@ def finish(run: Run, console: Console, *, seconds: float) -> None:
         f"{tokens / seconds:,.0f} tokens/s",
         highlight=False,
     )
+    picture = None
+    if run.world.rank == 0:
+        append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
+        summary = {"parameters": total, "active_parameters": active, "tokens": tokens, "seconds": round(seconds, 1)}
+        report.write_results(run.folder / "results.json", summary, scores, simple)
+        picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
     if run.corpus.tokenizer is not None:
-        report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
-    if run.world.rank:
-        return
-    append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
-    summary = {"parameters": total, "active_parameters": active, "tokens": tokens, "seconds": round(seconds, 1)}
-    report.write_results(run.folder / "results.json", summary, scores, simple)
-    picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
+        with evaluating(run.model, run.evaluation_recipe):
+            report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
     console.rule()
     console.print(f"picture: {picture}\ncheckpoint: {checkpoint}")
 

@@ -134,7 +134,36 @@ def test_the_layout_is_printed(runs):
     said = (runs / "fewer.txt").read_text()
     assert "bytes per rank, 8 ranks" in said
     assert "4 blocks of experts x 2 slices of hidden" in said
-    assert "ranks 6: experts 2, hidden 2 of 2" in said
+    assert "rank 6: expert 2, hidden 2 of 2" in said
+
+
+def test_other_mixes_score_as_one_process(launch, full):
+    """Gathered under FSDP, in slices and recomputing, compiled."""
+    short = ["--recipe", "mixtral", "--steps", "4"]
+    mixes = {
+        "gathered": [SPREAD, "--fsdp", "--moe-expert-ranks", "1", "--moe-hidden-ranks", "2"],
+        "slices": [SPREAD, "--moe-exchange-chunks", "2", "--grad-checkpointing"],
+        **({"compiled": [SPREAD, "--torchcompile"]} if full else {}),  # two minutes of compiling
+    }
+    logs = launch(1, {"plain": short})
+    launch(2, {name: [*short, *words] for name, words in mixes.items()})
+    for name in mixes:
+        assert curve(logs / name) == pytest.approx(curve(logs / "plain"), rel=1e-5), name
+        assert scores(logs / name)["loss"] == pytest.approx(scores(logs / "plain")["loss"], rel=1e-5), name
+
+
+def test_text_is_sampled_after_a_run_with_a_capacity_limit(tmp_path, full):
+    """A prompt is no whole sequence, and its tokens must not be dropped."""
+    if not full:
+        pytest.skip("is for --full: it prepares the embedded text")
+    shape = {"hidden_dim": 32, "n_layers": 2, "n_heads": 2, "seq_len": 64, "vocab_size": 257, "post_embed_norm": False}
+    (tmp_path / "bytes.json").write_text(json.dumps(shape | {"weight_tying": False}))
+    words = "--precision fp32 --steps 2 --batch-size 2 --tokenizer byte --val-num-samples 640 --name text"
+    command = ["--model", str(tmp_path / "bytes.json"), *words.split(), "--logs", str(tmp_path), SPREAD]
+    [ended, _] = run_ranks("launches:run_commands", 2, [command], limit=120)
+    assert ended[0].message is None
+    assert "sample 2" in ended[0].said
+    assert (tmp_path / "text/run.png").exists()
 
 
 LAYOUTS = {1: [], 2: [SPREAD], 4: [SPREAD, "--moe-expert-ranks", "2", "--moe-hidden-ranks", "2"]}

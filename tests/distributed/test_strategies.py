@@ -60,6 +60,14 @@ def test_the_static_exchange_compiles_without_a_graph_break():
     run_ranks("strategy_cases:compile_static", 2, limit=120)
 
 
+def test_what_travels_back_has_a_communicator_of_its_own():
+    assert run_ranks("strategy_cases:second_groups", 2, limit=30) == [([0, 1], True)] * 2
+
+
+def test_ranks_learn_what_is_dropped_of_their_own_tokens():
+    run_ranks("strategy_cases:drops_together", 3, limit=30)
+
+
 def test_a_layer_that_returns_a_constant_does_not_hold_the_others_up():
     run_ranks("strategy_cases:constant_on_empty", 3, limit=30)
 

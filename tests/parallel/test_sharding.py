@@ -91,7 +91,7 @@ def test_parts_of_experts_that_no_other_rank_has_are_not_summed(grid, monkeypatc
     layer = nn.Module()
     layer.up = nn.Parameter(torch.randn(1, 3, 4))
     distribute_experts(layer, grid, {"up": 2})
-    assert mesh_names(layer.up) == ("hidden", "blocks")
+    assert mesh_names(layer.up) == ("hidden 1", "blocks 1")
     (local(layer.up) * 3).sum().backward()
     sum_gradients(layer.parameters(), grid)
     assert (local(layer.up.grad) == 3).all()

@@ -159,6 +159,8 @@ def test_exchanges_that_contradict_themselves():
     settings_of(moe_exchange_capacity_factor=1.5, moe_exchange="static", **spread)
     message = "--moe-exchange static sends to every rank at once; leave out --moe-hierarchical-exchange"
     refuses(message, moe_exchange="static", moe_hierarchical_exchange=True, **spread)
+    message = "--moe-exchange static would limit each slice by itself; leave out --moe-exchange-chunks"
+    refuses(message, moe_exchange="static", moe_exchange_chunks=2, **spread)
     refuses("--moe-exchange-chunks is 0; expected a positive number", moe_exchange_chunks=0, **spread)
 
 

@@ -1,0 +1,122 @@
+"""Gradients over ranks: summed where several hold the same parameters, and their norm, each element once."""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from moekit.parallel.grids import Grid
+from moekit.parallel.processes import World
+from moekit.parallel.spread_tensors import local
+
+
+def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
+    """Add gradients up over the ranks that hold the same parameters whole; what FSDP shards has been reduced already.
+
+    A parameter without a gradient counts as zero, so that ranks whose tokens reached other parts of the model agree.
+
+    Args:
+        parameters: in the same order on every rank; their ``.grad`` is replaced.
+        grid: of all ranks.
+
+    Example:
+        >>> from moekit.parallel import make_grid, one_process, replicated
+        >>> sum_gradients([], make_grid(one_process(), replicated(1, 1)))
+    """
+    if grid.experts is None:
+        return
+    mine = [p for p in parameters if p.requires_grad]
+    _sum([p for p in mine if not isinstance(p, DTensor)], [None])
+    axes = [name for name in ("copies", "shards") if grid.experts[name].size() > 1]
+    _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
+
+
+def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
+    """Add up the squares of all gradients, each element of the model once, over every rank's part.
+
+    Args:
+        parameters: with gradients; those of whole parameters are the same on all ranks that hold them.
+        world: all ranks.
+
+    Returns:
+        Scalar float64, the same on every rank.
+
+    Example:
+        >>> from moekit.parallel import one_process
+        >>> x = torch.zeros(2, requires_grad=True)
+        >>> x.grad = torch.tensor([3.0, 4.0])
+        >>> squared_norm([x], one_process())
+        tensor(25., dtype=torch.float64)
+    """
+    found = [(local(p.grad), holders(p, world.size)) for p in parameters if p.grad is not None]
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    if found:
+        wide = torch.promote_types(found[0][0].dtype, torch.float32)
+        norms = torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)
+        total = sum((norm.double().square() / count for norm, (_, count) in zip(norms, found, strict=True)), total)
+    if world.size > 1:
+        dist.all_reduce(total)
+    return total
+
+
+def holders(tensor: Tensor, world_size: int) -> int:
+    """Count the ranks that hold each element of a tensor.
+
+    Args:
+        tensor: whole, the same on all ranks, or a DTensor.
+        world_size: ranks in all.
+
+    Returns:
+        How many.
+
+    Example:
+        >>> holders(torch.ones(2), 4)
+        4
+    """
+    if not isinstance(tensor, DTensor):
+        return world_size
+    mesh = tensor.device_mesh
+    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    return world_size // torch.Size(cut).numel()
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Say whether a tensor is a part of the experts that this rank holds without FSDP.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> is_part(torch.ones(2))
+        False
+    """
+    return isinstance(tensor, DTensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
+
+
+def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
+    """Add the gradients of parameters up over groups of ranks, one after the other, in one exchange per dtype."""
+    if not groups:  # nobody else has them
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return
+    for dtype in sorted({p.dtype for p in parameters}, key=str):
+        mine = [p for p in parameters if p.dtype == dtype]
+        parts = [local(p.detach()) if p.grad is None else local(p.grad) for p in mine]
+        flat = torch.cat(
+            [(torch.zeros_like(x) if p.grad is None else x).flatten() for p, x in zip(mine, parts, strict=True)]
+        )
+        for group in groups:
+            dist.all_reduce(flat, group=group)
+        for parameter, piece, part in zip(mine, flat.split([x.numel() for x in parts]), parts, strict=True):
+            _set_gradient(parameter, piece.view_as(part))
+
+
+def _set_gradient(parameter: Tensor, value: Tensor) -> None:
+    if isinstance(parameter, DTensor):
+        value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False)
+    parameter.grad = value

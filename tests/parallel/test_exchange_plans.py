@@ -1,0 +1,149 @@
+import pytest
+import torch
+
+from moekit.parallel.exchange_plans import (
+    assignments_by_rank,
+    exchange_links,
+    limit_exchange,
+    plan_exchange,
+    tokens_of_rows,
+)
+from moekit.rows import copy_rows, sum_rows
+from moekit.types import Routing
+
+SHAPES = [
+    (7, 3, 8, 4),
+    (5, 1, 4, 2),
+    (9, 4, 6, 3),
+    (6, 4, 4, 1),
+    (3, 2, 8, 8),
+    (0, 2, 4, 2),
+    (4, 0, 4, 2),
+    (1, 2, 2, 2),
+]
+shapes = pytest.mark.parametrize(("num_tokens", "k", "num_experts", "ranks"), SHAPES)
+
+
+def choices(num_tokens: int, k: int, num_experts: int, *, missing: float = 0.3) -> Routing:
+    """Draw a token-choice routing, some of whose assignments do not exist."""
+    scores = torch.rand(num_tokens, num_experts)
+    experts = scores.argsort(-1)[:, :k].masked_fill(torch.rand(num_tokens, k) < missing, -1)
+    tokens = torch.arange(num_tokens).unsqueeze(1).expand(-1, k)
+    return Routing(tokens, experts, torch.rand(num_tokens, k), num_tokens, num_experts, pool=num_tokens * k)
+
+
+def listed(num_tokens: int, k: int, num_experts: int) -> Routing:
+    """Draw a list in any order, where a token may occur at an expert's rank many times."""
+    routing = choices(num_tokens, k, num_experts)
+    order = torch.randperm(num_tokens * k)
+    columns = (each.flatten()[order] for each in routing[:3])
+    return Routing(*columns, num_tokens, num_experts, pool=num_tokens * k)
+
+
+def wanted(routing: Routing, ranks: int) -> list[list[int]]:
+    """List the tokens that each rank needs, in order, without repetition."""
+    per_rank = routing.num_experts // ranks
+    pairs = list(zip(routing.token_indices.flatten().tolist(), routing.expert_indices.flatten().tolist(), strict=True))
+    return [sorted({t for t, e in pairs if e >= 0 and e // per_rank == rank}) for rank in range(ranks)]
+
+
+@shapes
+@pytest.mark.parametrize("draw", [choices, listed])
+def test_a_token_travels_once_to_each_rank_that_it_needs(draw, num_tokens, k, num_experts, ranks):
+    routing = draw(num_tokens, k, num_experts)
+    plan, needed = plan_exchange(routing, ranks), wanted(routing, ranks)
+    assert plan.sizes.tolist() == [len(tokens) for tokens in needed]
+    carried = [token for tokens in needed for token in tokens]
+    assert tokens_of_rows(plan, routing, len(carried)).tolist() == carried
+    per_rank = num_experts // ranks
+    starts = [sum(plan.sizes.tolist()[:rank]) for rank in range(ranks)]
+    seen: set[int] = set()
+    columns = (routing.token_indices, routing.expert_indices, plan.owners, plan.rows, plan.firsts)
+    for token, expert, owner, row, first in zip(*(each.flatten().tolist() for each in columns), strict=True):
+        if expert < 0:
+            assert (owner, row, first) == (-1, -1, False)
+            continue
+        assert owner == expert // per_rank
+        assert row == starts[owner] + needed[owner].index(token)
+        assert first == (row not in seen)
+        seen.add(row)
+    owners = plan.owners.tolist()
+    assert plan.counts.tolist() == [owners.count(rank) for rank in range(ranks)]
+
+
+@shapes
+def test_links_copy_what_travels_and_add_up_what_comes_back(num_tokens, k, num_experts, ranks):
+    routing = choices(num_tokens, k, num_experts)
+    plan, needed = plan_exchange(routing, ranks), wanted(routing, ranks)
+    links = exchange_links(plan, routing, int(plan.sizes.sum()))
+    x = torch.randn(num_tokens, 2)
+    rows = copy_rows(x, links)
+    carried = [token for tokens in needed for token in tokens]
+    assert torch.equal(rows, x[carried])
+    times = torch.tensor([sum(token in tokens for tokens in needed) for token in range(num_tokens)], dtype=x.dtype)
+    torch.testing.assert_close(sum_rows(rows, links), x * times.unsqueeze(1))
+    assert not links.padding.any()
+
+
+@shapes
+@pytest.mark.parametrize("draw", [choices, listed])
+@pytest.mark.parametrize(("rows", "assignments"), [(1, 1), (2, 3), (3, 2), (50, 50)])
+def test_limits_keep_what_comes_first(draw, num_tokens, k, num_experts, ranks, rows, assignments):
+    routing = draw(num_tokens, k, num_experts)
+    plan = plan_exchange(routing, ranks)
+    limited = limit_exchange(plan, rows=rows, assignments=assignments)
+    assert limited.sizes.tolist() == [rows] * ranks
+    assert limited.counts.tolist() == [assignments] * ranks
+    needed = [tokens[:rows] for tokens in wanted(routing, ranks)]
+    taken, kept = [0] * ranks, []
+    for token, owner in zip(routing.token_indices.flatten().tolist(), plan.owners.tolist(), strict=True):
+        stays = owner >= 0 and token in needed[owner] and taken[owner] < assignments
+        kept.append(owner * rows + needed[owner].index(token) if stays else -1)
+        taken[owner] += stays
+    assert limited.rows.tolist() == kept
+    carried = dict(zip(kept, routing.token_indices.flatten().tolist(), strict=True))
+    expected = [carried.get(row, -1) for row in range(ranks * rows)]
+    assert tokens_of_rows(limited, routing, ranks * rows).tolist() == expected
+    assert limited.owners.tolist() == [-1 if row < 0 else row // rows for row in kept]
+
+
+@shapes
+def test_choices_within_the_limits_travel_as_without(num_tokens, k, num_experts, ranks):
+    """With room for all, only padding is new."""
+    routing = choices(num_tokens, k, num_experts)
+    plan, room = plan_exchange(routing, ranks), num_tokens * max(k, 1)
+    limited = limit_exchange(plan, rows=num_tokens, assignments=room)
+    assert torch.equal(limited.firsts, plan.firsts)
+    assert torch.equal(limited.owners, plan.owners)
+    carried = tokens_of_rows(limited, routing, ranks * num_tokens).tolist()
+    for rank, tokens in enumerate(wanted(routing, ranks)):
+        block = carried[rank * num_tokens : (rank + 1) * num_tokens]
+        assert block == tokens + [-1] * (num_tokens - len(tokens))
+    links = exchange_links(limited, routing, ranks * num_tokens)
+    assert links.padding.tolist() == [token < 0 for token in carried]
+    assert (links.tokens >= 0).all()
+
+
+@shapes
+@pytest.mark.parametrize("limit", [None, 1, 2, 40])
+def test_assignments_are_ordered_by_rank(num_tokens, k, num_experts, ranks, limit):
+    routing = listed(num_tokens, k, num_experts)
+    plan = plan_exchange(routing, ranks)
+    if limit is not None:
+        plan = limit_exchange(plan, rows=num_tokens, assignments=limit)
+    order, owners = assignments_by_rank(plan, int(plan.counts.sum())).tolist(), plan.owners.tolist()
+    expected = []
+    for rank, count in enumerate(plan.counts.tolist()):
+        mine = [number for number, owner in enumerate(owners) if owner == rank]
+        expected += mine + [-1] * (count - len(mine))
+    assert order == expected
+
+
+@pytest.mark.parametrize(("experts", "ranks"), [(8, 3), (4, 8)])
+def test_experts_that_ranks_cannot_share_evenly_are_refused(experts, ranks):
+    message = (
+        f"{experts} experts cannot be spread over {ranks} ranks in equal blocks; expected a number of ranks that "
+        "divides the number of experts. Use a smaller group, or experts on several ranks each"
+    )
+    with pytest.raises(ValueError, match=message):
+        plan_exchange(choices(3, 1, experts), ranks)
