@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
+from moekit.parallel.layouts import experts_per_rank
 from moekit.types import DispatchPlan, ExpertLayer, Routing, SoftRouting
 
 
@@ -169,9 +170,8 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
     numbers = gather(_padded(torch.cat(columns, dim=1), length, value=-1), group=group)
     experts, *others = numbers.split(k, dim=1)
     weights = gather(_padded(routing.weights.reshape(-1, k), length), group=group)
-    per_rank = routing.num_experts // num_ranks if split_experts else routing.num_experts
+    per_rank = experts_per_rank(routing.num_experts, num_ranks) if split_experts else routing.num_experts
     if split_experts:
-        _check_blocks(routing.num_experts, num_ranks)
         experts = experts - group.rank() * per_rank
         experts = torch.where((experts >= 0) & (experts < per_rank), experts, -1)
         experts = torch.where(numbers[:, :k] < 0, -1, experts)
@@ -194,9 +194,7 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
 def _arrived_soft(routing: SoftRouting, group: ProcessGroup, split_experts: bool) -> SoftRouting:
     weights = [gather(each, group=group) for each in routing]  # (P * G, T/G, E, S)
     if split_experts:
-        num_experts = weights[0].shape[2]
-        _check_blocks(num_experts, group.size())
-        per_rank = num_experts // group.size()
+        per_rank = experts_per_rank(weights[0].shape[2], group.size())
         weights = [each.narrow(2, group.rank() * per_rank, per_rank) for each in weights]
     return SoftRouting(*weights)
 
@@ -220,11 +218,3 @@ def whole_if_possible(number: Fraction) -> int | Fraction:
 def _padded(x: Tensor, length: int, *, value: int = 0) -> Tensor:
     missing = length - x.shape[0]
     return F.pad(x, (0, 0, 0, missing), value=value) if missing else x
-
-
-def _check_blocks(num_experts: int, num_ranks: int) -> None:
-    if num_experts % num_ranks:
-        raise ValueError(
-            f"{num_experts} experts cannot be spread over {num_ranks} ranks in equal blocks; expected a number of "
-            "ranks that divides the number of experts. Use a smaller group, or tensor_parallel"
-        )

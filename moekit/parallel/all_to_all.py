@@ -214,8 +214,7 @@ def _travel(
     if routing.expert_indices.ndim == 2:
         links = exchange_links(plan, routing, sum(sizes.sent))
         rows = send(copy_rows(x, links))
-        weights = send(copy_rows(routing.weights, links))
-        arrived = arrived_choices(plan, routing, sizes, weights, send)
+        arrived = arrived_choices(plan, links, routing, sizes, send=send)
     else:
         tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
         rows = send(taken(x, tokens))

@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.parallel.collectives import exchange
-from moekit.parallel.exchange_plans import ExchangePlan, assignments_by_rank, tokens_of_rows
+from moekit.parallel.exchange_plans import ExchangePlan, assignments_by_rank
+from moekit.rows import Links, copy_rows
 from moekit.segments import exclusive_cumsum
 from moekit.types import Routing
 
@@ -31,15 +32,16 @@ class ExchangeSizes(NamedTuple):
 
 
 def arrived_choices(
-    plan: ExchangePlan, routing: Routing, sizes: ExchangeSizes, weights: Tensor, send: Callable[[Tensor], Tensor]
+    plan: ExchangePlan, links: Links, routing: Routing, sizes: ExchangeSizes, *, send: Callable[[Tensor], Tensor]
 ) -> Routing:
     """Make the (R, K) routing of the rows that arrive: choices of other ranks' experts do not exist here."""
-    num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], weights.device
+    num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], plan.owners.device
     per_rank = routing.num_experts // num_ranks
-    tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
+    weights = send(copy_rows(routing.weights, links))
+    tokens = torch.where(links.padding, -1, links.tokens)
     ranks = torch.arange(num_ranks, device=device)
     target = torch.repeat_interleave(ranks, plan.sizes, output_size=sum(sizes.sent))
-    owners = torch.where((tokens < 0).unsqueeze(1), -1, taken(plan.owners.view(-1, k), tokens))
+    owners = torch.where(links.padding.unsqueeze(1), -1, taken(plan.owners.view(-1, k), tokens))
     experts = taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
     numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
     if routing.positions is not None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.parallel.layouts import experts_per_rank
 from moekit.rows import Links
 from moekit.segments import exclusive_cumsum, rows_of_assignments, sort_by_expert, tokens_per_expert
 from moekit.types import Routing
@@ -53,13 +54,9 @@ def plan_exchange(routing: Routing, num_ranks: int) -> ExchangePlan:
         >>> plan.rows.tolist(), plan.sizes.tolist(), plan.counts.tolist()
         ([0, 0, 1, 1], [1, 1], [2, 2])
     """
-    if routing.num_experts % num_ranks:
-        raise ValueError(
-            f"{routing.num_experts} experts cannot be spread over {num_ranks} ranks in equal blocks; expected a number "
-            "of ranks that divides the number of experts. Use a smaller group, or experts on several ranks each"
-        )
+    per_rank = experts_per_rank(routing.num_experts, num_ranks)
     tokens = routing.token_indices.flatten()
-    owners = routing.expert_indices.flatten().div(routing.num_experts // num_ranks, rounding_mode="floor")
+    owners = routing.expert_indices.flatten().div(per_rank, rounding_mode="floor")
     end = num_ranks * routing.num_tokens
     keys, order = torch.where(owners < 0, end, owners * routing.num_tokens + tokens).sort(stable=True)
     exists = keys < end
@@ -93,9 +90,7 @@ def limit_exchange(plan: ExchangePlan, *, rows: int, assignments: int) -> Exchan
     owner = plan.owners.clamp_min(0)
     row = plan.rows - exclusive_cumsum(plan.sizes)[owner]
     kept = (plan.owners >= 0) & (row < rows)
-    order, counts = sort_by_expert(torch.where(kept, plan.owners, -1), num_ranks)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    kept &= places - exclusive_cumsum(counts)[owner] < assignments
+    kept &= _places_within(torch.where(kept, plan.owners, -1), num_ranks) < assignments
     return ExchangePlan(
         owners=torch.where(kept, plan.owners, -1),
         rows=torch.where(kept, owner * rows + row, -1),
@@ -147,9 +142,13 @@ def assignments_by_rank(plan: ExchangePlan, num_assignments: int) -> Tensor:
     Returns:
         (num_assignments,) int64 into the flattened routing; -1 for padding.
     """
-    num_ranks = plan.counts.shape[0]
-    order, sizes = sort_by_expert(plan.owners, num_ranks)
-    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
-    owner = plan.owners.clamp_min(0)
-    slots = places - exclusive_cumsum(sizes)[owner] + exclusive_cumsum(plan.counts)[owner]
+    places = _places_within(plan.owners, plan.counts.shape[0])
+    slots = places + exclusive_cumsum(plan.counts)[plan.owners.clamp_min(0)]
     return rows_of_assignments(torch.where(plan.owners < 0, -1, slots), num_assignments)
+
+
+def _places_within(owners: Tensor, num_ranks: int) -> Tensor:
+    """Number the assignments of each rank, (N,) from 0 in their order; undefined for those of none."""
+    order, sizes = sort_by_expert(owners, num_ranks)
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    return places - exclusive_cumsum(sizes)[owners.clamp_min(0)]

@@ -132,6 +132,31 @@ def replicated(world_size: int, num_experts: int) -> Layout:
     return Layout(num_experts, replicas=world_size)
 
 
+def experts_per_rank(num_experts: int, num_ranks: int) -> int:
+    """Divide experts into equal blocks.
+
+    Args:
+        num_experts: E.
+        num_ranks: P.
+
+    Returns:
+        E / P.
+
+    Raises:
+        ValueError: if P does not divide E.
+
+    Example:
+        >>> experts_per_rank(8, 4)
+        2
+    """
+    if num_experts % num_ranks:
+        raise ValueError(
+            f"{num_experts} experts cannot be spread over {num_ranks} ranks in equal blocks; expected a number "
+            "of ranks that divides the number of experts. Use a smaller group, or experts on several ranks each"
+        )
+    return num_experts // num_ranks
+
+
 def part_of(layout: Layout, rank: int) -> Part:
     """Say which part of the experts a rank owns.
 

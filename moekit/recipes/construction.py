@@ -60,8 +60,9 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
         torch.manual_seed(settings.run.seed + 1_000_003 * world.rank)
     if settings.run.grad_checkpointing:
         recompute_activations(model)
+    axes = hidden_axes(recipe.init, config.hidden_dim, None) if grid.layout.exchanges else {}
     for _, layer in moe_layers(model):
-        distribute_experts(layer.experts, grid, hidden_axes(recipe.init, config.hidden_dim, None))
+        distribute_experts(layer.experts, grid, axes)
         layer.recipe = spread_recipe(layer.recipe, grid, given, block=config.seq_len)
     _shard(model, given, grid)
     if settings.run.torchcompile:
@@ -90,9 +91,27 @@ def make_run_grid(settings: TrainSettings, world: World) -> Grid:
     given = settings.parallel
     per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
     layout = run_layout(settings, world.size, ranks_per_node=per_node)
+    shards = ranks_per_shard(given, world.size, ranks_per_node=per_node)
+    return make_grid(world, layout, ranks_per_shard=shards, returning=given.moe_exchange_chunks > 1)
+
+
+def ranks_per_shard(given: ParallelSettings, world_size: int, *, ranks_per_node: int) -> int:
+    """Say over how many neighbouring ranks parameters are sharded, where they are.
+
+    Args:
+        given: settings of the launch.
+        world_size: ranks.
+        ranks_per_node: ranks of a node.
+
+    Returns:
+        All ranks, or those of a node for hybrid sharding.
+
+    Example:
+        >>> ranks_per_shard(ParallelSettings(fsdp=True, fsdp_hybrid=True), 16, ranks_per_node=8)
+        8
+    """
     hybrid = given.fsdp_hybrid or given.fsdp_hybrid_o2
-    shard = min(per_node, world.size) if hybrid else None
-    return make_grid(world, layout, ranks_per_shard=shard, returning=given.moe_exchange_chunks > 1)
+    return min(ranks_per_node, world_size) if hybrid else world_size
 
 
 def run_layout(settings: TrainSettings, world_size: int, *, ranks_per_node: int) -> Layout:

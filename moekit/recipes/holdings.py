@@ -8,11 +8,11 @@ from torch import nn
 
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Layout, local, part_of, shard_axis, shards_of_experts
-from moekit.recipes.construction import run_layout
+from moekit.recipes.construction import ranks_per_shard, run_layout
 from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.precisions import parameter_dtype
-from moekit.recipes.settings import ParallelSettings, TrainSettings
+from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import make_config, make_recipe
 
 
@@ -64,12 +64,13 @@ def plan_holdings(
     experts = [p for _, p in named]
     inside = {id(p) for p in experts}
     dense = [p for p in model.parameters() if id(p) not in inside]
-    shards = _shards(given, world_size, ranks_per_node)
+    together = ranks_per_shard(given, world_size, ranks_per_node=ranks_per_node)
+    shards = together if given.fsdp else 1
     size = torch.empty((), dtype=parameter_dtype(settings.optimizer.precision)).element_size()
-    kept = sum(-(-p.shape[0] // shards) * (p.numel() // p.shape[0]) for p in dense) if dense else 0
-    rows = [_holding("all but experts", dense, kept, size, _words(shards, world_size // shards))]
+    kept = sum(_fullest(p, p.numel(), shard_axis(p.shape, shards) if p.ndim == 3 else 0, shards) for p in dense)
+    rows = [_holding("all but experts", dense, kept, size, _words([], shards, world_size // shards))]
     if experts:
-        cut = shards_of_experts(layout, shards if given.fsdp else world_size) if _shards_experts(given) else 1
+        cut = shards_of_experts(layout, together) if given.fsdp or given.moe_weight_parallelism else 1
         axes = _cut_axes(settings, layout)
         if any(shard_axis(p.shape, cut, taken=axes.get(name, ())) is None for name, p in named):
             cut = 1
@@ -160,24 +161,12 @@ def expert_words(layout: Layout, shards: int) -> str:
     """
     words = [f"{layout.expert_ranks} blocks of experts"] if layout.expert_ranks > 1 else []
     words += [f"{layout.hidden} slices of hidden"] if layout.hidden > 1 else []
-    words += [f"{shards} shards"] if shards > 1 else []
-    copies = layout.replicas // shards
+    return _words(words, shards, layout.replicas // shards)
+
+
+def _words(words: list[str], shards: int, copies: int) -> str:
+    words = [*words, *([f"{shards} shards"] if shards > 1 else [])]
     return " x ".join([*words, *([f"{copies} copies"] if copies > 1 else [])]) or "nothing"
-
-
-def _words(shards: int, copies: int) -> str:
-    words = [f"{shards} shards"] if shards > 1 else []
-    return " x ".join([*words, *([f"{copies} copies"] if copies > 1 else [])]) or "nothing"
-
-
-def _shards(given: ParallelSettings, world_size: int, ranks_per_node: int) -> int:
-    if not given.fsdp:
-        return 1
-    return min(ranks_per_node, world_size) if given.fsdp_hybrid or given.fsdp_hybrid_o2 else world_size
-
-
-def _shards_experts(given: ParallelSettings) -> bool:
-    return given.fsdp or given.moe_weight_parallelism
 
 
 def _cut_axes(settings: TrainSettings, layout: Layout) -> dict[str, tuple[int, ...]]:
@@ -191,10 +180,14 @@ def _cut_axes(settings: TrainSettings, layout: Layout) -> dict[str, tuple[int, .
 def _expert_elements(parameter: torch.Tensor, layout: Layout, shards: int, taken: tuple[int, ...]) -> int:
     """Count the elements of a parameter (E, ., .) that the fullest rank holds."""
     own = parameter.numel() // (layout.expert_ranks * layout.hidden)
-    axis = shard_axis(parameter.shape, shards, taken=taken)
+    return _fullest(parameter, own, shard_axis(parameter.shape, shards, taken=taken), shards)
+
+
+def _fullest(parameter: torch.Tensor, elements: int, axis: int | None, shards: int) -> int:
+    """Count the elements that the fullest rank keeps, of those that FSDP cuts along an axis."""
     assert axis is not None
     size = parameter.shape[axis]
-    return own // size * -(-size // shards)
+    return elements // size * -(-size // shards)
 
 
 def _holding(what: str, parameters: Sequence[torch.Tensor], kept: int, size: int, spread: str) -> Holding:

@@ -163,9 +163,8 @@ def train(settings: TrainSettings, console: Console, *, world: World | None = No
         console.print(f"stopped by {ended.by} after step {progress.step}; checkpoint {folder}", highlight=False)
         console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
         if under_torchrun():
-            raise SystemExit(
-                1
-            )  # 0 would say that the work is done, and agents on other machines would not go on with it
+            # 0 would say that the work is done, and agents on other machines would not go on with it
+            raise SystemExit(1)
         return run.folder
     finish(run, console, seconds=progress.seconds)
     return run.folder
