@@ -9,10 +9,10 @@ STAMP := $(VENV)/.installed
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
-test: setup check  ## environment, checks, then all tests
-	$(BIN)/python -m pytest $(FLAGS)
+test: setup check  ## environment, checks, then all tests, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(FLAGS)
 
-test-distributed: setup  ## all cases of the matrices over ranks, about ten minutes
+test-distributed: setup  ## all cases of the matrices over ranks, about twelve minutes
 	$(BIN)/python -m pytest tests/distributed tests/parallel --full --kills 20 $(FLAGS)
 
 setup: $(STAMP)  ## the environment

@@ -1,4 +1,4 @@
-"""What every test gets: no network, two threads, a fixed seed; and, on request, poisoned memory."""
+"""What every test gets: no network, one thread or two, a fixed seed; and, on request, poisoned memory."""
 
 import os
 from collections.abc import Iterator
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 
 @pytest.fixture(autouse=True)

