@@ -64,6 +64,23 @@ class SoftRouting(NamedTuple):
     combine_weights: Tensor
 
 
+class NoisyLogits(NamedTuple):
+    """Logits with noise in them, and what a loss over the noise needs.
+
+    Attributes:
+        logits: (T, E) float32, with noise: what the router decides by.
+        clean: (T, E) float32, without.
+        std: (T, E) float32, the standard deviation of the noise.
+    """
+
+    logits: Tensor
+    clean: Tensor
+    std: Tensor
+
+
+Logits = Tensor | NoisyLogits
+
+
 class Groups(NamedTuple):
     """Rows grouped by expert: expert e owns the next ``sizes[e]`` rows. Rows past ``sizes.sum()`` belong to nobody.
 
@@ -93,31 +110,72 @@ class LayerOutput(NamedTuple):
 
     Attributes:
         y: (..., D), the layer's output.
-        routing: the decision, over the flattened tokens.
+        routing: the decision, over the flattened tokens; of a soft layer, that of its slots.
         losses: name to scalar, not yet multiplied by any coefficient.
-        logits: (T, E) float32, the router's logits, which statistics need.
+        logits: what the gate returned, which statistics need: (T, E) float32, or such logits with noise.
     """
 
     y: Tensor
     routing: Routing | None = None
     losses: Mapping[str, Tensor] = {}
-    logits: Tensor | None = None
+    logits: Logits | None = None
 
 
 class Gate(Protocol):
     """The map from tokens to router logits."""
 
-    def __call__(self, x: Tensor, params: Tensor, /) -> Tensor:
-        """Map x (T, D) to logits (T, E), in float32 whatever the autocast dtype."""
+    def __call__(self, x: Tensor, params: Any, /) -> Logits:
+        """Map x (T, D) to logits (T, E), in float32 whatever the autocast dtype.
+
+        ``params`` is a tensor (D, E), or a NamedTuple of tensors.
+        """
         ...
 
 
 class Router(Protocol):
     """The decision which experts see which tokens."""
 
-    def __call__(self, logits: Tensor, /, *, bias: Tensor | None = None) -> Routing:
-        """Map logits (T, E) to a routing; ``bias`` (E,) shifts the selection, never the weights."""
+    def __call__(self, logits: Any, /, *, bias: Tensor | None = None) -> Routing | SoftRouting:
+        """Map logits (T, E) to a routing; ``bias`` (E,) shifts the selection, never the weights.
+
+        A router may need more, which it then takes by keyword: ``token_ids`` (T,), ``sequence_length``, or what its
+        state is called.
+        """
         ...
+
+
+class RouterState(NamedTuple):
+    """What a router remembers from one optimizer step to the next, as functions of a tensor that others keep.
+
+    Attributes:
+        name: what the tensor is called, in checkpoints too. ``bias`` reaches the router as its selection bias; any
+            other name reaches it if the recipe lists it in ``needs``.
+        init: (num_experts, device=) -> the tensor to begin with.
+        observe: (logits, routing, state, token_mask=) -> float64 numbers, (n,), which are added up over micro-batches
+            and ranks.
+        update: (state, sums) -> the new state, once per optimizer step; None for a state that stays.
+        scales: name of the loss whose coefficient the state is, if it is one.
+    """
+
+    name: str
+    init: Callable[..., Tensor]
+    observe: Callable[..., Tensor] | None = None
+    update: Callable[[Tensor, Tensor], Tensor] | None = None
+    scales: str = ""
+
+
+class SimpleExperts(NamedTuple):
+    """Experts that are no feed-forward networks, which the router knows by the numbers after E - 1.
+
+    Attributes:
+        number: how many.
+        apply: (x (T, D), routing over all experts, params, num_experts=E) -> (T, D), their weighted sum.
+        init: (dim, generator=, device=, dtype=) -> a NamedTuple of tensors, which may be empty.
+    """
+
+    number: int
+    apply: Callable[..., Tensor]
+    init: Callable[..., Any]
 
 
 class Loss(Protocol):
@@ -125,14 +183,19 @@ class Loss(Protocol):
 
     def __call__(
         self,
-        logits: Tensor,
+        logits: Any,
         routing: Routing,
         /,
         *,
         token_mask: Tensor | None = None,
         tokens_per_expert: Tensor | None = None,
+        sequence_length: int | None = None,
     ) -> Tensor:
-        """Map logits (T, E) and the routing to a scalar; ``token_mask`` (T,) bool is True for real tokens."""
+        """Map logits (T, E) and the routing to a scalar.
+
+        ``token_mask`` (T,) bool is True for real tokens; ``tokens_per_expert`` are counts of a larger batch;
+        ``sequence_length`` is how many consecutive tokens make a sequence.
+        """
         ...
 
 

@@ -138,7 +138,7 @@ def test_every_combination_equals_the_loops(router: str, dispatch: tuple[float, 
         layer = expert_layer(dispatcher=spoiled(dispatcher), experts=partial(experts, matmul=matmul))
         recipe = Recipe(linear_gate, case.route, layer)
         torch.default_generator.manual_seed(1)  # for the routers that draw
-        outputs[matmul.__name__] = moe_layer(x, MoEParams(gate, params), recipe, bias=case.bias)
+        outputs[matmul.__name__] = moe_layer(x, MoEParams(gate, params), recipe, state=case.bias)
 
     drawn = outputs["loop"].routing.expert_indices.tolist()
     assignments = reference.route(x @ gate, case.choose or (lambda z, t: drawn[t]), case.weigh)

@@ -116,7 +116,7 @@ def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
             f"{experts_per_token(recipe, _MANY_EXPERTS):g}{shared}",
             "yes" if recipe.causal else "no",
             capacity_words(recipe),
-            "\n".join([*losses, *(["selection bias"] if recipe.bias_rate else [])]),
+            "\n".join([*losses, *([recipe.state.name] if recipe.state else [])]),
         )
     return table
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless_plan
 from moekit.experts import init_gated
-from moekit.routing import mask_tokens
+from moekit.routing import init_linear_gate, mask_tokens
 from moekit.types import (
     Dispatcher,
     DispatchPlan,
@@ -21,7 +21,10 @@ from moekit.types import (
     LayerOutput,
     Loss,
     Router,
+    RouterState,
     Routing,
+    SimpleExperts,
+    SoftRouting,
 )
 
 
@@ -29,14 +32,18 @@ class MoEParams(NamedTuple):
     """The learnable tensors of one MoE layer.
 
     Attributes:
-        gate: (D, E), the router.
+        gate: what the gate takes: (D, E), or a NamedTuple of tensors.
         experts: a NamedTuple of (E, ., .) tensors.
         shared: the same for the shared experts, or None.
+        shared_gate: (D, 1), which weighs the shared experts token by token, or None.
+        simple: a NamedTuple of tensors for the simple experts, or None.
     """
 
-    gate: Tensor
+    gate: Any
     experts: Any
     shared: Any = None
+    shared_gate: Tensor | None = None
+    simple: Any = None
 
 
 class Recipe(NamedTuple):
@@ -44,7 +51,7 @@ class Recipe(NamedTuple):
 
     Attributes:
         gate: x, params -> logits.
-        route: logits -> Routing. It is called with ``bias=`` and, if it lists them in ``needs``, with more.
+        route: logits -> Routing or SoftRouting. It is called with ``bias=`` and with what ``needs`` lists.
         layer: the expert layer, from ``expert_layer`` or wrapped in a parallel strategy.
         losses: name to balancing loss. They are returned as they are; ``coefficients`` says how to add them up.
         coefficients: name of a loss to its weight in the total.
@@ -52,10 +59,12 @@ class Recipe(NamedTuple):
         plan: the plan that ``layer`` makes, for statistics of what it drops.
         shared: experts that see every token, with weight one; or None.
         num_shared: how many of them.
-        bias_rate: step of the selection bias per optimizer step; 0 means that there is no bias.
-        needs: what the router wants beside logits and bias, of {"token_ids"}.
+        shared_gated: whether a sigmoid of the token weighs them.
+        simple: experts that are no feed-forward networks; or None.
+        state: what the router remembers between optimizer steps; or None.
+        needs: what the router wants beside logits and bias, of {"token_ids", "sequence_length"} and the state's name.
         causal: whether a token's output is independent of later tokens.
-        gate_std: standard deviation of the gate's initial weights; None takes 1 / sqrt(D).
+        init_gate: (dim, num_experts, generator=, device=, dtype=) -> the gate's parameters.
     """
 
     gate: Gate
@@ -67,10 +76,12 @@ class Recipe(NamedTuple):
     plan: Callable[[Routing], DispatchPlan] = dropless_plan
     shared: Experts | None = None
     num_shared: int = 0
-    bias_rate: float = 0.0
+    shared_gated: bool = False
+    simple: SimpleExperts | None = None
+    state: RouterState | None = None
     needs: tuple[str, ...] = ()
     causal: bool = True
-    gate_std: float | None = None
+    init_gate: Callable[..., Any] = init_linear_gate
 
 
 def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
@@ -134,18 +145,18 @@ def moe_layer(
     recipe: Recipe,
     *,
     layer: ExpertLayer | None = None,
-    bias: Tensor | None = None,
+    state: Tensor | None = None,
     token_ids: Tensor | None = None,
     token_mask: Tensor | None = None,
 ) -> LayerOutput:
     """Apply an MoE layer: gate, route, experts, and the balancing losses.
 
     Args:
-        x: (..., D).
-        params: gate (D, E), expert and shared parameters.
+        x: (..., D). The axis before D is the sequence.
+        params: of gate, experts, shared and simple experts.
         recipe: the method.
         layer: to run in place of the recipe's own; it may have parameters of its own.
-        bias: (E,) selection bias, for routers that use one.
+        state: what the router remembers; without a ``recipe.state``, an (E,) selection bias.
         token_ids: (...) int64 vocabulary ids, for routers that list them in ``recipe.needs``.
         token_mask: (...) bool, True for real tokens. Others reach no routed expert, take no capacity and count in no
             loss.
@@ -165,18 +176,31 @@ def moe_layer(
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
     tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+    length = x.shape[-2] if x.ndim > 2 else tokens.shape[0]
     logits = recipe.gate(tokens, params.gate)  # (T, E)
-    routing = recipe.route(logits, bias=bias, **_extras(recipe.needs, token_ids=token_ids))
+    remembered = "bias" if recipe.state is None else recipe.state.name
+    given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, remembered: state}
+    routing = recipe.route(logits, bias=given.get("bias"), **_wanted(recipe.needs, given))
     if token_mask is not None:
         routing = mask_tokens(routing, token_mask)
-    y = (recipe.layer if layer is None else layer)(tokens, routing, params.experts)  # (T, D)
+    y, routing = _routed_experts(tokens, routing, params, recipe, layer)  # (T, D)
     if recipe.shared is not None:
-        y = y + shared_experts(tokens, params.shared, experts=recipe.shared)
-    losses = {name: loss(logits, routing, token_mask=token_mask) for name, loss in recipe.losses.items()}
+        y = y + shared_experts(tokens, params.shared, experts=recipe.shared, gate=params.shared_gate)
+    options: dict[str, Any] = {"token_mask": token_mask, "sequence_length": length}
+    losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
     return LayerOutput(y.reshape(x.shape), routing, losses, logits)
 
 
-def shared_experts(x: Tensor, params: Any, *, experts: Experts) -> Tensor:
+def _routed_experts(
+    x: Tensor, routing: Routing | SoftRouting, params: MoEParams, recipe: Recipe, layer: ExpertLayer | None
+) -> tuple[Tensor, Routing]:
+    """Return y (T, D), and the routing that statistics and losses are about."""
+    run = recipe.layer if layer is None else layer
+    assert isinstance(routing, Routing)
+    return run(x, routing, params.experts), routing
+
+
+def shared_experts(x: Tensor, params: Any, *, experts: Experts, gate: Tensor | None = None) -> Tensor:
     """Apply experts that see every token, and add up their outputs.
 
     S shared experts of width F are computed as one expert of width S * F, which is the same function.
@@ -185,6 +209,7 @@ def shared_experts(x: Tensor, params: Any, *, experts: Experts) -> Tensor:
         x: (T, D).
         params: a NamedTuple of (1, ., .) tensors.
         experts: the feed-forward network.
+        gate: (D, 1), to weigh the sum of each token by sigmoid(x W), as Qwen2's; None weighs nothing.
 
     Returns:
         (T, D).
@@ -197,15 +222,16 @@ def shared_experts(x: Tensor, params: Any, *, experts: Experts) -> Tensor:
     References:
         Dai et al., DeepSeekMoE, 2024, section 3.2, https://arxiv.org/abs/2401.06066
     """
-    return experts(x, _one_group(x), params)
+    y = experts(x, _one_group(x), params)
+    return y if gate is None else torch.sigmoid(x @ gate.to(x.dtype)) * y
 
 
-def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]) -> Tensor | float:
+def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float | Tensor]) -> Tensor | float:
     """Add losses up with their coefficients; a loss without a coefficient is only reported.
 
     Args:
         losses: name to scalar.
-        coefficients: name to weight.
+        coefficients: name to weight, a number or a scalar.
 
     Returns:
         Scalar; 0.0 if there is nothing to add.
@@ -225,8 +251,8 @@ def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float]
     return sum((weight * losses[name] for name, weight in coefficients.items()), 0.0)
 
 
-def _extras(needs: tuple[str, ...], **given: Tensor | None) -> dict[str, Tensor]:
-    extras = {}
+def _wanted(needs: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
+    wanted = {}
     for name in needs:
         value = given.get(name)
         if value is None:
@@ -234,8 +260,8 @@ def _extras(needs: tuple[str, ...], **given: Tensor | None) -> dict[str, Tensor]
                 f"this recipe's router needs {name!r}, which was not given; pass {name}= to the layer "
                 f"(known: {sorted(given)})."
             )
-        extras[name] = value
-    return extras
+        wanted[name] = value
+    return wanted
 
 
 def _one_group(x: Tensor) -> Groups:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from moekit.parallel import Part
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
-from moekit.routing import update_bias
+from moekit.routing import init_linear_gate
 from moekit.types import LayerOutput, Routing
 
 
@@ -27,11 +27,13 @@ class MoE(nn.Module):
         dtype: of the parameters.
 
     Attributes:
-        gate: (D, E) parameter.
+        gate: (D, E) parameter, or several by name.
         experts: module with the parameters of the routed experts, each (E, ., .).
         shared: parameters of the shared experts, if the recipe has any.
-        bias: (E,) float32 buffer, the selection bias, if the recipe has one. Its update is the trainer's job, once per
-            optimizer step: see ``update_selection_bias``.
+        shared_gate: (D, 1) parameter that weighs them, or None.
+        simple: parameters of the simple experts, if the recipe has any.
+        state: buffer that the router remembers, if the recipe has one, registered under its name. Its update is the
+            trainer's job, once per optimizer step: see ``update_state``.
 
     Raises:
         ValueError: if a size is not positive.
@@ -43,8 +45,6 @@ class MoE(nn.Module):
         >>> output.y.shape, output.routing.expert_indices.shape
         (torch.Size([2, 5, 16]), torch.Size([10, 2]))
     """
-
-    bias: Tensor | None
 
     def __init__(
         self,
@@ -63,47 +63,71 @@ class MoE(nn.Module):
             if size < 1:
                 raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
-        std = dim**-0.5 if recipe.gate_std is None else recipe.gate_std
-        gate = torch.empty(dim, num_experts, device=device, dtype=dtype).normal_(std=std, generator=generator)
+        choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
         self.recipe = recipe
-        self.num_experts = num_experts
-        self.gate = nn.Parameter(gate)
+        self.dim, self.num_experts = dim, num_experts
+        self.gate, self._gate_type = _held(recipe.init_gate(dim, choices, **options))
         self.experts = RoutedExperts(draw_experts(recipe.init, num_experts, dim, hidden, part=part, **options))
-        self.shared = nn.ParameterDict()
+        shared = gate = simple = None
         if recipe.shared is not None:
             shared = recipe.init(1, dim, hidden_size(recipe.init, dim, hidden) * recipe.num_shared, **options)
-            self.shared, self._shared_type = _parameters(shared), type(shared)
-        bias = torch.zeros(num_experts, device=device) if recipe.bias_rate else None
-        self.register_buffer("bias", bias)
+            gate = init_linear_gate(dim, 1, **options) if recipe.shared_gated else None
+        if recipe.simple is not None:
+            simple = recipe.simple.init(dim, **options)
+        self.shared, self._shared_type = _held(shared)
+        self.shared_gate = None if gate is None else nn.Parameter(gate)
+        self.simple, self._simple_type = _held(simple)
+        if recipe.state is not None:
+            self.register_buffer(recipe.state.name, recipe.state.init(choices, device=device))
+
+    @property
+    def state(self) -> Tensor | None:
+        """What the router remembers, or None."""
+        return None if self.recipe.state is None else getattr(self, self.recipe.state.name)
 
     def params(self) -> MoEParams:
         """Return the parameters as the NamedTuple that ``moe_layer`` takes."""
-        return MoEParams(self.gate, self.experts.params(), self._shared())
+        return self._params(self.experts.params())
 
-    def _shared(self) -> Any:
-        if self.recipe.shared is None:
-            return None
-        return self._shared_type(*(self.shared[name] for name in self._shared_type._fields))
+    def _params(self, experts: Any) -> MoEParams:
+        shared, simple = _taken(self.shared, self._shared_type), _taken(self.simple, self._simple_type)
+        return MoEParams(_taken(self.gate, self._gate_type), experts, shared, self.shared_gate, simple)
 
     def _routed(self, x: Tensor, routing: Routing, _: Any) -> Tensor:
         return self.experts(self.recipe.layer, x, routing)
 
     def forward(self, x: Tensor, *, token_ids: Tensor | None = None, token_mask: Tensor | None = None) -> LayerOutput:
         """Apply the layer; see ``moe_layer`` for arguments and result."""
-        params = MoEParams(self.gate, None, self._shared())
-        options = {"bias": self.bias, "token_ids": token_ids, "token_mask": token_mask}
-        return moe_layer(x, params, self.recipe, layer=self._routed, **options)
+        options = {"state": self.state, "token_ids": token_ids, "token_mask": token_mask}
+        return moe_layer(x, self._params(None), self.recipe, layer=self._routed, **options)
 
     @torch.no_grad()
-    def update_selection_bias(self, tokens_per_expert: Tensor) -> None:
-        """Move the selection bias one step, from counts (E,) over the whole optimizer step; nothing without a bias."""
-        if self.bias is not None:
-            self.bias.copy_(update_bias(self.bias, tokens_per_expert, rate=self.recipe.bias_rate))
+    def update_state(self, observed: Tensor) -> None:
+        """Let the router's state take its step, from what it observed, summed over a whole optimizer step.
+
+        Args:
+            observed: (n,), the sum of what ``recipe.state.observe`` returned.
+        """
+        if self.recipe.state is not None and self.recipe.state.update is not None:
+            state = self.state
+            assert state is not None
+            state.copy_(self.recipe.state.update(state, observed))
 
     def extra_repr(self) -> str:
         """Describe the sizes in ``print(moe)``."""
-        return f"dim={self.gate.shape[0]}, num_experts={self.num_experts}"
+        return f"dim={self.dim}, num_experts={self.num_experts}"
 
 
-def _parameters(tensors: Any) -> nn.ParameterDict:
-    return nn.ParameterDict({name: nn.Parameter(tensor) for name, tensor in tensors._asdict().items()})
+def _held(tensors: Any) -> tuple[Any, type | None]:
+    """Return the parameters of a NamedTuple, and its type; a tensor alone is one parameter, and None none."""
+    if tensors is None:
+        return nn.ParameterDict(), None
+    if isinstance(tensors, Tensor):
+        return nn.Parameter(tensors), Tensor
+    return nn.ParameterDict({name: nn.Parameter(each) for name, each in tensors._asdict().items()}), type(tensors)
+
+
+def _taken(held: Any, kind: type | None) -> Any:
+    if kind is None or kind is Tensor:
+        return held if kind is Tensor else None
+    return kind(*(held[name] for name in kind._fields))  # type: ignore[attr-defined]

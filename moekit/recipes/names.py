@@ -15,7 +15,7 @@ import torch
 from moekit.lm._lookup import look_up
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
-from moekit.types import Routing
+from moekit.types import Routing, SoftRouting
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "openlm": openlm,
@@ -120,15 +120,16 @@ def users_fault(name: str, error: Exception) -> str | None:
     return f"recipe {name!r}: {path} raised {_told(error, path)}. Mend the file"
 
 
-def experts_per_token(recipe: Recipe, num_experts: int) -> float:
+def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int | None = None) -> float:
     """Ask a recipe's router how many experts a token gets, the shared ones not counted.
 
     Args:
         recipe: the method.
         num_experts: E.
+        sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes E.
 
     Returns:
-        Assignments per token, at most.
+        Assignments per token, at most; for a soft router, slots per token.
 
     Raises:
         ValueError: if the router returns no routing.
@@ -137,17 +138,29 @@ def experts_per_token(recipe: Recipe, num_experts: int) -> float:
         >>> experts_per_token(mixtral(k=2), 8)
         2.0
     """
+    num_tokens = num_experts if sequence_length is None else sequence_length
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        logits = torch.zeros(num_experts, num_experts, device="cpu")
-        bias = torch.zeros(num_experts, device="cpu") if recipe.bias_rate else None
-        extras = {name: torch.zeros(num_experts, dtype=torch.int64, device="cpu") for name in recipe.needs}
-        routing = recipe.route(logits, bias=bias, **extras)
+        routing = _undecided(recipe, num_experts, num_tokens)
+    if isinstance(routing, SoftRouting):
+        pools, _, experts, slots = routing.dispatch_weights.shape
+        return pools * experts * slots / num_tokens
     if not isinstance(routing, Routing):
         raise ValueError(
             f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
             "router maps logits (T, E) to one"
         )
-    return routing.expert_indices.numel() / num_experts
+    return routing.expert_indices.numel() / num_tokens
+
+
+def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
+    """Route tokens of zeros."""
+    choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
+    logits = recipe.gate(torch.zeros(num_tokens, 8, device="cpu"), recipe.init_gate(8, choices, device="cpu"))
+    state = None if recipe.state is None else recipe.state.init(choices, device="cpu")
+    ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
+    known: dict[str, Any] = {"token_ids": ids, "sequence_length": num_tokens, "bias": None}
+    known |= {} if recipe.state is None else {recipe.state.name: state}
+    return recipe.route(logits, bias=known["bias"], **{name: known[name] for name in recipe.needs if name in known})
 
 
 def _maker(name: str) -> Callable[..., Recipe]:

@@ -5,7 +5,16 @@ from functools import partial
 from moekit.dispatch import by_choice, dropless, padded
 from moekit.experts import gelu_mlp, grouped, init_gated, init_mlp, relu_mlp, swiglu
 from moekit.recipes.layers import Recipe, expert_layer
-from moekit.routing import linear_gate, load_balance_loss, random_second, sigmoid, top_k, z_loss
+from moekit.routing import (
+    init_linear_gate,
+    linear_gate,
+    load_balance_loss,
+    random_second,
+    selection_bias,
+    sigmoid,
+    top_k,
+    z_loss,
+)
 from moekit.types import Dispatcher, Experts, GroupedMatmul, Routing
 
 
@@ -41,7 +50,7 @@ def openlm(*, k: int = 2, capacity_factor: float = 1.25, matmul: GroupedMatmul =
         losses={"load_balance": load_balance_loss},
         coefficients={"load_balance": 0.1},
         init=partial(init_mlp, std=0.02),
-        gate_std=0.02,
+        init_gate=partial(init_linear_gate, std=0.02),
     )
 
 
@@ -186,8 +195,8 @@ def deepseek_moe(
         Recipe.
 
     Example:
-        >>> deepseek_moe().bias_rate
-        0.001
+        >>> deepseek_moe().state.name
+        'bias'
 
     References:
         Dai et al., DeepSeekMoE, 2024, https://arxiv.org/abs/2401.06066
@@ -200,7 +209,10 @@ def deepseek_moe(
         experts,
         losses={"load_balance": partial(load_balance_loss, score=sigmoid)},
         coefficients={"load_balance": 0.0001},
-    )._replace(shared=experts if num_shared else None, num_shared=num_shared, bias_rate=bias_rate)
+        shared=experts if num_shared else None,
+        num_shared=num_shared,
+        state=selection_bias(rate=bias_rate) if bias_rate else None,
+    )
 
 
 def gshard_route(logits, *, bias=None) -> Routing:  # type: ignore[no-untyped-def]

@@ -9,7 +9,7 @@ from moekit.lm.displays import LayerLoad
 from moekit.lm.model import LanguageModel
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe
-from moekit.routing import routing_stats
+from moekit.routing import clean, routing_stats
 from moekit.segments import tokens_per_expert
 from moekit.types import LayerOutput, Routing
 
@@ -51,7 +51,7 @@ def routing_sums(output: LayerOutput, recipe: Recipe, *, token_mask: Tensor | No
     assert output.logits is not None
     stats = routing_stats(output.logits, output.routing, recipe.plan(output.routing), token_mask=token_mask)
     counts = stats.tokens_per_expert.double()
-    tokens = torch.full_like(counts[0], output.logits.shape[0]) if token_mask is None else token_mask.sum().double()
+    tokens = torch.full_like(counts[0], clean(output.logits).shape[0]) if token_mask is None else token_mask.sum().double()
     extra = torch.stack([stats.drop_rate.double() * counts.sum(), stats.entropy.double() * tokens, tokens])
     return torch.cat([counts, extra])
 

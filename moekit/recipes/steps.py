@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from moekit.lm.model import LanguageModel
 from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
-from moekit.recipes.layers import weighted_sum
+from moekit.recipes.layers import Recipe, weighted_sum
 from moekit.recipes.modules import MoE
 from moekit.recipes.routing_sums import choice_counts, routing_sums
 from moekit.types import LayerOutput
@@ -41,6 +41,7 @@ class StepLoss(NamedTuple):
         z: mean squared log-sum-exp of the output logits.
         logit_mean: mean of the output logits.
         routing: (MoE layers, E + 3) float64, see ``moekit.recipes.routing_sums``.
+        observed: for each MoE layer what its router's state observed, summed; nothing for a layer without.
         backward_time: seconds that the backwards took on this rank's clock, which waits for no GPU.
     """
 
@@ -50,6 +51,7 @@ class StepLoss(NamedTuple):
     z: Tensor
     logit_mean: Tensor
     routing: Tensor
+    observed: tuple[Tensor, ...]
     backward_time: float
 
 
@@ -150,7 +152,7 @@ def take_gradient(
     rules, world = rules or LossRules(), world or one_process()
     tokens = Tokens(*map(sum, zip(*map(count_tokens, batches), strict=True))) if tokens is None else tokens
     layers = [layer for _, layer in moe_layers(model)]
-    weighs = rules.whole_step and any(any(layer.recipe.coefficients.values()) for layer in layers)
+    weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
     sums, backward_time = [], 0.0
     for number, ids in enumerate(batches, start=1):
@@ -164,19 +166,21 @@ def take_gradient(
                 counts = all_sum(world, torch.stack([choice_counts(each.routing) for each in outputs]))
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
-            weighted, balancing = _balancing(layers, outputs, counts, token_mask=token_mask)
+            options = {"token_mask": token_mask, "sequence_length": inputs.shape[1]}
+            weighted, balancing = _balancing(layers, outputs, counts, options)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
         asked = time.perf_counter()
         rules.scale(total).backward()
         backward_time += time.perf_counter() - asked
         routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
+        observed = [_observed(each, layer, token_mask) for each, layer in zip(outputs, layers, strict=True)]
         numbers = [total, *terms, *(share * balancing[name] for name in sorted(balancing))]
-        sums.append(torch.cat([torch.stack([each.detach().double() for each in numbers]), *routing]))
+        sums.append(torch.cat([torch.stack([each.detach().double() for each in numbers]), *routing, *observed]))
     flat = all_sum(world, torch.stack(sums).sum(0))
-    names, width = sorted(balancing), len(numbers)
-    total, cross_entropy, z, logit_mean, *means = flat[:width].unbind()
-    balancing, routed = dict(zip(names, means, strict=True)), _rows(flat[width:], len(layers))
-    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routed, backward_time)
+    pieces = flat.split([len(numbers), sum(map(len, routing)), *map(len, observed)])
+    total, cross_entropy, z, logit_mean, *means = pieces[0].unbind()
+    balancing, routed = dict(zip(sorted(balancing), means, strict=True)), _rows(pieces[1], len(layers))
+    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routed, pieces[2:], backward_time)
 
 
 def learning_rate(
@@ -208,15 +212,15 @@ def learning_rate(
     return max(end + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * (peak - end), least)
 
 
-def update_selection_biases(model: LanguageModel, routing: Tensor) -> None:
-    """Move every selection bias one step toward balance, from the loads of this optimizer step over all ranks.
+def update_router_states(model: LanguageModel, observed: Sequence[Tensor]) -> None:
+    """Let the state of every router take its step, from what was observed in this optimizer step over all ranks.
 
     Args:
-        model: whose MoE layers hold the biases; layers without one are left alone.
-        routing: (MoE layers, E + 3), of ``StepLoss``.
+        model: whose MoE layers hold the states; layers without one are left alone.
+        observed: one tensor per MoE layer, of ``StepLoss``.
     """
-    for (_, layer), row in zip(moe_layers(model), routing, strict=True):
-        layer.update_selection_bias(row[: layer.num_experts])
+    for (_, layer), sums in zip(moe_layers(model), observed, strict=True):
+        layer.update_state(sums)
 
 
 def _output_terms(logits: Tensor, targets: Tensor, tokens: Tokens, rules: LossRules) -> tuple[Tensor, Tensor, Tensor]:
@@ -236,7 +240,7 @@ def _share(mask: Tensor, tokens: Tokens, masked: bool, *, dtype: torch.dtype) ->
 
 
 def _balancing(
-    layers: Sequence[MoE], outputs: Sequence[LayerOutput], counts: Tensor | None, *, token_mask: Tensor | None
+    layers: Sequence[MoE], outputs: Sequence[LayerOutput], counts: Tensor | None, options: Mapping[str, Any]
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """Return the mean over layers of the weighted losses, and of each loss by name, over this micro-batch's tokens."""
     by_layer = []
@@ -245,15 +249,27 @@ def _balancing(
         if counts is not None:
             assert output.logits is not None
             assert output.routing is not None
-            options = {"token_mask": token_mask, "tokens_per_expert": counts[number]}
             losses = {
-                name: loss(output.logits, output.routing, **options) for name, loss in layer.recipe.losses.items()
+                name: loss(output.logits, output.routing, tokens_per_expert=counts[number], **options)
+                for name, loss in layer.recipe.losses.items()
             }
         by_layer.append(losses)
-    weighted = [weighted_sum(losses, layer.recipe.coefficients) for losses, layer in zip(by_layer, layers, strict=True)]
+    weighted = [weighted_sum(losses, _coefficients(layer)) for losses, layer in zip(by_layer, layers, strict=True)]
     names = sorted({name for losses in by_layer for name in losses})
     means = {name: torch.stack([losses[name] for losses in by_layer if name in losses]).mean() for name in names}
     return sum(weighted) / max(len(layers), 1), means
+
+
+def _weighs_losses(recipe: Recipe) -> bool:
+    return any(recipe.coefficients.values()) or (recipe.state is not None and bool(recipe.state.scales))
+
+
+def _coefficients(layer: MoE) -> Mapping[str, float | Tensor]:
+    """Return the recipe's coefficients, and the one that is the router's state."""
+    recipe, state = layer.recipe, layer.state
+    if recipe.state is None or not recipe.state.scales or state is None:
+        return recipe.coefficients
+    return {**recipe.coefficients, recipe.state.scales: state}
 
 
 def _count_ahead(
@@ -283,6 +299,14 @@ def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statist
         return routing_sums(output, layer.recipe, token_mask=token_mask)
     counts = choice_counts(output.routing).sum(0).double()
     return F.pad(counts, (0, 3))
+
+
+@torch.no_grad()
+def _observed(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Tensor:
+    state = layer.recipe.state
+    if state is None or state.observe is None:
+        return torch.zeros(0, dtype=torch.float64, device=output.y.device)
+    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)
 
 
 def _rows(flat: Tensor, num_layers: int) -> Tensor:

@@ -20,7 +20,7 @@ from moekit.recipes.steps import (
     count_tokens,
     learning_rate,
     take_gradient,
-    update_selection_biases,
+    update_router_states,
 )
 
 
@@ -111,7 +111,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     run.scaler.update()
     taken = finite and run.scaler.get_scale() >= scale  # a scaler that left the step out lowers its scale
     if taken:
-        update_selection_biases(run.model, loss.routing)
+        update_router_states(run.model, loss.observed)
     seconds = {
         "forward_time": computed - started - loss.backward_time,
         "backward_time": loss.backward_time,

@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moekit.types import Logits, NoisyLogits
+
 
 def linear_gate(x: Tensor, w: Tensor) -> Tensor:
     """Score every expert for every token, z = x W, in float32 even inside autocast.
@@ -38,3 +40,43 @@ def linear_gate(x: Tensor, w: Tensor) -> Tensor:
     dtype = torch.promote_types(x.dtype, torch.float32)
     with torch.autocast(x.device.type, enabled=False):
         return x.to(dtype) @ w.to(dtype)
+
+
+def init_linear_gate(
+    dim: int,
+    num_experts: int,
+    *,
+    std: float | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Draw the weights of a linear gate from a normal distribution.
+
+    Args:
+        dim: D.
+        num_experts: E.
+        std: standard deviation; None takes 1 / sqrt(D).
+        generator: of the draw; None takes torch's global one.
+        device: as in torch.empty.
+        dtype: as in torch.empty.
+
+    Returns:
+        (D, E).
+
+    Example:
+        >>> init_linear_gate(16, 4).shape
+        torch.Size([16, 4])
+    """
+    w = torch.empty(dim, num_experts, device=device, dtype=dtype)
+    return w.normal_(std=dim**-0.5 if std is None else std, generator=generator)
+
+
+def noisy(logits: Logits) -> Tensor:
+    """Return the logits that a router decides by, (T, E), from a gate with or without noise."""
+    return logits.logits if isinstance(logits, NoisyLogits) else logits
+
+
+def clean(logits: Logits) -> Tensor:
+    """Return the logits without noise, (T, E), from a gate with or without noise."""
+    return logits.clean if isinstance(logits, NoisyLogits) else logits

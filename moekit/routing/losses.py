@@ -14,6 +14,7 @@ def load_balance_loss(
     *,
     token_mask: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
+    sequence_length: int | None = None,
     score: Score = softmax,
     choices: int | None = None,
 ) -> Tensor:
@@ -32,6 +33,7 @@ def load_balance_loss(
         tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
             ranks (the global-batch loss of Qiu et al.): (E,), or (K, E) by choice, of which ``choices`` takes the
             first.
+        sequence_length: not used.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.
 
@@ -70,6 +72,7 @@ def z_loss(
     *,
     token_mask: Tensor | None = None,
     tokens_per_expert: Tensor | None = None,
+    sequence_length: int | None = None,
 ) -> Tensor:
     """Compute the router z-loss, the mean of (logsumexp_e z)^2: it keeps logits small. (ln E)^2 at zero logits.
 
@@ -80,6 +83,7 @@ def z_loss(
         routing: not used; here so that every loss has one signature.
         token_mask: (T,) bool, True for real tokens.
         tokens_per_expert: not used.
+        sequence_length: not used.
 
     Returns:
         Scalar float32.

@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.routing.gates import clean
 from moekit.segments import tokens_per_expert
-from moekit.types import DispatchPlan, Routing
+from moekit.types import DispatchPlan, Logits, Routing
 
 
 class RoutingStats(NamedTuple):
@@ -34,14 +35,14 @@ class RoutingStats(NamedTuple):
 
 
 def routing_stats(
-    logits: Tensor, routing: Routing, plan: DispatchPlan, *, token_mask: Tensor | None = None
+    logits: Logits, routing: Routing, plan: DispatchPlan, *, token_mask: Tensor | None = None
 ) -> RoutingStats:
     """Describe one routing: load, imbalance, entropy, dead experts, and what was dropped.
 
     No gradient. No host synchronisation: the caller decides when to read the numbers.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, or such logits with noise, which the entropy leaves out.
         routing: the decision, padding tokens already taken out (``mask_tokens``).
         plan: the plan that the layer made of it, whose missing assignments are the dropped ones.
         token_mask: (T,) bool, True for real tokens; the entropy averages over those.
@@ -70,7 +71,7 @@ def routing_stats(
             tokens_per_expert=counts,
             load=load,
             max_violation=torch.where(counts.sum() > 0, load.max() * routing.num_experts - 1, 0.0),
-            entropy=_token_entropy(logits, token_mask),
+            entropy=_token_entropy(clean(logits), token_mask),
             load_entropy=torch.special.entr(load).sum(),
             dead_experts=(counts == 0).sum(),
             drop_rate=drop_rate,

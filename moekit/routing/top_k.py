@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.types import Routing
@@ -20,6 +21,12 @@ def softmax(logits: Tensor) -> Tensor:
 def sigmoid(logits: Tensor) -> Tensor:
     """Turn logits (T, E) into independent scores (T, E) in (0, 1)."""
     return torch.sigmoid(logits)
+
+
+def sqrt_softplus(logits: Tensor) -> Tensor:
+    """Turn logits (T, E) into independent positive scores (T, E), sqrt(log(1 + exp z)), as DeepSeek-V4's router."""
+    # softplus underflows to 0 far below zero, where the gradient of the root would be infinite
+    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
 
 
 def top_k(
@@ -65,7 +72,7 @@ def top_k(
     """
     check_choice(logits, k, name="top_k")
     scores = score(logits)
-    expert_indices = torch.topk(_shifted(scores, bias), k, dim=-1).indices
+    expert_indices = torch.topk(shifted(scores, bias), k, dim=-1).indices
     return token_choice(expert_indices, weights_at(scores, expert_indices, normalize=normalize, scale=scale), logits)
 
 
@@ -95,7 +102,7 @@ def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> R
         Jiang et al., Mixtral of Experts, 2024, section 2.1, https://arxiv.org/abs/2401.04088
     """
     check_choice(logits, k, name="softmax_of_top_k")
-    expert_indices = torch.topk(_shifted(logits, bias), k, dim=-1).indices
+    expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
     return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
 
 
@@ -163,7 +170,8 @@ def check_choice(logits: Tensor, k: int, *, name: str) -> None:
         )
 
 
-def _shifted(scores: Tensor, bias: Tensor | None) -> Tensor:
+def shifted(scores: Tensor, bias: Tensor | None) -> Tensor:
+    """Return scores (T, E) moved by a selection bias (E,), or as they are; a ValueError if the shapes do not fit."""
     if bias is None:
         return scores
     if bias.shape != scores.shape[-1:]:

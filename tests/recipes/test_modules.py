@@ -22,7 +22,7 @@ def test_module_is_the_function_with_its_parameters(recipe) -> None:
     torch.manual_seed(1)
     output = moe(x)
     torch.manual_seed(1)
-    expected = moe_layer(x, moe.params(), recipe, bias=moe.bias)
+    expected = moe_layer(x, moe.params(), recipe, state=moe.state)
     assert torch.equal(output.y, expected.y)
     assert output.losses == expected.losses
 
@@ -40,7 +40,7 @@ def test_every_parameter_gets_a_gradient(recipe) -> None:
 @every_recipe
 def test_state_dict_round_trip(recipe) -> None:
     source, target = MoE(D, E, recipe, hidden=8), MoE(D, E, recipe, hidden=8)
-    source.update_selection_bias(torch.tensor([5, 1, 0, 2]))
+    source.update_state(torch.tensor([5, 1, 0, 2]))
     x = torch.randn(6, D)
     target.load_state_dict(source.state_dict())
     torch.manual_seed(1)
@@ -99,10 +99,10 @@ def test_dtype_and_device() -> None:
 
 def test_bias_moves_against_the_load_and_steers_the_choice() -> None:
     moe = MoE(D, E, deepseek_moe(k=1, bias_rate=0.5), hidden=8)
-    moe.update_selection_bias(torch.tensor([9, 3, 0, 0]))
+    moe.update_state(torch.tensor([9, 3, 0, 0]))
     torch.testing.assert_close(moe.bias, torch.tensor([-0.5, 0.0, 0.5, 0.5]) * 1.0)
     for _ in range(20):
-        moe.update_selection_bias(torch.tensor([9, 9, 9, 0]))
+        moe.update_state(torch.tensor([9, 9, 9, 0]))
     output = moe(torch.randn(10, D))
     assert tokens_per_expert(output.routing.expert_indices, E).tolist() == [0, 0, 0, 10]
     assert not moe.bias.requires_grad
@@ -110,8 +110,8 @@ def test_bias_moves_against_the_load_and_steers_the_choice() -> None:
 
 def test_a_recipe_without_bias_ignores_the_update() -> None:
     moe = MoE(D, E, mixtral(), hidden=8)
-    moe.update_selection_bias(torch.tensor([9, 3, 0, 0]))
-    assert moe.bias is None
+    moe.update_state(torch.tensor([9, 3, 0, 0]))
+    assert moe.state is None
 
 
 def test_a_stage_can_be_swapped_on_a_built_module() -> None:

@@ -184,4 +184,4 @@ def test_a_found_recipe_runs():
     recipe = find_recipe("deepseek_moe")
     moe = MoE(8, 4, recipe, hidden=8)
     x = torch.randn(5, 8)
-    assert torch.equal(moe(x).y, moe_layer(x, moe.params(), recipe, bias=moe.bias).y)
+    assert torch.equal(moe(x).y, moe_layer(x, moe.params(), recipe, state=moe.state).y)

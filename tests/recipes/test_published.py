@@ -106,7 +106,7 @@ def build(recipe: Recipe, *, scale: float = 1.0) -> MoE:
         torch.nn.init.normal_(parameter, std=parameter.shape[-2] ** -0.5)
     with torch.no_grad():
         moe.gate *= scale
-    if moe.bias is not None:
+    if moe.state is not None:
         moe.bias = 0.2 * torch.randn(E, dtype=torch.float64)
     return moe
 
@@ -115,7 +115,7 @@ def by_the_formulas(method: Method, moe: MoE, x: Tensor, drawn: list[list[int]])
     logits = x @ moe.gate
 
     def choose(z: Tensor, t: int) -> list[int]:
-        best = reference.best(method.scores(z.detach(), moe.bias), method.k)
+        best = reference.best(method.scores(z.detach(), moe.state), method.k)
         assert all(got in (want, -1) for got, want in zip(drawn[t], best, strict=True))  # -1: GShard's dice
         return drawn[t]
 
@@ -228,7 +228,7 @@ def test_balancing_loss_is_one_at_perfect_balance(method: Method) -> None:
     moe = build(method.recipe)
     with torch.no_grad():
         moe.gate.zero_()
-    if moe.bias is not None:
+    if moe.state is not None:
         moe.bias.zero_()
     # Equal scores: P is 1/E, so that f, whatever it is, gives one.
     assert moe(torch.randn(T, D, dtype=torch.float64)).losses["load_balance"].item() == pytest.approx(1)
@@ -254,4 +254,5 @@ def test_routing_settings_reach_the_router() -> None:
             assert build(make(k=k))(x).routing.expert_indices.shape == (T, k)
     doubled = deepseek_moe(k=2, scale=5.0)
     torch.testing.assert_close(build(doubled)(x).routing.weights.sum(-1), torch.full((T,), 5.0, dtype=torch.float64))
-    assert deepseek_moe(bias_rate=0.25).bias_rate == 0.25
+    assert deepseek_moe(bias_rate=0.25).state.update.keywords == {"rate": 0.25}
+    assert deepseek_moe(bias_rate=0.0).state is None

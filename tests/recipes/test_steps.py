@@ -16,7 +16,7 @@ from moekit.recipes.steps import (
     learning_rate,
     split_ids,
     take_gradient,
-    update_selection_biases,
+    update_router_states,
 )
 from moekit.segments import tokens_per_expert
 
@@ -221,7 +221,7 @@ def test_gradients_are_added_to_those_that_are_there(batch):
 def test_the_number_of_micro_batches_changes_no_gradient_in_float64(name, padded, ragged):
     model = make(enlarge(RECIPES[name]), freq=FREQ[name]).double()
     for _, layer in moe_layers(model):
-        if layer.bias is not None:
+        if layer.state is not None:
             layer.bias.copy_(torch.tensor([0.2, -0.1, 0.0, -0.1]))
     ids = ragged if padded else torch.randint(512, (8, 17))
     rules = LossRules(z_coefficient=0.3, logit_mean=True)
@@ -479,21 +479,21 @@ def test_the_selection_bias_moves_against_the_load_of_the_step():
     ids = torch.randint(512, (4, 17))
     loss = take_gradient(model, ids.chunk(2))
     layers = model(ids[:, :-1]).layers
-    update_selection_biases(model, loss.routing)
+    update_router_states(model, loss.observed)
     for index, layer in moe_layers(model):
         counts = tokens_per_expert(layers[index].routing.expert_indices, 4).float()
         assert counts.sum() == 4 * 16 * 2
         expected = 0.25 * torch.sign(counts.mean() - counts)
         assert torch.equal(layer.bias, expected)
         assert expected.abs().sum() > 0
-    update_selection_biases(model, loss.routing)
+    update_router_states(model, loss.observed)
     assert torch.equal(layer.bias, 2 * expected)
 
 
-def test_layers_without_a_bias_are_left_alone(batch):
+def test_layers_without_a_state_are_left_alone(batch):
     model = make(mixtral())
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    update_selection_biases(model, take_gradient(model, [batch]).routing)
+    update_router_states(model, take_gradient(model, [batch]).observed)
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
