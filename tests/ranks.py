@@ -1,4 +1,4 @@
-"""Run a function on several gloo ranks, each a process of its own, forked from a server that imports torch once."""
+"""Run a function on several ranks, each a process of its own, forked from a server that imports torch once."""
 
 import importlib
 import multiprocessing
@@ -17,7 +17,7 @@ import torch.distributed as dist
 PRELOADED = ["pytest", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "moekit", "moekit.recipes.steps"]
 
 
-def run_ranks(function: str, num_ranks: int, *arguments: Any, limit: float = 60.0) -> list[Any]:
+def run_ranks(function: str, num_ranks: int, *arguments: Any, limit: float = 60.0, device: str = "cpu") -> list[Any]:
     """Call ``module:function``(world, *arguments) on every rank, and return what they return, in rank order.
 
     Args:
@@ -25,6 +25,7 @@ def run_ranks(function: str, num_ranks: int, *arguments: Any, limit: float = 60.
         num_ranks: processes.
         arguments: handed on; they must pickle.
         limit: seconds after which all ranks are killed.
+        device: cpu, over gloo; or cuda, a GPU for each rank, over NCCL.
 
     Raises:
         AssertionError: with the traceback of the first rank that failed, or if they take too long.
@@ -34,7 +35,9 @@ def run_ranks(function: str, num_ranks: int, *arguments: Any, limit: float = 60.
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(num_ranks)]
         processes = [
-            context.Process(target=_rank, args=(function, rank, num_ranks, folder, writer, arguments), daemon=True)
+            context.Process(
+                target=_rank, args=(function, rank, num_ranks, folder, writer, arguments, device), daemon=True
+            )
             for rank, (_, writer) in enumerate(pipes)
         ]
         for process, (_, writer) in zip(processes, pipes, strict=True):
@@ -63,7 +66,9 @@ def _collect(readers: list[Any], limit: float) -> list[Any]:
     return [results[rank] for rank in range(len(readers))]
 
 
-def _rank(function: str, rank: int, size: int, folder: str, writer: Any, arguments: tuple[Any, ...]) -> None:
+def _rank(
+    function: str, rank: int, size: int, folder: str, writer: Any, arguments: tuple[Any, ...], device: str
+) -> None:
     from moekit.parallel import World
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
@@ -71,12 +76,14 @@ def _rank(function: str, rank: int, size: int, folder: str, writer: Any, argumen
     torch.set_num_threads(1)
     warnings.simplefilter("error")
     store = dist.FileStore(f"{folder}/store", size)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    own = torch.device("cpu") if device == "cpu" else torch.device(device, rank)
+    if device == "cuda":
+        torch.cuda.set_device(own)
+    backend = "gloo" if device == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     try:
         module, name = function.split(":")
-        result = getattr(importlib.import_module(module), name)(
-            World(rank, size, torch.device("cpu"), size), *arguments
-        )
+        result = getattr(importlib.import_module(module), name)(World(rank, size, own, size), *arguments)
         dist.barrier()
         writer.send((True, result))
     except BaseException:

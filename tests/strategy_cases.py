@@ -1,5 +1,6 @@
 """One MoE layer under every parallel strategy against one process that holds all tokens: what the ranks run."""
 
+import itertools
 import math
 import warnings
 from collections.abc import Callable
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch import by_choice, by_position, by_weight, dropless, padded
-from moekit.experts import grouped, init_gated, swiglu
+from moekit.experts import grouped, init_gated, loop, swiglu
 from moekit.parallel import (
     Grid,
     Layout,
@@ -37,6 +38,9 @@ from moekit.routing import linear_gate, top_k
 from moekit.types import ExpertLayer, Routing, SoftRouting
 
 E, D, F = 8, 6, 8
+STRATEGIES = ("all_to_all", "all_gather", "tensor_parallel", "ep_tp", "hierarchical", "static")
+DTYPES = (torch.float64, torch.float32)
+SEEDS = (1, 2, 3)
 PRIORITIES = {"position": by_position, "choice": by_choice, "weight": by_weight}
 
 
@@ -51,6 +55,24 @@ class Case(NamedTuple):
     dtype: torch.dtype = torch.float64
     seed: int = 0
     tokens: tuple[int, ...] = ()
+    loops: bool = False  # the grouped product of CUDA takes no float64 and no odd widths
+
+
+def matrix(ranks: int, *, full: bool) -> list[Case]:
+    """List the cases of a number of ranks: strategies x {dropless, capacity} x {token choice, expert choice}."""
+    cases = [
+        Case(strategy, capacity, choice)
+        for strategy, capacity, choice in itertools.product(STRATEGIES, (0.0, 0.6), ("token", "expert"))
+    ]
+    cases += [Case("static_tight", capacity, choice) for capacity in (0.0, 0.8) for choice in ("token", "expert")]
+    cases += [Case("chunked"), Case("chunked", k=1), Case("all_to_all", k=8), Case("all_to_all", 0.3, k=1)]
+    cases += [Case("all_to_all", 0.6, priority=priority) for priority in ("choice", "weight")]
+    cases += [Case("hierarchical", 0.6, priority=priority) for priority in ("choice", "weight")]
+    if ranks >= 4:
+        cases += [Case("replicas"), Case("replicas", choice="expert")]
+    if full:
+        cases = [case._replace(dtype=dtype, seed=seed) for case in cases for dtype in DTYPES for seed in SEEDS]
+    return cases
 
 
 def layout_of(strategy: str, ranks: int) -> Layout:
@@ -93,7 +115,7 @@ def expert_choice(logits: Tensor, *, k: int, sizes: tuple[int, ...], pooled: boo
         scores = logits[first : first + size].softmax(-1)
         taken, chosen = scores.T.topk(math.ceil(size * k / E), dim=-1)  # (E, C)
         tokens.append(first + chosen)
-        experts.append(torch.arange(E).unsqueeze(1).expand_as(chosen))
+        experts.append(torch.arange(E, device=logits.device).unsqueeze(1).expand_as(chosen))
         weights.append(taken)
         first += size
     columns = [torch.cat([each.flatten() for each in column]) for column in (tokens, experts, weights)]
@@ -127,7 +149,7 @@ def left_behind(routing: Routing, sizes: tuple[int, ...], ranks: int, factor: fl
         stays = token in seen[pair] and (choices or counts.get(pair, 0) < limits[source])
         counts[pair] = counts.get(pair, 0) + (token in seen[pair])
         kept.append(expert if stays else -1)
-    return routing._replace(expert_indices=torch.tensor(kept).view_as(routing.expert_indices))
+    return routing._replace(expert_indices=routing.expert_indices.new_tensor(kept).view_as(routing.expert_indices))
 
 
 def recipe_of(case: Case, layer: ExpertLayer, router: Callable[..., Routing]) -> Recipe:
@@ -138,12 +160,12 @@ def inner_layer(case: Case) -> ExpertLayer:
     dispatcher = dropless()
     if case.capacity:
         dispatcher = padded(capacity_factor=case.capacity, priority=PRIORITIES[case.priority])
-    return expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=grouped))
+    return expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=loop if case.loops else grouped))
 
 
-def model_of(case: Case, recipe: Recipe, **options) -> MoE:
+def model_of(case: Case, recipe: Recipe, world: World, **options) -> MoE:
     generator = torch.Generator().manual_seed(case.seed)
-    return MoE(D, E, recipe, hidden=F, generator=generator, dtype=case.dtype, **options)
+    return MoE(D, E, recipe, hidden=F, generator=generator, dtype=case.dtype, **options).to(world.device)
 
 
 def stepped(moe: MoE, grid: Grid | None, x: Tensor, target: Tensor, count: int) -> dict[str, Tensor]:
@@ -169,17 +191,20 @@ def compare(world: World, case: Case, grid: Grid) -> None:
     if case.strategy.startswith("static"):
         sizes = (11,) * ranks
     total = sum(sizes)
-    x, target = (torch.randn(total, D, generator=generator, dtype=torch.float64).to(case.dtype) for _ in range(2))
+    drawn = (torch.randn(total, D, generator=generator, dtype=torch.float64) for _ in range(2))
+    x, target = (each.to(world.device, case.dtype) for each in drawn)
     own = slice(sum(sizes[:rank]), sum(sizes[: rank + 1]))
 
     def one_route(logits: Tensor, *, bias: Tensor | None = None) -> Routing:
         routing = route(logits, case=case, sizes=sizes, pooled=False)
         return left_behind(routing, sizes, ranks, 0.5) if case.strategy == "static_tight" else routing
 
-    expected = stepped(model_of(case, recipe_of(case, inner_layer(case), one_route)), None, x, target, max(total, 1))
+    expected = stepped(
+        model_of(case, recipe_of(case, inner_layer(case), one_route), world), None, x, target, max(total, 1)
+    )
     layer = wrapped(inner_layer(case), case.strategy, grid)
     router = partial(route, case=case, sizes=(sizes[rank],), pooled=True)
-    moe = model_of(case, recipe_of(case, layer, router), part=grid.part)
+    moe = model_of(case, recipe_of(case, layer, router), world, part=grid.part)
     distribute_experts(moe.experts, grid, hidden_axes(init_gated, D, F))
     found = stepped(moe, grid, x[own], target[own], max(total, 1))
     for name in ("y", "grad x"):
@@ -259,7 +284,7 @@ def compile_static(world: World) -> None:
     for capacity, strategy in ((0.0, "static"), (0.7, "static_tight")):
         case = case._replace(capacity=capacity)
         layer = wrapped(inner_layer(case), strategy, grid)
-        moe = model_of(case, recipe_of(case, layer, partial(top_k, k=3)), part=grid.part)
+        moe = model_of(case, recipe_of(case, layer, partial(top_k, k=3)), world, part=grid.part)
         generator = torch.Generator().manual_seed(world.rank)
         torch.compiler.reset()  # a factor that changes would be taken for a symbol, which no str() can be made of
         results = []

@@ -1,35 +1,11 @@
 """Every parallel strategy on 1, 2, 4 and 8 gloo ranks equals one process: outputs, gradients, clip norm, AdamW step."""
 
-import itertools
-
 import pytest
 import torch
 from ranks import run_ranks
-from strategy_cases import Case
+from strategy_cases import STRATEGIES, Case, matrix
 
 pytestmark = pytest.mark.distributed
-STRATEGIES = ("all_to_all", "all_gather", "tensor_parallel", "ep_tp", "hierarchical", "static")
-SEEDS = (1, 2, 3)
-
-
-def matrix(ranks: int, *, full: bool) -> list[Case]:
-    """List the cases of a number of ranks: strategies x {dropless, capacity} x {token choice, expert choice}."""
-    cases = [
-        Case(strategy, capacity, choice)
-        for strategy, capacity, choice in itertools.product(STRATEGIES, (0.0, 0.6), ("token", "expert"))
-    ]
-    cases += [Case("static_tight", capacity, choice) for capacity in (0.0, 0.8) for choice in ("token", "expert")]
-    cases += [Case("chunked"), Case("chunked", k=1), Case("all_to_all", k=8), Case("all_to_all", 0.3, k=1)]
-    cases += [Case("all_to_all", 0.6, priority=priority) for priority in ("choice", "weight")]
-    cases += [Case("hierarchical", 0.6, priority=priority) for priority in ("choice", "weight")]
-    if ranks >= 4:
-        cases += [Case("replicas"), Case("replicas", choice="expert")]
-    if full:
-        cases = [case._replace(dtype=dtype, seed=seed) for case in cases for dtype in DTYPES for seed in SEEDS]
-    return cases
-
-
-DTYPES = (torch.float64, torch.float32)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
