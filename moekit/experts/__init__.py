@@ -1,5 +1,6 @@
 """Experts: grouped matrix products, and the feed-forward networks written over any of them."""
 
+from moekit.experts.biased import BiasedGatedParams, clamped_swiglu, init_biased_gated
 from moekit.experts.ffns import (
     GatedParams,
     MlpParams,
@@ -12,6 +13,7 @@ from moekit.experts.ffns import (
     swiglu,
 )
 from moekit.experts.matmuls import batched, grouped, loop
+from moekit.experts.simple import init_simple, simple, simple_experts
 
 __all__ = [
     "loop",
@@ -22,8 +24,14 @@ __all__ = [
     "gelu_mlp",
     "relu_mlp",
     "relu2",
+    "clamped_swiglu",
     "GatedParams",
     "MlpParams",
     "init_gated",
     "init_mlp",
+    "BiasedGatedParams",
+    "init_biased_gated",
+    "simple",
+    "simple_experts",
+    "init_simple",
 ]

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,26 +100,68 @@ def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
         A ``rich.table.Table``.
 
     Example:
-        >>> recipe_table(RECIPES).row_count
-        6
+        >>> recipe_table({"mixtral": RECIPES["mixtral"]}).row_count
+        1
     """
     from rich.table import Table
 
     table = Table(title="recipes, with their own defaults", title_justify="left")
-    for heading in ("--recipe", "experts per token", "causal", "capacity factor", "losses"):
-        table.add_column(heading, overflow="fold", no_wrap=heading == "losses")
+    for heading in ("--recipe", "k", "causal", "capacity", "parts", "losses"):
+        table.add_column(heading, overflow="fold", no_wrap=heading in ("--recipe", "losses"))
     for name, make in makers.items():
         recipe = make()
         losses = [f"{recipe.coefficients.get(loss, 0):g} {loss}" for loss in recipe.losses]
-        shared = f" + {recipe.num_shared} shared" if recipe.num_shared else ""
         table.add_row(
             name,
-            f"{experts_per_token(recipe, _MANY_EXPERTS):g}{shared}",
+            f"{experts_per_token(recipe, _MANY_EXPERTS):g}",
             "yes" if recipe.causal else "no",
             capacity_words(recipe),
-            "\n".join([*losses, *([recipe.state.name] if recipe.state else [])]),
+            ", ".join(recipe_parts(recipe)),
+            "\n".join([*losses, *([f"state: {recipe.state.name}"] if recipe.state else [])]),
         )
     return table
+
+
+def recipe_parts(recipe: Recipe) -> list[str]:
+    """Name the functions that a recipe is made of.
+
+    Args:
+        recipe: the method.
+
+    Returns:
+        Gate, router, experts, and what comes beside them.
+
+    Example:
+        >>> recipe_parts(RECIPES["qwen2_moe"]())
+        ['linear_gate', 'top_k', 'swiglu', '8 shared, gated']
+    """
+    layer = recipe.layer
+    while isinstance(layer, partial) and "experts" not in layer.keywords:
+        layer = layer.keywords["layer"]
+    experts = [function_name(layer.keywords["experts"])] if isinstance(layer, partial) else []
+    shared = f"{recipe.num_shared} shared{', gated' if recipe.shared_gated else ''}"
+    simple = f"{recipe.simple.number} simple" if recipe.simple else ""
+    beside = [shared if recipe.num_shared else "", simple]
+    return [function_name(recipe.gate), function_name(recipe.route), *experts, *filter(None, beside)]
+
+
+def function_name(function: Any) -> str:
+    """Name a function, also one whose arguments are bound, or that wraps another.
+
+    Args:
+        function: anything that can be called.
+
+    Returns:
+        Its name; of a wrapper, with the name of what it wraps.
+
+    Example:
+        >>> function_name(partial(round_robin, k=2))
+        'round_robin'
+    """
+    if not isinstance(function, partial):
+        return str(getattr(function, "__name__", type(function).__name__)).removeprefix("_")
+    wrapped = [function_name(each) for each in function.args if callable(each)]
+    return function_name(function.func) + (f"({', '.join(wrapped)})" if wrapped else "")
 
 
 def capacity_words(recipe: Recipe) -> str:

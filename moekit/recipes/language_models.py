@@ -117,9 +117,10 @@ def parameter_table(model: LanguageModel) -> list[ParameterCount]:
         attention += count_parameters(block.attention)
         if isinstance(block.feed_forward, MoE):
             size = count_parameters(block.feed_forward.experts)
-            share = experts_per_token(block.feed_forward.recipe, block.feed_forward.num_experts)
+            layer = block.feed_forward
+            share = experts_per_token(layer.recipe, layer.num_experts, sequence_length=model.config.seq_len)
             experts += size
-            active += round(size * share / block.feed_forward.num_experts)
+            active += round(size * min(share / layer.num_experts, 1.0))
             others += count_parameters(block.feed_forward) - size
         else:
             dense += count_parameters(block.feed_forward)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moekit.dispatch import dropless_plan
+from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots
 from moekit.experts import init_gated
-from moekit.routing import init_linear_gate, mask_tokens
+from moekit.routing import init_linear_gate, mask_soft, mask_tokens, without_simple
 from moekit.types import (
     Dispatcher,
     DispatchPlan,
@@ -62,7 +62,8 @@ class Recipe(NamedTuple):
         shared_gated: whether a sigmoid of the token weighs them.
         simple: experts that are no feed-forward networks; or None.
         state: what the router remembers between optimizer steps; or None.
-        needs: what the router wants beside logits and bias, of {"token_ids", "sequence_length"} and the state's name.
+        needs: what the router wants beside logits and bias, of {"token_ids", "token_mask",
+            "sequence_length"} and the state's name.
         causal: whether a token's output is independent of later tokens.
         init_gate: (dim, num_experts, generator=, device=, dtype=) -> the gate's parameters.
     """
@@ -179,10 +180,13 @@ def moe_layer(
     length = x.shape[-2] if x.ndim > 2 else tokens.shape[0]
     logits = recipe.gate(tokens, params.gate)  # (T, E)
     remembered = "bias" if recipe.state is None else recipe.state.name
-    given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, remembered: state}
+    given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, "token_mask": token_mask}
+    given[remembered] = state
     routing = recipe.route(logits, bias=given.get("bias"), **_wanted(recipe.needs, given))
     if token_mask is not None:
-        routing = mask_tokens(routing, token_mask)
+        routing = (
+            mask_soft(routing, token_mask) if isinstance(routing, SoftRouting) else mask_tokens(routing, token_mask)
+        )
     y, routing = _routed_experts(tokens, routing, params, recipe, layer)  # (T, D)
     if recipe.shared is not None:
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared, gate=params.shared_gate)
@@ -196,8 +200,35 @@ def _routed_experts(
 ) -> tuple[Tensor, Routing]:
     """Return y (T, D), and the routing that statistics and losses are about."""
     run = recipe.layer if layer is None else layer
-    assert isinstance(routing, Routing)
-    return run(x, routing, params.experts), routing
+    if isinstance(routing, SoftRouting):
+        of_slots = slot_routing(routing)
+        return spread_slots(run(mix_tokens(x, routing), of_slots, params.experts), routing), of_slots
+    y = run(x, routing_of_networks(routing, recipe), params.experts)
+    if recipe.simple is None:
+        return y, routing
+    networks = routing.num_experts - recipe.simple.number
+    return y + recipe.simple.apply(x, routing, params.simple, num_experts=networks), routing
+
+
+def routing_of_networks(routing: Routing, recipe: Recipe) -> Routing:
+    """Return what of a routing the feed-forward networks have to do: all of it, unless a recipe has simple experts.
+
+    Args:
+        routing: the decision over all experts.
+        recipe: of the layer.
+
+    Returns:
+        The routing that ``recipe.layer`` and ``recipe.plan`` take.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import round_robin
+        >>> routing_of_networks(round_robin(torch.zeros(4, 8), k=2), mixtral()).num_experts
+        8
+    """
+    if recipe.simple is None:
+        return routing
+    return without_simple(routing, num_experts=routing.num_experts - recipe.simple.number)
 
 
 def shared_experts(x: Tensor, params: Any, *, experts: Experts, gate: Tensor | None = None) -> Tensor:
@@ -255,7 +286,7 @@ def _wanted(needs: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
     wanted = {}
     for name in needs:
         value = given.get(name)
-        if value is None:
+        if value is None and name != "token_mask":  # None masks nothing
             raise ValueError(
                 f"this recipe's router needs {name!r}, which was not given; pass {name}= to the layer "
                 f"(known: {sorted(given)})."

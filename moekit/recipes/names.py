@@ -13,17 +13,59 @@ from typing import Any
 import torch
 
 from moekit.lm._lookup import look_up
+from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+from moekit.recipes.published_routers import (
+    base_sinkhorn,
+    dynamic_k,
+    expert_choice,
+    hash_layer,
+    moe_plus_plus,
+    quantile_moe,
+    remoe,
+    soft_moe,
+    sonic_token_rounding,
+    sparsely_gated,
+    st_moe,
+    xmoe,
+)
+from moekit.recipes.routers import PREFIX, ROUTERS
+from moekit.recipes.sigmoid_families import deepseek_v2, deepseek_v3, ernie_moe, llama4, longcat_flash, nemotron_moe
 from moekit.types import Routing, SoftRouting
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "openlm": openlm,
-    "switch": switch,
+    "sparsely_gated": sparsely_gated,
     "gshard": gshard,
+    "switch": switch,
+    "base_sinkhorn": base_sinkhorn,
+    "hash_layer": hash_layer,
+    "st_moe": st_moe,
+    "expert_choice": expert_choice,
+    "xmoe": xmoe,
+    "soft_moe": soft_moe,
     "mixtral": mixtral,
+    "dynamic_k": dynamic_k,
+    "dbrx": dbrx,
+    "jamba": jamba,
+    "qwen2_moe": qwen2_moe,
+    "granite_moe": granite_moe,
+    "phi_moe": phi_moe,
     "olmoe": olmoe,
+    "moe_plus_plus": moe_plus_plus,
+    "remoe": remoe,
     "deepseek_moe": deepseek_moe,
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
+    "llama4": llama4,
+    "qwen3_moe": qwen3_moe,
+    "ernie_moe": ernie_moe,
+    "gpt_oss": gpt_oss,
+    "longcat_flash": longcat_flash,
+    "nemotron_moe": nemotron_moe,
+    "quantile_moe": quantile_moe,
+    "sonic_token_rounding": sonic_token_rounding,
 }
 
 DEFAULT_K = 2
@@ -31,15 +73,22 @@ _FLAGS = {"k": "--moe-top-k", "capacity_factor": "--moe-capacity-factor"}
 
 
 def find_recipe(
-    name: str, *, k: int | None = None, capacity_factor: float | None = None, default_k: int = DEFAULT_K
+    name: str,
+    *,
+    k: int | None = None,
+    capacity_factor: float | None = None,
+    default_k: int = DEFAULT_K,
+    **offered: Any,
 ) -> Recipe:
     """Return a recipe by name, or from a file of the user's.
 
     Args:
-        name: one of ``RECIPES``, or ``path/to/file.py:name`` where the name is a Recipe or a function that returns one.
+        name: one of ``RECIPES``; ``router:NAME``, with a name of ``ROUTERS``; or ``path/to/file.py:name``, where the
+            name is a Recipe or a function that returns one.
         k: experts per token, handed to the recipe's function.
         capacity_factor: handed to the recipe's function.
         default_k: experts per token if ``k`` is None and the function takes a ``k``.
+        offered: further options, for functions that take them: ``training``, ``vocab_size``.
 
     Returns:
         Recipe.
@@ -64,7 +113,7 @@ def find_recipe(
                 f"recipe {name} takes no {key} (it was given as {given[key]}, by {_FLAGS[key]} or its key); it takes "
                 f"{', '.join(known) or 'no options'}. Leave the flag out, or choose another recipe."
             )
-    options = {**({"k": default_k} if "k" in known else {}), **given}
+    options = {key: value for key, value in {"k": default_k, **offered}.items() if key in known} | given
     needed = [key for key, parameter in known.items() if parameter.default is parameter.empty and key not in options]
     if any(known[key].kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD) for key in needed):
         raise ValueError(
@@ -126,10 +175,10 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
     Args:
         recipe: the method.
         num_experts: E.
-        sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes E.
+        sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes 1,024.
 
     Returns:
-        Assignments per token, at most; for a soft router, slots per token.
+        Assignments per token, at most, simple experts included; for a soft router, slots per token.
 
     Raises:
         ValueError: if the router returns no routing.
@@ -138,7 +187,7 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
         >>> experts_per_token(mixtral(k=2), 8)
         2.0
     """
-    num_tokens = num_experts if sequence_length is None else sequence_length
+    num_tokens = 1024 if sequence_length is None else sequence_length
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         routing = _undecided(recipe, num_experts, num_tokens)
     if isinstance(routing, SoftRouting):
@@ -149,7 +198,8 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
             f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
             "router maps logits (T, E) to one"
         )
-    return routing.expert_indices.numel() / num_tokens
+    chosen = routing.expert_indices  # a list is made longer than what it holds
+    return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
 
 
 def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
@@ -164,6 +214,8 @@ def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
 
 
 def _maker(name: str) -> Callable[..., Recipe]:
+    if name.startswith(PREFIX):
+        return look_up(ROUTERS, name.removeprefix(PREFIX), what="router")
     return _from_file(name) if ":" in name or name.endswith(".py") else look_up(RECIPES, name, what="recipe")
 
 

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from torch import Tensor
+
 from moekit.dispatch import by_choice, dropless, padded
 from moekit.experts import gelu_mlp, grouped, init_gated, init_mlp, relu_mlp, swiglu
 from moekit.recipes.layers import Recipe, expert_layer
@@ -43,7 +45,7 @@ def openlm(*, k: int = 2, capacity_factor: float = 1.25, matmul: GroupedMatmul =
         Gururangan et al., open_lm, 2023, MOE.md, https://github.com/mlfoundations/open_lm
         Gale et al., MegaBlocks, 2022, https://arxiv.org/abs/2211.15841
     """
-    return _compose(
+    return compose(
         partial(top_k, k=k),
         padded(capacity_factor=capacity_factor),
         partial(gelu_mlp, matmul=matmul),
@@ -73,7 +75,7 @@ def switch(*, capacity_factor: float = 1.25, matmul: GroupedMatmul = grouped) ->
     References:
         Fedus et al., Switch Transformers, 2021, https://arxiv.org/abs/2101.03961
     """
-    return _compose(
+    return compose(
         partial(top_k, k=1),
         padded(capacity_factor=capacity_factor),
         partial(relu_mlp, matmul=matmul),
@@ -83,7 +85,7 @@ def switch(*, capacity_factor: float = 1.25, matmul: GroupedMatmul = grouped) ->
     )
 
 
-def gshard(*, capacity_factor: float = 1.0, matmul: GroupedMatmul = grouped) -> Recipe:
+def gshard(*, capacity_factor: float = 1.0, training: bool = True, matmul: GroupedMatmul = grouped) -> Recipe:
     """Compose GShard's layer: top-2 normalised, second expert at random by its weight, first choices served first.
 
     Capacity is 2 T / E at factor 1, as the paper's. The balancing loss counts first choices alone.
@@ -92,6 +94,7 @@ def gshard(*, capacity_factor: float = 1.0, matmul: GroupedMatmul = grouped) -> 
 
     Args:
         capacity_factor: rows per expert relative to a balanced load of both choices; 0 drops nothing.
+        training: draw second experts; else both are kept.
         matmul: the backend.
 
     Returns:
@@ -104,8 +107,8 @@ def gshard(*, capacity_factor: float = 1.0, matmul: GroupedMatmul = grouped) -> 
     References:
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
     """
-    return _compose(
-        gshard_route,
+    return compose(
+        gshard_route if training else partial(top_k, k=2, normalize=True),
         padded(capacity_factor=capacity_factor, priority=by_choice),
         partial(relu_mlp, matmul=matmul),
         losses={"load_balance": partial(load_balance_loss, choices=1)},
@@ -117,7 +120,8 @@ def gshard(*, capacity_factor: float = 1.0, matmul: GroupedMatmul = grouped) -> 
 def mixtral(*, k: int = 2, matmul: GroupedMatmul = grouped) -> Recipe:
     """Compose Mixtral's layer: top-k of a softmax, renormalised, dropless SwiGLU experts.
 
-    Causal.
+    Causal. The paper names no balancing loss; 0.02 is the number of its configuration in Hugging Face transformers,
+    whose loss is k times larger than the one here and pools all layers (``convert_coefficient``).
 
     Args:
         k: experts per token.
@@ -133,7 +137,7 @@ def mixtral(*, k: int = 2, matmul: GroupedMatmul = grouped) -> Recipe:
     References:
         Jiang et al., Mixtral of Experts, 2024, https://arxiv.org/abs/2401.04088
     """
-    return _compose(
+    return compose(
         partial(top_k, k=k, normalize=True),
         dropless(),
         partial(swiglu, matmul=matmul),
@@ -161,7 +165,7 @@ def olmoe(*, k: int = 8, matmul: GroupedMatmul = grouped) -> Recipe:
     References:
         Muennighoff et al., OLMoE, 2024, https://arxiv.org/abs/2409.02060
     """
-    return _compose(
+    return compose(
         partial(top_k, k=k),
         dropless(),
         partial(swiglu, matmul=matmul),
@@ -203,7 +207,7 @@ def deepseek_moe(
         DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, section 2.1.2, https://arxiv.org/abs/2412.19437
     """
     experts = partial(swiglu, matmul=matmul)
-    return _compose(
+    return compose(
         partial(top_k, k=k, score=sigmoid, normalize=True, scale=scale),
         dropless(),
         experts,
@@ -215,11 +219,12 @@ def deepseek_moe(
     )
 
 
-def gshard_route(logits, *, bias=None) -> Routing:  # type: ignore[no-untyped-def]
+def gshard_route(logits: Tensor, *, bias: Tensor | None = None) -> Routing:
     """Route as GShard: the two best experts, weights normalised, the second kept with probability min(1, 2 g_2)."""
     return random_second(top_k(logits, k=2, normalize=True, bias=bias))
 
 
-def _compose(route, dispatcher: Dispatcher, experts: Experts, **rest) -> Recipe:  # type: ignore[no-untyped-def]
+def compose(route, dispatcher: Dispatcher, experts: Experts, **rest) -> Recipe:  # type: ignore[no-untyped-def]
+    """Put a router, a dispatcher and experts together, behind a linear gate unless ``rest`` says otherwise."""
     layer = expert_layer(dispatcher=dispatcher, experts=experts)
-    return Recipe(linear_gate, route, layer, plan=dispatcher.plan, **{"init": init_gated, **rest})
+    return Recipe(**{"gate": linear_gate, "init": init_gated, **rest}, route=route, layer=layer, plan=dispatcher.plan)

@@ -8,7 +8,7 @@ from torch import Tensor
 from moekit.lm.displays import LayerLoad
 from moekit.lm.model import LanguageModel
 from moekit.recipes.language_models import moe_layers
-from moekit.recipes.layers import Recipe
+from moekit.recipes.layers import Recipe, routing_of_networks
 from moekit.routing import clean, routing_stats
 from moekit.segments import tokens_per_expert
 from moekit.types import LayerOutput, Routing
@@ -44,15 +44,20 @@ def routing_sums(output: LayerOutput, recipe: Recipe, *, token_mask: Tensor | No
         token_mask: (...) bool, True for real tokens.
 
     Returns:
-        (E + 3,) float64: assignments per expert before any drop, assignments dropped, the sum over real tokens of the
-        router's entropy in nats, real tokens. No host synchronisation.
+        (E + 3,) float64: assignments per expert before any drop, simple experts included; assignments dropped; the sum
+        over real tokens of the router's entropy in nats; real tokens. No host synchronisation.
     """
     assert output.routing is not None
     assert output.logits is not None
-    stats = routing_stats(output.logits, output.routing, recipe.plan(output.routing), token_mask=token_mask)
+    networks = routing_of_networks(output.routing, recipe)
+    plan = recipe.plan(networks)
+    stats = routing_stats(output.logits, output.routing, plan, token_mask=token_mask)
     counts = stats.tokens_per_expert.double()
-    tokens = torch.full_like(counts[0], clean(output.logits).shape[0]) if token_mask is None else token_mask.sum().double()
-    extra = torch.stack([stats.drop_rate.double() * counts.sum(), stats.entropy.double() * tokens, tokens])
+    dropped = (networks.expert_indices >= 0).sum() - (plan.assignments >= 0).sum()
+    tokens = (
+        torch.full_like(counts[0], clean(output.logits).shape[0]) if token_mask is None else token_mask.sum().double()
+    )
+    extra = torch.stack([dropped.double(), stats.entropy.double() * tokens, tokens])
     return torch.cat([counts, extra])
 
 

@@ -51,7 +51,7 @@ def make_recipe(settings: ModelSettings) -> Recipe:
         {'load_balance': 0.3}
     """
     settings = _with_model_keys(settings)
-    recipe = find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=settings.moe_capacity_factor)
+    recipe = _find(settings, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe
     if "load_balance" not in recipe.losses:
@@ -89,16 +89,17 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
 
 
 def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
-    """Find the recipe that evaluation runs: the same with no capacity limit.
+    """Find the recipe that evaluation runs: the same with no capacity limit, and without what is for training alone.
 
     What a limit drops depends on which sequences share a batch, so with one a score would depend on the batch size and
-    on the number of ranks.
+    on the number of ranks. Noise, sampling and balancing within a batch are left out where a method's function has an
+    option ``training``.
 
     Args:
         settings: of the model.
 
     Returns:
-        Recipe; that of training if its function takes no ``capacity_factor``.
+        Recipe; that of training if its function takes neither ``capacity_factor`` nor ``training``.
 
     Example:
         >>> from moekit.recipes.cli import capacity_words
@@ -106,9 +107,16 @@ def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
         'dropless'
     """
     settings = _with_model_keys(settings)
-    if "capacity_factor" not in recipe_options(settings.recipe):
+    options = recipe_options(settings.recipe)
+    if "capacity_factor" not in options and "training" not in options:
         return make_recipe(settings)
-    return find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=0.0)
+    return _find(settings, capacity_factor=0.0 if "capacity_factor" in options else None, training=False)
+
+
+def _find(settings: ModelSettings, *, capacity_factor: float | None, training: bool = True) -> Recipe:
+    vocab_size = make_config(settings).vocab_size
+    offered = {"training": training, "vocab_size": vocab_size}
+    return find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered)
 
 
 def _with_model_keys(settings: ModelSettings) -> ModelSettings:

@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from moekit.lm.signals import stop_on_signals
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import World, start_processes, under_torchrun
 from moekit.recipes import report
+from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings, write_config
 from moekit.recipes.construction import run_layout
 from moekit.recipes.evaluate import Evaluation, evaluating
@@ -120,7 +121,14 @@ def notes(settings: TrainSettings, world: World) -> list[str]:
     return lines
 
 
-def train(settings: TrainSettings, console: Console, *, world: World | None = None, command: str = "") -> Path:
+def train(
+    settings: TrainSettings,
+    console: Console,
+    *,
+    world: World | None = None,
+    command: str = "",
+    finishing: Callable[..., None] | None = None,
+) -> Path:
     """Train, evaluate and report. All ranks call it together.
 
     Args:
@@ -128,6 +136,7 @@ def train(settings: TrainSettings, console: Console, *, world: World | None = No
         console: where to.
         world: the ranks; None is one process.
         command: that started the run, for the hint how to resume it.
+        finishing: what to do after the last step, in place of ``finish`` and with its arguments.
 
     Returns:
         The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
@@ -141,7 +150,7 @@ def train(settings: TrainSettings, console: Console, *, world: World | None = No
     """
     if world is None:
         with start_processes() as world:
-            return train(settings, console, world=world, command=command)
+            return train(settings, console, world=world, command=command, finishing=finishing)
     run = set_up(settings, world, console)
     started = restore(run, console)
     if world.rank == 0:
@@ -166,7 +175,7 @@ def train(settings: TrainSettings, console: Console, *, world: World | None = No
             # 0 would say that the work is done, and agents on other machines would not go on with it
             raise SystemExit(1)
         return run.folder
-    finish(run, console, seconds=progress.seconds)
+    (finishing or finish)(run, console, seconds=progress.seconds)
     return run.folder
 
 
@@ -196,12 +205,41 @@ def announce(run: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    for line in causality_notes(run.settings) if run.world.rank == 0 else ():
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     warmup = run.settings.optimizer.warmup
     if warmup is not None and warmup >= budget.steps:
         console.print(
             f"--warmup {warmup} is not shorter than the run: the rate does not reach --lr before its end",
             highlight=False,
         )
+
+
+def causality_notes(settings: TrainSettings) -> list[str]:
+    """Warn of a language model that would be trained on what it cannot see when it generates.
+
+    Args:
+        settings: of the run.
+
+    Returns:
+        Lines of text; none for a dense model, or a router and plan for which the audit finds no leak.
+
+    Example:
+        >>> from moekit.recipes.settings import ModelSettings
+        >>> causality_notes(TrainSettings(model=ModelSettings(recipe="mixtral")))
+        []
+    """
+    config = make_config(settings.model)
+    if not config.moe_freq or config.moe_num_experts is None:
+        return []
+    found = audit(make_recipe(settings.model), config.moe_num_experts)
+    if not found.leaks:
+        return []
+    return [
+        f"warning: with --recipe {settings.model.recipe} a token's output depends on later tokens, so that the "
+        "training loss (and validation, unless the method evaluates otherwise) is no loss of a model that generates",
+        f"  {found.later_token}",
+    ]
 
 
 def finish(run: Run, console: Console, *, seconds: float) -> None:

@@ -3,13 +3,14 @@
 import torch
 from torch import Tensor
 
+from moekit.routing.gates import clean
+from moekit.routing.scopes import counts_of_pools, hidden, mean_of_pools, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
-from moekit.segments import tokens_per_expert as count_tokens
-from moekit.types import Routing
+from moekit.types import Logits, Routing
 
 
 def load_balance_loss(
-    logits: Tensor,
+    logits: Logits,
     routing: Routing,
     *,
     token_mask: Tensor | None = None,
@@ -17,6 +18,7 @@ def load_balance_loss(
     sequence_length: int | None = None,
     score: Score = softmax,
     choices: int | None = None,
+    per_token: float | None = None,
 ) -> Tensor:
     """Compute the Switch / GShard balancing loss E * sum_e f_e P_e of one layer.
 
@@ -27,15 +29,18 @@ def load_balance_loss(
     No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32; of logits with noise, the scores leave the noise out.
         routing: the decision made from them.
         token_mask: (T,) bool, True for real tokens. Others count in neither f nor P.
         tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
             ranks (the global-batch loss of Qiu et al.): (E,), or (K, E) by choice, of which ``choices`` takes the
             first.
-        sequence_length: not used.
+        sequence_length: not used; ``sequence_balance_loss`` is the form that does.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.
+        per_token: assignments per token that count as one, f_e = c_e / (per_token * T). K is the papers' 1/(K T)
+            even where some choices do not exist; 1 is Hugging Face's normalisation, **K at perfect balance**. None
+            takes what there is, so that f sums to one.
 
     Returns:
         Scalar float32.
@@ -51,23 +56,19 @@ def load_balance_loss(
     References:
         Fedus et al., Switch Transformers, 2021, equations 4 to 6, https://arxiv.org/abs/2101.03961
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
-        Wang et al., 2024 (sequence form of the scores), https://arxiv.org/abs/2408.15664
         Qiu et al., Demons in the Detail, 2025 (global-batch statistics), https://arxiv.org/abs/2501.11873
     """
-    num_experts = logits.shape[-1]
-    if tokens_per_expert is None:
-        tokens_per_expert = _counts(routing, token_mask, choices)
-    elif tokens_per_expert.ndim == 2:
-        tokens_per_expert = tokens_per_expert[:choices].sum(0)
-    scores = score(logits)
-    probs = scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
-    load = tokens_per_expert.to(probs.dtype)
-    load = load / load.sum().clamp_min(1)
-    return num_experts * torch.dot(load, _mean_over_tokens(probs, token_mask))
+    own = counts_of_pools(routing, token_mask, choices=choices)  # (1, E)
+    counts = own
+    if tokens_per_expert is not None:
+        counts = tokens_per_expert[:choices].sum(0) if tokens_per_expert.ndim == 2 else tokens_per_expert
+    scores = shares(hidden(clean(logits), token_mask), score)
+    sums, real = sums_of_pools(scores, token_mask), real_tokens(scores, token_mask)
+    return balance_of_pools(counts, sums, real, assigned=own.sum(-1), per_token=per_token)
 
 
 def z_loss(
-    logits: Tensor,
+    logits: Logits,
     routing: Routing | None = None,
     *,
     token_mask: Tensor | None = None,
@@ -79,7 +80,7 @@ def z_loss(
     No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32; of logits with noise, those without.
         routing: not used; here so that every loss has one signature.
         token_mask: (T,) bool, True for real tokens.
         tokens_per_expert: not used.
@@ -95,25 +96,33 @@ def z_loss(
     References:
         Zoph et al., ST-MoE, 2022, equation 5, https://arxiv.org/abs/2202.08906
     """
-    return _mean_over_tokens(torch.logsumexp(logits, dim=-1).square(), token_mask)
+    squares = torch.logsumexp(hidden(clean(logits), token_mask), dim=-1).square()  # (T,)
+    return (sums_of_pools(squares, token_mask) / real_tokens(squares, token_mask).clamp_min(1)).sum()
 
 
-def update_bias(bias: Tensor, tokens_per_expert: Tensor, *, rate: float) -> Tensor:
+def update_bias(
+    bias: Tensor, tokens_per_expert: Tensor, *, rate: float, center: bool = False, limit: float | None = None
+) -> Tensor:
     """Move the selection bias one step toward balance: b_e + rate * sign(mean(c) - c_e).
 
-    Call it once per optimizer step, with counts summed over all micro-batches and ranks. This is DeepSeek-V3's rule;
-    subtracting the mean of b, as some projects do, changes no selection and is not done.
+    Call it once per optimizer step, with counts summed over all micro-batches and ranks. Without more arguments this is
+    DeepSeek-V3's rule. Subtracting the mean is a shift that all experts share: it keeps the bias from drifting and
+    changes no top-k. A limit does change the selection, once it binds.
+
+    No host synchronisation. Deterministic on CUDA.
 
     Args:
         bias: (E,) float32.
         tokens_per_expert: (E,) counts.
         rate: step size (DeepSeek-V3: 0.001).
+        center: subtract the mean of the new bias, as TorchTitan and nmoe do.
+        limit: clamp the new bias to [-limit, limit], after it was centred; nmoe has 16.
 
     Returns:
         (E,) the new bias; the argument is unchanged.
 
     Raises:
-        ValueError: if the shapes differ.
+        ValueError: if the shapes differ, or the limit is not positive.
 
     Example:
         >>> update_bias(torch.zeros(3), torch.tensor([4, 1, 1]), rate=0.5)
@@ -127,27 +136,58 @@ def update_bias(bias: Tensor, tokens_per_expert: Tensor, *, rate: float) -> Tens
             f"update_bias: bias has shape {tuple(bias.shape)} and tokens_per_expert {tuple(tokens_per_expert.shape)}; "
             f"expected one number per expert in both."
         )
+    if limit is not None and not limit > 0:
+        raise ValueError(f"update_bias: limit = {limit}; expected a positive number, or None for no limit.")
     counts = tokens_per_expert.to(bias.dtype)
-    return bias + rate * torch.sign(counts.mean() - counts)
+    bias = bias + rate * torch.sign(counts.mean() - counts)
+    if center:
+        bias = bias - bias.mean()
+    return bias if limit is None else bias.clamp(-limit, limit)
 
 
-def _counts(routing: Routing, token_mask: Tensor | None, choices: int | None) -> Tensor:
-    experts, tokens = routing.expert_indices, routing.token_indices
-    if choices is not None:
-        if experts.ndim != 2:
-            raise ValueError(
-                f"load_balance_loss: choices={choices} counts first choices of tokens, but the routing has shape "
-                f"{tuple(experts.shape)}, not (T, K). Leave choices out for this router."
-            )
-        experts, tokens = experts[:, :choices], tokens[:, :choices]
-    if token_mask is not None:
-        experts = experts.masked_fill(~token_mask.flatten().bool()[tokens], -1)
-    return count_tokens(experts, routing.num_experts)
+def shares(logits: Tensor, score: Score) -> Tensor:
+    """Score each expert for each token, and divide a token's scores by their sum.
+
+    Args:
+        logits: (T, E).
+        score: (T, E) logits -> (T, E) scores.
+
+    Returns:
+        (T, E), rows of sum one; zero where all scores of a token underflow.
+
+    Example:
+        >>> from moekit.routing import sigmoid
+        >>> shares(torch.zeros(1, 4), sigmoid)
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+    """
+    scores = score(logits)
+    return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def _mean_over_tokens(values: Tensor, token_mask: Tensor | None) -> Tensor:
-    if token_mask is None:
-        return values.sum(0) / max(values.shape[0], 1)
-    mask = token_mask.flatten().bool()
-    kept = values.masked_fill(~mask.view(-1, *[1] * (values.ndim - 1)), 0.0)
-    return kept.sum(0) / mask.sum().clamp_min(1)
+def balance_of_pools(
+    counts: Tensor, score_sums: Tensor, real: Tensor, *, assigned: Tensor, per_token: float | None
+) -> Tensor:
+    """Compute E * sum_e f_e P_e for each pool, and average it over pools: what all forms of the loss share.
+
+    Args:
+        counts: (E,) or (pools, E) assignments, whose proportions are f.
+        score_sums: (pools, E), normalised scores added up over the tokens of each pool.
+        real: (pools,) tokens of each pool.
+        assigned: (pools,) assignments of each pool, which ``per_token`` sets against its tokens.
+        per_token: assignments per token that count as one; None makes f sum to one.
+
+    Returns:
+        Scalar, the dtype of the scores.
+
+    Example:
+        >>> ones = torch.ones(1, 4)
+        >>> balance_of_pools(ones, 2 * ones, torch.tensor([8]), assigned=torch.tensor([16]), per_token=1.0)
+        tensor(2.)
+    """
+    tokens = real.to(score_sums.dtype).clamp_min(1)
+    load = counts.to(score_sums.dtype)
+    load = load / load.sum(-1, keepdim=True).clamp_min(1)
+    losses = score_sums.shape[-1] * (load * score_sums).sum(-1) / tokens  # (pools,)
+    if per_token is not None:
+        losses = losses * (assigned.to(score_sums.dtype) / (per_token * tokens))
+    return mean_of_pools(losses, real)

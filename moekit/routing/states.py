@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from moekit.routing.fixed import hash_table
+from moekit.routing.gates import clean
 from moekit.routing.losses import update_bias
+from moekit.routing.quantiles import quantile_duals
 from moekit.segments import tokens_per_expert
 from moekit.types import Logits, RouterState, Routing
 
@@ -33,6 +35,29 @@ def selection_bias(*, rate: float) -> RouterState:
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
     return RouterState("bias", _zeros, observe_load, partial(update_bias, rate=rate))
+
+
+def quantile_bias(*, k: int) -> RouterState:
+    """Make the state of quantile balancing: minus the dual variables, each moved to where an even load wants it.
+
+    A step of several micro-batches or ranks takes the mean of theirs, each by its real tokens.
+
+    Args:
+        k: experts per token of the router.
+
+    Returns:
+        RouterState, an (E,) float32 tensor named ``bias``. It observes E sums and the number of tokens.
+
+    Example:
+        >>> state = quantile_bias(k=1)
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
+        >>> state.update(state.init(2), state.observe(logits, None, state.init(2)))
+        tensor([-1., -0.])
+
+    References:
+        Megatron-LM, megatron/core/transformer/moe/moe_utils.py, ``qb_dual_update``, https://github.com/NVIDIA/Megatron-LM
+    """
+    return RouterState("bias", _zeros, partial(_observe_duals, k=k), _mean_duals)
 
 
 def fixed_table(*, vocab_size: int, k: int, seed: int = 0) -> RouterState:
@@ -74,6 +99,19 @@ def observe_load(logits: Logits, routing: Routing, state: Tensor, *, token_mask:
         tensor([2., 2.], dtype=torch.float64)
     """
     return tokens_per_expert(routing.expert_indices, routing.num_experts).double()
+
+
+def _observe_duals(
+    logits: Logits, routing: Routing | None, state: Tensor, *, k: int, token_mask: Tensor | None = None
+) -> Tensor:
+    plain = clean(logits)
+    tokens = plain.new_tensor(float(plain.shape[0])) if token_mask is None else token_mask.sum()
+    duals = quantile_duals(plain, -state, k=k, token_mask=token_mask).double()
+    return torch.cat([duals * tokens, tokens.double().view(1)])
+
+
+def _mean_duals(bias: Tensor, sums: Tensor) -> Tensor:
+    return torch.where(sums[-1] > 0, -sums[:-1] / sums[-1].clamp_min(1), bias).to(bias.dtype)
 
 
 def _zeros(num_experts: int, *, device: torch.device | str | None = None) -> Tensor:

@@ -113,7 +113,9 @@ def total_loss(model, ids, mask):
     return output.logits.logsumexp(-1).square().mean() + sum(losses)
 
 
-@pytest.mark.parametrize("recipe", [openlm(capacity_factor=0.75), gshard(), deepseek_moe(k=2)], ids=["openlm", "gshard", "deepseek"])
+@pytest.mark.parametrize(
+    "recipe", [openlm(capacity_factor=0.75), gshard(), deepseek_moe(k=2)], ids=["openlm", "gshard", "deepseek"]
+)
 def test_recomputed_activations_change_no_output_and_no_gradient(recipe):
     model = tiny(recipe, moe_freq=2, moe_num_experts=4, qk_norm=True).double()
     ids, mask = torch.randint(512, (3, 9)), torch.arange(9).expand(3, 9) < 7

@@ -7,7 +7,7 @@ import torch
 
 from moekit.routing import load_balance_loss, round_robin, sigmoid, top_k, update_bias, z_loss
 from moekit.segments import tokens_per_expert
-from moekit.types import Routing
+from moekit.types import NoisyLogits, Routing
 
 T, E, K = 12, 4, 2
 
@@ -91,8 +91,49 @@ def test_what_masked_tokens_hold_is_of_no_matter(loss, bad: float) -> None:
     logits, routing = routed()
     mask = torch.arange(T) < 7
     expected = loss(logits, routing, token_mask=mask)
-    spoiled = logits.detach().masked_fill(~mask.unsqueeze(1), bad)
-    torch.testing.assert_close(loss(spoiled, routing, token_mask=mask), expected)
+    spoiled = logits.detach().masked_fill(~mask.unsqueeze(1), bad).requires_grad_()
+    value = loss(spoiled, routing, token_mask=mask)
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(torch.autograd.grad(value, spoiled), torch.autograd.grad(expected, logits))
+
+
+@pytest.mark.parametrize("loss", [load_balance_loss, z_loss])
+def test_noise_reaches_no_score(loss) -> None:
+    """With a noisy gate the counts are of what was chosen with noise, and the scores are without."""
+    logits, _ = routed()
+    noisy = NoisyLogits(logits + torch.randn(T, E), logits, torch.ones(T, E))
+    routing = top_k(noisy.logits, k=K)
+    torch.testing.assert_close(loss(noisy, routing), loss(logits, routing))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+@pytest.mark.parametrize("per_token", [1.0, float(K), 3.0])
+def test_the_divisor_of_the_counts_may_be_given(per_token: float, missing: bool) -> None:
+    """f_e = c_e / (per_token * T), which is no share where choices are missing."""
+    logits, routing = routed()
+    if missing:
+        routing = routing._replace(expert_indices=routing.expert_indices.where(routing.weights > 0.3, -1))
+        assert (routing.expert_indices < 0).any()
+    counts = tokens_per_expert(routing.expert_indices, E)
+    expected = sum(E * counts[e] / (per_token * T) * torch.softmax(logits, -1)[:, e].mean() for e in range(E))
+    loss = load_balance_loss(logits, routing, per_token=per_token)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits))
+    assert ((loss - load_balance_loss(logits, routing)).abs() < 1e-9) == (per_token == K and not missing)
+
+
+def test_one_assignment_per_token_is_hugging_faces_normalisation() -> None:
+    logits = torch.zeros(T, E)
+    assert load_balance_loss(logits, round_robin(logits, k=3), per_token=1).item() == pytest.approx(3)
+
+
+def test_the_divisor_holds_for_counts_from_elsewhere() -> None:
+    logits, routing = routed()
+    counts = 7 * tokens_per_expert(routing.expert_indices, E)
+    torch.testing.assert_close(
+        load_balance_loss(logits, routing, tokens_per_expert=counts, per_token=1),
+        load_balance_loss(logits, routing, per_token=1),
+    )
 
 
 @pytest.mark.parametrize("loss", [load_balance_loss, z_loss])
@@ -182,6 +223,31 @@ def test_bias_drives_a_collapsed_router_to_balance() -> None:
         counts = tokens_per_expert(top_k(logits, k=2, score=sigmoid, bias=bias).expert_indices, 8)
         bias = update_bias(bias, counts, rate=0.002)
     assert violation() < 0.2
+
+
+def test_a_centred_bias_has_mean_zero_and_the_same_choices() -> None:
+    logits, counts, bias = torch.randn(64, 8), torch.randint(50, (8,)), torch.randn(8)
+    plain, centred = update_bias(bias, counts, rate=0.3), update_bias(bias, counts, rate=0.3, center=True)
+    assert plain.mean().abs() > 0.1
+    torch.testing.assert_close(centred, plain - plain.mean())
+    torch.testing.assert_close(
+        top_k(logits, k=3, bias=centred).expert_indices, top_k(logits, k=3, bias=plain).expert_indices
+    )
+
+
+def test_a_limit_clamps_after_centring() -> None:
+    bias = torch.tensor([9.0, 3.0, 3.0, 1.0])
+    moved = update_bias(bias, torch.tensor([1, 1, 1, 1]), rate=0.1, center=True, limit=2.0)
+    torch.testing.assert_close(moved, torch.tensor([2.0, -1.0, -1.0, -2.0]))
+    torch.testing.assert_close(
+        update_bias(bias, torch.tensor([1, 1, 1, 1]), rate=0.1, limit=2.0), torch.tensor([2.0, 2.0, 2.0, 1.0])
+    )
+
+
+@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
+def test_a_limit_must_be_positive(limit: float) -> None:
+    with pytest.raises(ValueError, match=r"update_bias: limit = .*; expected a positive number, or None"):
+        update_bias(torch.zeros(3), torch.zeros(3), rate=0.1, limit=limit)
 
 
 def test_bias_and_counts_must_match() -> None:

@@ -1,0 +1,116 @@
+"""Moving tokens to soft slots and back. Slots are tokens to whatever comes between: any expert layer takes them.
+
+slots = mix_tokens(x, routing)
+slots = layer(slots, slot_routing(routing), params)
+y = spread_slots(slots, routing)
+"""
+
+import torch
+from torch import Tensor
+
+from moekit.types import Routing, SoftRouting
+
+
+def mix_tokens(x: Tensor, routing: SoftRouting) -> Tensor:
+    """Mix tokens into slots, those of one expert next to each other: s_egs = sum_t D_gtes x_gt.
+
+    Sums are taken in float32 (float64 for float64 tokens) even inside autocast. **Not causal.** No host
+    synchronisation. Deterministic on CUDA.
+
+    Args:
+        x: (T, D).
+        routing: over T tokens.
+
+    Returns:
+        (E*G*S, D), the dtype of ``x``: expert by expert, pool by pool, slot by slot.
+
+    Raises:
+        ValueError: if ``x`` is not (T, D) with the routing's T.
+
+    Example:
+        >>> half = torch.full((1, 2, 1, 1), 0.5)
+        >>> mix_tokens(torch.tensor([[2.0], [4.0]]), SoftRouting(half, half))
+        tensor([[3.]])
+
+    References:
+        Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, equation 1, https://arxiv.org/abs/2308.00951
+    """
+    pools, size, num_experts, slots = routing.dispatch_weights.shape
+    _check("mix_tokens: x", x, pools * size, "T, the tokens of the routing")
+    tokens = x.reshape(pools, size, x.shape[1])
+    mixed = _einsum("gtes,gtd->egsd", routing.dispatch_weights, tokens)
+    return mixed.reshape(num_experts * pools * slots, x.shape[1])
+
+
+def spread_slots(slots: Tensor, routing: SoftRouting) -> Tensor:
+    """Mix the outputs of slots into tokens, y_gt = sum_es C_gtes s_egs.
+
+    Sums are taken in float32 (float64 for float64 slots) even inside autocast. No host synchronisation. Deterministic
+    on CUDA.
+
+    Args:
+        slots: (E*G*S, D), in the order of ``mix_tokens``.
+        routing: over T tokens.
+
+    Returns:
+        (T, D), the dtype of ``slots``.
+
+    Raises:
+        ValueError: if there are not E*G*S slots.
+
+    Example:
+        >>> half = torch.full((1, 2, 1, 1), 0.5)
+        >>> spread_slots(torch.tensor([[3.0]]), SoftRouting(half, half)).flatten()
+        tensor([1.5000, 1.5000])
+
+    References:
+        Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, equation 3, https://arxiv.org/abs/2308.00951
+    """
+    pools, size, num_experts, each = routing.combine_weights.shape
+    _check("spread_slots: slots", slots, num_experts * pools * each, "E*G*S, the slots of the routing")
+    outputs = slots.reshape(num_experts, pools, each, slots.shape[1])
+    return _einsum("gtes,egsd->gtd", routing.combine_weights, outputs).reshape(pools * size, slots.shape[1])
+
+
+def slot_routing(routing: SoftRouting) -> Routing:
+    """Route slots as if they were tokens: each to the expert that it belongs to, with weight one.
+
+    Every expert has exactly G*S of them, so a capacity factor of 1 drops nothing and pads nothing.
+
+    Args:
+        routing: over T tokens.
+
+    Returns:
+        Routing of shape (E*G*S, 1), in the order of ``mix_tokens``.
+
+    Example:
+        >>> half = torch.full((1, 2, 2, 1), 0.5)
+        >>> slot_routing(SoftRouting(half, half)).expert_indices.flatten()
+        tensor([0, 1])
+    """
+    weights = routing.combine_weights
+    pools, _, num_experts, slots = weights.shape
+    number, each = num_experts * pools * slots, max(pools * slots, 1)
+    rows = torch.arange(number, device=weights.device).unsqueeze(1)
+    return Routing(
+        token_indices=rows,
+        expert_indices=rows // each,
+        weights=torch.ones_like(rows, dtype=weights.dtype),
+        num_tokens=number,
+        num_experts=num_experts,
+        pool=number,
+    )
+
+
+def _einsum(equation: str, weights: Tensor, rows: Tensor) -> Tensor:
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    with torch.autocast(rows.device.type, enabled=False):
+        return torch.einsum(equation, weights.to(dtype), rows.to(dtype)).to(rows.dtype)
+
+
+def _check(name: str, rows: Tensor, expected: int, meaning: str) -> None:
+    if rows.ndim != 2 or rows.shape[0] != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}; expected ({expected}, D): {meaning}. Pass the tensor that this "
+            f"routing was made for, flattened to two axes."
+        )

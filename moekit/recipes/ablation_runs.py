@@ -1,0 +1,219 @@
+"""One run of an ablation: its settings, its end, and what a table needs of it."""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console
+
+from moekit.lm.batches import ValidationBatch, read_validation
+from moekit.lm.files import write_whole
+from moekit.lm.trackers import read_metrics
+from moekit.recipes import report
+from moekit.recipes.audits import audit
+from moekit.recipes.budgets import DEFAULT_BATCH
+from moekit.recipes.evaluate import evaluating
+from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.loop import validate
+from moekit.recipes.precisions import autocast
+from moekit.recipes.routing_sums import all_routing_sums
+from moekit.recipes.runs import Run
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.sources import ValidationSet
+from moekit.recipes.steps import split_ids
+from moekit.recipes.train import train
+
+
+class Job(NamedTuple):
+    """One router with one seed.
+
+    Attributes:
+        label: of its rows and folders.
+        seed: of weights and data.
+        settings: of the training program.
+    """
+
+    label: str
+    seed: int
+    settings: TrainSettings
+
+    @property
+    def folder(self) -> Path:
+        """Of the run."""
+        assert self.settings.run.name is not None
+        return self.settings.run.logs / self.settings.run.name
+
+    @property
+    def results(self) -> Path:
+        """The file that a run has once it is done."""
+        return self.folder / "results.json"
+
+
+def make_jobs(recipes: Mapping[str, str], *, seeds: int, settings: TrainSettings, folder: Path) -> list[Job]:
+    """List the runs: all recipes with the first seed, then all with the next, so that a part of them is a whole table.
+
+    Args:
+        recipes: label to what ``--recipe`` is.
+        seeds: how many; they are 0, 1, ...
+        settings: that all runs share.
+        folder: of the ablation.
+
+    Returns:
+        The runs, in order.
+
+    Example:
+        >>> jobs = make_jobs({"a": "mixtral"}, seeds=2, settings=TrainSettings(), folder=Path("logs"))
+        >>> [job.folder.name for job in jobs]
+        ['a-seed0', 'a-seed1']
+    """
+    return [
+        Job(label, seed, _of_a_run(settings, recipe, seed=seed, name=f"{label}-seed{seed}", logs=folder))
+        for seed in range(seeds)
+        for label, recipe in recipes.items()
+    ]
+
+
+def _of_a_run(settings: TrainSettings, recipe: str, **run: Any) -> TrainSettings:
+    of_run = replace(settings.run, resume="latest", **run)
+    return replace(settings, model=replace(settings.model, recipe=recipe), run=of_run)
+
+
+def do(job: Job, *, keep_checkpoints: bool) -> bool:
+    """Train and score, from where an earlier launch was stopped. A run whose loss is not finite is done, too.
+
+    Args:
+        job: the run.
+        keep_checkpoints: leave the checkpoint of a run that is done.
+
+    Returns:
+        Whether it is done; else somebody asked to stop, and a checkpoint was written.
+
+    Raises:
+        ValueError: if its settings make no sense.
+        OSError: if data or a checkpoint cannot be read.
+    """
+    try:
+        train(job.settings, Console(quiet=True), finishing=record)
+    except FloatingPointError as error:
+        write_whole(job.results, json.dumps({"failed": str(error).partition(". ")[0]}) + "\n")
+    done = job.results.exists()
+    if done and not keep_checkpoints:
+        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+    return done
+
+
+def line_of(job: Job) -> dict[str, Any]:
+    """Say what a run came to, as a line of ``results.jsonl``.
+
+    Args:
+        job: a run that is done.
+
+    Returns:
+        Label, recipe, seed, and what ``results.json`` holds.
+    """
+    named = {"router": job.label, "recipe": job.settings.model.recipe, "seed": job.seed}
+    return {**named, **json.loads(job.results.read_text(encoding="utf-8"))}
+
+
+def record(run: Run, console: Console, *, seconds: float) -> None:
+    """Score a run after its last step, and write what a table needs: the ``finishing`` of ``train``.
+
+    Args:
+        run: after its last step.
+        console: not used.
+        seconds: of training.
+    """
+    recipes = {"training": next(moe_layers(run.model))[1].recipe, "evaluation": run.evaluation_recipe}
+    experts = run.model.config.moe_num_experts
+    assert experts is not None
+    scores, tokens = validate(run), run.budget.steps * run.budget.tokens_per_step
+    total, active = parameter_table(run.model)[-1][1:]
+    summary = {
+        "steps": run.budget.steps,
+        "parameters": total,
+        "active_parameters": active,
+        "tokens": tokens,
+        "seconds": round(seconds, 1),
+        "experts_per_token": experts_per_token(run),
+        "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
+        "leaks": {when: audit(recipe, experts).leaks for when, recipe in recipes.items() if recipe is not None},
+    }
+    simple = {
+        each.name: report.Baselines(unigram_bound(_batches(run, each), run.model.config.vocab_size), None)
+        for each in run.corpus.validation
+    }
+    report.write_results(run.folder / "results.json", summary, scores, simple)
+
+
+@torch.no_grad()
+def experts_per_token(run: Run) -> float:
+    """Measure how many experts a token has, over the first batch of each validation set and all MoE layers.
+
+    Args:
+        run: the run.
+
+    Returns:
+        Assignments per token, simple experts included; for a soft router, slots per token.
+    """
+    found = torch.zeros((), dtype=torch.float64)
+    for each in run.corpus.validation:
+        ids = next(_batches(run, each)).batch.ids.to(run.world.device)
+        inputs, _, mask = split_ids(ids)
+        with evaluating(run.model, run.evaluation_recipe), autocast(run.settings.optimizer.precision, run.world.device):
+            layers = run.model(inputs, token_mask=mask).layers
+            sums = all_routing_sums(run.model, layers, token_mask=mask).cpu()  # (layers, E + 3), the last: tokens
+        found = found + sums[:, :-3].sum() / sums[:, -1].sum()
+    return round(float(found) / len(run.corpus.validation), 3)
+
+
+def unigram_bound(batches: Iterator[ValidationBatch], vocab_size: int) -> float:
+    """Compute the least loss of a model without context: the entropy of the tokens that are to be predicted.
+
+    Args:
+        batches: to score.
+        vocab_size: V.
+
+    Returns:
+        Nats per token; no model that always predicts the same distribution scores less.
+    """
+    counts = torch.zeros(vocab_size, dtype=torch.float64)
+    for batch in batches:
+        targets = split_ids(batch.batch.ids)[1]
+        counts += torch.bincount(targets[targets >= 0].cpu(), minlength=vocab_size)
+    return float(torch.special.entr(counts / counts.sum()).sum())
+
+
+def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:
+    """Average what capacity limits dropped in training, over layers and reported steps.
+
+    Args:
+        metrics: lines of ``metrics.jsonl``.
+
+    Returns:
+        The share of assignments.
+
+    Example:
+        >>> training_drop_rate([{"layers": [{"drop_rate": 0.5}, {"drop_rate": 0.0}]}])
+        0.25
+    """
+    rates = [layer["drop_rate"] for line in metrics for layer in line["layers"]]
+    return sum(rates) / len(rates) if rates else 0.0
+
+
+def _batches(run: Run, each: ValidationSet) -> Iterator[ValidationBatch]:
+    """Read the sequences of a validation set that ``validate`` scores."""
+    data, config = run.settings.data, run.model.config
+    return read_validation(
+        each.shards,
+        batch_size=run.settings.optimizer.batch_size or DEFAULT_BATCH,
+        seq_len=config.seq_len,
+        vocab_size=config.vocab_size,
+        num_sequences=None if data.val_num_samples is None else -(-data.val_num_samples // config.seq_len),
+        on_bad=data.on_bad_data,
+        data_key=each.data_key,
+        allow_commands=data.allow_pipe_commands,
+    )

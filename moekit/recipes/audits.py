@@ -1,0 +1,51 @@
+"""The causality audit of whole recipes: router, plan, and what the router remembers."""
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from moekit.dispatch import gather_rows, scatter_rows
+from moekit.recipes.layers import Recipe, routing_of_networks
+from moekit.routing import Causality, causality, clean
+from moekit.types import Dispatcher, DispatchPlan, Routing
+
+
+def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
+    """Find out by intervention whether a recipe's outputs depend on later tokens, or on other sequences.
+
+    The router runs on drawn logits, behind no gate, and the plan decides who is dropped; experts work row by row in any
+    recipe, and are replaced by known maps. See ``moekit.routing.causality``. Uses one thread, and leaves torch's
+    generator as it was.
+
+    Args:
+        recipe: the method, before any parallel strategy.
+        num_experts: E.
+        options: of ``causality``: ``sequences``, ``length``, ``trials``, ``seed``.
+
+    Returns:
+        Causality.
+
+    Example:
+        >>> from moekit.recipes import gshard, mixtral
+        >>> audit(mixtral(), 8).leaks, audit(gshard(), 8).leaks
+        (False, True)
+    """
+    choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        logits = recipe.gate(torch.zeros(1, 8, device="cpu"), recipe.init_gate(8, choices, device="cpu"))
+    inputs = {} if recipe.state is None else {recipe.state.name: recipe.state.init(choices, device="cpu")}
+    needs = tuple(name for name in recipe.needs if name != "token_mask")
+    dispatcher = Dispatcher(partial(_plan, recipe=recipe), gather_rows, scatter_rows)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
+    try:
+        width = clean(logits).shape[1]
+        reaches = {name: value for name, value in inputs.items() if name == "bias" or name in needs}
+        return causality(recipe.route, dispatcher, num_experts=width, needs=needs, inputs=reaches, **options)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plan(routing: Routing, *, recipe: Recipe) -> DispatchPlan:
+    return recipe.plan(routing_of_networks(routing, recipe))

@@ -1,0 +1,143 @@
+"""ReLU routing: an expert is active where its logit is positive, and what decides how many are is a coefficient."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from moekit.routing.top_k import check_choice, shifted, token_choice
+from moekit.types import Logits, RouterState, Routing
+
+
+def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None = None) -> Routing:
+    """Choose every expert with a positive logit, weighted by it: g = relu(z). A token may have none, or all of them.
+
+    Without a top-k the weights are continuous in the logits. Sparsity comes from an L1 loss whose coefficient adapts,
+    see ``adaptive_l1``. With all logits positive this is the dense mixture with those weights.
+
+    Causal. No host synchronisation. Deterministic on CUDA; ties under ``max_k`` are broken as ``torch.topk`` breaks
+    them.
+
+    Args:
+        logits: (T, E) float32.
+        max_k: the most experts that a token may have, those with the largest logits; None sets no limit.
+        bias: (E,) added to the logits where ``max_k`` decides who is chosen. It activates no expert: a logit that is
+            not positive has no weight to give.
+
+    Returns:
+        Routing of shape (T, max_k or E), a token's experts in falling order of their logits, then -1. Its pool counts
+        every place, so a capacity factor is relative to all of them active.
+
+    Raises:
+        ValueError: if max_k is not between 1 and E, or a shape does not fit.
+
+    Example:
+        >>> relu_choice(torch.tensor([[-1.0, 0.5, 2.0]])).expert_indices
+        tensor([[ 2,  1, -1]])
+
+    References:
+        Wang et al., ReMoE, 2024, section 3.2, https://arxiv.org/abs/2412.14711
+    """
+    k = logits.shape[-1] if max_k is None else max_k
+    check_choice(logits, k, name="relu_choice")
+    preference = shifted(logits, bias).detach().masked_fill(logits <= 0, float("-inf"))
+    chosen = torch.topk(preference, k, dim=-1).indices
+    values = logits.gather(-1, chosen)
+    active = values > 0
+    return token_choice(chosen.where(active, -1), values.where(active, 0.0), logits)
+
+
+def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str = "adaptive_l1") -> RouterState:
+    """Make the state of ReLU routing: the coefficient of its L1 loss, moved each step towards k active experts a token.
+
+    The paper has one coefficient for all layers, from the sparsity of all of them together; a layer that keeps this
+    state has its own.
+
+    Args:
+        k: active experts per token to aim at, on average.
+        rate: factor of one step.
+        initial: first coefficient.
+        loss: name of the loss that the coefficient is for.
+
+    Returns:
+        RouterState, a scalar float32 tensor named ``l1_coefficient``. It observes (active assignments, tokens).
+
+    Raises:
+        ValueError: if k, rate or initial is out of range.
+
+    Example:
+        >>> state = adaptive_l1(k=2)
+        >>> state.update(state.init(8), torch.tensor([30.0, 10.0]))
+        tensor(1.2000e-08)
+
+    References:
+        Wang et al., ReMoE, 2024, section 3.3, https://arxiv.org/abs/2412.14711
+    """
+    if k <= 0 or rate <= 1 or initial <= 0:
+        raise ValueError(
+            f"adaptive_l1: k = {k}, rate = {rate}, initial = {initial}; expected k > 0, rate > 1 and initial > 0, such "
+            f"as the paper's rate of 1.2 and initial coefficient of 1e-8."
+        )
+    update = partial(_update, k=k, rate=rate)
+    return RouterState("l1_coefficient", partial(_coefficient, initial=initial), observe_active, update, scales=loss)
+
+
+def adaptive_l1_coefficient(
+    coefficient: Tensor, active: Tensor, tokens: Tensor, *, k: float, rate: float = 1.2
+) -> Tensor:
+    """Move the coefficient of the L1 loss one step: lambda * rate ** sign((1 - k/E) - sparsity).
+
+    Sparsity is 1 - active / (E tokens), so E cancels: the coefficient grows where more than k experts a token are
+    active, shrinks where fewer are, and stays at exactly k, or without tokens.
+
+    No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        coefficient: scalar.
+        active: scalar, active assignments, over the whole step, all ranks, and all layers that share the coefficient.
+        tokens: scalar, the tokens they were counted over; a token counts once for each such layer.
+        k: active experts per token to aim at.
+        rate: factor of one step.
+
+    Returns:
+        The new coefficient.
+
+    Example:
+        >>> adaptive_l1_coefficient(torch.tensor(1.0), torch.tensor(21.0), torch.tensor(10.0), k=2)
+        tensor(1.2000)
+
+    References:
+        Wang et al., ReMoE, 2024, section 3.3, https://arxiv.org/abs/2412.14711
+    """
+    direction = torch.sign(active.double() - k * tokens.double())
+    return (coefficient.double() * rate**direction).to(coefficient.dtype)
+
+
+def observe_active(logits: Logits, routing: Routing, state: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Count active assignments, before any drop, and the tokens that made them.
+
+    Args:
+        logits: not used.
+        routing: the decision, padding tokens already taken out.
+        state: not used.
+        token_mask: (T,) bool, True for real tokens.
+
+    Returns:
+        (2,) float64.
+
+    Example:
+        >>> logits = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
+        >>> observe_active(logits, relu_choice(logits), torch.tensor(1e-8))
+        tensor([3., 2.], dtype=torch.float64)
+    """
+    active = (routing.expert_indices >= 0).sum()
+    tokens = torch.full_like(active, routing.num_tokens) if token_mask is None else token_mask.bool().sum()
+    return torch.stack([active, tokens]).double()
+
+
+def _coefficient(num_experts: int, *, initial: float, device: torch.device | str | None = None) -> Tensor:
+    return torch.tensor(initial, dtype=torch.float32, device=device)
+
+
+def _update(coefficient: Tensor, observed: Tensor, *, k: float, rate: float) -> Tensor:
+    return adaptive_l1_coefficient(coefficient, observed[0], observed[1], k=k, rate=rate)

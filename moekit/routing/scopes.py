@@ -1,0 +1,207 @@
+"""Scopes: over which tokens a balancing loss asks for balance, each as a function that splits the tokens into pools.
+
+A loss computes one number per pool and averages those of the pools that hold a real token. A smaller scope is a
+stronger wish: balance within every sequence implies balance of the batch, and not the other way round.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from moekit.segments import tokens_per_expert as count_tokens
+from moekit.types import Routing
+
+Scope = Callable[[Tensor, int | None], Tensor]
+
+
+def whole_batch(values: Tensor, sequence_length: int | None = None) -> Tensor:
+    """Take all tokens of the micro-batch as one pool: (T, ...) to (1, T, ...).
+
+    Args:
+        values: (T, ...), one entry per token.
+        sequence_length: not used.
+
+    Returns:
+        (1, T, ...).
+
+    Example:
+        >>> whole_batch(torch.arange(6)).tolist()
+        [[0, 1, 2, 3, 4, 5]]
+    """
+    return values.unsqueeze(0)
+
+
+def each_sequence(values: Tensor, sequence_length: int | None = None) -> Tensor:
+    """Take each sequence as a pool of its own: (T, ...) to (T / length, length, ...).
+
+    Args:
+        values: (T, ...), one entry per token, sequences one after the other.
+        sequence_length: how many consecutive tokens make a sequence.
+
+    Returns:
+        (T / length, length, ...).
+
+    Raises:
+        ValueError: if the length was not given, or T is not a multiple of it.
+
+    Example:
+        >>> each_sequence(torch.arange(6), 3).tolist()
+        [[0, 1, 2], [3, 4, 5]]
+    """
+    if sequence_length is None or sequence_length < 1:
+        raise ValueError(
+            f"each_sequence: sequence_length = {sequence_length}; expected how many consecutive tokens make a "
+            f"sequence, at least 1. Pass sequence_length= to the loss, or take the scope whole_batch."
+        )
+    if values.shape[0] % sequence_length:
+        raise ValueError(
+            f"each_sequence: T = {values.shape[0]} tokens are no whole number of sequences of {sequence_length}; "
+            f"expected a multiple. Pad the last sequence and mask the padding with token_mask."
+        )
+    return values.reshape(values.shape[0] // sequence_length, sequence_length, *values.shape[1:])
+
+
+def each_token(values: Tensor, sequence_length: int | None = None) -> Tensor:
+    """Take each token as a pool of its own: (T, ...) to (T, 1, ...).
+
+    Args:
+        values: (T, ...), one entry per token.
+        sequence_length: not used.
+
+    Returns:
+        (T, 1, ...).
+
+    Example:
+        >>> each_token(torch.arange(3)).tolist()
+        [[0], [1], [2]]
+    """
+    return values.unsqueeze(1)
+
+
+def hidden(values: Tensor, token_mask: Tensor | None) -> Tensor:
+    """Put zeros into the rows of padding tokens, so that not even a NaN there reaches a value or a gradient.
+
+    Args:
+        values: (T, ...).
+        token_mask: (T,) bool, or any shape of T elements, True for real tokens; None hides nothing.
+
+    Returns:
+        (T, ...).
+
+    Example:
+        >>> hidden(torch.tensor([1.0, torch.nan]), torch.tensor([True, False]))
+        tensor([1., 0.])
+    """
+    if token_mask is None:
+        return values
+    return values.masked_fill(~token_mask.flatten().bool().view(-1, *[1] * (values.ndim - 1)), 0.0)
+
+
+def real_tokens(
+    values: Tensor, token_mask: Tensor | None, *, scope: Scope = whole_batch, sequence_length: int | None = None
+) -> Tensor:
+    """Count the real tokens of each pool.
+
+    Args:
+        values: (T, ...), for the number of tokens and the device.
+        token_mask: (T,) bool, True for real tokens; None takes all for real.
+        scope: the split into pools.
+        sequence_length: for the scope.
+
+    Returns:
+        (pools,) int64.
+
+    Example:
+        >>> real_tokens(torch.zeros(4, 2), torch.tensor([1, 1, 1, 0]), scope=each_sequence, sequence_length=2)
+        tensor([2, 1])
+    """
+    ones = torch.ones(values.shape[0], dtype=torch.int64, device=values.device)
+    return scope(hidden(ones, token_mask), sequence_length).sum(1)
+
+
+def sums_of_pools(
+    values: Tensor, token_mask: Tensor | None, *, scope: Scope = whole_batch, sequence_length: int | None = None
+) -> Tensor:
+    """Add up a number, or a row of numbers, over the real tokens of each pool.
+
+    Args:
+        values: (T, ...).
+        token_mask: (T,) bool, True for real tokens.
+        scope: the split into pools.
+        sequence_length: for the scope.
+
+    Returns:
+        (pools, ...).
+
+    Example:
+        >>> sums_of_pools(torch.tensor([1.0, 2.0, 4.0, 8.0]), None, scope=each_sequence, sequence_length=2)
+        tensor([ 3., 12.])
+    """
+    return scope(hidden(values, token_mask), sequence_length).sum(1)
+
+
+def counts_of_pools(
+    routing: Routing,
+    token_mask: Tensor | None,
+    *,
+    choices: int | None = None,
+    scope: Scope = whole_batch,
+    sequence_length: int | None = None,
+) -> Tensor:
+    """Count the assignments of each expert in each pool, those of padding tokens left out.
+
+    Args:
+        routing: any routing.
+        token_mask: (T,) bool, True for real tokens.
+        choices: count only the first so many choices of each token; None counts all.
+        scope: the split into pools.
+        sequence_length: for the scope.
+
+    Returns:
+        (pools, E) int64, without gradient.
+
+    Raises:
+        ValueError: if ``choices`` is given for a routing that is not (T, K).
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(4, 3), k=1)
+        >>> counts_of_pools(routing, None, scope=each_sequence, sequence_length=2)
+        tensor([[1, 1, 0],
+                [1, 0, 1]])
+    """
+    experts, tokens = routing.expert_indices, routing.token_indices
+    if choices is not None:
+        if experts.ndim != 2:
+            raise ValueError(
+                f"choices={choices} counts first choices of tokens, but the routing has shape "
+                f"{tuple(experts.shape)}, not (T, K). Leave choices out for this router."
+            )
+        experts, tokens = experts[:, :choices], tokens[:, :choices]
+    if token_mask is not None:
+        experts = experts.masked_fill(~token_mask.flatten().bool()[tokens], -1)
+    pools = scope(torch.arange(routing.num_tokens, device=experts.device), sequence_length)  # (pools, tokens of each)
+    if pools.shape[0] == 1:
+        return count_tokens(experts, routing.num_experts).unsqueeze(0)
+    numbers = torch.arange(pools.shape[0], device=experts.device).unsqueeze(1).expand_as(pools)
+    pool_of_token = torch.empty_like(pools.flatten()).scatter_(0, pools.flatten(), numbers.flatten())
+    keys = torch.where(experts < 0, -1, pool_of_token[tokens] * routing.num_experts + experts)
+    return count_tokens(keys, pools.shape[0] * routing.num_experts).view(pools.shape[0], routing.num_experts)
+
+
+def mean_of_pools(losses: Tensor, real: Tensor) -> Tensor:
+    """Average a loss over the pools that hold a real token; zero if none does.
+
+    Args:
+        losses: (pools,).
+        real: (pools,) integers, the real tokens of each.
+
+    Returns:
+        Scalar.
+
+    Example:
+        >>> mean_of_pools(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([4, 2, 0]))
+        tensor(2.)
+    """
+    return losses.masked_fill(real == 0, 0.0).sum() / (real > 0).sum().clamp_min(1)

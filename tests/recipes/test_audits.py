@@ -1,0 +1,62 @@
+"""What recipes declare about causality is what interventions find, and the trainer warns before its first step."""
+
+import pytest
+import torch
+
+from moekit.recipes import mixtral
+from moekit.recipes.audits import audit
+from moekit.recipes.configuration import parse_settings
+from moekit.recipes.names import RECIPES, find_recipe, recipe_options
+from moekit.recipes.train import causality_notes
+
+E = 16
+LEAKS = {"gshard", "st_moe", "expert_choice", "base_sinkhorn", "soft_moe", "sonic_token_rounding"}
+LEAKS_IN_EVALUATION = {"expert_choice", "soft_moe"}
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_declared_flag_is_what_interventions_find(name):
+    assert find_recipe(name, vocab_size=64).causal == (name not in LEAKS)
+    assert audit(find_recipe(name, vocab_size=64), E).leaks == (name in LEAKS)
+
+
+@pytest.mark.parametrize("name", sorted(LEAKS))
+def test_methods_that_evaluate_otherwise_are_causal_then(name):
+    factor = {"capacity_factor": 0.0} if "capacity_factor" in recipe_options(name) else {}
+    recipe = find_recipe(name, vocab_size=64, training=False, **factor)
+    assert recipe.causal == (name not in LEAKS_IN_EVALUATION)
+    assert audit(recipe, E).leaks == (name in LEAKS_IN_EVALUATION)
+
+
+def test_a_capacity_limit_by_position_depends_on_earlier_sequences_alone():
+    found = audit(find_recipe("openlm", capacity_factor=1.0), E)
+    assert not found.leaks
+    assert found.earlier_sequence is not None
+    assert found.later_sequence is None
+
+
+def test_a_leak_of_the_users_own_is_found():
+    def route(logits, *, bias=None):
+        return mixtral().route(logits, bias=-logits.mean(0))  # shifted by what the batch prefers
+
+    assert audit(mixtral()._replace(route=route), E).leaks
+
+
+def test_an_audit_leaves_no_trace():
+    state, threads = torch.random.get_rng_state(), torch.get_num_threads()
+    audit(find_recipe("gshard"), E)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def notes(*words):
+    return causality_notes(parse_settings(["--model", "moekit_tiny", *words], prog="test"))
+
+
+def test_the_trainer_warns_of_a_leak():
+    warning, witness = notes("--recipe", "expert_choice")
+    assert "--recipe expert_choice" in warning
+    assert "depends on later tokens" in warning
+    assert "changed by" in witness
+    assert notes("--recipe", "openlm") == []
+    assert notes("--recipe", "expert_choice", "--moe-freq", "0") == []

@@ -1,0 +1,88 @@
+"""What every loss keeps: one signature, one graph, padding that changes nothing, float32 for float32."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.routing import load_balance_loss, mask_tokens, top_k, z_loss
+from moekit.routing.importance_losses import importance_loss, load_loss
+from moekit.routing.regularizers import entropy_loss, weighted_l1_loss
+from moekit.routing.scopes import each_sequence, each_token
+from moekit.routing.sequence_losses import sequence_balance_loss
+from moekit.types import NoisyLogits
+
+T, E, K, L = 12, 5, 2, 4
+LOSSES = {
+    "load balance": load_balance_loss,
+    "first choice": partial(load_balance_loss, choices=1),
+    "per token": partial(load_balance_loss, per_token=1),
+    "sequence": sequence_balance_loss,
+    "z": z_loss,
+    "importance": importance_loss,
+    "importance of scores by sequence": partial(importance_loss, score=torch.sigmoid, scope=each_sequence),
+    "load": load_loss,
+    "load as V-MoE": partial(load_loss, excluding_self=False),
+    "weighted l1": partial(weighted_l1_loss, k=K),
+    "entropy": entropy_loss,
+    "entropy by token": partial(entropy_loss, scope=each_token),
+}
+
+
+def noisy_logits(dtype: torch.dtype = torch.float64) -> NoisyLogits:
+    clean = torch.randn(T, E, dtype=dtype, requires_grad=True)
+    return NoisyLogits(clean + torch.randn(T, E, dtype=dtype), clean, torch.ones(T, E, dtype=dtype))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_takes_the_same_arguments_and_returns_a_scalar(name: str) -> None:
+    logits = noisy_logits(torch.float32)
+    routing = top_k(logits.logits, k=K)
+    mask, counts = torch.arange(T) < 9, torch.arange(E)
+    loss = LOSSES[name](logits, routing, token_mask=mask, tokens_per_expert=counts, sequence_length=L)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    (grad,) = torch.autograd.grad(loss, logits.clean)
+    assert grad[~mask].abs().max() == 0
+    assert grad[mask].abs().max() > 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("already", [False, True], ids=["mask alone", "routing masked too"])
+def test_padding_sequences_change_nothing(name: str, already: bool) -> None:
+    """Whole sequences of padding, so that the scopes over sequences have as many tokens in each as before."""
+    logits, mask = noisy_logits(), torch.arange(T) < 2 * L
+    real = NoisyLogits(*(part[: 2 * L] for part in logits))
+    expected = LOSSES[name](real, top_k(real.logits, k=K), sequence_length=L)
+    routing = top_k(logits.logits, k=K)
+    if already:
+        routing = mask_tokens(routing, mask)
+    torch.testing.assert_close(LOSSES[name](logits, routing, token_mask=mask, sequence_length=L), expected)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_tokens_give_zero(name: str) -> None:
+    empty = NoisyLogits(*(torch.zeros(0, E) for _ in range(3)))
+    loss = LOSSES[name](empty, top_k(empty.logits, k=K), sequence_length=L)
+    assert loss.item() == 0
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_is_one_graph(name: str) -> None:
+    """A graph break would mean that the host reads the device, or that a compiled model cannot hold the loss."""
+    torch._dynamo.reset()
+    logits, mask = noisy_logits(), torch.arange(T) % 5 != 0
+
+    def loss_of(clean: Tensor, noise: Tensor, token_mask: Tensor) -> Tensor:
+        seen = NoisyLogits(clean + noise, clean, torch.ones_like(clean))
+        routing = top_k(seen.logits, k=K)
+        return LOSSES[name](seen, routing, token_mask=token_mask, sequence_length=L)
+
+    arguments = logits.clean, (logits.logits - logits.clean).detach(), mask
+    expected = loss_of(*arguments)
+    actual = torch.compile(loss_of, fullgraph=True, backend="aot_eager")(*arguments)
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits.clean)[0] for loss in (actual, expected)))

@@ -1,0 +1,172 @@
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.dispatch import dropless
+from moekit.experts import init_gated, loop, swiglu
+from moekit.recipes import expert_layer
+from moekit.routing.masks import mask_tokens
+from moekit.routing.relu import adaptive_l1, adaptive_l1_coefficient, observe_active, relu_choice
+from moekit.routing.top_k import sqrt_softplus
+from moekit.types import Groups
+
+T, E = 9, 5
+
+
+def in_loops(logits: Tensor, max_k: int | None = None, bias: Tensor | None = None) -> list[dict[int, Tensor]]:
+    """Return each token's experts with their weights, in falling order of preference."""
+    rows = []
+    for z in logits:
+        shift = [0.0] * len(z) if bias is None else bias.tolist()
+        active = sorted((e for e in range(len(z)) if z[e] > 0), key=lambda e: -(z[e].item() + shift[e]))
+        rows.append({e: z[e] for e in active[:max_k]})
+    return rows
+
+
+@pytest.mark.parametrize("max_k", [None, 1, 2, E])
+@pytest.mark.parametrize("biased", [False, True])
+def test_choice_weights_and_gradient_are_those_of_loops(max_k: int | None, biased: bool) -> None:
+    logits = torch.randn(T, E, dtype=torch.float64)
+    logits[0], logits[1], logits[2, 2] = -1.0, 1.0 + torch.arange(E), 0.0  # none, all, exactly zero
+    logits.requires_grad_()
+    bias = torch.randn(E, dtype=torch.float64) if biased else None
+    routing = relu_choice(logits, max_k=max_k, bias=bias)
+    rows = in_loops(logits, max_k, bias)
+    assert routing.expert_indices.shape == (T, max_k or E)
+    probe = torch.randn(E, dtype=torch.float64)
+    total, expected = (routing.weights * probe[routing.expert_indices.clamp_min(0)]).sum(), torch.zeros(())
+    for t, row in enumerate(rows):
+        experts = list(row) + [-1] * (routing.expert_indices.shape[1] - len(row))
+        assert routing.expert_indices[t].tolist() == experts
+        assert routing.weights[t].tolist() == [*(g.item() for g in row.values()), *[0.0] * experts.count(-1)]
+        expected = expected + sum(probe[e] * g for e, g in row.items())
+    (actual,), (wanted,) = torch.autograd.grad(total, logits), torch.autograd.grad(expected, logits)
+    torch.testing.assert_close(actual, wanted)
+
+
+def test_a_bias_activates_nobody() -> None:
+    logits = torch.tensor([[-1.0, 0.0, 2.0]])
+    assert relu_choice(logits, bias=torch.tensor([9.0, 9.0, -9.0])).expert_indices.tolist() == [[2, -1, -1]]
+
+
+def test_all_positive_is_the_dense_mixture_with_those_weights() -> None:
+    num_experts, dim, hidden = 3, 4, 6
+    x, logits = torch.randn(T, dim, dtype=torch.float64), torch.rand(T, num_experts, dtype=torch.float64) + 0.1
+    params = init_gated(num_experts, dim, hidden, dtype=torch.float64)
+    x.requires_grad_(), logits.requires_grad_()
+    layer = expert_layer(dispatcher=dropless(), experts=lambda *args: swiglu(*args, matmul=loop))
+    y = layer(x, relu_choice(logits), params)
+    dense = sum(
+        logits[:, e : e + 1]
+        * swiglu(x, Groups(torch.tensor([T]), None), type(params)(*(w[e : e + 1] for w in params)), matmul=loop)
+        for e in range(num_experts)
+    )
+    torch.testing.assert_close(y, dense)
+    probe = torch.randn_like(dense)
+    for actual, wanted in zip(
+        torch.autograd.grad((y * probe).sum(), (x, logits)),
+        torch.autograd.grad((dense * probe).sum(), (x, logits)),
+        strict=True,
+    ):
+        torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, -1e30, float("-inf")])
+def test_no_positive_logit_means_no_expert_and_a_zero_gradient(value: float) -> None:
+    logits = torch.full((3, E), value, requires_grad=True)
+    routing = relu_choice(logits)
+    assert (routing.expert_indices == -1).all()
+    (grad,) = torch.autograd.grad(routing.weights.sum(), logits)
+    assert (grad == 0).all()
+
+
+def test_no_tokens_and_one_expert() -> None:
+    assert relu_choice(torch.zeros(0, E)).weights.shape == (0, E)
+    assert relu_choice(torch.tensor([[2.0], [-1.0]])).expert_indices.tolist() == [[0], [-1]]
+
+
+def test_one_graph() -> None:
+    torch._dynamo.reset()
+    logits = torch.randn(T, E, requires_grad=True)
+
+    def route(logits: Tensor) -> Tensor:
+        return relu_choice(logits, max_k=2).weights.square().sum()
+
+    compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
+    (actual,) = torch.autograd.grad(compiled(logits), logits)
+    torch.testing.assert_close(actual, torch.autograd.grad(route(logits), logits)[0])
+
+
+@pytest.mark.parametrize(("active", "factor"), [(21, 1.2), (20, 1.0), (19, 1 / 1.2), (0, 1 / 1.2)])
+def test_the_coefficient_follows_the_sparsity(active: int, factor: float) -> None:
+    k, num_experts, tokens = 2, 8, 10
+    sparsity = 1 - active / (tokens * num_experts)
+    target = 1 - k / num_experts
+    assert (sparsity < target, sparsity == target) == (factor > 1, factor == 1)
+    new = adaptive_l1_coefficient(torch.tensor(1e-8), torch.tensor(active), torch.tensor(tokens), k=k)
+    assert new.dtype == torch.float32
+    assert new.item() == pytest.approx(1e-8 * factor)
+
+
+def test_without_tokens_the_coefficient_stays() -> None:
+    zero = torch.tensor(0.0)
+    assert adaptive_l1_coefficient(torch.tensor(0.5), zero, zero, k=2).item() == 0.5
+
+
+def test_counts_of_parts_add_up_and_leave_padding_out() -> None:
+    logits, mask = torch.randn(T, E), torch.arange(T) != 3
+    routing = mask_tokens(relu_choice(logits), mask)
+    observed = observe_active(logits, routing, torch.tensor(0.0), token_mask=mask)
+    assert observed.dtype == torch.float64
+    assert observed.tolist() == [(logits[mask] > 0).sum(), T - 1]
+    parts = sum(observe_active(z, relu_choice(z), torch.tensor(0.0)) for z in logits[mask].split(3))
+    assert torch.equal(parts, observed)
+
+
+def test_the_state_reaches_its_target() -> None:
+    """Logits that fall with the coefficient: the state settles where two of eight experts are active."""
+    state = pickle.loads(pickle.dumps(adaptive_l1(k=2, loss="l1")))
+    assert (state.name, state.scales) == ("l1_coefficient", "l1")
+    coefficient, logits = state.init(8), torch.randn(400, 8)
+    assert coefficient.shape == ()
+    assert coefficient.item() == pytest.approx(1e-8)
+    active = []
+    for _ in range(160):
+        routing = relu_choice(logits - 0.3 * (coefficient * 1e8).log())
+        observed = state.observe(logits, routing, coefficient)
+        coefficient = state.update(coefficient, observed)
+        active.append((observed[0] / observed[1]).item())
+    assert active[0] > 3
+    assert sum(active[-20:]) / 20 == pytest.approx(2, abs=0.15)
+
+
+@pytest.mark.parametrize("options", [{"k": 0}, {"k": 2, "rate": 1.0}, {"k": 2, "initial": 0.0}])
+def test_a_state_out_of_range_says_so(options: dict) -> None:
+    with pytest.raises(ValueError, match=r"adaptive_l1: k = .*, rate = .*, initial = .*; expected k > 0, rate > 1"):
+        adaptive_l1(**options)
+
+
+@pytest.mark.parametrize("max_k", [0, E + 1])
+def test_a_bad_limit_says_so(max_k: int) -> None:
+    with pytest.raises(ValueError, match=rf"relu_choice: k = {max_k} experts per token were asked of E = {E}"):
+        relu_choice(torch.zeros(T, E), max_k=max_k)
+
+
+def test_sqrt_softplus_is_its_formula() -> None:
+    z = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
+    expected = torch.sqrt(torch.log(1 + torch.exp(z)))
+    torch.testing.assert_close(sqrt_softplus(z), expected, rtol=1e-3, atol=0)  # log(1 + tiny) is rough in the formula
+    torch.testing.assert_close(sqrt_softplus(z)[20:], expected[20:], rtol=1e-8, atol=0)
+    (actual,), (wanted,) = torch.autograd.grad(sqrt_softplus(z).sum(), z), torch.autograd.grad(expected.sum(), z)
+    torch.testing.assert_close(actual[20:], wanted[20:], rtol=1e-8, atol=0)
+
+
+def test_sqrt_softplus_far_out() -> None:
+    z = torch.tensor([-3e38, -1e4, -200.0, -80.0, 80.0, 1e4], requires_grad=True)
+    scores = sqrt_softplus(z)
+    assert scores.isfinite().all()
+    assert (scores >= 0).all()
+    torch.testing.assert_close(scores[4:], z[4:].sqrt())
+    assert torch.autograd.grad(scores.sum(), z)[0].isfinite().all()

@@ -1,0 +1,209 @@
+"""Every router of the library x {dropless, padded} x backend against nested loops: output and every gradient, by name.
+
+The loops take the decision from the router, whose formulas have tests of their own, with the weights still attached to
+the gate. In float64, in poisoned memory, and with NaN in what the experts return for padding rows.
+"""
+
+from collections.abc import Callable
+from decimal import Decimal
+from functools import partial
+from typing import Any, NamedTuple
+
+import pytest
+import reference
+import torch
+from torch import Tensor
+
+from moekit import routing as r
+from moekit.dispatch import dropless, padded
+from moekit.experts import batched, grouped, init_gated, loop, simple, swiglu
+from moekit.recipes import Recipe, expert_layer, moe_layer
+from moekit.recipes.layers import MoEParams
+from moekit.types import Dispatcher, Routing
+
+B, L, D, F, E, K = 2, 9, 5, 7, 6, 2
+T = B * L
+BIAS = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
+IDS = torch.arange(T).view(B, L) * 7 % 10
+
+
+class Case(NamedTuple):
+    """A router with its gate, and what it needs."""
+
+    route: Callable[..., Any]
+    gate: Callable[..., Any] = r.linear_gate
+    init_gate: Callable[..., Any] = r.init_linear_gate
+    state: Tensor | None = None
+    name: str = "bias"
+    needs: tuple[str, ...] = ()
+    extra: int = 0
+
+
+TABLE = r.hash_table(10, E, k=K)
+ROUTERS = {
+    "softmax": Case(partial(r.top_k, k=K)),
+    "softmax of top k": Case(partial(r.softmax_of_top_k, k=K)),
+    "sigmoid with bias": Case(partial(r.top_k, k=K, score=r.sigmoid, normalize=True, scale=2.5), state=BIAS),
+    "root of softplus": Case(partial(r.top_k, k=K, score=r.sqrt_softplus, normalize=True), state=BIAS),
+    "noisy": Case(partial(r.noisy_top_k, k=K), r.noisy_gate, partial(r.init_noisy_gate, std=0.5)),
+    "jitter": Case(partial(r.top_k, k=1), r.input_jitter(r.linear_gate, eps=0.1)),
+    "gumbel": Case(partial(r.noisy_top_k, k=K), r.gumbel_noise(r.linear_gate)),
+    "logit noise": Case(partial(r.noisy_top_k, k=K), r.logit_noise(r.linear_gate, std=1.0)),
+    "biased gate": Case(partial(r.softmax_of_top_k, k=K), r.biased_gate, r.init_biased_gate),
+    "cosine": Case(partial(r.top_k, k=K), r.cosine_gate, r.init_cosine_gate),
+    "expert choice": Case(partial(r.expert_choice, capacity_factor=2.0)),
+    "expert choice by sequence": Case(
+        partial(r.expert_choice, capacity_factor=1.0, normalize=True), needs=("sequence_length", "token_mask")
+    ),
+    "sinkhorn": Case(partial(r.sinkhorn, k=1)),
+    "sinkhorn of two": Case(partial(r.sinkhorn, k=K), needs=("token_mask",)),
+    "quantiles": Case(partial(r.quantile_balanced, k=K), state=BIAS),
+    "hash": Case(partial(r.hash_choice, normalize=True), state=TABLE, name="table", needs=("token_ids", "table")),
+    "groups": Case(
+        partial(r.group_limited, k=K, num_groups=3, groups_kept=2, score=r.sigmoid, normalize=True), state=BIAS
+    ),
+    "relu": Case(r.relu_choice),
+    "relu with room for two": Case(partial(r.relu_choice, max_k=2)),
+    "token rounding": Case(r.token_rounding(partial(r.top_k, k=K), tile=4)),
+    "token rounding up": Case(r.token_rounding(partial(r.top_k, k=K), tile=4, rounding=torch.ceil)),
+    "sparse mixer": Case(partial(r.sparse_mixer, eps=0.2)),
+    "top p": Case(partial(r.top_p, p=0.6)),
+    "top p with a budget": Case(partial(r.top_p, p=0.9, max_k=3, normalize=True)),
+    "threshold": Case(partial(r.threshold, threshold=0.6, at_least=0)),
+    "topology": Case(partial(r.topology_limited, k=K, num_nodes=2, node=0, share=0.3)),
+    "simple experts": Case(partial(r.top_k, k=K), extra=4),
+}
+BACKENDS = {"dropless": (loop, grouped), "tight": (loop, batched, grouped), "roomy": (loop, batched, grouped)}
+FACTORS = {"tight": 0.5, "roomy": 2.0}
+
+
+class _NanOnPadding(torch.autograd.Function):
+    """Put NaN into padding rows; their gradient passes, so that one that is not zero shows in the parameters."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, padding: Tensor) -> Tensor:
+        return rows.masked_fill(padding.unsqueeze(1), torch.nan)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def spoiled(dispatcher: Dispatcher) -> Dispatcher:
+    def combine(rows: Tensor, routing: Routing, plan) -> Tensor:
+        return dispatcher.combine(_NanOnPadding.apply(rows, plan.assignments < 0), routing, plan)
+
+    return dispatcher._replace(combine=combine)
+
+
+def leaves(case: Case) -> tuple[Tensor, Any, Any, Any]:
+    x = torch.randn(B, L, D, dtype=torch.float64)
+    gate = case.init_gate(D, E + case.extra, dtype=torch.float64)
+    extra = simple().init(D, dtype=torch.float64) if case.extra else None
+    drawn = x, gate, init_gated(E, D, F, dtype=torch.float64), extra
+    for each in drawn:
+        for tensor in (each,) if isinstance(each, Tensor) else each or ():
+            tensor.requires_grad_()
+    return drawn
+
+
+def named(x: Tensor, gate: Any, experts: Any, extra: Any) -> dict[str, Tensor]:
+    found = {"x": x, **{f"expert {name}": tensor for name, tensor in experts._asdict().items()}}
+    for what, group in (("gate", gate), ("simple", extra)):
+        if group is not None:
+            parts = {"": group} if isinstance(group, Tensor) else group._asdict()
+            found |= {f"{what} {name}": tensor for name, tensor in parts.items()}
+    return found
+
+
+def state_of(case: Case) -> r.states.RouterState | None:
+    return None if case.state is None else r.states.RouterState(case.name, lambda *_, **__: case.state)
+
+
+def by_loops(x: Tensor, routing: Routing, experts: Any, *, limit: int | None, extra: Any) -> Tensor:
+    """Serve the list in its order, one assignment at a time."""
+    rows = zip(*(each.flatten().unbind(0) for each in routing[:3]), strict=True)
+    assignments = [reference.Assignment(int(t), 0, int(e), w) for t, e, w in rows]
+    kept: list[reference.Assignment] = []
+    for each in assignments:
+        full = limit is not None and sum(other.expert == each.expert for other in kept) >= limit
+        if 0 <= each.expert < E and not full:
+            kept.append(each)
+    tokens = x.flatten(0, 1)
+    y = reference.moe(tokens, kept, reference.swiglu, experts)
+    for each in assignments:
+        if each.expert > E:  # expert E is the null expert
+            y = y.index_add(0, torch.tensor([each.token]), (each.weight * simple_one(tokens, each, extra))[None])
+    return y.view_as(x)
+
+
+def simple_one(tokens: Tensor, each: reference.Assignment, extra: Any) -> Tensor:
+    token, number = tokens[each.token], each.expert - E - 2
+    if number < 0:
+        return token
+    first, second = reference.softmax(token @ extra.mix[number])
+    return first * token + second * extra.vectors[number]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dispatch", BACKENDS)
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_with_every_dispatcher_equals_the_loops(router: str, dispatch: str) -> None:
+    case = ROUTERS[router]
+    drawn = x, gate, experts, extra = leaves(case)
+    cotangent = torch.randn_like(x)
+    dispatcher = spoiled(dropless() if dispatch == "dropless" else padded(capacity_factor=FACTORS[dispatch]))
+    for matmul in BACKENDS[dispatch]:
+        layer = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=matmul))
+        recipe = Recipe(
+            case.gate, case.route, layer, needs=case.needs, state=state_of(case), simple=simple() if extra else None
+        )
+        torch.default_generator.manual_seed(1)  # for the routers that draw
+        params = MoEParams(gate, experts, simple=extra)
+        output = moe_layer(x, params, recipe, state=case.state, token_ids=IDS)
+        pool = r.without_simple(output.routing, num_experts=E).pool if extra else output.routing.pool
+        factor = Decimal(str(FACTORS[dispatch])) if dispatch in FACTORS else None
+        limit = None if factor is None else max(1, int(factor * Decimal(int(pool)) // E))
+        expected = by_loops(x, output.routing, experts, limit=limit, extra=extra)
+        torch.testing.assert_close(output.y, expected, rtol=1e-10, atol=1e-12)
+        tensors = named(*drawn)
+        grads = [
+            torch.autograd.grad((y * cotangent).sum(), list(tensors.values()), retain_graph=True, allow_unused=True)
+            for y in (output.y, expected)
+        ]
+        for name, found, wanted in zip(tensors, *grads, strict=True):
+            assert (found is None) == (wanted is None), name
+            if found is not None:
+                torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+        assert (output.routing.expert_indices >= 0).any()
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_soft_slots_equal_the_loops(slots: int, matmul) -> None:
+    case = Case(
+        partial(r.soft_slots, slots=slots),
+        r.soft_gate,
+        partial(r.init_soft_gate, slots=slots),
+        needs=("sequence_length",),
+    )
+    drawn = x, gate, experts, _ = leaves(case)
+    dispatcher = dropless() if matmul is not batched else padded(capacity_factor=1.0)
+    layer = expert_layer(dispatcher=spoiled(dispatcher), experts=partial(swiglu, matmul=matmul))
+    output = moe_layer(x, MoEParams(gate, experts), Recipe(case.gate, case.route, layer, needs=case.needs))
+    logits = r.soft_gate(x.flatten(0, 1), gate).view(B, L, E, slots)
+    expected = torch.zeros_like(x)
+    for b in range(B):
+        for e in range(E):
+            for s in range(slots):
+                mixed = reference.softmax(logits[b, :, e, s]) @ x[b]
+                made = reference.swiglu(mixed, *(w[e] for w in experts))
+                for t in range(L):
+                    share = reference.softmax(logits[b, t].flatten())[e * slots + s]
+                    expected[b, t] = expected[b, t] + share * made
+    torch.testing.assert_close(output.y, expected, rtol=1e-10, atol=1e-12)
+    tensors, cotangent = named(*drawn), torch.randn_like(x)
+    found, wanted = (torch.autograd.grad((y * cotangent).sum(), list(tensors.values())) for y in (output.y, expected))
+    for name, one, other in zip(tensors, found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
