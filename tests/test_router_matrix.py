@@ -4,75 +4,29 @@ The loops take the decision from the router, whose formulas have tests of their 
 the gate. In float64, in poisoned memory, and with NaN in what the experts return for padding rows.
 """
 
-from collections.abc import Callable
 from decimal import Decimal
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import reference
 import torch
+from router_cases import Case, router_cases, soft_case, tensors_of
 from torch import Tensor
 
 from moekit import routing as r
 from moekit.dispatch import dropless, padded
-from moekit.experts import batched, grouped, init_gated, loop, simple, swiglu
-from moekit.recipes import Recipe, expert_layer, moe_layer
+from moekit.experts import batched, grouped, init_gated, loop, swiglu
+from moekit.recipes import expert_layer, moe_layer
 from moekit.recipes.layers import MoEParams
 from moekit.types import Dispatcher, Routing
 
 B, L, D, F, E, K = 2, 9, 5, 7, 6, 2
 T = B * L
-BIAS = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4, 0.2], dtype=torch.float64)
 IDS = torch.arange(T).view(B, L) * 7 % 10
 
 
-class Case(NamedTuple):
-    """A router with its gate, and what it needs."""
-
-    route: Callable[..., Any]
-    gate: Callable[..., Any] = r.linear_gate
-    init_gate: Callable[..., Any] = r.init_linear_gate
-    state: Tensor | None = None
-    name: str = "bias"
-    needs: tuple[str, ...] = ()
-    extra: int = 0
-
-
-TABLE = r.hash_table(10, E, k=K)
-ROUTERS = {
-    "softmax": Case(partial(r.top_k, k=K)),
-    "softmax of top k": Case(partial(r.softmax_of_top_k, k=K)),
-    "sigmoid with bias": Case(partial(r.top_k, k=K, score=r.sigmoid, normalize=True, scale=2.5), state=BIAS),
-    "root of softplus": Case(partial(r.top_k, k=K, score=r.sqrt_softplus, normalize=True), state=BIAS),
-    "noisy": Case(partial(r.noisy_top_k, k=K), r.noisy_gate, partial(r.init_noisy_gate, std=0.5)),
-    "jitter": Case(partial(r.top_k, k=1), r.input_jitter(r.linear_gate, eps=0.1)),
-    "gumbel": Case(partial(r.noisy_top_k, k=K), r.gumbel_noise(r.linear_gate)),
-    "logit noise": Case(partial(r.noisy_top_k, k=K), r.logit_noise(r.linear_gate, std=1.0)),
-    "biased gate": Case(partial(r.softmax_of_top_k, k=K), r.biased_gate, r.init_biased_gate),
-    "cosine": Case(partial(r.top_k, k=K), r.cosine_gate, r.init_cosine_gate),
-    "expert choice": Case(partial(r.expert_choice, capacity_factor=2.0)),
-    "expert choice by sequence": Case(
-        partial(r.expert_choice, capacity_factor=1.0, normalize=True), needs=("sequence_length", "token_mask")
-    ),
-    "sinkhorn": Case(partial(r.sinkhorn, k=1)),
-    "sinkhorn of two": Case(partial(r.sinkhorn, k=K), needs=("token_mask",)),
-    "quantiles": Case(partial(r.quantile_balanced, k=K), state=BIAS),
-    "hash": Case(partial(r.hash_choice, normalize=True), state=TABLE, name="table", needs=("token_ids", "table")),
-    "groups": Case(
-        partial(r.group_limited, k=K, num_groups=3, groups_kept=2, score=r.sigmoid, normalize=True), state=BIAS
-    ),
-    "relu": Case(r.relu_choice),
-    "relu with room for two": Case(partial(r.relu_choice, max_k=2)),
-    "token rounding": Case(r.token_rounding(partial(r.top_k, k=K), tile=4)),
-    "token rounding up": Case(r.token_rounding(partial(r.top_k, k=K), tile=4, rounding=torch.ceil)),
-    "sparse mixer": Case(partial(r.sparse_mixer, eps=0.2)),
-    "top p": Case(partial(r.top_p, p=0.6)),
-    "top p with a budget": Case(partial(r.top_p, p=0.9, max_k=3, normalize=True)),
-    "threshold": Case(partial(r.threshold, threshold=0.6, at_least=0)),
-    "topology": Case(partial(r.topology_limited, k=K, num_nodes=2, node=0, share=0.3)),
-    "simple experts": Case(partial(r.top_k, k=K), extra=4),
-}
+ROUTERS = router_cases(k=K, experts=E)
 BACKENDS = {"dropless": (loop, grouped), "tight": (loop, batched, grouped), "roomy": (loop, batched, grouped)}
 FACTORS = {"tight": 0.5, "roomy": 2.0}
 
@@ -96,15 +50,14 @@ def spoiled(dispatcher: Dispatcher) -> Dispatcher:
     return dispatcher._replace(combine=combine)
 
 
-def leaves(case: Case) -> tuple[Tensor, Any, Any, Any]:
+def leaves(case: Case) -> tuple[Tensor, Any, Any, Any, Tensor | None]:
     x = torch.randn(B, L, D, dtype=torch.float64)
-    gate = case.init_gate(D, E + case.extra, dtype=torch.float64)
-    extra = simple().init(D, dtype=torch.float64) if case.extra else None
+    gate, extra, state = tensors_of(case, D, E, dtype=torch.float64)
     drawn = x, gate, init_gated(E, D, F, dtype=torch.float64), extra
     for each in drawn:
         for tensor in (each,) if isinstance(each, Tensor) else each or ():
             tensor.requires_grad_()
-    return drawn
+    return *drawn, state
 
 
 def named(x: Tensor, gate: Any, experts: Any, extra: Any) -> dict[str, Tensor]:
@@ -114,10 +67,6 @@ def named(x: Tensor, gate: Any, experts: Any, extra: Any) -> dict[str, Tensor]:
             parts = {"": group} if isinstance(group, Tensor) else group._asdict()
             found |= {f"{what} {name}": tensor for name, tensor in parts.items()}
     return found
-
-
-def state_of(case: Case) -> r.states.RouterState | None:
-    return None if case.state is None else r.states.RouterState(case.name, lambda *_, **__: case.state)
 
 
 def by_loops(x: Tensor, routing: Routing, experts: Any, *, limit: int | None, extra: Any) -> Tensor:
@@ -150,17 +99,15 @@ def simple_one(tokens: Tensor, each: reference.Assignment, extra: Any) -> Tensor
 @pytest.mark.parametrize("router", ROUTERS)
 def test_every_router_with_every_dispatcher_equals_the_loops(router: str, dispatch: str) -> None:
     case = ROUTERS[router]
-    drawn = x, gate, experts, extra = leaves(case)
+    *drawn, state = leaves(case)
+    x, gate, experts, extra = drawn
     cotangent = torch.randn_like(x)
     dispatcher = spoiled(dropless() if dispatch == "dropless" else padded(capacity_factor=FACTORS[dispatch]))
     for matmul in BACKENDS[dispatch]:
         layer = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=matmul))
-        recipe = Recipe(
-            case.gate, case.route, layer, needs=case.needs, state=state_of(case), simple=simple() if extra else None
-        )
         torch.default_generator.manual_seed(1)  # for the routers that draw
         params = MoEParams(gate, experts, simple=extra)
-        output = moe_layer(x, params, recipe, state=case.state, token_ids=IDS)
+        output = moe_layer(x, params, case.recipe(layer), state=state, token_ids=IDS)
         pool = r.without_simple(output.routing, num_experts=E).pool if extra else output.routing.pool
         factor = Decimal(str(FACTORS[dispatch])) if dispatch in FACTORS else None
         limit = None if factor is None else max(1, int(factor * Decimal(int(pool)) // E))
@@ -182,16 +129,12 @@ def test_every_router_with_every_dispatcher_equals_the_loops(router: str, dispat
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("matmul", [loop, batched, grouped])
 def test_soft_slots_equal_the_loops(slots: int, matmul) -> None:
-    case = Case(
-        partial(r.soft_slots, slots=slots),
-        r.soft_gate,
-        partial(r.init_soft_gate, slots=slots),
-        needs=("sequence_length",),
-    )
-    drawn = x, gate, experts, _ = leaves(case)
+    case = soft_case(slots)
+    *drawn, _ = leaves(case)
+    x, gate, experts, _ = drawn
     dispatcher = dropless() if matmul is not batched else padded(capacity_factor=1.0)
     layer = expert_layer(dispatcher=spoiled(dispatcher), experts=partial(swiglu, matmul=matmul))
-    output = moe_layer(x, MoEParams(gate, experts), Recipe(case.gate, case.route, layer, needs=case.needs))
+    output = moe_layer(x, MoEParams(gate, experts), case.recipe(layer))
     logits = r.soft_gate(x.flatten(0, 1), gate).view(B, L, E, slots)
     expected = torch.zeros_like(x)
     for b in range(B):

@@ -10,13 +10,10 @@ from functools import partial
 from typing import Any
 
 from moekit.dispatch import dropless
-from moekit.experts import grouped, swiglu
-from moekit.experts.biased import clamped_swiglu, init_biased_gated
+from moekit.experts import clamped_swiglu, grouped, init_biased_gated, swiglu
 from moekit.recipes.layers import Recipe, expert_layer
 from moekit.recipes.published import mixtral
-from moekit.routing import load_balance_loss, softmax_of_top_k, top_k
-from moekit.routing.biased_gate import biased_gate, init_biased_gate
-from moekit.routing.sparse_mixer import sparse_mixer
+from moekit.routing import biased_gate, init_biased_gate, load_balance_loss, softmax_of_top_k, sparse_mixer, top_k
 from moekit.types import GroupedMatmul
 
 

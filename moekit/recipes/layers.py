@@ -177,7 +177,7 @@ def moe_layer(
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
     tokens = x.reshape(-1, x.shape[-1])  # (T, D)
-    length = x.shape[-2] if x.ndim > 2 else tokens.shape[0]
+    length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits = recipe.gate(tokens, params.gate)  # (T, E)
     remembered = "bias" if recipe.state is None else recipe.state.name
     given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, "token_mask": token_mask}
@@ -207,7 +207,7 @@ def _routed_experts(
     if recipe.simple is None:
         return y, routing
     networks = routing.num_experts - recipe.simple.number
-    return y + recipe.simple.apply(x, routing, params.simple, num_experts=networks), routing
+    return y + recipe.simple.apply(x, routing, params.simple, num_experts=networks).to(y.dtype), routing
 
 
 def routing_of_networks(routing: Routing, recipe: Recipe) -> Routing:

@@ -5,16 +5,12 @@ Each is a composition of stages, without arithmetic of its own.
 
 from functools import partial
 
-from moekit.dispatch import dropless
-from moekit.dispatch.weighing import weigh_inputs
-from moekit.experts import grouped, init_mlp, relu2, swiglu
-from moekit.experts.simple import simple
+from moekit.dispatch import dropless, weigh_inputs
+from moekit.experts import grouped, init_mlp, relu2, simple, swiglu
 from moekit.recipes.families import qwen3_moe
 from moekit.recipes.layers import Recipe, expert_layer
 from moekit.recipes.published import deepseek_moe, mixtral
-from moekit.routing import selection_bias, sigmoid, top_k
-from moekit.routing.group_limited import group_limited
-from moekit.routing.sequence_losses import sequence_balance_loss
+from moekit.routing import group_limited, selection_bias, sequence_balance_loss, sigmoid, top_k
 from moekit.types import GroupedMatmul
 
 
@@ -238,8 +234,7 @@ def nemotron_moe(
         'init_mlp'
 
     References:
-        NVIDIA, Nemotron 3 Nano, 2025, https://huggingface.co/nvidia/NVIDIA-Nemotron-3-Nano-30B-A3B-BF16; Hugging Face
-            transformers, ``nemotron_h``
+        NVIDIA, Nemotron 3 Nano, 2025; Hugging Face transformers, ``nemotron_h``
     """
     recipe = deepseek_v3(
         k=k,

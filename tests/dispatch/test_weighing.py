@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.dispatch import by_weight, dropless, gather_rows_by_index, padded, scatter_rows_by_index
-from moekit.dispatch.weighing import weigh_inputs
+from moekit.dispatch import by_weight, dropless, gather_rows_by_index, padded, scatter_rows_by_index, weigh_inputs
 from moekit.experts import grouped, init_gated, swiglu
 from moekit.recipes import expert_layer
 from moekit.routing import sigmoid, top_k
@@ -117,13 +116,20 @@ def test_no_tokens(dispatcher: Dispatcher) -> None:
 
 
 def test_half_precision_rows_are_weighed_in_float32() -> None:
-    routing = top_k(torch.zeros(1, 3), k=1)._replace(weights=torch.tensor([[1.001]]))
+    # (1 + 2^-7) (1 + 2^-8) is just above the middle between two bfloat16 numbers; the weight itself would round to 1.
+    routing = top_k(torch.zeros(1, 3), k=1)._replace(weights=torch.tensor([[1 + 2**-8]]))
     weighed = weigh_inputs(dropless())
-    x = torch.full((1, 1), 3.0, dtype=torch.bfloat16)
-    rows = weighed.dispatch(1000 * x, routing, weighed.plan(routing))
+    rows = weighed.dispatch(torch.full((1, 1), 1 + 2**-7).bfloat16(), routing, weighed.plan(routing))
     assert rows.dtype == torch.bfloat16
-    # 1.001 is 1 in bfloat16; 3008 * 1.001 = 3011 rounds to 3008 or 3024 as its own product does
-    torch.testing.assert_close(rows, ((1000 * x).float() * 1.001).bfloat16(), rtol=0, atol=0)
+    assert rows.item() == 1 + 2 * 2**-7
+
+
+def test_combine_sees_weight_one_and_zero_where_there_is_no_assignment() -> None:
+    routing = top_k(torch.randn(T, E), k=K)
+    routing = routing._replace(expert_indices=routing.expert_indices.masked_fill(routing.expert_indices == 1, -1))
+    probe = weigh_inputs(dropless()._replace(combine=lambda rows, routing, plan: routing.weights))
+    seen = probe.combine(torch.zeros(0), routing, probe.plan(routing))
+    assert torch.equal(seen, (routing.expert_indices >= 0).float())
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch import dropless, padded
-from moekit.experts import batched, grouped, loop
-from moekit.experts.biased import BiasedGatedParams, affine, clamped_swiglu, init_biased_gated
+from moekit.experts import BiasedGatedParams, batched, clamped_swiglu, grouped, init_biased_gated, loop
+from moekit.experts.biased import affine
 from moekit.recipes import expert_layer
 from moekit.routing import top_k
 from moekit.types import Groups

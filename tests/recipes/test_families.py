@@ -293,6 +293,11 @@ def test_shared_experts_can_be_left_out(make: Callable[..., Recipe]) -> None:
     assert MoE(D, E, recipe, hidden=F).params().shared is None
 
 
+def test_qwen_weighs_its_shared_experts() -> None:
+    assert MoE(D, E, qwen2_moe(), hidden=F).params().shared_gate.shape == (D, 1)
+    assert MoE(D, E, qwen2_moe(shared_gated=False), hidden=F).params().shared_gate is None
+
+
 def test_longcat_without_zero_experts_has_none() -> None:
     assert longcat_flash(zero_experts=0).simple is None
 

@@ -60,3 +60,14 @@ def test_evaluation_draws_nothing_and_training_another_decision(name):
     assert torch.equal(one.y, two.y)
     same = trained.expert_indices.shape == one.routing.expert_indices.shape
     assert not (same and torch.equal(trained.expert_indices, one.routing.expert_indices))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_no_tokens_and_half_precision(name):
+    moe = build(name).float()
+    empty = moe(torch.zeros(B, 0, D), token_ids=torch.zeros(B, 0, dtype=torch.int64))
+    assert empty.y.shape == (B, 0, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run(moe, torch.randn(B, L, D))
+    assert output.y.dtype == torch.bfloat16
+    assert output.routing.weights.dtype == torch.float32

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moekit.routing.biased_gate import BiasedGateParams, biased_gate, init_biased_gate
+from moekit.routing import BiasedGateParams, biased_gate, init_biased_gate
 
 
 def test_it_is_a_linear_layer_with_gradients() -> None:
