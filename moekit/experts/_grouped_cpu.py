@@ -40,8 +40,11 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  
     rows, sizes, w = ctx.saved_tensors
     grad = grad.contiguous()
     grad_rows = grouped_mm(grad, sizes, w.transpose(1, 2)) if ctx.needs_input_grad[0] else None
-    grad_w = _grad_w(rows, sizes, grad) if ctx.needs_input_grad[2] else None
-    return grad_rows, None, grad_w
+    if not ctx.needs_input_grad[2]:
+        return grad_rows, None, None
+    if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
+        return grad_rows, None, _grad_w(grad, sizes, rows).transpose(1, 2)
+    return grad_rows, None, _grad_w(rows, sizes, grad)
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)

@@ -42,7 +42,7 @@ PACKAGES = (
     Package("tensorboard", "--report-to tensorboard", "'moekit[trackers]'"),
     Package("safetensors", "moekit export to .safetensors", "'moekit[export]'"),
     Package("triton", "torch.compile on CUDA devices", "triton"),
-    Package("tensordict", "nothing in this version", "tensordict"),
+    Package("tensordict", "routing traces of transformers' models", "tensordict"),
 )
 BACKENDS: dict[str, GroupedMatmul] = {"loop": loop, "batched": batched, "grouped": grouped}
 

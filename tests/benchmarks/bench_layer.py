@@ -15,7 +15,7 @@ from shapes import EVERY_SHAPE, Shape
 from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu
 from moekit.recipes import MoEParams, Recipe, expert_layer, moe_layer
-from moekit.routing import linear_gate, round_robin
+from moekit.routing import linear_gate, round_robin, top_k
 from moekit.types import Dispatcher, GroupedMatmul
 
 BACKENDS: dict[str, tuple[Dispatcher, GroupedMatmul]] = {
@@ -61,3 +61,24 @@ def layer(shape: Shape, dispatcher: Dispatcher, matmul: GroupedMatmul) -> Callab
         return torch.autograd.grad(moe_layer(x, params, recipe).y, (x, params.gate, *experts), grad)
 
     return body
+
+
+@pytest.mark.benchmark(max_time=1.0)
+@pytest.mark.parametrize("name", ["without experts", "whole layer"])
+@pytest.mark.parametrize("shape", EVERY_SHAPE, indirect=True)
+def test_share_of_all_but_the_experts(measure, shape, name):
+    """The fraction of the second row is the share of gate, router, plan, dispatch and combine in a forward."""
+    x, gate = shape.random(shape.tokens, shape.dim).detach(), shape.random(shape.dim, shape.experts).detach()
+    up = (shape.experts, shape.dim, shape.hidden)
+    experts = GatedParams(*(shape.random(*size).detach() for size in (up, up, (up[0], up[2], up[1]))))
+    network = partial(swiglu, matmul=grouped) if name == "whole layer" else lambda rows, groups, params: rows
+    layer = expert_layer(dispatcher=dropless(), experts=network)
+    recipe = Recipe(linear_gate, partial(top_k, k=shape.k), layer)
+    params = MoEParams(gate, experts)
+
+    @torch.no_grad()
+    def body() -> object:
+        return moe_layer(x, params, recipe).y
+
+    work = 6 * shape.rows * shape.dim * shape.hidden
+    measure(body, shape, stage="layer forward", name=name, reference="without experts", work=work, unit="TFLOP/s")

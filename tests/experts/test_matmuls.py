@@ -92,6 +92,17 @@ def test_views_are_read_as_they_are(matmul) -> None:
     torch.testing.assert_close(matmul(strided, groups, transposed), matmul(rows, groups, w))
 
 
+def test_transposed_weights_get_a_gradient_of_their_own_layout() -> None:
+    rows, groups, w = make(SIZES[0])
+    stored = w.detach().transpose(1, 2).contiguous().requires_grad_()  # (E, out, in), as others store it
+    grouped(rows, groups, stored.transpose(1, 2)).square().sum().backward()
+    expected = torch.autograd.grad(grouped(rows, groups, w).square().sum(), w)[0]
+    torch.testing.assert_close(stored.grad, expected.transpose(1, 2))
+    view = stored.detach().transpose(1, 2).requires_grad_()
+    grad = torch.autograd.grad(grouped(rows, groups, view).square().sum(), view)[0]
+    assert grad.stride() == view.stride()
+
+
 @pytest.mark.parametrize(("first", "second"), [(loop, grouped), (loop, batched)])
 def test_autocast_computes_in_bfloat16_and_returns_gradients_in_float32(first, second) -> None:
     rows, groups, w = make([3, 3], dtype=torch.float32)

@@ -1,0 +1,218 @@
+"""Routing recorded from a transformers model: the numbers, the padding, the steps, and that nothing stays behind."""
+
+import math
+
+import pytest
+import torch
+import transformers
+from hf_families import families, tiny_model
+from torch import Tensor, nn
+
+from moekit.integrations.transformers import RoutingRecorder, track_routing
+from moekit.routing import softmax_of_top_k
+
+E, K, VOCABULARY = 4, 2, 48
+LAYERS = ("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+
+
+@pytest.fixture
+def model() -> transformers.MixtralForCausalLM:
+    built = tiny_model(next(family for family in families() if family.name == "mixtral"))
+    built.set_experts_implementation("eager")
+    return built
+
+
+def tokens(*shape: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, shape)
+
+
+def routings_by_hand(model: nn.Module, ids: Tensor, **inputs: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Compute each layer's experts and weights from the router logits that the model returns."""
+    logits = model(input_ids=ids, output_router_logits=True, **inputs).router_logits
+    return [softmax_of_top_k(layer.detach(), k=K)[1:3] for layer in logits]
+
+
+def test_traces_hold_what_the_router_decided(model) -> None:
+    steps = [tokens(2, 5), tokens(2, 5), tokens(2, 5)]
+    expected = [routings_by_hand(model, ids) for ids in steps]
+    with track_routing(model) as recorder:
+        for ids in steps:
+            model(input_ids=ids)
+    traces = recorder.traces()
+    assert recorder.layers == LAYERS
+    assert traces.batch_size == (3, 2)
+    assert traces["expert_indices"].shape == (3, 2, 10, K)
+    assert traces["expert_indices"].dtype == torch.int64
+    for step, layers in enumerate(expected):
+        for layer, (indices, weights) in enumerate(layers):
+            assert torch.equal(traces["expert_indices"][step, layer], indices)
+            torch.testing.assert_close(traces["weights"][step, layer], weights)
+    assert not traces["weights"].requires_grad
+
+
+def test_statistics_are_those_of_all_steps_together(model) -> None:
+    steps = [tokens(2, 5), tokens(1, 3)]
+    expected = [routings_by_hand(model, ids) for ids in steps]
+    with track_routing(model) as recorder:
+        for ids in steps:
+            model(input_ids=ids)
+    stats = recorder.stats()
+    assert tuple(stats) == LAYERS
+    for layer, name in enumerate(LAYERS):
+        indices = torch.cat([routings[layer][0] for routings in expected])
+        weights = torch.cat([routings[layer][1] for routings in expected])
+        counts = [(indices == e).sum().item() for e in range(E)]
+        assert stats[name].tokens_per_expert.tolist() == counts
+        assert stats[name].max_violation.item() == pytest.approx(max(counts) / (13 * K / E) - 1)
+        entropies = [-sum(w * math.log(w) for w in row) for row in weights.tolist()]
+        assert stats[name].entropy.item() == pytest.approx(sum(entropies) / len(entropies), rel=1e-5)
+        assert stats[name].drop_rate.item() == 0
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_tokens_are_left_out(model, side: str) -> None:
+    ids, mask = tokens(2, 6), torch.ones(2, 6, dtype=torch.int64)
+    mask[1, slice(0, 4) if side == "left" else slice(2, 6)] = 0
+    with track_routing(model) as recorder:
+        model(input_ids=ids, attention_mask=mask)
+    with track_routing(model, mask_padding=False) as everything:
+        model(ids, mask)
+    real = mask.flatten().bool()
+    traced, all_traced = recorder.traces()[0, 0], everything.traces()[0, 0]
+    assert (traced["expert_indices"][~real] == -1).all()
+    assert (traced["weights"][~real] == 0).all()
+    assert (all_traced["expert_indices"] >= 0).all()
+    assert torch.equal(traced["expert_indices"][real], all_traced["expert_indices"][real])
+    counts = all_traced["expert_indices"][real].flatten().bincount(minlength=E)
+    stats = recorder.stats()[LAYERS[0]]
+    assert torch.equal(stats.tokens_per_expert, counts)
+    shares = all_traced["weights"][real]
+    assert stats.entropy.item() == pytest.approx(torch.special.entr(shares).sum(-1).mean().item(), rel=1e-5)
+
+
+def test_a_mask_as_second_positional_argument_counts_too(model) -> None:
+    mask = torch.tensor([[1, 1, 0]])
+    with track_routing(model) as recorder:
+        model(tokens(1, 3), mask)
+    assert (recorder.steps[0][0].routing.expert_indices[:, 0] < 0).tolist() == [False, False, True]
+
+
+def test_a_wrapper_that_hands_its_keywords_on_is_tracked_too(model) -> None:
+    class Wrapper(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, **kwargs: Tensor):
+            return self.inner(**kwargs)
+
+    wrapper = Wrapper()
+    with track_routing(wrapper) as recorder:
+        model(input_ids=tokens(1, 3))  # no call of the wrapper, so no step
+        wrapper(input_ids=tokens(1, 3), attention_mask=torch.tensor([[0, 1, 1]]))
+    assert recorder.layers == tuple(f"inner.{layer}" for layer in LAYERS)
+    assert (recorder.steps[0][0].routing.expert_indices[:, 0] < 0).tolist() == [True, False, False]
+
+
+def test_generation_is_a_step_per_call_and_shorter_steps_are_filled_up(model) -> None:
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1]])  # behind the cache, the mask is longer than the input
+    with track_routing(model) as recorder:
+        model.generate(
+            tokens(2, 4), attention_mask=mask, max_new_tokens=3, do_sample=False, use_cache=True, eos_token_id=None
+        )
+    indices = recorder.traces()["expert_indices"]
+    assert indices.shape == (3, 2, 8, K)
+    real = (indices >= 0).all(-1)[:, 0]  # (steps, T)
+    assert real.tolist() == [[True] * 4 + [False] * 2 + [True] * 2, *([[True] * 2 + [False] * 6] * 2)]
+
+
+def test_layers_run_again_in_the_backward_pass_are_counted_once(model) -> None:
+    model.activation_checkpointing_enable()
+    model.train()
+    ids = tokens(2, 5)
+    with track_routing(model) as recorder:
+        model(input_ids=ids, labels=ids).loss.backward()
+    assert [call.layer for call in recorder.steps[0]] == list(LAYERS)
+    assert len(recorder.steps) == 1
+
+
+def test_nothing_stays_in_the_model(model) -> None:
+    def hooks() -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    before = hooks()
+    with track_routing(model) as recorder:
+        assert hooks() == before + 2 + len(LAYERS)
+        model(input_ids=tokens(1, 3))
+    assert hooks() == before
+    with pytest.raises(ZeroDivisionError), track_routing(model):
+        raise ZeroDivisionError
+    assert hooks() == before
+    model(input_ids=tokens(1, 3))
+    assert isinstance(recorder, RoutingRecorder)
+    assert len(recorder.steps) == 1
+    recorder.clear()
+    assert recorder.stats() == {}
+    assert recorder.layers == ()
+
+
+def test_a_call_that_failed_ends_its_step(model) -> None:
+    with track_routing(model) as recorder:
+        with pytest.raises(IndexError):
+            model(input_ids=torch.full((1, 2), VOCABULARY))
+        model.model.layers[0].mlp.experts(torch.zeros(1, 32), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+    assert recorder.steps == [[]]
+
+
+def test_recording_changes_neither_output_nor_gradients(model) -> None:
+    ids = tokens(2, 5)
+
+    def gradients() -> list[Tensor]:
+        model.zero_grad()
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+    expected = gradients()
+    with track_routing(model):
+        actual = gradients()
+    assert len(actual) > 10
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+def test_layers_with_other_numbers_of_choices_and_empty_masks_have_statistics(model) -> None:
+    with track_routing(model) as recorder:
+        model(input_ids=tokens(1, 3), attention_mask=torch.zeros(1, 3, dtype=torch.int64))
+    stats = recorder.stats()[LAYERS[0]]
+    assert stats.tokens_per_expert.tolist() == [0] * E
+    assert stats.entropy.item() == stats.max_violation.item() == 0
+
+
+def test_a_model_without_experts_is_refused() -> None:
+    with pytest.raises(ValueError, match="Linear has no experts modules"), track_routing(nn.Linear(2, 2)):
+        pass
+
+
+def test_experts_that_see_other_tokens_than_the_mask_are_an_error(model) -> None:
+    block = model.model.layers[1].mlp
+    whole = block.forward
+    block.forward = lambda x: whole(torch.cat([x, x], dim=1))[:, : x.shape[1]]
+    ids = tokens(2, 3)
+    with track_routing(model), pytest.raises(ValueError, match=r"layers.1.*see 12 tokens.*marks 6.*mask_padding=False"):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    with track_routing(model, mask_padding=False) as recorder:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    assert recorder.traces()["expert_indices"].shape == (1, 2, 12, K)
+    assert (recorder.traces()["expert_indices"][0, 0, 6:] == -1).all()
+
+
+def test_traces_of_nothing_or_of_other_layers_are_an_error(model) -> None:
+    recorder = RoutingRecorder()
+    with pytest.raises(ValueError, match="nothing was recorded"):
+        recorder.traces()
+    with track_routing(model) as recorder:
+        model(input_ids=tokens(1, 3))
+        model(input_ids=tokens(1, 3))
+    recorder.steps[0].pop()
+    with pytest.raises(ValueError, match="step 0 called the layers"):
+        recorder.traces()
