@@ -193,8 +193,8 @@ class Loss(Protocol):
     ) -> Tensor:
         """Map logits (T, E) and the routing to a scalar.
 
-        ``token_mask`` (T,) bool is True for real tokens; ``tokens_per_expert`` are counts of a larger batch;
-        ``sequence_length`` is how many consecutive tokens make a sequence.
+        ``token_mask`` (T,) bool is True for real tokens; ``tokens_per_expert`` are counts of a larger batch, times this
+        call's share of its tokens; ``sequence_length`` is how many consecutive tokens make a sequence.
         """
         ...
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moekit.parallel.grids import Grid
 
@@ -27,14 +27,14 @@ def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, 
     Args:
         module: whose own parameters are the part; changed in place. Nothing happens unless tokens travel.
         grid: of all ranks.
-        hidden_axes: name of each parameter to the axis of its hidden dimension.
+        hidden_axes: name of each parameter to the axis of its hidden dimension; not needed where that stays whole.
     """
     if grid.experts is None or not grid.layout.exchanges:
         return
     mesh = grid.experts["hidden", "blocks"]
     for name, parameter in list(module.named_parameters(recurse=False)):
-        placements = [Shard(hidden_axes[name]), Shard(0)]
-        whole = DTensor.from_local(parameter.detach(), mesh, placements, run_check=False)
+        hidden = Shard(hidden_axes[name]) if grid.layout.hidden > 1 else Replicate()
+        whole = DTensor.from_local(parameter.detach(), mesh, [hidden, Shard(0)], run_check=False)
         setattr(module, name, nn.Parameter(whole, requires_grad=parameter.requires_grad))
 
 

@@ -60,7 +60,7 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
         torch.manual_seed(settings.run.seed + 1_000_003 * world.rank)
     if settings.run.grad_checkpointing:
         recompute_activations(model)
-    axes = hidden_axes(recipe.init, config.hidden_dim, None) if grid.layout.exchanges else {}
+    axes = hidden_axes(recipe.init, config.hidden_dim, None) if grid.layout.hidden > 1 else {}
     for _, layer in moe_layers(model):
         distribute_experts(layer.experts, grid, axes)
         layer.recipe = spread_recipe(layer.recipe, grid, given, block=config.seq_len)

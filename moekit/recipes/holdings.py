@@ -71,10 +71,10 @@ def plan_holdings(
     rows = [_holding("all but experts", dense, kept, size, _words([], shards, world_size // shards))]
     if experts:
         cut = shards_of_experts(layout, together) if given.fsdp or given.moe_weight_parallelism else 1
-        axes = _cut_axes(settings, layout)
-        if any(shard_axis(p.shape, cut, taken=axes.get(name, ())) is None for name, p in named):
+        axes, whole = _cut_axes(settings, layout), (0,) if layout.exchanges else ()
+        if any(shard_axis(p.shape, cut, taken=axes.get(name, whole)) is None for name, p in named):
             cut = 1
-        mine = sum(_expert_elements(p, layout, cut, axes.get(name, ())) for name, p in named)
+        mine = sum(_expert_elements(p, layout, cut, axes.get(name, whole)) for name, p in named)
         rows.append(_holding("experts", experts, mine, size, expert_words(layout, cut)))
     total, *held = (sum(column) for column in zip(*(row[1:5] for row in rows), strict=True))
     return [*rows, Holding("all", total, held[0], held[1], held[2], spread="")]
@@ -170,8 +170,8 @@ def _words(words: list[str], shards: int, copies: int) -> str:
 
 
 def _cut_axes(settings: TrainSettings, layout: Layout) -> dict[str, tuple[int, ...]]:
-    """Name the axes of each parameter of experts that are cut where tokens travel: experts, and hidden units."""
-    if not layout.exchanges:
+    """Name the axes of each parameter of experts that are cut where each rank holds a slice of hidden units."""
+    if layout.hidden == 1:
         return {}
     dim = make_config(settings.model).hidden_dim
     return {name: (0, axis) for name, axis in hidden_axes(make_recipe(settings.model).init, dim, None).items()}

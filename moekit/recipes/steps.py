@@ -167,7 +167,8 @@ def take_gradient(
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             options = {"token_mask": token_mask, "sequence_length": inputs.shape[1]}
-            weighted, balancing = _balancing(layers, outputs, counts, options)
+            ahead = None if counts is None else counts.double() * share
+            weighted, balancing = _balancing(layers, outputs, ahead, options)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
         asked = time.perf_counter()
         rules.scale(total).backward()

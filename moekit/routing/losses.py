@@ -186,7 +186,7 @@ def balance_of_pools(
     """
     tokens = real.to(score_sums.dtype).clamp_min(1)
     load = counts.to(score_sums.dtype)
-    load = load / load.sum(-1, keepdim=True).clamp_min(1)
+    load = load / load.sum(-1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)  # counts may be fractions
     losses = score_sums.shape[-1] * (load * score_sums).sum(-1) / tokens  # (pools,)
     if per_token is not None:
         losses = losses * (assigned.to(score_sums.dtype) / (per_token * tokens))

@@ -42,8 +42,8 @@ def weighted_l1_loss(
         routing: the decision, with weights g >= 0.
         k: experts per token that are wanted on average.
         token_mask: (T,) bool, True for real tokens.
-        tokens_per_expert: (E,) counts of a larger batch, or (K, E) by choice, whose proportions replace those of c; how
-            many are active per token is still this call's own.
+        tokens_per_expert: (E,) counts of a larger batch, or (K, E) by choice, in place of c; multiplied by this call's
+            share of that batch's real tokens, since T is this call's.
         sequence_length: not used.
 
     Returns:
@@ -66,12 +66,11 @@ def weighted_l1_loss(
     weights = routing.weights
     if token_mask is not None:
         weights = weights.masked_fill(~token_mask.flatten().bool()[routing.token_indices], 0.0)
-    counts = own = counts_of_pools(routing, token_mask)[0]  # (E,)
+    counts = counts_of_pools(routing, token_mask)[0]  # (E,)
     if tokens_per_expert is not None:
         counts = tokens_per_expert.sum(0) if tokens_per_expert.ndim == 2 else tokens_per_expert
     tokens = real_tokens(clean(logits), token_mask)[0].clamp_min(1).to(weights.dtype)
-    load = counts.to(weights.dtype)
-    load = load / load.sum().clamp_min(1) * own.sum() * routing.num_experts / (k * tokens)
+    load = counts.to(weights.dtype) * routing.num_experts / (k * tokens)
     return (weights * load[routing.expert_indices.clamp_min(0)]).sum() / tokens
 
 

@@ -13,7 +13,7 @@ T, E, K, L = 12, 5, 2, 4
 
 
 def relu(logits: torch.Tensor) -> Routing:
-    experts = torch.arange(E).expand(T, E).where(logits > 0, -1)
+    experts = torch.arange(E).expand_as(logits).where(logits > 0, -1)
     return token_choice(experts, torch.relu(logits), logits)
 
 
@@ -58,15 +58,22 @@ def test_busy_experts_are_pulled_down_more() -> None:
     assert (grad[:, 2:] == 0).all()
 
 
-def test_counts_of_a_larger_batch_replace_the_proportions() -> None:
+def test_counts_of_a_larger_batch_replace_those_of_this_one() -> None:
     logits = torch.randn(T, E, dtype=torch.float64)
     routing = relu(logits)
     own = tokens_per_expert(routing.expert_indices, E)
     expected = weighted_l1_loss(logits, routing, k=K)
-    torch.testing.assert_close(weighted_l1_loss(logits, routing, k=K, tokens_per_expert=3 * own), expected)
+    parts = logits.split([T - 5, 5])  # each with the counts of the whole, times its share of the tokens
+    shares = [len(part) / T for part in parts]
+    losses = [
+        share * weighted_l1_loss(part, relu(part), k=K, tokens_per_expert=own * share)
+        for part, share in zip(parts, shares, strict=True)
+    ]
+    torch.testing.assert_close(sum(losses), expected)
+    assert (weighted_l1_loss(parts[0], relu(parts[0]), k=K) - losses[0] / shares[0]).abs() > 1e-3
     by_choice = torch.stack([tokens_per_expert(column, E) for column in routing.expert_indices.unbind(1)])
     torch.testing.assert_close(weighted_l1_loss(logits, routing, k=K, tokens_per_expert=by_choice), expected)
-    uniform = weighted_l1_loss(logits, routing, k=K, tokens_per_expert=torch.ones(E))
+    uniform = weighted_l1_loss(logits, routing, k=K, tokens_per_expert=own.sum() / E * torch.ones(E))
     torch.testing.assert_close(uniform, own.sum() / (K * T) * torch.relu(logits).sum() / T)
     assert (uniform - expected).abs() > 1e-3
 
