@@ -27,6 +27,8 @@ from moekit.recipes.sources import ValidationSet
 from moekit.recipes.steps import split_ids
 from moekit.recipes.train import train
 
+_UNIGRAM_TOKENS = 1_000_000  # with fewer tokens the entropy of their counts comes out too low
+
 
 class Job(NamedTuple):
     """One router with one seed.
@@ -137,13 +139,15 @@ def record(run: Run, console: Console, *, seconds: float) -> None:
         "parameters": total,
         "active_parameters": active,
         "tokens": tokens,
-        "seconds": round(seconds, 1),
+        "seconds": round(seconds, 3),
         "experts_per_token": experts_per_token(run),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
         "leaks": {when: audit(recipe, experts).leaks for when, recipe in recipes.items() if recipe is not None},
     }
     simple = {
-        each.name: report.Baselines(unigram_bound(_batches(run, each), run.model.config.vocab_size), None)
+        each.name: report.Baselines(
+            unigram_bound(_batches(run, each, _UNIGRAM_TOKENS), run.model.config.vocab_size), None
+        )
         for each in run.corpus.validation
     }
     report.write_results(run.folder / "results.json", summary, scores, simple)
@@ -161,7 +165,7 @@ def experts_per_token(run: Run) -> float:
     """
     found = torch.zeros((), dtype=torch.float64)
     for each in run.corpus.validation:
-        ids = next(_batches(run, each)).batch.ids.to(run.world.device)
+        ids = next(_batches(run, each, run.budget.tokens_per_step)).batch.ids.to(run.world.device)
         inputs, _, mask = split_ids(ids)
         with evaluating(run.model, run.evaluation_recipe), autocast(run.settings.optimizer.precision, run.world.device):
             layers = run.model(inputs, token_mask=mask).layers
@@ -204,15 +208,15 @@ def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:
     return sum(rates) / len(rates) if rates else 0.0
 
 
-def _batches(run: Run, each: ValidationSet) -> Iterator[ValidationBatch]:
-    """Read the sequences of a validation set that ``validate`` scores."""
+def _batches(run: Run, each: ValidationSet, tokens: int) -> Iterator[ValidationBatch]:
+    """Read the first so many tokens of a validation set, in whole sequences."""
     data, config = run.settings.data, run.model.config
     return read_validation(
         each.shards,
         batch_size=run.settings.optimizer.batch_size or DEFAULT_BATCH,
         seq_len=config.seq_len,
         vocab_size=config.vocab_size,
-        num_sequences=None if data.val_num_samples is None else -(-data.val_num_samples // config.seq_len),
+        num_sequences=-(-tokens // config.seq_len),
         on_bad=data.on_bad_data,
         data_key=each.data_key,
         allow_commands=data.allow_pipe_commands,

@@ -1,0 +1,178 @@
+"""What the runs of an ablation come to, router by router.
+
+A number is a mean over seeds. Load is that over all validation sets together, so that an expert that serves one domain
+alone is not called dead.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+Line = Mapping[str, Any]  # of results.jsonl
+
+
+class Spread(NamedTuple):
+    """A number over seeds.
+
+    Attributes:
+        mean: over them.
+        half_range: half of largest minus smallest; 0 for a single seed.
+        values: one for each seed.
+    """
+
+    mean: float
+    half_range: float
+    values: tuple[float, ...]
+
+
+class Summary(NamedTuple):
+    """What a table says about a router.
+
+    Attributes:
+        label: its name.
+        losses: name of a validation set to the loss, nats per token; nothing where a run failed.
+        against: loss minus that of the first router with the same seed, averaged over validation sets; None for the
+            first itself, and without a seed in common.
+        experts_per_token: on validation, averaged over layers.
+        max_violation: on validation, of the worst layer: its busiest expert's load over the mean load, minus 1.
+        dead_experts: experts without a token on validation, over all layers.
+        drop_rate: in training, by a capacity limit.
+        tokens_per_second: of training.
+        leaks_training: whether a token's output depends on later tokens when it is trained,
+        leaks_evaluation: and when it is evaluated, so that its loss is that of a model that sees its targets.
+        verdict: "trains", or what went wrong.
+
+    All but the losses are means over seeds.
+    """
+
+    label: str
+    losses: Mapping[str, Spread]
+    against: Spread | None
+    experts_per_token: float
+    max_violation: float
+    dead_experts: float
+    drop_rate: float
+    tokens_per_second: float
+    leaks_training: bool
+    leaks_evaluation: bool
+    verdict: str
+
+
+def spread(values: Sequence[float]) -> Spread:
+    """Summarize a number over seeds.
+
+    Args:
+        values: one for each seed, at least one.
+
+    Returns:
+        Spread.
+
+    Example:
+        >>> spread([1.0, 2.0])
+        Spread(mean=1.5, half_range=0.5, values=(1.0, 2.0))
+    """
+    return Spread(_mean(values), (max(values) - min(values)) / 2, tuple(values))
+
+
+def summaries(lines: Sequence[Line]) -> list[Summary]:
+    """Summarize runs by router, in the order in which routers appear.
+
+    Args:
+        lines: of ``results.jsonl``, one for each router and seed.
+
+    Returns:
+        One per router; the first is what the others are compared with.
+    """
+    by_router: dict[str, list[Line]] = {}
+    for line in lines:
+        by_router.setdefault(line["router"], []).append(line)
+    first = next(iter(by_router.values()), [])
+    return [_summary(label, own, None if own is first else first) for label, own in by_router.items()]
+
+
+def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None) -> Summary:
+    whole = [line for line in lines if "failed" not in line]
+    if not whole:
+        nan = float("nan")
+        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines))
+    return Summary(
+        label=label,
+        losses={name: spread([line["validation"][name]["loss"] for line in whole]) for name in whole[0]["validation"]},
+        against=None if first is None else _difference(whole, first),
+        experts_per_token=_mean([line["experts_per_token"] for line in whole]),
+        max_violation=_mean([max(max(load) * len(load) - 1 for load in loads(line)) for line in whole]),
+        dead_experts=_mean([dead_experts(line) for line in whole]),
+        drop_rate=_mean([line["drop_rate"] for line in whole]),
+        tokens_per_second=_mean([line["tokens"] / max(line["seconds"], 0.1) for line in whole]),
+        leaks_training=any(line["leaks"]["training"] for line in whole),
+        leaks_evaluation=any(line["leaks"]["evaluation"] for line in whole),
+        verdict=verdict(lines),
+    )
+
+
+def loads(line: Line) -> list[list[float]]:
+    """Add the loads of a run's validation sets up, each by its tokens.
+
+    Args:
+        line: of a run.
+
+    Returns:
+        For each MoE layer, the share of assignments of each expert.
+
+    Example:
+        >>> one, other = ({"tokens": 1, "layers": [{"load": [float(e), 1.0 - e]}]} for e in (0, 1))
+        >>> loads({"validation": {"prose": one, "code": {**other, "tokens": 3}}})
+        [[0.75, 0.25]]
+    """
+    sets = list(line["validation"].values())
+    total = sum(each["tokens"] for each in sets)
+    shares = [[each["tokens"] / total * share for share in layer["load"]] for each in sets for layer in each["layers"]]
+    layers = len(shares) // len(sets)
+    return [[sum(parts) for parts in zip(*shares[layer::layers], strict=True)] for layer in range(layers)]
+
+
+def dead_experts(line: Line) -> int:
+    """Count the experts of all layers that no validation set sends a token to.
+
+    Args:
+        line: of a run.
+
+    Returns:
+        How many.
+    """
+    return sum(load.count(0.0) for load in loads(line))
+
+
+def verdict(lines: Sequence[Line]) -> str:
+    """Say whether a router collapsed.
+
+    It did if a loss was not finite, if an expert of some layer got no token of validation, or if a validation set is
+    scored no better than by the best distribution without context. One seed is enough.
+
+    Args:
+        lines: of a router's runs.
+
+    Returns:
+        "trains", or "collapsed" with the reason.
+    """
+    if any("failed" in line for line in lines):
+        return "collapsed: not finite"
+    dead = max(dead_experts(line) for line in lines)
+    if dead:
+        return f"collapsed: {dead} dead"
+    scored = [scores for line in lines for scores in line["validation"].values()]
+    blind = any(scores["loss"] >= scores["unigram"] for scores in scored)
+    return "collapsed: unigram" if blind else "trains"
+
+
+def _difference(lines: Sequence[Line], first: Sequence[Line]) -> Spread | None:
+    base = {line["seed"]: _loss(line) for line in first if "failed" not in line}
+    paired = [_loss(line) - base[line["seed"]] for line in lines if line["seed"] in base]
+    return spread(paired) if paired else None
+
+
+def _loss(line: Line) -> float:
+    return _mean([scores["loss"] for scores in line["validation"].values()])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,141 @@
+"""The table of an ablation: a row for each router; printed, as Markdown, as a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from moekit.lm.ablation_plots import Dots, plot_ablation
+from moekit.recipes.ablation_summaries import Spread, Summary
+
+
+def headings(rows: Sequence[Summary]) -> list[str]:
+    """Name the columns.
+
+    Args:
+        rows: at least one.
+
+    Returns:
+        As many as ``cells`` gives for each.
+    """
+    rest = ("experts/token", "max violation", "dead", "dropped", "tokens/s", "causal", "verdict")
+    return ["router", *_sets(rows), f"vs {rows[0].label}", *rest]
+
+
+def cells(row: Summary, sets: Sequence[str]) -> list[str]:
+    """Write a row.
+
+    Args:
+        row: of a router.
+        sets: names of all validation sets.
+
+    Returns:
+        Texts; a loss that is not comparable has a star.
+    """
+    star = "*" if row.leaks_evaluation else ""
+    losses = [f"{_with_range(row.losses[name])}{star}" if name in row.losses else "-" for name in sets]
+    against = "-" if row.against is None else f"{_with_range(row.against, sign='+')}{star}"
+    if not row.losses:
+        return [row.label, *losses, against, *["-"] * 6, row.verdict]
+    return [
+        row.label,
+        *losses,
+        against,
+        f"{row.experts_per_token:.2f}",
+        f"{row.max_violation:.2f}",
+        f"{row.dead_experts:g}",
+        f"{row.drop_rate:.1%}",
+        f"{row.tokens_per_second:,.0f}",
+        "no" if row.leaks_evaluation else "evaluation" if row.leaks_training else "yes",
+        row.verdict,
+    ]
+
+
+def notes(rows: Sequence[Summary]) -> list[str]:
+    """Say what the columns are.
+
+    Args:
+        rows: at least one.
+
+    Returns:
+        Sentences, one a line.
+    """
+    seeds = max((len(spread.values) for row in rows for spread in row.losses.values()), default=0)
+    told = [
+        f"Validation loss, nats per token: mean ± half the range over {seeds} seed{'s' if seeds != 1 else ''}; "
+        f"vs {rows[0].label}: the same seed's difference, averaged over the sets.",
+        "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
+        "sets together. dropped: in training. Means over seeds.",
+        "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below the "
+        "entropy of single tokens, the least that a model without context can have (unigram). In any seed.",
+    ]
+    if any(row.leaks_evaluation for row in rows):
+        told.append("* not comparable: its output depends on later tokens, so it sees what it predicts.")
+    if any(row.leaks_training and not row.leaks_evaluation for row in rows):
+        told.append("causal in evaluation: trained with what depends on later tokens, evaluated without.")
+    return told
+
+
+def printed(rows: Sequence[Summary]) -> Table:
+    """Lay rows out for a terminal.
+
+    Args:
+        rows: at least one.
+
+    Returns:
+        A table to print.
+    """
+    table = Table(title="routers", title_justify="left", caption="\n".join(notes(rows)), caption_justify="left")
+    for heading in headings(rows):
+        justify = "left" if heading in ("router", "causal", "verdict") else "right"
+        table.add_column(heading.replace("/", "/\n").replace(" ", "\n"), justify=justify, overflow="fold")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*cells(row, _sets(rows)), style=None if row.verdict == "trains" else "yellow")
+    return table
+
+
+def markdown(rows: Sequence[Summary]) -> str:
+    """Write rows as a Markdown table with notes.
+
+    Args:
+        rows: at least one.
+
+    Returns:
+        The text.
+    """
+    names = headings(rows)
+    rule = ["---" if name in ("router", "causal", "verdict") else "---:" for name in names]
+    lines = [names, rule, *(cells(row, _sets(rows)) for row in rows)]
+    table = "".join(f"| {' | '.join(each.replace('*', chr(92) + '*') for each in line)} |\n" for line in lines)
+    return table + "\n" + "\n\n".join(note.replace("* not", "\\* not") for note in notes(rows)) + "\n"
+
+
+def draw(path: Path, rows: Sequence[Summary]) -> Path:
+    """Draw the losses of all routers.
+
+    Args:
+        path: of the PNG.
+        rows: at least one.
+
+    Returns:
+        The path.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
+    sets = _sets(rows)
+    dots = [
+        Dots(row.label, {name: row.losses[name].values for name in sets}, comparable=not row.leaks_evaluation)
+        for row in rows
+        if row.losses
+    ]
+    return plot_ablation(path, dots, sets=sets)
+
+
+def _sets(rows: Sequence[Summary]) -> list[str]:
+    return next((list(row.losses) for row in rows if row.losses), [])
+
+
+def _with_range(spread: Spread, *, sign: str = "") -> str:
+    text = format(spread.mean, f"{sign}.3f")
+    return text if len(spread.values) == 1 else f"{text} ± {spread.half_range:.3f}"

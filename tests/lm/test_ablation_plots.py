@@ -1,0 +1,47 @@
+"""The picture of an ablation."""
+
+import pytest
+from matplotlib import image
+
+from moekit.lm.ablation_plots import Dots, plot_ablation, shown_range
+
+
+def test_it_draws_a_picture_that_depends_on_the_numbers(tmp_path):
+    first = [Dots("a", {"prose": [4.0, 4.1]}), Dots("b", {"prose": [4.2, 4.3]})]
+    other = [first[0], Dots("b", {"prose": [4.2, 4.3]}, comparable=False)]
+    pictures = [
+        image.imread(plot_ablation(tmp_path / f"{name}.png", dots, sets=["prose"]))
+        for name, dots in (("first", first), ("other", other), ("again", first))
+    ]
+    assert all(picture.std() > 0.05 for picture in pictures)
+    assert (pictures[0] == pictures[2]).all()
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_more_rows_and_more_sets_make_a_larger_picture(tmp_path):
+    few = [Dots("a", {"prose": [4.0], "code": [3.0]})]
+    many = [Dots(str(number), {"prose": [4.0 + number], "code": [3.0]}) for number in range(30)]
+    shapes = [
+        image.imread(plot_ablation(tmp_path / f"{name}.png", dots, sets=sets)).shape
+        for name, dots, sets in (("a", few, ["prose"]), ("b", many, ["prose"]), ("c", few, ["prose", "code"]))
+    ]
+    assert shapes[1][0] > shapes[0][0]
+    assert shapes[2][1] > shapes[0][1]
+
+
+@pytest.mark.parametrize("losses", [[4.0], [4.0, 4.0], [3.0, 4.0, 5.0]])
+def test_all_is_shown_where_nothing_is_far(losses):
+    low, high = shown_range([[loss] for loss in losses])
+    assert low < min(losses) <= max(losses) < high
+
+
+def test_what_is_far_from_the_middle_half_is_left_out():
+    low, high = shown_range([[1.0, 1.1], *([4.0 + 0.01 * n] for n in range(20)), [30.0]])
+    assert 3.9 < low < 4.0
+    assert 4.19 < high < 4.3
+
+
+def test_a_row_is_shown_with_all_its_seeds():
+    low, high = shown_range([[4.0, 5.0], [4.5, 4.5], [4.4, 4.6], [2.0, 7.0]])
+    assert low < 2.0
+    assert high > 7.0

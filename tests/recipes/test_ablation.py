@@ -1,0 +1,270 @@
+"""The ablation of routers: its runs, what it does not do twice, and its table."""
+
+import json
+import re
+import signal
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+from small_runs import numbers
+
+from moekit.lm.trackers import read_metrics
+from moekit.recipes import ablation, ablation_runs
+from moekit.recipes.ablation import AblationSettings, labelled, main, plan
+from moekit.recipes.audits import audit
+from moekit.recipes.names import find_recipe
+from moekit.routing import Causality
+
+pytestmark = pytest.mark.usefixtures("quick")
+RECIPE = """
+from moekit.recipes import mixtral, switch
+
+
+def mine():
+    return mixtral(k=3)
+
+
+def tight(*, training=True):
+    return switch(capacity_factor=0.5 if training else 0.0)
+
+
+def broken():
+    raise RuntimeError("no such luck")
+"""
+
+
+@pytest.fixture
+def ablate(shards, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Run the program on small shards, and return its folder."""
+    monkeypatch.setenv("COLUMNS", "180")
+    monkeypatch.setattr("moekit.recipes.train.audit", lambda recipe, experts: Causality())  # a warning to nobody
+    monkeypatch.setattr(ablation_runs, "audit", partial(audit, trials=7, length=16))
+    given = ["--model", "moekit_tiny", "--batch-size", "4", "--precision", "fp32", *shards.flags]
+
+    def run(*words: str, rest: tuple[str, ...] = (), folder: str = "a") -> Path:
+        main(["--steps", "3", "--folder", str(tmp_path / folder), *words, "--", *given, *rest])
+        return tmp_path / folder
+
+    return run
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    path = tmp_path / "own.py"
+    path.write_text(RECIPE)
+    return path
+
+
+def test_it_writes_and_prints_a_row_for_each_router(ablate, recipe_file, capsys):
+    from matplotlib import image
+
+    folder = ablate("--routers", "top_k,expert_choice,sinkhorn", "--recipe", f"{recipe_file}:tight")
+    labels = ["top_k", "expert_choice", "sinkhorn", "recipe-tight"]
+    lines = read_metrics(folder / "results.jsonl")
+    assert [(line["router"], line["seed"]) for line in lines] == [(label, seed) for seed in (0, 1) for label in labels]
+    assert lines[3]["recipe"] == f"{recipe_file}:tight"
+    assert [line["experts_per_token"] for line in lines[:4]] == [2.0, 2.0, 2.0, 1.0]
+    assert [line["leaks"] for line in lines[:3]] == [
+        {"training": leaks, "evaluation": sees} for leaks, sees in ((False, False), (True, True), (True, False))
+    ]
+    assert lines[0]["drop_rate"] == 0 < lines[3]["drop_rate"]
+    assert lines[0]["steps"] == 3
+    assert lines[0]["tokens"] == 3 * 4 * 64
+    assert lines[0]["validation"]["prose"]["loss"] != lines[4]["validation"]["prose"]["loss"]
+    assert len({line["validation"]["code"]["loss"] for line in lines}) == len(lines)
+
+    table = (folder / "table.md").read_text()
+    rows = [line for line in table.splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows] == ["| router", "| ---", *(f"| {label}" for label in labels)]
+    assert rows[0].split(" | ")[1:4] == ["prose", "code", "vs top_k"]
+    assert [row.split(" | ")[-2] for row in rows[2:]] == ["yes", "no", "evaluation", "yes"]
+    assert r"\* not comparable" in table
+    assert image.imread(folder / "ablation.png").std() > 0.05
+
+    text = capsys.readouterr().out
+    assert "[1/8] top_k, seed 0: prose " in text
+    for words in (*labels, "mean ± half the range over 2 seeds", "* not comparable", f"table: {folder / 'table.md'}"):
+        assert words in text
+    runs = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    assert runs == sorted(f"{label}-seed{seed}" for label in labels for seed in (0, 1))
+    assert not list(folder.glob("*/checkpoints"))
+    assert not list(folder.glob("*/run.png"))
+
+
+def test_what_is_done_is_not_done_again(ablate, monkeypatch):
+    folder = ablate("--routers", "top_k", "--seeds", "1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.suffix != ".png"}
+    monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it was trained again"))
+    ablate("--routers", "top_k", "--seeds", "1")
+    assert {path: path.read_bytes() for path in before} == before
+    with pytest.raises(pytest.fail.Exception, match="trained again"):
+        ablate("--routers", "top_k", "--seeds", "2")
+
+
+def test_a_line_that_was_lost_comes_back(ablate):
+    folder = ablate("--routers", "top_k,switch", "--seeds", "1")
+    lines = (folder / "results.jsonl").read_text().splitlines(keepends=True)
+    (folder / "results.jsonl").write_text(lines[0])
+    ablate("--routers", "top_k,switch", "--seeds", "1")
+    assert (folder / "results.jsonl").read_text() == "".join(lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(ablate, interrupt_after, capsys, number):
+    words = ("--routers", "noisy_top_k,sigmoid_bias", "--seeds", "1", "--keep-checkpoints")
+    unbroken = ablate(*words, folder="unbroken")
+    capsys.readouterr()
+    interrupt_after(2, number)
+    folder = ablate(*words, folder="broken")
+    text = capsys.readouterr().out
+    assert "stopped; go on with:\n  python examples/ablate_routers.py --steps 3 --folder " in text
+    assert "--routers noisy_top_k,sigmoid_bias --seeds 1" in text
+    assert not (folder / "noisy_top_k-seed0" / "results.json").exists()
+    assert not (folder / "sigmoid_bias-seed0").exists()
+    ablate(*words, folder="broken")
+    for name in ("noisy_top_k-seed0", "sigmoid_bias-seed0"):
+        assert numbers(folder / name) == numbers(unbroken / name)
+        found, expected = (json.loads((each / name / "results.json").read_text()) for each in (folder, unbroken))
+        assert found["validation"] == expected["validation"]
+
+
+def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys):
+    record = ablation_runs.record
+
+    def interrupted(run, console, *, seconds):
+        signal.raise_signal(signal.SIGTERM)
+        record(run, console, seconds=seconds)
+
+    monkeypatch.setattr(ablation_runs, "record", interrupted)
+    folder = ablate("--routers", "top_k,switch", "--seeds", "1")
+    assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["top_k"]
+    assert "stopped; go on with:" in capsys.readouterr().out
+    assert "top_k" in (folder / "table.md").read_text()
+
+
+def test_a_run_whose_loss_is_not_finite_has_a_row_and_the_others_go_on(ablate, capsys, monkeypatch):
+    folder = ablate("--routers", "top_k,switch", "--seeds", "1", rest=("--lr", "1e30", "--warmup", "0"))
+    lines = read_metrics(folder / "results.jsonl")
+    assert [line["failed"] for line in lines] == [lines[0]["failed"]] * 2
+    assert "is not finite at step" in lines[0]["failed"]
+    assert "| switch | - |" in (folder / "table.md").read_text().replace("| - | - |", "| - |")
+    assert "collapsed: not finite" in capsys.readouterr().out
+    monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it was trained again"))
+    ablate("--routers", "top_k,switch", "--seeds", "1", rest=("--lr", "1e30", "--warmup", "0"))
+
+
+def test_checkpoints_are_kept_on_request(ablate):
+    folder = ablate("--routers", "top_k", "--seeds", "1", "--keep-checkpoints")
+    assert [path.name for path in (folder / "top_k-seed0" / "checkpoints").glob("step_*")] == ["step_00000003"]
+
+
+def test_a_folder_has_one_kind_of_settings(ablate, tmp_path):
+    folder = ablate("--routers", "top_k", "--seeds", "1")
+    with pytest.raises(
+        SystemExit, match=r"holds runs with --lr 0.005 \(now 0.1\), --steps 3 \(now 4\).*choose another --folder"
+    ):
+        ablate("--routers", "top_k", "--steps", "4", rest=("--lr", "0.1"))
+    assert len(read_metrics(folder / "results.jsonl")) == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "a.txt").touch()
+    with pytest.raises(SystemExit, match=r"other holds something that is no ablation; choose another --folder"):
+        ablate("--routers", "top_k", folder="other")
+
+
+@pytest.mark.parametrize(
+    ("words", "rest", "message"),
+    [
+        (("--routers", "topk"), (), r"--routers: unknown router 'topk'; did you mean 'top_k'.*Known: .*switch"),
+        (("--routers", "mixtral"), (), r"unknown router 'mixtral'.*It is a recipe: give --recipe mixtral\."),
+        (("--routers", "top_k,top_k"), (), r"top_k was given twice; expected each name once"),
+        (("--steps", "0"), (), r"--steps is 0; expected at least 1"),
+        (("--seeds", "0"), (), r"--seeds is 0; expected at least 1"),
+        ((), ("--seed", "3"), r"--seed was given after `--`, but the ablation sets it.*before the `--`: --steps"),
+        ((), ("--world_size=3",), r"--world_size=3 was given after `--`"),
+        ((), ("--moe-freq", "0"), r"--moe-freq 0 makes a dense model, which has no router"),
+        (("--routers", "top_k,group_limited"), ("--moe-num-experts", "6"), r"group_limited: .*num_groups = 4"),
+        (("--routers", "switch"), ("--moe-top-k", "2"), r"switch: recipe router:switch takes no k"),
+        (("--recipe", "mixtrel"), (), r"unknown recipe 'mixtrel'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_before_the_first_run(ablate, tmp_path, words, rest, message):
+    with pytest.raises(SystemExit, match=message):
+        ablate(*words, rest=rest)
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_fault_in_a_users_file_is_told_as_such(ablate, recipe_file):
+    with pytest.raises(SystemExit, match=r"ablate_routers.py: recipe .*own.py raised RuntimeError: no such luck"):
+        ablate("--recipe", f"{recipe_file}:broken")
+
+
+def test_a_recipe_is_compared_with_the_baseline_unless_routers_are_named(recipe_file):
+    own = f"{recipe_file}:mine"
+    assert labelled(AblationSettings(recipe=(own,))) == {"top_k": "router:top_k", "recipe-mine": own}
+    named = labelled(AblationSettings(routers="switch, relu", recipe=("switch",)))
+    assert named == {"switch": "router:switch", "relu": "router:relu", "recipe-switch": "switch"}
+    assert len(labelled(AblationSettings())) == len(ablation.ROUTERS)
+    twice = tyro.cli(AblationSettings, args=["--recipe", "mixtral", "--recipe", own])
+    assert list(labelled(twice)) == ["top_k", "recipe-mixtral", "recipe-mine"]
+    assert len(labelled(AblationSettings(routers="all", recipe=(own,)))) == len(ablation.ROUTERS) + 1
+    with pytest.raises(ValueError, match=r"recipe-mine was given twice.*Rename one of them in its file"):
+        labelled(AblationSettings(recipe=(own, "other.py:mine")))
+
+
+def test_every_router_fits_the_default_model():
+    jobs = plan(AblationSettings(), [])
+    assert len(jobs) == 2 * len(ablation.ROUTERS)
+    assert {job.settings.run.seed for job in jobs} == {0, 1}
+    assert {(job.settings.optimizer.steps, job.settings.model.preset) for job in jobs} == {(200, "moekit_cpu")}
+    assert len({job.folder for job in jobs}) == len(jobs)
+
+
+def test_the_bound_without_context_is_an_entropy(program, monkeypatch):
+    found = {}
+
+    def look(run, console, *, seconds):
+        for each in run.corpus.validation:
+            found[each.name] = ablation_runs.unigram_bound(ablation_runs._batches(run, each, 10_000), 512)
+            rows = [batch.batch.ids for batch in ablation_runs._batches(run, each, 10_000)]
+            targets = torch.cat([row[:, 1:].flatten() for row in rows])
+            targets = targets[targets >= 0].tolist()
+            shares = torch.tensor([targets.count(token) / len(targets) for token in set(targets)])
+            assert found[each.name] == pytest.approx(-(shares * shares.log()).sum().item())
+
+    monkeypatch.setattr("moekit.recipes.train.finish", look)
+    program("--steps", "1")
+    assert sorted(found) == ["code", "prose"]
+
+
+def test_train_does_what_it_is_told_after_the_last_step(shards, tmp_path):
+    from rich.console import Console
+    from small_runs import words
+
+    from moekit.recipes.configuration import parse_settings
+    from moekit.recipes.train import train
+
+    seen = []
+    settings = parse_settings(words(shards, tmp_path, "--steps", "2"))
+    folder = train(settings, Console(quiet=True), finishing=lambda run, console, *, seconds: seen.append(seconds))
+    assert seen[0] > 0
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "checkpoints",
+        "config.json",
+        "metrics.jsonl",
+        "params.txt",
+    ]
+
+
+def test_the_page_lists_every_router_with_its_docstring_and_its_example_runs(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "ablations.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)` \| (.*) \|$", page, flags=re.MULTILINE))
+    assert rows == {name: (make.__doc__ or "").partition("\n")[0] for name, make in ablation.ROUTERS.items()}
+    [code] = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    (tmp_path / "half.py").write_text(code)
+    recipe = find_recipe(f"{tmp_path / 'half.py'}:half")
+    routing = recipe.route(torch.tensor([[0.0, 3.0, 0.0], [0.1, 0.0, 0.0]]))
+    assert routing.expert_indices.tolist() == [[1, -1], [0, -1]]

@@ -1,0 +1,121 @@
+"""The table of an ablation, from made-up runs whose numbers can be added up by hand."""
+
+from typing import Any
+
+import pytest
+
+from moekit.recipes.ablation_summaries import dead_experts, loads, spread, summaries
+from moekit.recipes.ablation_tables import cells, draw, headings, markdown, notes
+
+
+def scores(loss: float, *layers: list[float], tokens: int = 100, unigram: float = 9.0) -> dict[str, Any]:
+    return {
+        "loss": loss,
+        "tokens": tokens,
+        "unigram": unigram,
+        "layers": [{"layer": 2 * index, "load": load} for index, load in enumerate(layers)],
+    }
+
+
+EVEN = [0.25] * 4
+
+
+def line(router: str, seed: int, prose: float, code: float, **changes: Any) -> dict[str, Any]:
+    return {
+        "router": router,
+        "seed": seed,
+        "validation": {"prose": scores(prose, EVEN, EVEN), "code": scores(code, EVEN, EVEN)},
+        "experts_per_token": 2.0,
+        "drop_rate": 0.0,
+        "tokens": 1000,
+        "seconds": 2.0,
+        "leaks": {"training": False, "evaluation": False},
+        **changes,
+    }
+
+
+def test_losses_are_means_with_half_the_range_and_differences_are_paired_by_seed():
+    # The seeds differ by 1, the routers by 0.1 and 0.3: unpaired, that would drown.
+    lines = [line("a", 0, 4.0, 6.0), line("b", 0, 4.1, 6.1), line("a", 1, 5.0, 7.0), line("b", 1, 5.3, 7.3)]
+    a, b = summaries(lines)
+    assert (a.label, b.label) == ("a", "b")
+    assert a.losses["prose"] == spread([4.0, 5.0])
+    assert a.against is None
+    assert b.against.mean == pytest.approx(0.2)
+    assert b.against.half_range == pytest.approx(0.1)
+    assert cells(b, ["prose", "code"])[:4] == ["b", "4.700 ± 0.600", "6.700 ± 0.600", "+0.200 ± 0.100"]
+    assert cells(a, ["prose", "code"])[3:] == ["-", "2.00", "0.00", "0", "0.0%", "500", "yes", "trains"]
+
+
+def test_a_seed_that_the_first_lacks_is_not_compared():
+    a, b = summaries([line("a", 0, 4.0, 4.0), line("b", 0, 4.5, 4.5), line("b", 1, 9.0, 8.0)])
+    assert b.against == spread([0.5])
+    assert cells(b, ["prose", "code"])[3] == "+0.500"
+    assert summaries([line("a", 0, 4.0, 4.0), line("b", 1, 4.5, 4.5)])[1].against is None
+    assert a.losses["prose"].half_range == 0
+
+
+def test_loads_add_up_over_validation_sets_by_their_tokens_and_layers_stay_apart():
+    validation = {
+        "prose": scores(4.0, [1.0, 0.0], [0.5, 0.5], tokens=300),
+        "code": scores(4.0, [0.0, 1.0], [0.5, 0.5], tokens=100),
+    }
+    whole = line("a", 0, 0, 0, validation=validation)
+    assert loads(whole) == [[0.75, 0.25], [0.5, 0.5]]
+    assert dead_experts(whole) == 0  # each expert is dead for one set, and none for both
+    assert summaries([whole])[0].max_violation == pytest.approx(0.5)  # of the worst layer
+    assert summaries([whole])[0].verdict == "trains"
+
+
+def test_it_says_which_routers_collapsed():
+    dead = {"prose": scores(4.0, [0.5, 0.5, 0.0, 0.0], EVEN), "code": scores(4.0, [0.5, 0.5, 0.0, 0.0], EVEN)}
+    blind = {"prose": scores(4.0, EVEN), "code": scores(9.0, EVEN, unigram=9.0)}
+    rows = summaries(
+        [
+            line("even", 0, 4.0, 4.0),
+            line("dead", 0, 4.0, 4.0),
+            line("dead", 1, 0, 0, validation=dead),
+            line("blind", 0, 0, 0, validation=blind),
+            {"router": "lost", "seed": 0, "failed": "the loss is not finite at step 3"},
+            line("half", 0, 4.0, 4.0),
+            {"router": "half", "seed": 1, "failed": "the loss is not finite at step 3"},
+        ]
+    )
+    assert {row.label: row.verdict for row in rows} == {
+        "even": "trains",
+        "dead": "collapsed: 2 dead",  # the worst seed
+        "blind": "collapsed: unigram",
+        "lost": "collapsed: not finite",
+        "half": "collapsed: not finite",
+    }
+    assert rows[1].dead_experts == 1.0  # the mean
+    assert cells(rows[3], ["prose", "code"]) == ["lost", *["-"] * 9, "collapsed: not finite"]
+    assert cells(rows[4], ["prose", "code"])[1] == "4.000"
+
+
+def test_a_loss_that_sees_its_targets_has_a_star_and_a_note():
+    sees = line("sees", 0, 1.0, 1.0, leaks={"training": True, "evaluation": True})
+    trained = line("trained", 0, 4.0, 4.0, leaks={"training": True, "evaluation": False})
+    rows = summaries([line("a", 0, 4.0, 4.0), sees, trained])
+    assert cells(rows[1], ["prose", "code"])[1:4] == ["1.000*", "1.000*", "-3.000*"]
+    assert [cells(row, ["prose", "code"])[-2] for row in rows] == ["yes", "no", "evaluation"]
+    assert any("not comparable" in note for note in notes(rows))
+    assert any(note.startswith("causal in evaluation") for note in notes(rows))
+    assert len(notes(rows[:1])) == 3
+    text = markdown(rows)
+    assert r"| sees | 1.000\* | 1.000\* | -3.000\* |" in text
+    assert r"\* not comparable" in text
+
+
+def test_every_row_has_as_many_cells_as_there_are_headings():
+    rows = summaries([line("a", 0, 4.0, 4.0), {"router": "b", "seed": 0, "failed": "x"}])
+    assert headings(rows)[:4] == ["router", "prose", "code", "vs a"]
+    assert {len(cells(row, ["prose", "code"])) for row in rows} == {len(headings(rows))}
+    lengths = {row.count("|") for row in markdown(rows).splitlines() if row.startswith("|")}
+    assert lengths == {len(headings(rows)) + 1}
+
+
+def test_a_table_of_failures_alone_is_a_table(tmp_path):
+    rows = summaries([{"router": "a", "seed": 0, "failed": "x"}])
+    assert "| a | - |" in markdown(rows)
+    assert draw(tmp_path / "a.png", rows).stat().st_size > 0
