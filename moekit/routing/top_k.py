@@ -35,10 +35,11 @@ def top_k(
     k: int,
     score: Score = softmax,
     normalize: bool = False,
+    order: float = 1.0,
     scale: float = 1.0,
     bias: Tensor | None = None,
 ) -> Routing:
-    """Choose the k best-scored experts of each token: S = topK(s + b), g = scale * s_S, optionally over its sum.
+    """Choose the k best-scored experts of each token: S = topK(s + b), g = scale * s_S, optionally over its norm.
 
     With ``score=softmax`` this is softmax before top-k (Shazeer, GShard, OpenLM, OLMoE; with k = 1, Switch); with
     ``normalize=True`` the weights of a token sum to ``scale`` (Mixtral). With ``score=sigmoid``, ``normalize=True`` and
@@ -50,8 +51,9 @@ def top_k(
         logits: (T, E) float32.
         k: experts per token, 1 <= k <= E.
         score: (T, E) logits -> (T, E) scores.
-        normalize: divide a token's weights by their sum. With k = 1 the weight is then constant and the output trains
+        normalize: divide a token's weights by their norm. With k = 1 the weight is then constant and the output trains
             no router.
+        order: of that norm; 1 is the sum of positive weights. MegaBlocks takes any.
         scale: factor on the weights (DeepSeek's routed scaling factor).
         bias: (E,) added to the scores for the selection only.
 
@@ -73,7 +75,8 @@ def top_k(
     check_choice(logits, k, name="top_k")
     scores = score(logits)
     expert_indices = torch.topk(shifted(scores, bias), k, dim=-1).indices
-    return token_choice(expert_indices, weights_at(scores, expert_indices, normalize=normalize, scale=scale), logits)
+    weights = weights_at(scores, expert_indices, normalize=normalize, order=order, scale=scale)
+    return token_choice(expert_indices, weights, logits)
 
 
 def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> Routing:
@@ -106,13 +109,16 @@ def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> R
     return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
 
 
-def weights_at(scores: Tensor, expert_indices: Tensor, *, normalize: bool = False, scale: float = 1.0) -> Tensor:
+def weights_at(
+    scores: Tensor, expert_indices: Tensor, *, normalize: bool = False, order: float = 1.0, scale: float = 1.0
+) -> Tensor:
     """Read off the combine weights of chosen experts.
 
     Args:
         scores: (T, E).
         expert_indices: (T, K) int64 in [0, E).
-        normalize: divide each token's weights by their sum.
+        normalize: divide each token's weights by their norm.
+        order: of that norm; 1 is the sum of positive weights.
         scale: factor on the result.
 
     Returns:
@@ -124,7 +130,8 @@ def weights_at(scores: Tensor, expert_indices: Tensor, *, normalize: bool = Fals
     """
     weights = scores.gather(-1, expert_indices)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+        norms = weights.sum(-1, keepdim=True) if order == 1 else torch.linalg.vector_norm(weights, order, -1, True)
+        weights = weights / norms.clamp_min(_SMALLEST_SUM)
     return weights if scale == 1.0 else weights * scale
 
 

@@ -168,3 +168,18 @@ def test_shapes_that_do_not_fit(router) -> None:
         router(torch.zeros(2, 3, 4), k=1)
     with pytest.raises(ValueError, match=r"selection bias has shape \(3,\); expected one number per expert, \(4,\)"):
         router(torch.zeros(2, 4), k=1, bias=torch.zeros(3))
+
+
+@pytest.mark.parametrize("order", [1.0, 2.0, 3.5, float("inf")])
+def test_weights_are_divided_by_a_norm_of_any_order(order: float) -> None:
+    logits = torch.randn(7, 5, dtype=torch.float64, requires_grad=True)
+    chosen = logits.softmax(-1).topk(3, dim=-1).values
+    power = (
+        chosen.amax(-1, keepdim=True) if order == float("inf") else (chosen**order).sum(-1, keepdim=True) ** (1 / order)
+    )
+    found = top_k(logits, k=3, normalize=True, order=order).weights
+    torch.testing.assert_close(found, chosen / power)
+    cotangent = torch.randn_like(found)
+    torch.testing.assert_close(
+        *(torch.autograd.grad((w * cotangent).sum(), logits, retain_graph=True)[0] for w in (found, chosen / power))
+    )
