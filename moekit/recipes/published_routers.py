@@ -361,7 +361,7 @@ def sonic_token_rounding(
         True
 
     References:
-        Guo et al., SonicMoE, 2025, section 5, https://arxiv.org/abs/2512.14080
+        Guo et al., SonicMoE, 2025, https://arxiv.org/abs/2512.14080
     """
     route = partial(top_k, k=k, normalize=True)
     return compose(

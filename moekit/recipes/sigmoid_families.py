@@ -46,7 +46,7 @@ def deepseek_v2(
         True
 
     References:
-        DeepSeek-AI, DeepSeek-V2, 2024, sections 2.2.2 and 2.2.3, https://arxiv.org/abs/2405.04434
+        DeepSeek-AI, DeepSeek-V2, 2024, https://arxiv.org/abs/2405.04434
     """
     route = partial(
         group_limited, k=k, num_groups=num_groups, groups_kept=groups_kept, group_top=1, masked=0.0, scale=scale

@@ -48,7 +48,7 @@ def top_p(
                 [ 0,  1]])
 
     References:
-        Huang et al., Harder Tasks Need More Experts, 2024, section 2.2, https://arxiv.org/abs/2403.07652
+        Huang et al., Harder Tasks Need More Experts, 2024, https://arxiv.org/abs/2403.07652
         Yang et al., XMoE, 2024 (the same rule, called a threshold), https://arxiv.org/abs/2403.18926
     """
     logits = noisy(logits)
@@ -109,7 +109,7 @@ def threshold(
                 [ 0, -1]])
 
     References:
-        Guo et al., Dynamic Mixture of Experts, 2024, section 3.1 (top-any gating), https://arxiv.org/abs/2405.14297
+        Guo et al., Dynamic Mixture of Experts, 2024 (top-any gating), https://arxiv.org/abs/2405.14297
     """
     logits = noisy(logits)
     max_k = logits.shape[-1] if max_k is None else max_k

@@ -61,7 +61,7 @@ def group_limited(
     References:
         DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, section 2.1.2 (node-limited routing),
             https://arxiv.org/abs/2412.19437
-        DeepSeek-AI, DeepSeek-V2, 2024, section 2.2.2 (device-limited routing), https://arxiv.org/abs/2405.04434
+        DeepSeek-AI, DeepSeek-V2, 2024 (device-limited routing), https://arxiv.org/abs/2405.04434
     """
     logits = noisy(logits)
     check_choice(logits, k, name="group_limited")

@@ -51,7 +51,7 @@ def heterogeneous_balance_loss(
         tensor(0.7500)
 
     References:
-        Jin et al., MoE++, 2024, section 3.3 (heterogeneous load balance loss), https://arxiv.org/abs/2410.07348
+        Jin et al., MoE++, 2024 (heterogeneous load balance loss), https://arxiv.org/abs/2410.07348
     """
     num_experts = routing.num_experts
     if not 0 <= num_simple <= num_experts or not tau > 0:

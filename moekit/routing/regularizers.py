@@ -59,7 +59,7 @@ def weighted_l1_loss(
         tensor(0.5000)
 
     References:
-        Wang et al., ReMoE, 2024, section 3.4 (load balancing with L1 regularization), https://arxiv.org/abs/2412.14711
+        Wang et al., ReMoE, 2024 (load balancing with L1 regularization), https://arxiv.org/abs/2412.14711
     """
     if not k > 0:
         raise ValueError(f"weighted_l1_loss: k = {k} experts per token are wanted; expected a positive number.")

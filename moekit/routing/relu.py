@@ -36,7 +36,7 @@ def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None
         tensor([[ 2,  1, -1]])
 
     References:
-        Wang et al., ReMoE, 2024, section 3.2, https://arxiv.org/abs/2412.14711
+        Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
     """
     k = logits.shape[-1] if max_k is None else max_k
     check_choice(logits, k, name="relu_choice")
@@ -71,7 +71,7 @@ def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str
         tensor(1.2000e-08)
 
     References:
-        Wang et al., ReMoE, 2024, section 3.3, https://arxiv.org/abs/2412.14711
+        Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
     """
     if k <= 0 or rate <= 1 or initial <= 0:
         raise ValueError(
@@ -107,7 +107,7 @@ def adaptive_l1_coefficient(
         tensor(1.2000)
 
     References:
-        Wang et al., ReMoE, 2024, section 3.3, https://arxiv.org/abs/2412.14711
+        Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
     """
     direction = torch.sign(active.double() - k * tokens.double())
     return (coefficient.double() * rate**direction).to(coefficient.dtype)

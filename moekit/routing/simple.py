@@ -35,7 +35,7 @@ def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> R
         (tensor([ 0,  1, -1, -1]), Fraction(2, 1))
 
     References:
-        Jin et al., MoE++, 2024, section 3.3 (heterogeneous expert capacity), https://arxiv.org/abs/2410.07348
+        Jin et al., MoE++, 2024 (heterogeneous expert capacity), https://arxiv.org/abs/2410.07348
     """
     if not 1 <= num_experts <= routing.num_experts or not 0 < tau < float("inf"):
         raise ValueError(

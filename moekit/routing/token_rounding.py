@@ -55,7 +55,7 @@ def token_rounding(
         tensor([3, 0])
 
     References:
-        Guo et al., SonicMoE, 2025, section 5 (token rounding), https://arxiv.org/abs/2512.14080
+        Guo et al., SonicMoE, 2025 (token rounding), https://arxiv.org/abs/2512.14080
     """
     return partial(_route_and_round, route, tile=tile, rounding=rounding, score=score)
 
@@ -103,7 +103,7 @@ def round_tokens(
         tensor([-1, 0, 0, -1, -1])
 
     References:
-        Guo et al., SonicMoE, 2025, section 5 (token rounding), https://arxiv.org/abs/2512.14080
+        Guo et al., SonicMoE, 2025 (token rounding), https://arxiv.org/abs/2512.14080
         SonicMoE, benchmarks/moe-token-rounding.py, https://github.com/Dao-AILab/sonic-moe
     """
     logits = noisy(logits)
