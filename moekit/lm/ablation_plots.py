@@ -79,8 +79,7 @@ def shown_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def _panel(axis: Any, ordered: Sequence[Dots], name: str, *, baseline: Dots) -> None:
-    compared = [each.losses[name] for each in ordered if each.comparable]
-    low, high = shown_range(compared or [each.losses[name] for each in ordered])
+    low, high = shown_range([each.losses[name] for each in ordered])
     axis.axvline(sum(baseline.losses[name]) / len(baseline.losses[name]), color="0.6", linestyle="--", linewidth=1)
     for y, each in enumerate(ordered):
         losses = each.losses[name]
