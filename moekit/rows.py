@@ -2,13 +2,18 @@
 
 A token's gradient is the sum over its copies, and the gradient of a sum is a copy to each of its rows: with the links
 of both directions at hand each is a gather, so nothing needs atomics, on CUDA either.
+There each move is one Triton kernel, where Triton is installed; the versions in torch are what the CPU runs, and what
+the kernels are held to.
 """
 
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+_TRITON = find_spec("triton") is not None
 
 
 class Links(NamedTuple):
@@ -69,7 +74,7 @@ class _CopyRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.save_for_backward(rows)
-        return copied(x, tokens, padding)
+        return copied(x, tokens, padding, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
@@ -79,7 +84,7 @@ class _CopyRows(torch.autograd.Function):
 class _SumRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, values: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(tokens, padding)
+        ctx.save_for_backward(tokens, padding, rows)
         return summed(values, rows, None)
 
     @staticmethod
@@ -87,8 +92,12 @@ class _SumRows(torch.autograd.Function):
         return copied(grad, *ctx.saved_tensors), None, None, None
 
 
-def copied(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+def copied(x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:
     """Do what ``copy_rows`` does, without its gradient."""
+    if x.is_cuda and _TRITON:
+        from moekit import _rows_triton
+
+        return _rows_triton.copied(x, rows, padding)
     if x.shape[0] == 0:
         return x.new_zeros(tokens.shape[0], x.shape[1])
     return cleared(x.index_select(0, tokens), padding.unsqueeze(1))
@@ -96,6 +105,10 @@ def copied(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
 
 def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     """Add up each token's rows of ``values`` (R, D), with ``weights`` (T, k) if given, without a gradient."""
+    if values.is_cuda and _TRITON:
+        from moekit import _rows_triton
+
+        return _rows_triton.summed(values, rows, weights)
     num_tokens, k = rows.shape
     if values.shape[0] == 0 or rows.numel() == 0:
         return values.new_zeros(num_tokens, values.shape[1])
@@ -111,6 +124,31 @@ def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     else:  # embedding_bag would round the weights to the rows' dtype
         sums = sum(values.index_select(0, index[:, i]) * weights[:, i : i + 1] for i in range(k))  # type: ignore[assignment]
     return cast(cleared(sums, missing.all(1, keepdim=True)), values.dtype)
+
+
+def weighed_back(
+    grad: Tensor, values: Tensor, weights: Tensor, *, links: Links, assignments: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``summed(values, links.rows, weights)``: of ``values`` (R, D) and ``weights`` (T, k).
+
+    ``assignments`` (R,) int64 says which of the T * k flattened weights a row has; anything for a padding row, whose
+    gradient is zero and which is never read.
+    """
+    if grad.is_cuda and _TRITON:
+        from moekit import _rows_triton
+
+        return _rows_triton.weigh_backward(grad, values, links.rows, weights, links.padding)
+    copies = copied(grad, *links).to(torch.promote_types(values.dtype, torch.float32))  # (R, D)
+    products = (values * copies).sum(-1)  # (R,): the gradient of a weight is its row times the token's gradient
+    chosen = _take(products, links.rows.clamp_min(0))
+    grad_weights = chosen.masked_fill(links.rows < 0, 0.0).to(weights.dtype)
+    row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(links.padding, 0.0)
+    return cast(scaled(copies, row_weights.unsqueeze(1)), values.dtype), grad_weights
+
+
+def _take(values: Tensor, indices: Tensor) -> Tensor:
+    """Index a flat tensor, also an empty one, whose indices then all stand for missing entries."""
+    return values[indices] if values.shape[0] else values.new_zeros(indices.shape)
 
 
 # Where torch compiles, neither in place nor cast to what a tensor is already: torch 2.11 takes the gradient of an

@@ -1,7 +1,16 @@
-"""Integer arithmetic of grouped rows: counts, offsets and ranks, without reading the device."""
+"""Integer arithmetic of grouped rows: counts, offsets and ranks, without reading the device.
+
+On CUDA the work of one function is one or a few Triton kernels, where Triton is installed; the plain versions in torch
+are what the CPU runs, and what the kernels are held to.
+"""
+
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
+
+_TRITON = find_spec("triton") is not None
+_MOST_EXPERTS = 1024  # of the counting sort
 
 
 def tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
@@ -18,6 +27,10 @@ def tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
         >>> tokens_per_expert(torch.tensor([[2, 0], [2, -1]]), 3)
         tensor([1, 0, 2])
     """
+    if _has_kernels(expert_indices, num_experts):
+        from moekit import _segments_triton
+
+        return _segments_triton.tokens_per_expert(expert_indices.flatten(), num_experts)
     keys = _missing_last(expert_indices.flatten(), num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=keys.device)
     return counts.scatter_add_(0, keys, torch.ones_like(keys))[:num_experts]
@@ -42,6 +55,8 @@ def exclusive_cumsum(sizes: Tensor) -> Tensor:
 def sort_by_expert(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Order assignments by expert, keeping their order within an expert; those that do not exist come last.
 
+    No host synchronisation. Deterministic on CUDA, where it is a counting sort up to 1024 experts.
+
     Args:
         expert_indices: (N,) int64 in [0, E), or -1.
         num_experts: E.
@@ -53,6 +68,10 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Te
         >>> sort_by_expert(torch.tensor([1, -1, 0, 1]), 2)
         (tensor([2, 0, 3, 1]), tensor([1, 2]))
     """
+    if _has_kernels(expert_indices, num_experts):
+        from moekit import _segments_triton
+
+        return _segments_triton.counting_sort(expert_indices, num_experts)[:2]
     keys = _missing_last(expert_indices, num_experts)
     # Fewer bits mean fewer passes of the radix sort; int16 holds every expert number that fits a machine.
     narrow = torch.int16 if num_experts < 2**15 else torch.int64
@@ -74,10 +93,18 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
         >>> rows_of_assignments(torch.tensor([2, -1, 0]), 3)
         tensor([ 2, -1,  0])
     """
+    if assignments.is_cuda and _TRITON:
+        from moekit import _segments_triton
+
+        return _segments_triton.rows_of_assignments(assignments, num_assignments)
     num_rows = assignments.shape[0]
     rows = torch.full((num_assignments + 1,), -1, dtype=torch.int64, device=assignments.device)
     targets = _missing_last(assignments, num_assignments)
     return rows.scatter_(0, targets, torch.arange(num_rows, device=assignments.device))[:num_assignments]
+
+
+def _has_kernels(experts: Tensor, num_experts: int) -> bool:
+    return experts.is_cuda and experts.dtype == torch.int64 and num_experts <= _MOST_EXPERTS and _TRITON
 
 
 def _missing_last(indices: Tensor, end: int) -> Tensor:

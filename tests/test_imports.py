@@ -14,8 +14,8 @@ GROUND = {"types", "segments", "rows"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
     "types": set(),
-    "segments": {"types"},
-    "rows": set(),
+    "segments": {"types", "segments"},
+    "rows": {"rows"},
     **{stage: GROUND | {stage} for stage in STAGES},
     "recipes": GROUND | STAGES | {"recipes", ""},
     "integrations": GROUND | STAGES | {"recipes", "integrations", ""},
@@ -40,7 +40,12 @@ PLACES = {
 def part_of(file: Path) -> str:
     """Return the part of moekit that a file belongs to; "" for the package's own files."""
     first = file.relative_to(PACKAGE).parts[0]
-    return "" if first.startswith("__") else first.removesuffix(".py")
+    return "" if first.startswith("__") else owner(first.removesuffix(".py"))
+
+
+def owner(module: str) -> str:
+    """Name the part that a top-level module belongs to: the kernels of ``rows`` are in ``_rows_triton``."""
+    return module.removeprefix("_").removesuffix("_triton")
 
 
 def imported_modules(source: str, package: str) -> set[str]:
@@ -64,7 +69,7 @@ def imports_of(file: Path) -> set[str]:
 
 
 def parts_of_moekit(names: set[str]) -> set[str]:
-    parts = {name.split(".")[1] for name in names if name.startswith("moekit.")}
+    parts = {owner(name.split(".")[1]) for name in names if name.startswith("moekit.")}
     known = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
     bare = {""} if "moekit" in names and not parts & known else set()
     return {part if part in known else "" for part in parts} | bare

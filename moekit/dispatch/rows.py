@@ -8,7 +8,7 @@ the tests compare with.
 import torch
 from torch import Tensor
 
-from moekit.rows import Links, cast, copied, copy_rows, scaled, summed
+from moekit.rows import Links, copy_rows, summed, weighed_back
 from moekit.segments import rows_of_assignments
 from moekit.types import DispatchPlan, Routing
 
@@ -109,18 +109,9 @@ class _WeighRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         rows, weights, tokens, padding, rows_of_token, assignments = ctx.saved_tensors
-        copies = copied(grad, tokens, padding).to(torch.promote_types(rows.dtype, torch.float32))  # (R, D)
-        products = (rows * copies).sum(-1)  # (R,): the gradient of a weight is its row times the token's gradient
-        chosen = _take(products, rows_of_token.clamp_min(0))
-        grad_weights = chosen.masked_fill(rows_of_token < 0, 0.0).to(weights.dtype)
-        row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(padding, 0.0)
-        grad_rows = cast(scaled(copies, row_weights.unsqueeze(1)), rows.dtype)
+        links = Links(tokens, padding, rows_of_token)
+        grad_rows, grad_weights = weighed_back(grad, rows, weights, links=links, assignments=assignments)
         return grad_rows, grad_weights, None, None, None, None
-
-
-def _take(values: Tensor, indices: Tensor) -> Tensor:
-    """Index a flat tensor, also an empty one, whose indices then all stand for missing entries."""
-    return values[indices] if values.shape[0] else values.new_zeros(indices.shape)
 
 
 def _tokens_of_rows(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tensor]:

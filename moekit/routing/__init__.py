@@ -7,6 +7,7 @@ from moekit.routing.cosine import CosineGateParams, cosine_gate, init_cosine_gat
 from moekit.routing.dynamic_k import threshold, top_p
 from moekit.routing.expert_choice import expert_capacity, expert_choice
 from moekit.routing.fixed import hash_choice, hash_table, random_choice, round_robin
+from moekit.routing.fused_top_k import fused_top_k, fused_top_k_and_load
 from moekit.routing.gates import clean, init_linear_gate, linear_gate, noisy
 from moekit.routing.group_limited import group_limited
 from moekit.routing.heterogeneous import heterogeneous_balance_loss
@@ -62,6 +63,8 @@ __all__ = [
     # token choice
     "top_k",
     "softmax_of_top_k",
+    "fused_top_k",
+    "fused_top_k_and_load",
     "noisy_top_k",
     "group_limited",
     "quantile_balanced",

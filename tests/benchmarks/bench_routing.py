@@ -15,6 +15,7 @@ from moekit.routing import (
     weighted_l1_loss,
     z_loss,
 )
+from moekit.routing.fused_top_k import fused_top_k
 
 LENGTH = 16  # of a sequence: also the tokens of the run that only asks whether the bodies work
 
@@ -26,6 +27,7 @@ def loss_of(loss, **options):
 LOSSES = {
     "softmax": lambda logits, shape: torch.softmax(logits, dim=-1),
     "top_k": lambda logits, shape: top_k(logits, k=shape.k).weights,
+    "fused_top_k": lambda logits, shape: fused_top_k(logits, k=shape.k).weights,
     "load_balance_loss": loss_of(load_balance_loss),
     "sequence_balance_loss": loss_of(sequence_balance_loss, sequence_length=LENGTH),
     "z_loss": loss_of(z_loss),

@@ -1,0 +1,166 @@
+"""Counting sort of expert numbers and the integer moves around it, as Triton kernels.
+
+Three kernels sort N assignments of E experts: each block of assignments counts its experts, a scan over the blocks
+says how many assignments of an expert lie in earlier blocks, and each block then puts its assignments in place. Only
+integers are added, so the result does not depend on the order in which blocks run.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
+# counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
+_BLOCK = 256
+_SCAN_BINS = 16  # experts that one program of the scan carries along
+
+
+@triton.jit
+def _keys(experts, places, num_assignments, num_experts):  # type: ignore[no-untyped-def]
+    """Load expert numbers as int32; E stands for a missing one, and for places past the end."""
+    found = tl.load(experts + places, mask=places < num_assignments, other=-1)
+    return tl.where(found < 0, num_experts, found).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(  # type: ignore[no-untyped-def]
+    experts, counts, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
+):
+    block = tl.program_id(0).to(tl.int64)
+    keys = _keys(experts, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_experts)
+    tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(keys, BINS))
+
+
+@triton.jit
+def _scan_kernel(  # type: ignore[no-untyped-def]
+    counts, totals, sizes, num_blocks, num_experts, BINS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
+):
+    """Replace counts (blocks, BINS) by those of all earlier blocks, in place; write the sums over all."""
+    bins = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    carried = tl.zeros((COLUMNS,), tl.int32)
+    for start in range(0, num_blocks, ROWS):
+        blocks = (start + tl.arange(0, ROWS)).to(tl.int64)
+        places = counts + blocks[:, None] * BINS + bins[None, :]
+        found = tl.load(places, mask=blocks[:, None] < num_blocks, other=0)
+        earlier = tl.cumsum(found, 0) - found + carried[None, :]
+        tl.store(places, earlier, mask=blocks[:, None] < num_blocks)
+        carried += tl.sum(found, 0)
+    tl.store(totals + bins, carried)
+    tl.store(sizes + bins, carried.to(tl.int64), mask=bins < num_experts)
+
+
+@triton.jit
+def _place_kernel(  # type: ignore[no-untyped-def]
+    experts,
+    earlier,
+    totals,
+    order,
+    rows,
+    num_assignments,
+    num_experts,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64)
+    local = tl.arange(0, BLOCK)
+    places = block * BLOCK + local
+    keys = _keys(experts, places, num_assignments, num_experts)
+    # Comparing all pairs of a block costs the same for any E. The sum goes over the axis that no threads share.
+    ranks = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BLOCK, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        other_keys = _keys(experts, block * BLOCK + others, num_assignments, num_experts)
+        before = (other_keys[:, None] == keys[None, :]) & (others[:, None] < local[None, :])
+        ranks += tl.sum(before.to(tl.int32), 0)
+    sizes = tl.load(totals + tl.arange(0, BINS))
+    starts = tl.cumsum(sizes, 0) - sizes
+    targets = tl.gather(starts, keys, 0) + tl.load(earlier + block * BINS + keys) + ranks
+    real = places < num_assignments
+    tl.store(order + targets, places, mask=real)
+    tl.store(rows + places, tl.where(keys < num_experts, targets, -1).to(tl.int64), mask=real)
+
+
+@triton.jit
+def _invert_kernel(assignments, rows, num_rows, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    targets = tl.load(assignments + places, mask=places < num_rows, other=-1)
+    tl.store(rows + targets, places, mask=targets >= 0)
+
+
+def _counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the counts of earlier blocks (blocks, BINS) and of all (BINS,), int32, and sizes (E,) int64."""
+    num_assignments = experts.shape[0]
+    bins = max(32, triton.next_power_of_2(num_experts + 1))
+    num_blocks = triton.cdiv(num_assignments, _BLOCK)
+    earlier = torch.empty(num_blocks, bins, dtype=torch.int32, device=experts.device)
+    totals = torch.empty(bins, dtype=torch.int32, device=experts.device)
+    sizes = torch.empty(num_experts, dtype=torch.int64, device=experts.device)
+    if num_blocks:
+        _count_kernel[(num_blocks,)](experts, earlier, num_assignments, num_experts, BLOCK=_BLOCK, BINS=bins)
+    grid = (bins // _SCAN_BINS,)
+    _scan_kernel[grid](earlier, totals, sizes, num_blocks, num_experts, BINS=bins, COLUMNS=_SCAN_BINS, ROWS=128)
+    return earlier, totals, sizes
+
+
+@torch.library.custom_op("moekit::counting_sort", mutates_args=())
+def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Order assignments by expert, stable within an expert, those that do not exist last; and invert the order.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        experts: (N,) int64 in [0, E), or -1; N < 2^31.
+        num_experts: E, at most 1024.
+
+    Returns:
+        order (N,) int64; sizes (E,) int64; rows (N,) int64, the place of each assignment in ``order``, -1 for one that
+        does not exist.
+    """
+    experts = experts.contiguous()
+    num_assignments = experts.shape[0]
+    order, rows = torch.empty_like(experts), torch.empty_like(experts)
+    with torch.cuda.device_of(experts):
+        earlier, totals, sizes = _counted(experts, num_experts)
+        num_blocks, bins = earlier.shape
+        if num_blocks:
+            _place_kernel[(num_blocks,)](
+                experts, earlier, totals, order, rows, num_assignments, num_experts, BLOCK=_BLOCK, CHUNK=32, BINS=bins
+            )
+    return order, sizes, rows
+
+
+@counting_sort.register_fake
+def _(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return experts.new_empty(experts.shape), experts.new_empty(num_experts), experts.new_empty(experts.shape)
+
+
+@torch.library.custom_op("moekit::tokens_per_expert", mutates_args=())
+def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
+    """Count the assignments of each expert: (N,) int64 to (E,) int64; as ``counting_sort``, without the order."""
+    experts = experts.contiguous()
+    with torch.cuda.device_of(experts):
+        return _counted(experts, num_experts)[2]
+
+
+@tokens_per_expert.register_fake
+def _(experts: Tensor, num_experts: int) -> Tensor:
+    return experts.new_empty(num_experts)
+
+
+@torch.library.custom_op("moekit::rows_of_assignments", mutates_args=())
+def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
+    """Invert a plan: (R,) int64 in [0, N), each at most once, or -1, to (N,) int64, -1 without a row."""
+    assignments = assignments.contiguous()
+    rows = assignments.new_full((num_assignments,), -1)
+    num_rows = assignments.shape[0]
+    if num_rows:
+        with torch.cuda.device_of(assignments):
+            _invert_kernel[(triton.cdiv(num_rows, 1024),)](assignments, rows, num_rows, BLOCK=1024)
+    return rows
+
+
+@rows_of_assignments.register_fake
+def _(assignments: Tensor, num_assignments: int) -> Tensor:
+    return assignments.new_empty(num_assignments)

@@ -1,0 +1,226 @@
+"""Token choice from logits in one pass, and its gradient, as Triton kernels.
+
+One program decides for a few tokens, whose scores stay in registers: it reads each logit once and writes K numbers and
+weights a token. Counts are added up as integers, in any order the same.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
+_TAKEN = tl.constexpr(-(2**63))
+_NAN_BITS = tl.constexpr(0x7FC00000)
+
+
+@triton.jit
+def _scores(z, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Turn logits (TOKENS, BINS), -inf past the last expert, into scores; and what turns one logit into its score."""
+    if SOFTMAX:
+        top = tl.max(z, 1)
+        powers = tl.exp(z - top[:, None])
+        total = tl.sum(powers, 1)
+        scores = powers / total[:, None]
+    else:
+        top = tl.zeros((z.shape[0],), tl.float32)
+        total = top
+        scores = tl.sigmoid(z)
+    return scores, top, total
+
+
+@triton.jit
+def _sortable(scores, bins, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Pack float32 scores and expert numbers into int64: larger scores first, then NaN before all, then lower numbers.
+
+    The bits of a float32 without its sign are in the order of its values; those of a negative one are turned round.
+    """
+    bits = tl.where(scores != scores, _NAN_BITS, scores.to(tl.int32, bitcast=True))
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return (ordered.to(tl.int64) << 32) + (BINS - 1 - bins).to(tl.int64)[None, :]
+
+
+@triton.jit
+def _choose_kernel(  # type: ignore[no-untyped-def]
+    logits,
+    bias,
+    experts,
+    weights,
+    counts,
+    num_tokens,
+    num_experts,
+    scale,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BINS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+    BIASED: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    bins, choices = tl.arange(0, BINS), tl.arange(0, CHOICES)
+    real = (tokens < num_tokens)[:, None]
+    known = (bins < num_experts)[None, :]
+    z = tl.load(logits + tokens[:, None] * num_experts + bins[None, :], mask=real & known, other=0.0)
+    z = tl.where(known, z, float("-inf"))
+    scores, top, total = _scores(z, SOFTMAX)
+    if BIASED:
+        scores += tl.load(bias + bins, mask=bins < num_experts, other=0.0)[None, :]
+    keys = tl.where(known, _sortable(scores, bins, BINS), _TAKEN)
+    chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
+    for choice in range(K):
+        best = tl.max(keys, 1)  # all keys differ, so one expert has it
+        expert = BINS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
+        chosen = tl.where(choices[None, :] == choice, expert[:, None], chosen)
+        keys = tl.where(keys == best[:, None], _TAKEN, keys)
+    writes = real & (choices < K)[None, :]
+    picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=writes, other=0.0)
+    found = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
+    if NORMALIZE:
+        sums = tl.sum(tl.where(choices[None, :] < K, found, 0.0), 1)
+        found /= tl.maximum(sums, _SMALLEST_SUM)[:, None]
+    places = tokens[:, None] * K + choices[None, :]
+    tl.store(experts + places, chosen.to(tl.int64), mask=writes)
+    tl.store(weights + places, found * scale, mask=writes)
+    taken = tl.sum(((keys == _TAKEN) & real).to(tl.int32), 0)
+    tl.atomic_add(counts + bins, taken.to(tl.int64), mask=(bins < num_experts) & (taken > 0))
+
+
+@triton.jit
+def _backward_kernel(  # type: ignore[no-untyped-def]
+    grad,
+    logits,
+    experts,
+    grad_logits,
+    num_tokens,
+    num_experts,
+    scale,
+    K: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BINS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    NORMALIZE: tl.constexpr,
+):
+    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
+    bins, choices = tl.arange(0, BINS), tl.arange(0, CHOICES)
+    real = (tokens < num_tokens)[:, None]
+    known = (bins < num_experts)[None, :]
+    z = tl.load(logits + tokens[:, None] * num_experts + bins[None, :], mask=real & known, other=0.0)
+    scores, top, total = _scores(tl.where(known, z, float("-inf")), SOFTMAX)
+    places = tokens[:, None] * K + choices[None, :]
+    reads = real & (choices < K)[None, :]
+    chosen = tl.load(experts + places, mask=reads, other=0)
+    of_chosen = tl.load(grad + places, mask=reads, other=0.0) * scale
+    picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=reads, other=0.0)
+    found = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
+    found = tl.where(reads, found, 0.0)
+    if NORMALIZE:  # w = s / sum(s), or s / smallest where the sum is below it, a constant
+        sums = tl.sum(found, 1)
+        divisor = tl.maximum(sums, _SMALLEST_SUM)
+        shared = tl.where(sums >= _SMALLEST_SUM, tl.sum(of_chosen * found, 1) / divisor, 0.0)
+        of_chosen = tl.where(reads, (of_chosen - shared[:, None]) / divisor[:, None], 0.0)
+    of_scores = tl.zeros((TOKENS, BINS), tl.float32)
+    for choice in range(K):
+        mine = choices[None, :] == choice
+        expert = tl.sum(tl.where(mine, chosen, 0), 1)
+        of_one = tl.sum(tl.where(mine, of_chosen, 0.0), 1)
+        of_scores = tl.where(bins[None, :] == expert[:, None], of_one[:, None], of_scores)
+    if SOFTMAX:
+        result = scores * (of_scores - tl.sum(of_chosen * found, 1)[:, None])
+    else:
+        result = scores * (1.0 - scores) * of_scores
+    tl.store(grad_logits + tokens[:, None] * num_experts + bins[None, :], result, mask=real & known)
+
+
+def _tile(num_experts: int, k: int) -> dict[str, int]:
+    """Choose by shape class: few experts share a program with many tokens, many have a warp to themselves.
+
+    A maximum over one warp's scores needs no shared memory, and there are K of them.
+    """
+    bins = max(16, triton.next_power_of_2(num_experts))
+    scores, warps = (1024, 4) if bins < 32 else (1024, 2) if bins < 256 else (512, 1)
+    return {
+        "BINS": bins,
+        "TOKENS": max(1, scores // bins),
+        "CHOICES": triton.next_power_of_2(k),
+        "num_warps": warps,
+    }
+
+
+@torch.library.custom_op("moekit::fused_top_k", mutates_args=())
+def fused_top_k(
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts and weigh them, as ``moekit.routing.top_k`` with a softmax or, if not, a sigmoid.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        logits: (T, E) float32, E at most 1024.
+        bias: (E,) float32, added to the scores for the choice only.
+        k: at most 32.
+        softmax: False is a sigmoid.
+        normalize: divide a token's weights by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64.
+    """
+    logits = logits.contiguous()
+    num_tokens, num_experts = logits.shape
+    experts = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
+    weights = logits.new_empty(num_tokens, k)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=logits.device)
+    if num_tokens:
+        tile = _tile(num_experts, k)
+        with torch.cuda.device_of(logits):
+            _choose_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
+                logits, logits if bias is None else bias.contiguous(), experts, weights, counts, num_tokens,
+                num_experts, scale, K=k, SOFTMAX=softmax, NORMALIZE=normalize, BIASED=bias is not None, **tile,
+            )  # fmt: skip
+    return weights, experts, counts
+
+
+@fused_top_k.register_fake
+def _(
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    experts = logits.new_empty(num_tokens, k, dtype=torch.int64)
+    return logits.new_empty(num_tokens, k), experts, logits.new_empty(num_experts, dtype=torch.int64)
+
+
+@torch.library.custom_op("moekit::fused_top_k_backward", mutates_args=())
+def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float) -> Tensor:
+    """Return the gradient (T, E) of the logits from that of the weights (T, K)."""
+    grad, logits = grad.contiguous(), logits.contiguous()
+    (num_tokens, num_experts), k = logits.shape, experts.shape[1]
+    grad_logits = torch.empty_like(logits)
+    if num_tokens:
+        tile = _tile(num_experts, k)
+        with torch.cuda.device_of(logits):
+            _backward_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
+                grad, logits, experts, grad_logits, num_tokens, num_experts, scale,
+                K=k, SOFTMAX=softmax, NORMALIZE=normalize, **tile,
+            )  # fmt: skip
+    return grad_logits
+
+
+@_grad_logits.register_fake
+def _(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float) -> Tensor:
+    return logits.new_empty(logits.shape)
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    logits, _, _, *ctx.options = inputs
+    ctx.save_for_backward(logits, output[1])
+
+
+def _backward(ctx, grad: Tensor, _experts, _counts) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    logits, experts = ctx.saved_tensors
+    return _grad_logits(grad, logits, experts, *ctx.options), None, None, None, None, None
+
+
+fused_top_k.register_autograd(_backward, setup_context=_save)

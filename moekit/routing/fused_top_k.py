@@ -1,0 +1,111 @@
+"""Token choice in one pass over the logits: what ``top_k`` computes, and the load of each expert with it."""
+
+import torch
+from torch import Tensor
+
+from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, top_k
+from moekit.segments import tokens_per_expert
+from moekit.types import Routing
+
+_MOST_EXPERTS, _MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
+
+
+def fused_top_k(
+    logits: Tensor,
+    *,
+    k: int,
+    score: Score = softmax,
+    normalize: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Choose the k best-scored experts of each token as ``top_k`` does, in one Triton kernel on CUDA.
+
+    The formula is that of ``moekit.routing.top_k``, and so are the weights, up to the rounding of exp. On CUDA float32
+    logits take the kernel; others, and those on the CPU, take ``top_k`` itself. Ties, which ``torch.topk`` breaks in no
+    stated way, the kernel breaks in favour of the lower expert number, and NaN is the best score, as it is there.
+    Scores that differ in the last bit may be ordered otherwise than by ``top_k``, whose exp rounds otherwise.
+
+    Causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        logits: (T, E) float32, E <= 1024.
+        k: experts per token, 1 <= k <= E, k <= 32.
+        score: ``softmax`` or ``sigmoid`` of this package; the kernel knows no other function.
+        normalize: divide a token's weights by their sum.
+        scale: factor on the weights.
+        bias: (E,) added to the scores for the selection only.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: if k, E or the score is none that the kernel knows, or a shape does not fit.
+
+    Example:
+        >>> fused_top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2, normalize=True).expert_indices
+        tensor([[1, 2]])
+
+    References:
+        Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668
+        Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
+    """
+    return fused_top_k_and_load(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)[0]
+
+
+def fused_top_k_and_load(
+    logits: Tensor,
+    *,
+    k: int,
+    score: Score = softmax,
+    normalize: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> tuple[Routing, Tensor]:
+    """Choose as ``fused_top_k``, and count the assignments of each expert in the same pass.
+
+    Causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        logits: (T, E) float32.
+        k: experts per token.
+        score: ``softmax`` or ``sigmoid``.
+        normalize: divide a token's weights by their sum.
+        scale: factor on the weights.
+        bias: (E,) added to the scores for the selection only.
+
+    Returns:
+        Routing of shape (T, k); (E,) int64, the load that ``tokens_per_expert`` counts.
+
+    Raises:
+        ValueError: as ``fused_top_k``.
+
+    Example:
+        >>> fused_top_k_and_load(torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]]), k=1)[1]
+        tensor([0, 2, 0])
+    """
+    check_choice(logits, k, name="fused_top_k")
+    _check_kernel(logits, k, score)
+    if not (logits.is_cuda and logits.dtype == torch.float32):
+        routing = top_k(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
+        return routing, tokens_per_expert(routing.expert_indices, routing.num_experts)
+    from moekit.routing import _top_k_triton
+
+    if bias is not None:
+        shifted(logits.narrow(0, 0, 0), bias)  # says so if its shape does not fit
+        bias = bias.detach().float()
+    weights, experts, load = _top_k_triton.fused_top_k(logits, bias, k, score is softmax, normalize, scale)
+    return token_choice(experts, weights, logits), load
+
+
+def _check_kernel(logits: Tensor, k: int, score: Score) -> None:
+    if score is not softmax and score is not sigmoid:
+        raise ValueError(
+            f"fused_top_k: score = {score} is no function that the kernel knows; expected softmax or sigmoid of "
+            f"moekit.routing. Use top_k, which takes any."
+        )
+    if k > _MOST_CHOICES or logits.shape[1] > _MOST_EXPERTS:
+        raise ValueError(
+            f"fused_top_k: k = {k} of E = {logits.shape[1]} experts; the kernel takes at most k = {_MOST_CHOICES} of "
+            f"{_MOST_EXPERTS}. Use top_k, which takes any."
+        )

@@ -1,0 +1,47 @@
+"""Where kernels run in tests: on the GPU, or, without one, under Triton's interpreter in a process of its own.
+
+Triton decides when it is imported whether to interpret, and Inductor may import it too: so never in this process.
+"""
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+
+runs_kernels = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="runs in the process that test_under_the_interpreter starts"
+)
+starts_interpreter = pytest.mark.skipif(INTERPRETED, reason="this is that process")
+
+
+def run_interpreted(file: str) -> None:
+    """Run a file's tests under the interpreter; fail with their output if one fails, or none ran."""
+    words = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "no:xdist", file]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
+    assert result.returncode == 0, result.stdout + result.stderr  # 5 is that no test was found
+    assert " passed" in result.stdout, result.stdout
+
+
+class Calls(TorchDispatchMode):
+    """Record which operators run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+    def own(self) -> list[str]:
+        """Name those of moekit, in order."""
+        return [name.removeprefix("moekit::") for name in self.names if name.startswith("moekit::")]

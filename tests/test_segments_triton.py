@@ -1,0 +1,106 @@
+"""The counting sort and its kin against the plain versions in torch; on the GPU, or under Triton's interpreter."""
+
+import pytest
+import torch
+from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+
+from moekit.segments import rows_of_assignments, sort_by_expert, tokens_per_expert
+
+# assignments, experts: no assignments, one of each, blocks cut anywhere, E = 2^n, on the GPU many blocks
+SIZES = [(0, 3), (1, 1), (7, 2), (256, 64), (257, 5), (1000, 31), (600, 1024)]
+SIZES += [(131072, 64), (131072, 1024), (3 * 2**20 + 5, 200)] * (DEVICE == "cuda")
+sizes = pytest.mark.parametrize(("number", "num_experts"), SIZES)
+
+
+@starts_interpreter
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+def kernels():
+    from moekit import _segments_triton
+
+    return _segments_triton
+
+
+def draw(number: int, num_experts: int) -> Tensor:
+    return torch.randint(-1, num_experts, (number,))
+
+
+def check(experts: Tensor, num_experts: int) -> None:
+    order, sizes, rows = (each.cpu() for each in kernels().counting_sort(experts.to(DEVICE), num_experts))
+    expected_order, expected_sizes = sort_by_expert(experts, num_experts)
+    assert torch.equal(order, expected_order)
+    assert torch.equal(sizes, expected_sizes)
+    assert order.dtype == sizes.dtype == rows.dtype == torch.int64
+    places = torch.where(torch.arange(len(experts)) < sizes.sum(), order, -1)
+    assert torch.equal(rows, rows_of_assignments(places, len(experts)))
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@sizes
+def test_sort_is_stable_and_complete(number, num_experts) -> None:
+    check(draw(number, num_experts), num_experts)
+
+
+@runs_kernels
+@pytest.mark.parametrize("expert", [-1, 0, 4])
+def test_all_on_one_expert_or_nowhere(expert) -> None:
+    check(torch.full((700,), expert), 5)
+
+
+@runs_kernels
+def test_gaps_in_memory_are_stepped_over() -> None:
+    experts = draw(600, 7)
+    order, _, _ = kernels().counting_sort(experts.to(DEVICE)[::2], 7)
+    assert torch.equal(order.cpu(), sort_by_expert(experts[::2], 7)[0])
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@sizes
+def test_counts(number, num_experts) -> None:
+    experts = draw(number, num_experts)
+    counts = kernels().tokens_per_expert(experts.to(DEVICE), num_experts).cpu()
+    assert torch.equal(counts, tokens_per_expert(experts, num_experts))
+
+
+@runs_kernels
+def test_the_scan_carries_on_past_the_blocks_it_takes_at_once() -> None:
+    experts = draw(129 * 256 + 1, 3)
+    earlier, totals, _ = (each.cpu() for each in kernels()._counted(experts.to(DEVICE), 3))
+    keys = torch.where(experts < 0, 3, experts)
+    one_hot = torch.nn.functional.one_hot(torch.cat([keys, torch.full((255,), 3)]), 4).view(130, 256, 4).sum(1)
+    assert torch.equal(earlier[:, :4].long(), one_hot.cumsum(0) - one_hot)
+    assert torch.equal(totals[:4].long(), one_hot.sum(0))
+
+
+def test_cuda_tensors_take_the_kernels() -> None:
+    """Told from fake tensors, which need no GPU."""
+    with FakeTensorMode(), Calls() as calls:
+        experts = torch.zeros(12, dtype=torch.int64, device="cuda")
+        order, sizes = sort_by_expert(experts, 1024)
+        assert (order.shape, sizes.shape, order.device.type) == ((12,), (1024,), "cuda")
+        assert tokens_per_expert(experts.view(6, 2), 5).shape == (5,)
+        assert rows_of_assignments(order, 20).shape == (20,)
+    assert calls.own() == ["counting_sort", "tokens_per_expert", "rows_of_assignments"]
+
+
+@runs_kernels
+@pytest.mark.parametrize(("num_rows", "number"), [(0, 0), (0, 4), (5, 0), (40, 33), (3000, 2500), (5, 2000)])
+def test_inverse_of_a_plan(num_rows, number) -> None:
+    plan = torch.randperm(max(num_rows, number))[:num_rows]
+    plan = torch.where((plan < number) & (plan % 5 != 1), plan, -1)
+    rows = kernels().rows_of_assignments(plan.to(DEVICE), number).cpu()
+    assert torch.equal(rows, rows_of_assignments(plan, number))
+
+
+@runs_kernels
+def test_operators_are_well_formed() -> None:
+    experts = draw(40, 3).to(DEVICE)
+    torch.library.opcheck(kernels().counting_sort, (experts, 3))
+    torch.library.opcheck(kernels().tokens_per_expert, (experts, 3))
+    torch.library.opcheck(kernels().rows_of_assignments, (torch.randperm(9).to(DEVICE), 12))
