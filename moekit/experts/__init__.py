@@ -12,13 +12,23 @@ from moekit.experts.ffns import (
     relu_mlp,
     swiglu,
 )
+from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, SWIGLU, Activation, Keep, fused_layer
 from moekit.experts.matmuls import batched, grouped, loop
 from moekit.experts.simple import init_simple, simple, simple_experts
+from moekit.experts.triton_matmul import triton
 
 __all__ = [
     "loop",
     "batched",
     "grouped",
+    "triton",
+    "fused_layer",
+    "Activation",
+    "SWIGLU",
+    "Keep",
+    "EVERYTHING",
+    "PREACTIVATION",
+    "INPUTS",
     "swiglu",
     "geglu",
     "gelu_mlp",

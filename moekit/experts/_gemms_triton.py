@@ -1,0 +1,217 @@
+"""Grouped GEMM kernels: rows times their group's matrix, and its gradient, whose sum runs over a group's rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.experts._tiles_triton import (
+    Schedule,
+    Tile,
+    described,
+    has_tma,
+    load_rows,
+    load_weight,
+    place,
+    programs,
+    row_tile,
+    schedule,
+    store_rows,
+    weight_tile,
+)
+
+
+@triton.jit
+def _rows_kernel(  # type: ignore[no-untyped-def]
+    a,
+    w,
+    w2,
+    out,
+    out_rows,
+    starts,
+    sizes,
+    firsts,
+    owners,
+    num_groups,
+    depth,
+    width,
+    a_stride,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BAND: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TWO: tl.constexpr,
+    TMA: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply (R, depth), or (R, 2 depth) if ``TWO``, by w (E, depth, width), or by w over w2."""
+    num_n = tl.cdiv(width, N)
+    total = tl.load(firsts + num_groups) * num_n
+    for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=OVERLAP):
+        group, row, end, column = place(tile, starts, sizes, firsts, owners, num_n, M, BAND)
+        n = column * N
+        sums = tl.zeros((M, N), tl.float32)
+        for k in range(0, depth, K):
+            left = load_rows(a, row, end, k, depth, a_stride, M, K, TMA)
+            right = load_weight(w, group, k, n, depth, width, K, N, TRANSPOSED, TMA)
+            sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        if TWO:
+            for k in range(0, depth, K):
+                left = load_rows(a, row, end, depth + k, 2 * depth, a_stride, M, K, TMA)
+                right = load_weight(w2, group, k, n, depth, width, K, N, TRANSPOSED, TMA)
+                sums = tl.dot(left, right, sums, input_precision=PRECISION)
+        if TMA and not OVERLAP:  # a branch around the store would keep the loops from becoming one
+            if row + M <= end:
+                out.store([row, n], sums.to(out.dtype))
+            else:
+                store_rows(out_rows, sums, row, end, n, width, width, M, N)
+        else:
+            store_rows(out_rows, sums, row, end, n, width, width, M, N)
+
+
+@triton.jit
+def _weight_kernel(  # type: ignore[no-untyped-def]
+    a,
+    b,
+    out,
+    starts,
+    sizes,
+    num_groups,
+    height,
+    width,
+    parts,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BAND: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Multiply groups of a (R, height), transposed, by those of b (R, parts * width): (parts, E, height, width)."""
+    num_m, num_columns = tl.cdiv(height, M), tl.cdiv(width, N)
+    num_n = num_columns * parts
+    b_width = width * parts
+    tile = tl.program_id(0)
+    group = tile // (num_m * num_n)
+    local = tile % (num_m * num_n)
+    band = local // (BAND * num_n)
+    tall = min(num_m - band * BAND, BAND)
+    inside = local - band * BAND * num_n
+    m = (band * BAND + inside % tall) * M
+    part = inside // tall // num_columns
+    n = (inside // tall - part * num_columns) * N
+    start = tl.load(starts + group)
+    end = start + tl.load(sizes + group)
+    whole = end if ALIGNED else start + (end - start) // K * K
+    sums = tl.zeros((M, N), tl.float32)
+    for k in range(start, whole, K):
+        left = load_rows(a, k, end, m, height, height, K, M, TMA)
+        right = load_rows(b, k, end, part * width + n, b_width, b_width, K, N, TMA)
+        sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
+    # Two conditions: one is known when the kernel is compiled, the other is not.
+    if not ALIGNED:  # noqa: SIM102
+        # The rest is peeled off: a mask inside the loop would keep its loads from being pipelined.
+        if whole < end:
+            left = load_rows(a, whole, end, m, height, height, K, M, TMA)
+            right = load_rows(b, whole, end, part * width + n, b_width, b_width, K, N, TMA)
+            real = (tl.arange(0, K) < end - whole)[:, None]
+            left = tl.where(real, left, 0.0).to(left.dtype)
+            right = tl.where(real, right, 0.0).to(right.dtype)
+            sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
+    first = (part * num_groups + group).to(tl.int64) * height * width
+    store_rows(out + first, sums, m, height, n, width, width, M, N)
+
+
+def grouped_rows(
+    rows: Tensor,
+    plan: Schedule,
+    weights: tuple[Tensor, ...],
+    *,
+    transposed: bool = False,
+    precision: str = "ieee",
+    tile: Tile,
+) -> Tensor:
+    """Multiply grouped rows by their group's matrix, or by two matrices, one for each half of their columns.
+
+    Args:
+        rows: (R, D), or (R, 2 D) for two weights.
+        plan: of tiles as high as ``tile.m``.
+        weights: one or two of (E, D, F), or (E, F, D) if ``transposed``.
+        transposed: whether each matrix is to be transposed.
+        precision: of float32 products, "ieee" or "tf32".
+        tile: of the product.
+
+    Returns:
+        (R, F); rows past the last group are not written.
+    """
+    num_groups = weights[0].shape[0]
+    depth, width = weights[0].shape[1:] if not transposed else (weights[0].shape[2], weights[0].shape[1])
+    out = rows.new_empty(rows.shape[0], width)
+    if out.numel() == 0:
+        return out
+    tma = has_tma(rows, out, *weights)
+    block = (1, tile.n, tile.k) if transposed else (1, tile.k, tile.n)
+    first, second = (described(w, block, tma) for w in (weights[0], weights[-1]))
+    _rows_kernel[(programs(rows.device),)](
+        described(rows, (tile.m, tile.k), tma), first, second, described(out, (tile.m, tile.n), tma), out, *plan,
+        num_groups, depth, width, rows.shape[1], M=tile.m, N=tile.n, K=tile.k, BAND=tile.band,
+        TRANSPOSED=transposed, TWO=len(weights) == 2, TMA=tma,
+        OVERLAP=tile.overlap and tma and len(weights) == 1, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def grouped_weight(
+    rows: Tensor,
+    plan: Schedule,
+    grad: Tensor,
+    *,
+    parts: int = 1,
+    aligned: bool = False,
+    precision: str = "ieee",
+    tile: Tile,
+) -> Tensor:
+    """Multiply each group's rows, transposed, by its rows of ``grad``.
+
+    Args:
+        rows: (R, D).
+        plan: whose starts and sizes are read alone.
+        grad: (R, parts * F).
+        parts: how many matrices lie side by side in ``grad``.
+        aligned: whether sizes are multiples of ``tile.k``, with zero rows at the end of a group.
+        precision: of float32 products, "ieee" or "tf32".
+        tile: of the product.
+
+    Returns:
+        (parts, E, D, F); zero for an empty group.
+    """
+    num_groups, height, width = plan.sizes.shape[0], rows.shape[1], grad.shape[1] // parts
+    out = torch.empty(parts, num_groups, height, width, dtype=rows.dtype, device=rows.device)
+    if out.numel() == 0 or rows.shape[0] == 0:
+        return out.zero_()
+    tma = has_tma(rows, grad)
+    # Not persistent: groups differ in their work, and tiles that wait for a free multiprocessor even it out.
+    grid = num_groups * triton.cdiv(height, tile.m) * triton.cdiv(width, tile.n) * parts
+    _weight_kernel[(grid,)](
+        described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma), out, plan.starts, plan.sizes,
+        num_groups, height, width, parts, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ALIGNED=aligned,
+        TMA=tma, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return out
+
+
+def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:
+    """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
+    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0])
+    plan = schedule(sizes, rows.shape[0], tile.m)
+    return grouped_rows(rows, plan, (w,), transposed=transposed, precision=precision, tile=tile)
+
+
+def multiply_transposed(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
+    """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F)."""
+    plan = schedule(sizes, rows.shape[0], 128)
+    return grouped_weight(rows, plan, grad, precision=precision, tile=weight_tile(rows.dtype))[0]

@@ -1,0 +1,198 @@
+"""What lies around the hidden axis F: the up-projection with the activation in its epilogue, and the way back."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.experts._activations_triton import activated
+from moekit.experts._tiles_triton import (
+    Schedule,
+    Tile,
+    described,
+    has_tma,
+    load_rows,
+    load_weight,
+    place,
+    programs,
+    store_rows,
+)
+
+
+@triton.jit
+def _store(  # type: ignore[no-untyped-def]
+    out, out_rows, values, row, end, n, width, stride, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
+):
+    """Store at columns n of ``width``: whole tiles by descriptor, the others by masked pointers."""
+    if TMA:
+        if row + M <= end:
+            out.store([row, n], values.to(out.dtype))
+        else:
+            store_rows(out_rows, values, row, end, n, width, stride, M, N)
+    else:
+        store_rows(out_rows, values, row, end, n, width, stride, M, N)
+
+
+@triton.jit
+def _up_kernel(  # type: ignore[no-untyped-def]
+    x,
+    gate,
+    up,
+    pre,
+    pre_rows,
+    hidden,
+    hidden_rows,
+    starts,
+    sizes,
+    firsts,
+    owners,
+    num_groups,
+    depth,
+    width,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    BAND: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    KEEP_PRE: tl.constexpr,
+    KEEP_HIDDEN: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_STORE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    num_n = tl.cdiv(width, N)
+    parts: tl.constexpr = 2 if GATED else 1
+    total = tl.load(firsts + num_groups) * num_n
+    for tile in range(tl.program_id(0), total, tl.num_programs(0)):
+        group, row, end, column = place(tile, starts, sizes, firsts, owners, num_n, M, BAND)
+        n = column * N
+        gates = tl.zeros((M, N), tl.float32)
+        ups = tl.zeros((M, N), tl.float32)
+        for k in range(0, depth, K):
+            left = load_rows(x, row, end, k, depth, depth, M, K, TMA)
+            right = load_weight(gate, group, k, n, depth, width, K, N, False, TMA)
+            gates = tl.dot(left, right, gates, input_precision=PRECISION)
+            if GATED:
+                second = load_weight(up, group, k, n, depth, width, K, N, False, TMA)
+                ups = tl.dot(left, second, ups, input_precision=PRECISION)
+        if KEEP_PRE:
+            _store(pre, pre_rows, gates, row, end, n, width, parts * width, M, N, TMA_STORE)
+            if GATED:
+                _store(pre, pre_rows, ups, row, end, width + n, parts * width, parts * width, M, N, TMA_STORE)
+        if KEEP_HIDDEN:
+            value, _ = activated(gates, ACTIVATION)
+            if GATED:
+                value = value * ups
+            _store(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
+
+
+@triton.jit
+def _back_kernel(  # type: ignore[no-untyped-def]
+    pre,
+    grads,
+    weights,
+    grad_pre,
+    products,
+    starts,
+    sizes,
+    last,
+    width,
+    ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Take gradients (R, width) of the hidden rows through the activation, and overwrite them by the hidden rows."""
+    parts: tl.constexpr = 2 if GATED else 1
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    used = rows < tl.load(starts + last) + tl.load(sizes + last)
+    weight = tl.load(weights + rows, mask=used, other=0.0)[:, None]
+    product = tl.zeros((ROWS, BLOCK), tl.float32)
+    for n in range(0, width, BLOCK):
+        columns = n + tl.arange(0, BLOCK)
+        inside = used[:, None] & (columns < width)[None, :]
+        places = rows[:, None] * width + columns[None, :]
+        pre_places = rows[:, None] * (parts * width) + columns[None, :]
+        grad = tl.load(grads + places, mask=inside, other=0.0).to(tl.float32)
+        value, slope = activated(tl.load(pre + pre_places, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
+        weighted = grad * weight
+        if GATED:
+            up = tl.load(pre + pre_places + width, mask=inside, other=0.0).to(tl.float32)
+            grad_up = (weighted * value).to(grad_pre.dtype.element_ty)
+            tl.store(grad_pre + pre_places + width, grad_up, mask=inside)
+            value *= up
+            slope *= up
+        tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=inside)
+        tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=inside)
+        product += value * grad
+    tl.store(products + rows, tl.sum(product, 1), mask=used)
+
+
+def up(
+    rows: Tensor,
+    plan: Schedule,
+    weights: tuple[Tensor, ...],
+    *,
+    activation: str,
+    keep_pre: bool = True,
+    keep_hidden: bool = True,
+    precision: str = "ieee",
+    tile: Tile,
+) -> tuple[Tensor, Tensor]:
+    """Multiply rows by one matrix, or by gate and up together, and apply the activation.
+
+    Args:
+        rows: (R, D).
+        plan: of tiles as high as ``tile.m``.
+        weights: (up,) or (gate, up), each (E, D, F).
+        activation: its name.
+        keep_pre: whether to write the pre-activation.
+        keep_hidden: whether to write the hidden rows.
+        precision: of float32 products, "ieee" or "tf32".
+        tile: of the product.
+
+    Returns:
+        The pre-activation (R, P F) and the hidden rows (R, F); what is not kept has no rows.
+    """
+    num_groups, depth, width = weights[0].shape
+    gated = len(weights) == 2
+    pre = rows.new_empty(rows.shape[0] if keep_pre else 0, len(weights) * width)
+    hidden = rows.new_empty(rows.shape[0] if keep_hidden else 0, width)
+    tma = has_tma(rows, *weights)
+    # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
+    tma_store = tma and (not gated or width % tile.n == 0)
+    block = (tile.m, tile.n)
+    _up_kernel[(programs(rows.device),)](
+        described(rows, (tile.m, tile.k), tma),
+        described(weights[0], (1, tile.k, tile.n), tma), described(weights[-1], (1, tile.k, tile.n), tma),
+        described(pre, block, tma_store and keep_pre), pre,
+        described(hidden, block, tma_store and keep_hidden), hidden,
+        *plan, num_groups, depth, width, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ACTIVATION=activation,
+        GATED=gated, KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    return pre, hidden
+
+
+def back(grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activation: str) -> tuple[Tensor, Tensor]:
+    """Take the gradient of the hidden rows through the activation; ``grads`` becomes the hidden rows, weighted.
+
+    Args:
+        grads: (R, F), of the hidden rows, before the router's weights; overwritten.
+        pre: (R, P F), the pre-activation; P is 2 for gated experts.
+        weights: (R,) float32, the router's weight of each row; zero for a padding row.
+        plan: of the rows' groups.
+        activation: its name.
+
+    Returns:
+        The gradient of the pre-activation (R, P F), and of each row's weight (R,) float32.
+    """
+    (num_rows, width), gated = grads.shape, pre.shape[1] == 2 * grads.shape[1]
+    grad_pre, products = torch.empty_like(pre), torch.empty_like(weights)
+    block = min(512, triton.next_power_of_2(width))
+    _back_kernel[(triton.cdiv(num_rows, 4),)](
+        pre, grads, weights, grad_pre, products, plan.starts, plan.sizes, plan.sizes.shape[0] - 1, width,
+        ACTIVATION=activation, GATED=gated, ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
+    )  # fmt: skip
+    return grad_pre, products

@@ -1,0 +1,101 @@
+"""The grouped product as Triton kernels: scheduled on the device, with tensor descriptors where there are."""
+
+import torch
+from torch import Tensor
+
+from moekit.experts.matmuls import _autocast, _check
+from moekit.types import Groups
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") -> Tensor:
+    """Multiply groups of any sizes by kernels in Triton, of any widths; sums are taken in float32.
+
+    Rows and weights are read by tensor descriptors (TMA) from Hopper on if D and F are multiples of 16 bytes, and by
+    pointers elsewhere. No host synchronisation. Deterministic. On the CPU it runs only in Triton's interpreter.
+
+    Args:
+        rows: (R, D) float32, bfloat16 or float16.
+        groups: of E groups.
+        w: (E, D, F), the dtype of ``rows``.
+        precision: of float32 products, "ieee", or "tf32", whose inputs have 10 bits of mantissa.
+
+    Returns:
+        (R, F); rows past the last group are undefined.
+
+    Raises:
+        ValueError: if the shapes or dtypes do not fit, or ``precision`` is neither.
+
+    Example:
+        >>> rows, w = torch.ones(3, 2, device="meta"), torch.ones(2, 2, 4, device="meta")
+        >>> triton(rows, Groups(torch.tensor([1, 2], device="meta"), None), w).shape
+        torch.Size([3, 4])
+    """
+    _check(rows, groups, w)
+    if rows.device.type != "meta":
+        rows, w = _autocast(rows, w)
+    check_dtypes("triton", rows, w)
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"triton: precision = {precision!r}; expected 'ieee' or 'tf32'.")
+    return _product(rows, groups.sizes.to(torch.int32), w, precision)
+
+
+def check_dtypes(name: str, *tensors: Tensor) -> None:
+    """Refuse what the kernels cannot multiply."""
+    dtypes = [t.dtype for t in tensors]
+    if dtypes[0] not in _DTYPES or len(set(dtypes)) > 1:
+        raise ValueError(
+            f"{name}: rows and weights are {', '.join(str(d) for d in dtypes)}; expected one of float32, bfloat16 and "
+            f"float16 for all. Cast them, run inside torch.autocast, or use the matmul `loop` or `grouped`."
+        )
+
+
+@torch.library.custom_op("moekit::grouped_mm_triton", mutates_args=())
+def _product(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
+    from moekit.experts import _gemms_triton
+
+    return _gemms_triton.multiply(rows.contiguous(), sizes, *_stored(w), precision)
+
+
+@torch.library.custom_op("moekit::grouped_mm_triton_grad_w", mutates_args=())
+def _grad_w(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
+    from moekit.experts import _gemms_triton
+
+    return _gemms_triton.multiply_transposed(rows.contiguous(), sizes, grad.contiguous(), precision)
+
+
+@_product.register_fake
+def _(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2])
+
+
+@_grad_w.register_fake
+def _(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
+    return rows.new_empty(sizes.shape[0], rows.shape[1], grad.shape[1])
+
+
+def _stored(w: Tensor) -> tuple[Tensor, bool]:
+    """Return a tensor in the order of memory, and whether its matrices are those of ``w`` transposed."""
+    if w.transpose(1, 2).is_contiguous() and not w.is_contiguous():
+        return w.transpose(1, 2), True
+    return w.contiguous(), False
+
+
+def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.precision = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+    rows, sizes, w = ctx.saved_tensors
+    needs_rows, _, needs_w, _ = ctx.needs_input_grad
+    grad_rows = _product(grad, sizes, w.transpose(1, 2), ctx.precision) if needs_rows else None
+    if not needs_w:
+        return grad_rows, None, None, None
+    if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
+        return grad_rows, None, _grad_w(grad, sizes, rows, ctx.precision).transpose(1, 2), None
+    return grad_rows, None, _grad_w(rows, sizes, grad, ctx.precision), None
+
+
+_product.register_autograd(_backward, setup_context=_save)
