@@ -231,12 +231,25 @@ def traffic(arguments: list[str]) -> None:
     _program("moekit.recipes.traffic", "moekit traffic")(arguments, prog="moekit traffic")
 
 
+def bench(arguments: list[str]) -> None:
+    """Measure MoE layers by backend, against the dense bound: `moekit bench layer`.
+
+    Args:
+        arguments: the words after `bench`.
+
+    Raises:
+        SystemExit: with a message, if there is nothing of that name to measure, or a package is missing.
+    """
+    _program("moekit.recipes.bench_program", "moekit bench")(arguments, prog="moekit bench")
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "tokenize": tokenize,
     "export": export,
     "recipes": recipes,
     "traffic": traffic,
+    "bench": bench,
     "doctor": doctor,
 }
 

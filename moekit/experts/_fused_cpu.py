@@ -1,0 +1,204 @@
+"""The expert layer on the CPU as one operator: expert by expert, on rows that stay in the cache.
+
+Between the products nothing of size (R, F) is kept but h, the pre-activations, which the backward needs.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit.experts._activations_cpu import ACTIVATIONS
+from moekit.experts._huge_pages import empty
+from moekit.experts._workers import share
+from moekit.rows import summed
+from moekit.segments import rows_of_assignments
+
+_BLOCK = 1024  # rows that are worked on at once, which bounds the scratch memory when one expert has all the rows
+
+
+class _Rows(NamedTuple):
+    """The rows that carry an assignment, R' of R, grouped by expert.
+
+    Attributes:
+        assignments: (R',) into the flattened routing.
+        tokens: (R',).
+        weights: (R', 1).
+        ends: (E + 1) where each expert's rows end, and 0 before.
+    """
+
+    assignments: Tensor
+    tokens: Tensor
+    weights: Tensor
+    ends: list[int]
+
+    def blocks(self, expert: int) -> list[slice]:
+        start, end = self.ends[expert : expert + 2]
+        return [slice(at, min(at + _BLOCK, end)) for at in range(start, end, _BLOCK)]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [end - start for start, end in zip(self.ends, self.ends[1:], strict=False)]
+
+    def scratch(self, width: int, number: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(number, min(_BLOCK, max(self.sizes, default=0)), width, dtype=dtype)
+
+
+def _rows_of(weights: Tensor, tokens: Tensor, assignments: Tensor, sizes: Tensor) -> _Rows:
+    ends = torch.nn.functional.pad(sizes.cumsum(0, dtype=torch.int64), (1, 0))
+    assignments = assignments[: int(ends[-1])]
+    real = assignments >= 0
+    before = torch.nn.functional.pad(real.cumsum(0), (1, 0))  # real rows before each row
+    assignments = assignments[real]
+    chosen = weights.flatten()[assignments].unsqueeze(1)
+    return _Rows(assignments, tokens.flatten()[assignments], chosen, before[ends].tolist())
+
+
+@torch.library.custom_op("moekit::fused_cpu", mutates_args=(), device_types="cpu")
+def fused(
+    x: Tensor,
+    weights: Tensor,
+    tokens: Tensor,
+    assignments: Tensor,
+    sizes: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """Return y (T, D) and h (1 or 2, R, F): up, or gate and up, before the activation; undefined past the R' rows.
+
+    x is (T, D); weights and tokens (*A), of the routing; assignments (R,) and sizes (E,), of the plan.
+    """
+    rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
+    h = empty((len(firsts), assignments.shape[0], up.shape[2]), x.dtype)
+    out = empty((rows.ends[-1], x.shape[1]), x.dtype)
+
+    def prepare():  # type: ignore[no-untyped-def]
+        of_dim, of_hidden = rows.scratch(x.shape[1], 1, x.dtype)[0], rows.scratch(up.shape[2], 1, x.dtype)[0]
+
+        def do(expert: int) -> None:
+            for block in rows.blocks(expert):
+                n = block.stop - block.start
+                x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[:n])
+                for part, w in zip(h, firsts, strict=True):
+                    torch.mm(x_e, w[expert], out=part[block])
+                a = ACTIVATIONS[activation].forward(h[0, block], of_hidden[:n])
+                torch.mm(a if gate is None else a.mul_(h[1, block]), down[expert], out=out[block])
+
+        return do
+
+    share([2 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
+    return _summed(out, rows, weights, tokens, x), h
+
+
+@torch.library.custom_op("moekit::fused_cpu_backward", mutates_args=(), device_types="cpu")
+def _fused_backward(
+    grad: Tensor,
+    h: Tensor,
+    x: Tensor,
+    weights: Tensor,
+    tokens: Tensor,
+    assignments: Tensor,
+    sizes: Tensor,
+    gate: Tensor | None,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+) -> list[Tensor]:
+    """Return the gradients of x, weights, gate if there is one, up and down."""
+    rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
+    d_firsts, d_down = [empty(w.shape, w.dtype) for w in firsts], empty(down.shape, down.dtype)
+    d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
+
+    def prepare():  # type: ignore[no-untyped-def]
+        of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 3, x.dtype)
+
+        def do(expert: int) -> None:
+            blocks = rows.blocks(expert)
+            for d_w in (*d_firsts, d_down) if not blocks else ():
+                d_w[expert].zero_()
+            for i, block in enumerate(blocks):
+                n = block.stop - block.start
+                x_e, d_y = of_dim[0, :n], of_dim[1, :n]
+                torch.index_select(x, 0, rows.tokens[block], out=x_e)
+                torch.index_select(grad, 0, rows.tokens[block], out=d_y)
+                d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
+                a, d_h = _through(h[:, block], d_a, of_hidden[1:, :n], activation, rows.weights[block], d_chosen[block])
+                _add_product(d_down[expert], a.T, d_y, first=i == 0)
+                for part, d_w in zip(d_h, d_firsts, strict=True):
+                    _add_product(d_w[expert], x_e.T, part, first=i == 0)
+                for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
+                    _add_product(d_rows[block], part, w[expert].T, first=j == 0)
+
+        return do
+
+    share([4 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
+    d_weights = weights.new_zeros(weights.numel())
+    d_weights[rows.assignments] = d_chosen.squeeze(1)
+    return [_summed(d_rows, rows, None, tokens, x), d_weights.view(weights.shape), *d_firsts, d_down]
+
+
+def _through(
+    h: Tensor, d_a: Tensor, scratch: Tensor, activation: str, weights: Tensor, d_weights: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Go back through the activation of a block of n rows, overwriting ``d_a`` and ``scratch`` (2, n, F).
+
+    ``d_a`` (n, F) is dy W_down^T, not yet weighted: its inner product with a is the gradient of the router's weight.
+    Returns a, weighted, and the gradients of ``h``.
+    """
+    act, (s, a) = ACTIVATIONS[activation], scratch
+    act.forward(h[0], s)
+    a = torch.mul(s, h[1], out=a) if len(h) == 2 else a.copy_(s)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if len(h) == 2:
+        d_up = s.mul_(d_a)  # s is not needed any more
+        d_weights.copy_(torch.mul(d_up, h[1]).sum(1, keepdim=True, dtype=wide))
+        d_up.mul_(weights)
+        d_h = [act.backward(d_a.mul_(weights).mul_(h[1]), h[0], d_a), d_up]
+    else:
+        d_weights.copy_(s.mul_(d_a).sum(1, keepdim=True, dtype=wide))
+        d_h = [act.backward(d_a.mul_(weights), h[0], d_a)]
+    return a.mul_(weights), d_h
+
+
+def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
+    if first:  # also where out holds NaN
+        torch.mm(left, right, out=out)
+    else:
+        out.addmm_(left, right)
+
+
+def _summed(values: Tensor, rows: _Rows, weights: Tensor | None, tokens: Tensor, x: Tensor) -> Tensor:
+    """Add up each token's rows, weighted or not: (R', D) to (T, D)."""
+    if tokens.ndim == 2 and tokens.shape[0] == x.shape[0]:  # token choice, (T, K)
+        return summed(values, rows_of_assignments(rows.assignments, tokens.numel()).view(tokens.shape), weights)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    values = values.to(dtype) if weights is None else values * rows.weights.to(dtype)
+    return torch.zeros(x.shape, dtype=dtype).index_add_(0, rows.tokens, values).to(x.dtype)
+
+
+@fused.register_fake
+def _(x, weights, tokens, assignments, sizes, gate, up, down, activation):  # type: ignore[no-untyped-def]
+    return x.new_empty(x.shape), x.new_empty(1 if gate is None else 2, assignments.shape[0], up.shape[2])
+
+
+@_fused_backward.register_fake
+def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation):  # type: ignore[no-untyped-def]
+    return [each.new_empty(each.shape) for each in (x, weights, gate, up, down) if each is not None]
+
+
+def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+    *tensors, ctx.activation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1], *tensors)
+
+
+def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if grad is None:
+        return (None,) * 9
+    d_x, d_weights, *d_gate, d_up, d_down = _fused_backward(grad, *ctx.saved_tensors, ctx.activation)
+    return d_x, d_weights, None, None, None, *(d_gate or [None]), d_up, d_down, None
+
+
+fused.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,74 @@
+"""Unequal tasks on the CPU's threads: each task on one thread, but for those that are too large for it.
+
+A parallel loop inside every operator makes all threads wait for the slowest one each time: with hundreds of operators
+of a few hundred microseconds that costs more than it gains, and ruins everything once another program wants a core.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+_WORTH_THREADS = 1e8  # operations, about a millisecond of one core; starting threads takes a tenth of that
+
+
+def share(costs: Sequence[int], prepare: Callable[[], Callable[[int], None]]) -> None:
+    """Do task i, for every cost i, where the results must not depend on who does it.
+
+    A task of more than half a thread's fair share is done by all threads together, the way torch always does it; then
+    each thread takes one of the rest at a time, the largest first.
+
+    Args:
+        costs: of the tasks, in floating-point operations.
+        prepare: called once by each thread; returns what does a task, with memory of its own.
+
+    Example:
+        >>> done = []
+        >>> share([3, 0, 5], lambda: done.append)
+        >>> done
+        [2, 0, 1]
+    """
+    threads = torch.get_num_threads()
+    order = sorted(range(len(costs)), key=lambda task: -costs[task])
+    together, alone = divided(costs, order, threads)
+    if together:
+        do = prepare()
+        for task in together:
+            do(task)
+    if alone:
+        _in_threads(deque(alone), prepare, threads)
+
+
+def divided(costs: Sequence[int], order: list[int], threads: int) -> tuple[list[int], list[int]]:
+    """Divide tasks into those that all threads do together, and those that each does alone.
+
+    Example:
+        >>> divided([60 * 10**9, *[10**9] * 40], list(range(41)), 2)[0]
+        [0]
+    """
+    total = sum(costs)
+    if threads == 1 or total < _WORTH_THREADS:
+        return order, []
+    together = [task for task in order if 2 * threads * costs[task] > total]
+    return together, order[len(together) :]
+
+
+def _in_threads(tasks: deque[int], prepare: Callable[[], Callable[[int], None]], threads: int) -> None:
+    @torch.no_grad()  # a new thread begins with gradients enabled, and torch refuses out= with them
+    def work() -> None:
+        torch.set_num_threads(1)
+        do = prepare()
+        while True:
+            try:
+                task = tasks.popleft()
+            except IndexError:
+                return
+            do(task)
+
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            for each in [pool.submit(work) for _ in range(threads)]:
+                each.result()
+    finally:
+        torch.set_num_threads(threads)  # torch's threads of later days begin with what was set last, anywhere

@@ -1,0 +1,94 @@
+"""A whole expert layer on the CPU: what lies between the products stays in the cache."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.experts._fused_cpu import fused
+from moekit.experts.ffns import GatedParams, MlpParams
+from moekit.experts.fused import SWIGLU, Activation
+from moekit.types import DispatchPlan, ExpertLayer, Routing
+
+
+def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation = SWIGLU) -> ExpertLayer:
+    """Return an expert layer for the CPU that computes expert by expert, each on a thread of its own.
+
+    It computes what ``expert_layer`` does with the same plan. Rows are gathered, multiplied and sent through the
+    activation a block at a time; padding rows are not computed at all. Between forward and backward it keeps the
+    pre-activations alone, R F entries for each up-projection. The gradient of a router weight is the inner product
+    <a, dy W_down^T>, which needs no expert's output.
+
+    As causal as the plan. Deterministic for a given number of threads. CPU tensors only.
+
+    Args:
+        plan: which assignments get a row, of a dispatcher.
+        activation: what experts do, and which parameters they have.
+
+    Returns:
+        A function (x (T, D), routing, params) -> (T, D) of any floating dtype; sums are taken in float32, float64 for
+        float64 tensors. The operator is one for ``torch.compile``; its gradient has no gradient.
+
+    Raises:
+        ValueError: from the layer, if tensors are elsewhere, or ``params`` do not fit the activation or each other.
+
+    Example:
+        >>> from moekit.experts import init_gated
+        >>> from moekit.recipes import mixtral
+        >>> recipe = mixtral()
+        >>> layer = fused_cpu(plan=recipe.plan)
+        >>> layer(torch.ones(5, 4), recipe.route(torch.zeros(5, 3)), init_gated(3, 4, 8)).shape
+        torch.Size([5, 4])
+
+    References:
+        Guo et al., SonicMoE, 2025 (the router's gradient from the down-projection's backward),
+            https://arxiv.org/abs/2512.14080
+    """
+    return partial(_fused_cpu, plan=plan, activation=activation)
+
+
+def _fused_cpu(
+    x: Tensor, routing: Routing, params: Any, *, plan: Callable[[Routing], DispatchPlan], activation: Activation
+) -> Tensor:
+    _check(x, routing, params, activation)
+    projections = tuple(params)
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        x, *projections = (t.to(dtype) for t in (x, *projections))  # type: ignore[assignment]
+    _check_dtypes(x, *projections)
+    assignments, groups = plan(routing)
+    gate, up, down = projections if activation.gated else (None, *projections)
+    y, _ = fused(
+        x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function
+    )
+    return y
+
+
+def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
+    if x.device.type != "cpu":
+        raise ValueError(f"fused_cpu: x is on {x.device}; expected the CPU. Use fused_layer on a GPU.")
+    kind = GatedParams if activation.gated else MlpParams
+    if len(params) != len(kind._fields):
+        raise ValueError(
+            f"fused_cpu: {len(params)} projections were given for {activation}; expected those of {kind.__name__}, "
+            f"{', '.join(kind._fields)}. Pass the activation that fits the parameters."
+        )
+    num_experts, dim, hidden = params[0].shape
+    up, down = (num_experts, dim, hidden), (num_experts, hidden, dim)
+    shapes = [tuple(w.shape) for w in params]
+    fits = shapes == [up] * (len(shapes) - 1) + [down] and num_experts == routing.num_experts
+    if not fits or tuple(x.shape) != (routing.num_tokens, dim):
+        raise ValueError(
+            f"fused_cpu: x {tuple(x.shape)} and projections {shapes} do not fit a routing of {routing.num_tokens} "
+            f"tokens over {routing.num_experts} experts; expected (T, D), (E, D, F) and, for down, (E, F, D)."
+        )
+
+
+def _check_dtypes(*tensors: Tensor) -> None:
+    if len({t.dtype for t in tensors}) > 1:
+        raise ValueError(
+            f"fused_cpu: x and projections are {', '.join(str(t.dtype) for t in tensors)}; expected one dtype. Cast "
+            f"them, or run inside torch.autocast."
+        )

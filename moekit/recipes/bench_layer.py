@@ -1,0 +1,206 @@
+"""What a whole MoE layer costs beside its arithmetic, and what it holds: moekit's backends, the dense bound, and peers.
+
+Rows of a table are measured in turn, round by round, so that what disturbs the machine disturbs them alike. Needs torch
+alone: ``moekit bench layer`` is the program around it.
+"""
+
+import platform
+from collections.abc import Callable, Mapping, Sequence
+from statistics import median
+from typing import NamedTuple
+
+import torch
+
+from moekit.recipes.backends import choose_backend
+from moekit.recipes.bench_peers import peer_rows
+from moekit.recipes.bench_rows import Build, Case, Contender, dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench_shapes import LayerShape
+from moekit.recipes.bench_stages import Stage, measure_stages
+from moekit.recipes.bench_times import Memory, Round, measure_memory, run_once
+
+BOUND = "dense bound"
+
+
+class Row(NamedTuple):
+    """One row of a table.
+
+    Attributes:
+        name: of the backend or the peer.
+        forward: seconds of each round's forward, with all that a backward needs.
+        both: seconds of each round's forward and backward.
+        memory: bytes held and at the peak.
+        fraction: of the dense bound's speed, forward and backward: the median over rounds of the two rows' ratio.
+        forward_fraction: the same, of the forward.
+        skipped: why there are no numbers, or "".
+    """
+
+    name: str
+    forward: Sequence[float] = ()
+    both: Sequence[float] = ()
+    memory: Memory | None = None
+    fraction: float | None = None
+    forward_fraction: float | None = None
+    skipped: str = ""
+
+
+class Table(NamedTuple):
+    """The rows of one shape under one load.
+
+    Attributes:
+        shape: of the layer.
+        load: one of ``LOADS``.
+        device: of the tensors.
+        dtype: of tokens and experts.
+        imbalance: the largest expert's rows as a multiple of the mean.
+        empty: experts without a row.
+        rows: the dense bound first.
+        stages: of the composed layer on ``grouped``, and of the choice of ``auto``.
+    """
+
+    shape: LayerShape
+    load: str
+    device: str
+    dtype: str
+    imbalance: float
+    empty: int
+    rows: list[Row]
+    stages: list[Stage]
+
+
+class Report(NamedTuple):
+    """Everything that was measured.
+
+    Attributes:
+        machine: what the numbers are from.
+        tables: one for each shape and load.
+    """
+
+    machine: Mapping[str, str]
+    tables: list[Table]
+
+
+def bench_layer(
+    shapes: Sequence[LayerShape],
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    loads: Sequence[str] = ("uniform",),
+    rounds: int = 9,
+    only: Sequence[str] = (),
+    tell: Callable[[str], object] = lambda line: None,
+) -> Report:
+    """Measure whole MoE layers, forward and backward, against the dense bound of the same run.
+
+    Args:
+        shapes: of layers.
+        device: "cpu", or a CUDA device.
+        dtype: of tokens and experts.
+        loads: how experts are loaded, of ``LOADS``.
+        rounds: how often each row is measured, in turn with the others.
+        only: beginnings of the names of rows to measure beside the bound; empty measures all.
+        tell: gets a line of progress now and then.
+
+    Returns:
+        Report. Rows that do not work here, or are not installed, say why.
+
+    Raises:
+        ValueError: if there are no rounds, or ``only`` names no row.
+
+    Example:
+        >>> from moekit.recipes.bench_shapes import shape_of
+        >>> report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["loop", "scattermoe"])
+        >>> [(row.name, row.skipped) for row in report.tables[0].rows]
+        [('dense bound', ''), ('loop', ''), ('scattermoe', "No module named 'scattermoe'")]
+    """
+    if rounds < 1:
+        raise ValueError(f"bench_layer: rounds = {rounds}; expected at least 1.")
+    builds = _chosen(only)
+    tables = []
+    for shape in shapes:
+        for load in loads:
+            tell(f"{shape.name}, {load}: {len(builds) + 1} rows, {rounds} rounds")
+            tables.append(_table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell))
+    return Report(describe_machine(device, dtype), tables)
+
+
+def describe_machine(device: str, dtype: torch.dtype) -> dict[str, str]:
+    """Say what a measurement was made on.
+
+    Args:
+        device: of the tensors.
+        dtype: of the experts.
+
+    Returns:
+        Name to text.
+
+    Example:
+        >>> sorted(describe_machine("cpu", torch.float32))
+        ['auto', 'device', 'python', 'torch']
+    """
+    if torch.device(device).type == "cuda":
+        what = torch.cuda.get_device_name(device)
+    else:
+        what = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}, {platform.machine()}"
+    choice = choose_backend(device, dtype)
+    return {
+        "device": what,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "auto": f"{choice.name} ({choice.reason})",
+    }
+
+
+def _chosen(only: Sequence[str]) -> dict[str, Build]:
+    builds = {**moekit_rows(), **peer_rows()}
+    chosen = {name: build for name, build in builds.items() if not only or name.startswith(tuple(only))}
+    if not chosen:
+        raise ValueError(f"bench_layer: only = {list(only)} is the beginning of no row; rows are {', '.join(builds)}.")
+    return chosen
+
+
+def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[[str], object]) -> Table:
+    contenders: dict[str, Contender] = {}
+    skipped: dict[str, str] = {}
+    for name, build in {BOUND: dense, **builds}.items():
+        built = try_build(build, case)
+        if isinstance(built, str):
+            skipped[name] = built
+            tell(f"  {name}: skipped, {built}")
+        else:
+            contenders[name] = built
+    measured: dict[str, list[Round]] = {name: [] for name in contenders}
+    for _ in range(rounds):
+        for name, contender in contenders.items():
+            measured[name].append(run_once(contender))
+    rows = [
+        Row(name, skipped=skipped[name])
+        if name in skipped
+        else row_of(name, measured[name], measured.get(BOUND, []), memory=measure_memory(contenders[name]))
+        for name in (BOUND, *builds)
+    ]
+    device, dtype = str(case.x.device), str(case.x.dtype).removeprefix("torch.")
+    return Table(case.shape, case.load, device, dtype, *loads_of(case), rows, measure_stages(case, rounds))
+
+
+def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None) -> Row:
+    """Sum up a row's rounds, and relate each to the bound's of the same round.
+
+    Args:
+        name: of the row.
+        rounds: its measurements.
+        bound: those of the dense bound, as many; none gives no fractions.
+        memory: of the row.
+
+    Returns:
+        Row.
+
+    Example:
+        >>> row_of("half as fast", [Round(2.0, 6.0)] * 3, [Round(1.0, 3.0)] * 3).fraction
+        0.5
+    """
+    forward, both = [each.forward for each in rounds], [each.both for each in rounds]
+    if not bound:
+        return Row(name, forward, both, memory)
+    fraction = median(b.both / r.both for r, b in zip(rounds, bound, strict=True))
+    of_forward = median(b.forward / r.forward for r, b in zip(rounds, bound, strict=True))
+    return Row(name, forward, both, memory, fraction, of_forward)

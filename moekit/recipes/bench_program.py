@@ -1,0 +1,102 @@
+"""The program ``moekit bench``: the layer benchmark from the command line."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+import tyro
+from rich.console import Console
+
+from moekit.lm.files import write_whole
+from moekit.recipes.bench_layer import bench_layer
+from moekit.recipes.bench_shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
+from moekit.recipes.bench_tables import as_json, as_markdown, print_report
+
+_WIDTH = 120
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class BenchLayerSettings:
+    """Measure whole MoE layers by backend, against the dense bound of the same run and any installed peer."""
+
+    shape: tuple[str, ...] = ()
+    """T,D,F,E,K, or olmoe-1b-7b, sonic-default, mixtral-8x7b, openlm-small, cpu-8, cpu-32, cpu-16, cpu-64. Without any,
+    the four for the device."""
+    device: str = ""
+    """cpu, or cuda; without it, CUDA where there is a device."""
+    dtype: Literal["", "float32", "bfloat16", "float16"] = ""
+    """Of tokens and experts; without it, float32 on the CPU and bfloat16 on CUDA."""
+    load: tuple[str, ...] = ("uniform",)
+    """How experts are loaded: uniform, zipf, hot, dead; several make a table each."""
+    rounds: int = 9
+    """How often each row is measured, in turn with the others."""
+    only: tuple[str, ...] = ()
+    """Beginnings of the names of rows to measure beside the bound."""
+    json: Path | None = None
+    """File to write every round's times to."""
+    markdown: Path | None = None
+    """File to write the tables to."""
+
+
+def main(arguments: list[str] | None = None, *, prog: str = "moekit bench") -> None:
+    """Run the program.
+
+    Args:
+        arguments: the words of the command line, of which the first says what to measure: layer.
+        prog: its name in messages.
+
+    Raises:
+        SystemExit: with a message, if a word makes no sense or a file cannot be written.
+    """
+    what, *words = arguments or ["--help"]
+    if what in ("-h", "--help"):
+        print(f"usage: {prog} layer ...\n\n`{prog} layer --help` lists the flags.")
+        return
+    if what != "layer":
+        raise SystemExit(f"{prog}: nothing to measure is called {what!r}; expected: layer")
+    settings = tyro.cli(BenchLayerSettings, args=words, prog=f"{prog} layer")
+    try:
+        console = Console()
+        console.width = max(console.width, _WIDTH)  # a row of numbers that is cut says nothing
+        run(settings, console)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"{prog} layer: {error}") from error
+
+
+def run(settings: BenchLayerSettings, console: Console) -> None:
+    """Measure, print and write.
+
+    Args:
+        settings: of the program.
+        console: to print to.
+
+    Raises:
+        ValueError: if a setting makes no sense.
+        OSError: if a file cannot be written.
+    """
+    device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_cuda = torch.device(device).type == "cuda"
+    names = settings.shape or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
+    shapes = [shape_of(name) for name in names]
+    unknown = set(settings.load) - set(LOADS)
+    if unknown:
+        raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
+    for path in (settings.json, settings.markdown):  # before an hour of measuring, not after
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+    report = bench_layer(
+        shapes,
+        device=device,
+        dtype=_DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
+        loads=settings.load,
+        rounds=settings.rounds,
+        only=settings.only,
+        tell=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+    )
+    print_report(report, console)
+    if settings.json is not None:
+        write_whole(settings.json, as_json(report))
+    if settings.markdown is not None:
+        write_whole(settings.markdown, as_markdown(report))

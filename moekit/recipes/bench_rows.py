@@ -1,0 +1,203 @@
+"""The rows of the layer benchmark: whole MoE layers by backend, and the dense bound that has no routing at all."""
+
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moekit.dispatch import dropless, padded
+from moekit.experts import GatedParams, batched, grouped, loop, swiglu
+from moekit.experts.fused import fused_layer
+from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.triton_matmul import triton
+from moekit.recipes.backends import auto
+from moekit.recipes.bench_shapes import LayerShape, load_offsets
+from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
+from moekit.routing import linear_gate, top_k
+from moekit.segments import tokens_per_expert
+from moekit.types import ExpertLayer, Groups, Routing
+
+
+class Case(NamedTuple):
+    """The tensors that all rows of one table compute with.
+
+    Attributes:
+        shape: of the layer.
+        load: of the experts, one of ``LOADS``.
+        x: (T, D), a leaf.
+        gate: (D, E), a leaf; logits have about unit variance.
+        experts: leaves.
+        grad: (T, D), of the output.
+        offsets: (E,) float32, added to the logits.
+    """
+
+    shape: LayerShape
+    load: str
+    x: Tensor
+    gate: Tensor
+    experts: GatedParams
+    grad: Tensor
+    offsets: Tensor
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """Everything that wants a gradient."""
+        return [self.x, self.gate, *self.experts]
+
+    def route(self, logits: Tensor, *, bias: Tensor | None = None) -> Routing:
+        """Choose the k best experts, as the load would have it."""
+        return top_k(logits + self.offsets, k=self.shape.k, bias=bias)
+
+
+class Contender(NamedTuple):
+    """One row: something to run forward and backward.
+
+    Attributes:
+        forward: () -> y.
+        leaves: what to differentiate y by.
+        grad: of y.
+    """
+
+    forward: Callable[[], Tensor]
+    leaves: list[Tensor]
+    grad: Tensor
+
+
+Build = Callable[[Case], Contender]
+
+
+def make_case(shape: LayerShape, load: str, *, device: str, dtype: torch.dtype, seed: int = 0) -> Case:
+    """Draw a case.
+
+    Args:
+        shape: of the layer.
+        load: one of ``LOADS``.
+        device: of the tensors.
+        dtype: of tokens and experts; the gate's too, which computes in float32 all the same.
+        seed: of the draw.
+
+    Returns:
+        Case.
+
+    Example:
+        >>> make_case(LayerShape("", 8, 4, 6, 4, 2), "uniform", device="cpu", dtype=torch.float32).x.shape
+        torch.Size([8, 4])
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    _, t, d, f, e, _ = shape
+
+    def draw(*size: int, scale: float) -> Tensor:
+        drawn = torch.randn(*size, device=device, dtype=dtype, generator=generator)
+        return drawn.mul_(scale).requires_grad_()
+
+    up = partial(draw, e, d, f, scale=d**-0.5)
+    experts = GatedParams(up(), up(), draw(e, f, d, scale=f**-0.5))
+    x, gate, grad = draw(t, d, scale=1.0), draw(d, e, scale=d**-0.5), draw(t, d, scale=1.0).detach()
+    return Case(shape, load, x, gate, experts, grad, load_offsets(load, shape).to(device))
+
+
+@torch.no_grad()
+def loads_of(case: Case) -> tuple[float, int]:
+    """Measure how uneven a case's load is.
+
+    Args:
+        case: to route.
+
+    Returns:
+        The largest expert's rows as a multiple of the mean, and how many experts have none.
+    """
+    routing = case.route(linear_gate(case.x, case.gate))
+    counts = tokens_per_expert(routing.expert_indices, case.shape.experts)
+    return float(counts.max() / counts.double().mean()), int((counts == 0).sum())
+
+
+def dense(case: Case) -> Contender:
+    """Build the bound: one SwiGLU expert fed T K rows; the same useful arithmetic, no gate, no dispatch, no sum."""
+    rows = case.x.detach().repeat_interleave(case.shape.k, 0).requires_grad_()
+    gate, up, down = (w[0].detach().clone().requires_grad_() for w in case.experts)
+    grad = case.grad.repeat_interleave(case.shape.k, 0)
+    return Contender(lambda: (F.silu(rows @ gate) * (rows @ up)) @ down, [rows, gate, up, down], grad)
+
+
+def moekit_rows() -> Mapping[str, Build]:
+    """List moekit's backends, those that this installation has.
+
+    Returns:
+        Name to what builds the row. Building or running may raise where a backend does not work.
+
+    Example:
+        >>> sorted(moekit_rows())[:3]
+        ['auto', 'batched, padded', 'fused_cpu']
+    """
+    plain = {"loop": loop, "grouped": grouped, "triton": _triton}
+    rows: dict[str, Build] = {
+        name: partial(of_layer, layer=expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=matmul)))
+        for name, matmul in plain.items()
+    }
+    rows["batched, padded"] = _batched
+    rows["grouped, compiled"] = partial(_compiled, build=rows["grouped"])
+    rows["fused_layer"] = _fused
+    rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
+    rows["auto"] = partial(of_layer, layer=auto())
+    return rows
+
+
+def of_layer(case: Case, *, layer: ExpertLayer) -> Contender:
+    """Build a whole MoE layer around an expert layer: gate, router, experts, sum."""
+    recipe = Recipe(linear_gate, case.route, layer)
+    params = MoEParams(case.gate, case.experts)
+    return Contender(lambda: moe_layer(case.x, params, recipe).y, case.leaves, case.grad)
+
+
+def _batched(case: Case) -> Contender:
+    # Just enough room that nothing is dropped: the work of the padding is what this backend pays for a load.
+    most = loads_of(case)[0]
+    factor = -(-most * 1000 // 1) / 1000
+    layer = expert_layer(dispatcher=padded(capacity_factor=factor), experts=partial(swiglu, matmul=batched))
+    return of_layer(case, layer=layer)
+
+
+def _compiled(case: Case, *, build: Build) -> Contender:
+    contender = build(case)
+    torch._dynamo.reset()  # a table is a shape of its own: recompiling for each would run into Dynamo's limit
+    return contender._replace(forward=torch.compile(contender.forward, fullgraph=True))
+
+
+def _fused(case: Case) -> Contender:
+    _need_gpu(case.x, "fused_layer")
+    return of_layer(case, layer=fused_layer())
+
+
+def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
+    _need_gpu(rows, "triton")
+    return triton(rows, groups, w)
+
+
+def _need_gpu(x: Tensor, name: str) -> None:
+    if not x.is_cuda:
+        raise RuntimeError(f"{name} runs on CUDA devices, and on {x.device} only in Triton's interpreter")
+
+
+def try_build(build: Build, case: Case) -> Contender | str:
+    """Build a row and run it once, forward and backward, which compiles what has to be.
+
+    Args:
+        build: of the row.
+        case: to compute with.
+
+    Returns:
+        The row, or one line that says why it does not work here.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            contender = build(case)
+            torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+    except Exception as error:  # whatever a backend or a peer raises here is the answer
+        text = str(error).strip() or type(error).__name__
+        return text.splitlines()[0].rstrip(".")
+    return contender

@@ -1,0 +1,133 @@
+"""The layer benchmark's report as JSON, as Markdown, and on the terminal."""
+
+import json
+from statistics import median
+from typing import Any
+
+from moekit.recipes.bench_layer import Report, Row, Table
+from moekit.recipes.bench_stages import shares
+
+HEADINGS = (
+    "", "forward ms", "best", "fwd + bwd ms", "best", "TFLOP/s", "of the bound", "forward", "held MiB", "peak MiB",
+)  # fmt: skip
+
+
+def as_json(report: Report) -> str:
+    """Write a report as JSON: seconds of every round, bytes, fractions.
+
+    Args:
+        report: of ``bench_layer``.
+
+    Returns:
+        A text that ends in a newline.
+    """
+    tables = [
+        {
+            **table.shape._asdict(),
+            **{name: getattr(table, name) for name in ("load", "device", "dtype", "imbalance", "empty")},
+            "rows": [{**row._asdict(), "memory": row.memory and row.memory._asdict()} for row in table.rows],
+            "stages": [stage._asdict() for stage in table.stages],
+        }
+        for table in report.tables
+    ]
+    return json.dumps({"machine": dict(report.machine), "tables": tables}, indent=1) + "\n"
+
+
+def as_markdown(report: Report) -> str:
+    """Write a report as Markdown: a table for each shape and load, and one of its stages.
+
+    Args:
+        report: of ``bench_layer``.
+
+    Returns:
+        A text that ends in a newline.
+    """
+    lines = [f"{name}: {value}  " for name, value in report.machine.items()]
+    lines += ["", "Times are medians, and the best round; fractions are medians over rounds of the same run.", ""]
+    for table in report.tables:
+        lines += [f"## {title(table)}", "", *_markdown(HEADINGS, rows_of(table)), ""]
+        lines += [f"- {row.name}: {row.skipped}" for row in table.rows if row.skipped]
+        lines += ["", *_markdown(("stage, forward", "ms", "share", "rate"), stages_of(table)), ""]
+    return "\n".join(lines)
+
+
+def title(table: Table) -> str:
+    """Say what a table is about.
+
+    Args:
+        table: of a report.
+
+    Returns:
+        One line.
+    """
+    s = table.shape
+    sizes = f"T {s.tokens:,}, D {s.dim:,}, F {s.hidden:,}, E {s.experts}, K {s.k}"
+    load = f"{table.load}: largest load {table.imbalance:.2f} of the mean, {table.empty} experts empty"
+    return f"{s.name} ({sizes}), {table.device} {table.dtype}, {load}"
+
+
+def rows_of(table: Table) -> list[tuple[str, ...]]:
+    """Lay out the rows that have numbers, as texts under ``HEADINGS``.
+
+    Args:
+        table: of a report.
+
+    Returns:
+        A tuple each.
+    """
+    return [_cells(row, 3 * table.shape.flops) for row in table.rows if not row.skipped]
+
+
+def stages_of(table: Table) -> list[tuple[str, ...]]:
+    """Lay out the stages, as texts.
+
+    Args:
+        table: of a report.
+
+    Returns:
+        A tuple each: name, milliseconds, share, rate.
+    """
+    return [
+        (stage.name, f"{median(stage.seconds) * 1e3:.3f}", f"{share:.0%}", f"{stage.rate:.4g} {stage.unit}")
+        for stage, share in zip(table.stages, shares(table.stages), strict=True)
+    ]
+
+
+def _cells(row: Row, flops: int) -> tuple[str, ...]:
+    times = [f"{pick(seconds) * 1e3:.2f}" for seconds in (row.forward, row.both) for pick in (median, min)]
+    fractions = ["-" if each is None else f"{each:.2f}" for each in (row.fraction, row.forward_fraction)]
+    held, peak = (None, None) if row.memory is None else row.memory
+    sizes = ["-" if each is None else f"{each / 2**20:.1f}" for each in (held, peak)]
+    return (row.name, *times, f"{flops / median(row.both) / 1e12:.4g}", *fractions, *sizes)
+
+
+def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
+    aligned = ["---", *["--:"] * (len(headings) - 1)]
+    return [f"| {' | '.join(cells)} |" for cells in (headings, aligned, *rows)]
+
+
+def print_report(report: Report, console: Any) -> None:
+    """Print a report's tables.
+
+    Args:
+        report: of ``bench_layer``.
+        console: a ``rich.console.Console``.
+    """
+    from rich.table import Table as RichTable
+
+    for name, value in report.machine.items():
+        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+    for table in report.tables:
+        for caption, headings, rows in (
+            (title(table), HEADINGS, rows_of(table)),
+            ("", ("stage, forward", "ms", "share", "rate"), stages_of(table)),
+        ):
+            shown = RichTable(title=caption or None, title_justify="left")
+            for i, heading in enumerate(headings):
+                shown.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
+            for cells in rows:
+                shown.add_row(*cells)
+            console.print(shown)
+        for row in table.rows:
+            if row.skipped:
+                console.print(f"  {row.name}: {row.skipped}", highlight=False, markup=False, soft_wrap=True)

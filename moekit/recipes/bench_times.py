@@ -1,0 +1,108 @@
+"""Measuring one row of the layer benchmark: a round's seconds, and the bytes between forward and backward."""
+
+import time
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moekit.recipes.bench_rows import Contender
+
+
+class Round(NamedTuple):
+    """Seconds of one run.
+
+    Attributes:
+        forward: until y is there.
+        both: until all gradients are there.
+    """
+
+    forward: float
+    both: float
+
+
+class Memory(NamedTuple):
+    """Bytes beside leaves, output and gradients.
+
+    Attributes:
+        held: between forward and backward.
+        peak: the most that was allocated at any time, output and gradients included; None on the CPU, whose allocator
+            does not count.
+    """
+
+    held: int
+    peak: int | None
+
+
+def run_once(contender: Contender) -> Round:
+    """Run forward and backward once, and measure.
+
+    Args:
+        contender: to run; it has run before.
+
+    Returns:
+        Round.
+    """
+    return _on_cuda(contender) if contender.grad.is_cuda else _on_cpu(contender)
+
+
+def _on_cpu(contender: Contender) -> Round:
+    start = time.perf_counter()
+    y = contender.forward()
+    between = time.perf_counter()
+    torch.autograd.grad(y, contender.leaves, contender.grad)
+    return Round(between - start, time.perf_counter() - start)
+
+
+def _on_cuda(contender: Contender) -> Round:
+    start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+    torch.cuda.synchronize()
+    start.record()
+    y = contender.forward()
+    between.record()
+    grads = torch.autograd.grad(y, contender.leaves, contender.grad)
+    end.record()
+    torch.cuda.synchronize()
+    del grads
+    return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3)
+
+
+def measure_memory(contender: Contender) -> Memory:
+    """Measure what a row holds between forward and backward, and on CUDA its peak.
+
+    On CUDA by the allocator's counts; on the CPU by the tensors that autograd saves, a storage counted once.
+
+    Args:
+        contender: to run.
+
+    Returns:
+        Memory.
+    """
+    if not contender.grad.is_cuda:
+        return Memory(_saved(contender), None)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    y = contender.forward()
+    held = torch.cuda.memory_allocated() - before - y.nbytes
+    grads = torch.autograd.grad(y, contender.leaves, contender.grad)
+    del grads
+    torch.cuda.synchronize()
+    return Memory(held, torch.cuda.max_memory_allocated() - before)
+
+
+def _saved(contender: Contender) -> int:
+    known = {leaf.untyped_storage().data_ptr() for leaf in contender.leaves}
+    storages: dict[int, int] = {}
+    kept: list[Tensor] = []  # so that no address is used twice
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.append(tensor.detach())
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = contender.forward()
+    known.add(y.untyped_storage().data_ptr())
+    return sum(size for at, size in storages.items() if at not in known)

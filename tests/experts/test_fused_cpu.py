@@ -1,0 +1,240 @@
+"""The fused CPU layer against the composed one: output and every gradient, on awkward sizes, threads or none."""
+
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moekit.dispatch import by_weight, dropless, padded
+from moekit.experts import (
+    _fused_cpu,
+    _workers,
+    geglu,
+    gelu_mlp,
+    init_gated,
+    init_mlp,
+    loop,
+    relu2,
+    relu_mlp,
+    swiglu,
+)
+from moekit.experts.fused import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
+from moekit.experts.fused_cpu import fused_cpu
+from moekit.recipes import expert_layer
+from moekit.routing import expert_choice, top_k
+from moekit.routing.top_k import token_choice
+from moekit.types import Routing
+
+# It comes from torch's own compiler: Dynamo instantiates torch.autograd.Function.
+pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+D, F, E = 5, 7, 4
+KINDS = {
+    "swiglu": (SWIGLU, swiglu, init_gated),
+    "geglu": (GEGLU, geglu, init_gated),
+    "geglu tanh": (GEGLU_TANH, partial(geglu, approximate="tanh"), init_gated),
+    "gelu_mlp": (GELU_MLP, gelu_mlp, init_mlp),
+    "relu_mlp": (RELU_MLP, relu_mlp, init_mlp),
+    "relu2": (RELU2, relu2, init_mlp),
+}
+DISPATCHERS = {
+    "dropless": dropless(),
+    "tight": padded(capacity_factor=0.5, priority=by_weight),
+    "roomy": padded(capacity_factor=2.0),
+}
+
+
+def some_missing(logits: Tensor) -> Routing:
+    routing = top_k(logits, k=3)
+    gone = (torch.arange(logits.shape[0] * 3).view(-1, 3) % 4 == 1) | (torch.arange(logits.shape[0]) == 2).unsqueeze(1)
+    return routing._replace(expert_indices=routing.expert_indices.masked_fill(gone, -1))
+
+
+def hot(logits: Tensor) -> Routing:
+    return token_choice(torch.full((logits.shape[0], 1), 2), logits[:, 2:3].sigmoid(), logits)
+
+
+def as_list(logits: Tensor) -> Routing:
+    routing = top_k(logits, k=2)
+    flat = (each.flatten().flip(0) for each in routing[:3])
+    return Routing(*flat, *routing[3:])
+
+
+ROUTERS = {
+    "top 2": partial(top_k, k=2),
+    "all": partial(top_k, k=E),
+    "some missing": some_missing,
+    "hot": hot,
+    "expert choice": partial(expert_choice, capacity_factor=1.5),
+    "list": as_list,
+}
+
+
+def outputs(layer, route, tensors: list[Tensor], init) -> dict[str, Tensor]:
+    x, logits, *params = tensors
+    params = type(init(1, 1, 1))(*params)
+    y = layer(x, route(logits), params)
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    names = ("x", "logits", *params._fields)
+    return {"y": y, **dict(zip(names, torch.autograd.grad(y, tensors, cotangent), strict=True))}
+
+
+def draw(init, *, tokens: int = 13, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    experts = init(E, D, F, dtype=torch.float64)
+    tensors = [torch.randn(tokens, D).double(), torch.randn(tokens, E).double(), *experts]
+    return [each.to(dtype).requires_grad_() for each in tensors]
+
+
+def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance: float) -> None:
+    for name, value in expected.items():
+        torch.testing.assert_close(actual[name], value, msg=lambda text: f"{name}\n{text}", **tolerance)  # noqa: B023
+
+
+@pytest.fixture(params=["one block, one thread", "small blocks", "threads", "together"])
+def schedule(request, monkeypatch):
+    """Have blocks of 2 rows, and divide work among threads that is far too small for them."""
+    if request.param != "one block, one thread":
+        monkeypatch.setattr(_fused_cpu, "_BLOCK", 2)
+    if request.param == "threads":
+        monkeypatch.setattr(_workers, "divided", lambda costs, order, threads: ([], order))
+    if request.param == "together":
+        monkeypatch.setattr(_workers, "divided", lambda costs, order, threads: (order[:2], order[2:]))
+
+
+@pytest.mark.usefixtures("poison", "schedule")
+@pytest.mark.parametrize("route", ROUTERS.values(), ids=ROUTERS)
+@pytest.mark.parametrize("dispatcher", DISPATCHERS.values(), ids=DISPATCHERS)
+def test_equals_the_composed_layer(dispatcher, route) -> None:
+    if dispatcher is DISPATCHERS["tight"] and route in (as_list, ROUTERS["expert choice"]):
+        pytest.skip("by_weight orders the choices of tokens")
+    tensors = draw(init_gated)
+    composed = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=loop))
+    compare(outputs(fused_cpu(plan=dispatcher.plan), route, tensors, init_gated),
+            outputs(composed, route, tensors, init_gated))  # fmt: skip
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_activation(kind: str) -> None:
+    activation, ffn, init = KINDS[kind]
+    tensors, plan = draw(init), dropless().plan
+    composed = expert_layer(dispatcher=dropless(), experts=partial(ffn, matmul=loop))
+    layer = fused_cpu(plan=plan, activation=activation)
+    compare(outputs(layer, some_missing, tensors, init), outputs(composed, some_missing, tensors, init))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("route", [ROUTERS["top 2"], as_list], ids=["token choice", "list"])
+def test_narrow_dtypes_stay_close_to_float64(dtype: torch.dtype, route) -> None:
+    exact = draw(init_gated)
+    narrow = [each.detach().to(dtype).requires_grad_() for each in exact]
+    narrow[1] = exact[1].detach().float().requires_grad_()  # logits are float32 whatever the experts' dtype
+    layer = fused_cpu(plan=dropless().plan)
+    expected, actual = (outputs(layer, route, tensors, init_gated) for tensors in (exact, narrow))
+    tolerance = 1e-5 if dtype == torch.float32 else 3e-2 if dtype == torch.bfloat16 else 5e-3
+    for name, value in expected.items():
+        assert actual[name].dtype == (torch.float32 if name == "logits" else dtype)
+        assert (actual[name].double() - value).norm() <= tolerance * value.norm(), name
+
+
+def test_no_tokens() -> None:
+    tensors = draw(init_gated, tokens=0)
+    result = outputs(fused_cpu(plan=dropless().plan), ROUTERS["top 2"], tensors, init_gated)
+    assert result["y"].shape == (0, D)
+    assert all((result[name] == 0).all() for name in ("gate", "up", "down"))
+
+
+def test_gradcheck_with_frozen_parts() -> None:
+    x, logits, *params = draw(init_gated, tokens=4)
+    routing = top_k(logits.detach(), k=2)
+    params = type(init_gated(1, 1, 1))(*(w.detach() for w in params))
+    layer = fused_cpu(plan=dropless().plan)
+    assert torch.autograd.gradcheck(lambda x: layer(x, routing, params), (x,))
+    with torch.no_grad():
+        assert not layer(x, routing, params).requires_grad
+
+
+def test_compiles_to_one_graph_and_works_inside_checkpoint_and_autocast() -> None:
+    tensors, layer = draw(init_gated, dtype=torch.float32), fused_cpu(plan=dropless().plan)
+    expected = outputs(layer, some_missing, tensors, init_gated)
+    torch._dynamo.reset()
+
+    def routed(x: Tensor, logits: Tensor, params) -> Tensor:
+        return layer(x, some_missing(logits), params)
+
+    compiled = torch.compile(routed, fullgraph=True, backend="aot_eager")
+    compare(outputs(compiled, lambda logits: logits, tensors, init_gated), expected)
+    checkpointed = partial(checkpoint, layer, use_reentrant=False)
+    compare(outputs(checkpointed, some_missing, tensors, init_gated), expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(tensors[0], some_missing(tensors[1]), type(init_gated(1, 1, 1))(*tensors[2:]))
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected["y"], rtol=0.05, atol=0.05)
+
+
+def test_keeps_the_preactivations_alone() -> None:
+    held: list[tuple[int, ...]] = []
+    tensors = draw(init_gated)
+    own = {each.data_ptr() for each in tensors}
+
+    def pack(t: Tensor) -> Tensor:
+        if t.is_floating_point() and t.data_ptr() not in own:
+            held.append(tuple(t.shape))
+        return t
+
+    routing = top_k(tensors[1], k=2)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        fused_cpu(plan=dropless().plan)(tensors[0], routing, type(init_gated(1, 1, 1))(*tensors[2:]))
+    assert sorted(held) == [(2, 26, F), (13, 2)]
+
+
+def test_errors_say_what_was_given() -> None:
+    x, logits, *params = draw(init_gated)
+    layer, routing = fused_cpu(plan=dropless().plan), top_k(logits, k=2)
+    gated = type(init_gated(1, 1, 1))(*params)
+    with pytest.raises(ValueError, match=r"3 projections were given for .*; expected those of MlpParams, up, down"):
+        fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, gated)
+    with pytest.raises(ValueError, match=r"x \(12, 5\) and projections .* do not fit a routing of 13 tokens over 4"):
+        layer(x[:12], routing, gated)
+    with pytest.raises(ValueError, match=r"x and projections are torch.float32, torch.float64, .*expected one dtype"):
+        layer(x.float(), routing, gated)
+    with pytest.raises(ValueError, match=r"x is on meta; expected the CPU. Use fused_layer on a GPU"):
+        layer(x.to("meta"), routing, gated)
+
+
+def test_large_tensors_come_in_huge_pages_and_are_like_any_other() -> None:
+    from moekit.experts._huge_pages import empty
+
+    large = empty((2**11, 2**12 + 1), torch.float32)
+    assert large.shape == (2**11, 2**12 + 1)
+    assert large.is_contiguous()
+    large.fill_(2.0)
+    copy = large.clone()
+    del large
+    assert copy.sum() == 2 * copy.numel()
+
+
+def test_tasks_too_large_for_one_thread_are_done_together() -> None:
+    unit = 10**9
+    assert _workers.divided([unit] * 8, list(range(8)), 2) == ([], list(range(8)))
+    assert _workers.divided([unit, 9 * unit, unit], [1, 0, 2], 2) == ([1], [0, 2])
+    assert _workers.divided([unit] * 8, list(range(8)), 16) == (list(range(8)), [])
+    assert _workers.divided([unit] * 8, list(range(8)), 1) == (list(range(8)), [])
+    assert _workers.divided([10] * 8, list(range(8)), 2) == (list(range(8)), [])
+
+
+def test_what_a_thread_raises_reaches_the_caller_and_threads_stay_as_many() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+
+    def fail(task: int) -> None:
+        raise RuntimeError(f"task {task}")
+
+    try:
+        with pytest.raises(RuntimeError, match="task "):
+            _workers.share([10**9] * 6, lambda: fail)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)

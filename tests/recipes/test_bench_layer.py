@@ -1,0 +1,215 @@
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from moekit.recipes import bench_layer as module
+from moekit.recipes.bench_layer import Report, bench_layer, row_of
+from moekit.recipes.bench_peers import peer_rows
+from moekit.recipes.bench_rows import dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench_shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
+from moekit.recipes.bench_stages import shares
+from moekit.recipes.bench_tables import as_json, as_markdown, rows_of
+from moekit.recipes.bench_times import Memory, Round, measure_memory
+from moekit.recipes.cli import main
+
+SMALL = LayerShape("small", 64, 16, 24, 8, 2)
+RUNNING = [
+    "loop",
+    "grouped",
+    "batched, padded",
+    "fused_cpu",
+    "auto",
+    "transformers eager",
+    "transformers batched_mm",
+    "transformers grouped_mm",
+]
+
+
+def case(load: str = "uniform", shape: LayerShape = SMALL, **options):
+    return make_case(shape, load, **{"device": "cpu", "dtype": torch.float32, **options})
+
+
+def test_shapes_are_those_of_the_published_models() -> None:
+    assert GPU_SHAPES["olmoe-1b-7b"][1:] == (16384, 2048, 1024, 64, 8)
+    assert GPU_SHAPES["mixtral-8x7b"][1:] == (8192, 4096, 14336, 8, 2)
+    assert GPU_SHAPES["olmoe-1b-7b"].flops == 6 * 16384 * 8 * 2048 * 1024
+    assert shape_of("cpu-8") == CPU_SHAPES["cpu-8"]
+    assert shape_of("1,2,3,4,2") == LayerShape("1,2,3,4,2", 1, 2, 3, 4, 2)
+
+
+@pytest.mark.parametrize("text", ["olmo", "1,2,3,4", "1,2,3,4,x", "1.5,2,3,4,2"])
+def test_what_is_no_shape_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is neither T,D,F,E,K, five whole numbers, nor one of olmoe-1b-7b, sonic"):
+        shape_of(text)
+
+
+@pytest.mark.parametrize("text", ["0,2,3,4,2", "1,2,3,4,5"])
+def test_impossible_shapes_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"expected positive ones with K <= E"):
+        shape_of(text)
+
+
+def test_loads_are_what_they_are_called() -> None:
+    shape = LayerShape("", 2048, 16, 8, 16, 2)
+    found = {load: loads_of(case(load, shape)) for load in LOADS}
+    assert found["uniform"][0] < 2
+    assert found["uniform"][1] == 0
+    assert 2.5 < found["zipf"][0] < 8
+    assert found["hot"] == (8.0, 0)  # E / K: every token has expert 0 among its choices
+    assert found["dead"][1] == 8
+    assert load_offsets("dead", LayerShape("", 1, 1, 1, 4, 3)).tolist() == [0, 0, 0, -16]  # K stay alive
+    with pytest.raises(ValueError, match=r"load 'cold'; expected one of uniform, zipf, hot, dead"):
+        load_offsets("cold", shape)
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_every_row_computes_the_same_layer(load: str) -> None:
+    given = case(load)
+    builds = {**moekit_rows(), **peer_rows()}
+    results = {name: try_build(builds[name], given) for name in RUNNING}
+    assert not {name: why for name, why in results.items() if isinstance(why, str)}
+    expected = results["loop"].forward()
+    gradient = torch.autograd.grad(expected, results["loop"].leaves, given.grad)[0]
+    for name, row in results.items():
+        y = row.forward()
+        torch.testing.assert_close(y.view_as(expected), expected, rtol=1e-4, atol=1e-5, msg=name)
+        found = torch.autograd.grad(y, row.leaves, row.grad)[0].view_as(gradient)
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_rows_that_cannot_run_say_why() -> None:
+    builds, given = {**moekit_rows(), **peer_rows()}, case()
+    assert try_build(builds["scattermoe"], given) == "No module named 'scattermoe'"
+    assert try_build(builds["fused_layer"], given).startswith("fused_layer runs on CUDA devices, and on cpu only in")
+    large = case(shape=LayerShape("", 4096, 256, 512, 2, 1))
+    assert try_build(builds["transformers batched_mm"], large._replace(shape=shape_of("olmoe-1b-7b"))).startswith(
+        "it copies an expert for every row, 3072 GiB here"
+    )
+    assert try_build(lambda case: 1 / 0, given) == "division by zero"
+
+
+def test_the_bound_does_the_arithmetic_of_one_expert() -> None:
+    bound = dense(case())
+    shapes = [tuple(leaf.shape) for leaf in bound.leaves]
+    assert shapes == [(128, 16), (16, 24), (16, 24), (24, 16)]
+    assert bound.forward().shape == bound.grad.shape == (128, 16)
+
+
+def test_held_bytes_are_counted_once_and_without_leaves() -> None:
+    given = case()
+    fused = measure_memory(try_build(moekit_rows()["fused_cpu"], given))
+    pre_activations = 2 * 128 * 24 * 4
+    assert pre_activations <= fused.held <= pre_activations + 16 * 1024  # and logits, weights, indices
+    composed = measure_memory(try_build(moekit_rows()["grouped"], given))
+    assert composed.held > fused.held + 128 * 16 * 4
+    assert fused.peak is None
+
+
+def test_fractions_compare_the_same_round() -> None:
+    rounds = [Round(1.0, 4.0), Round(10.0, 40.0), Round(1.0, 2.0)]
+    bound = [Round(0.5, 3.0), Round(5.0, 30.0), Round(0.5, 1.0)]  # a slow second round slows both
+    row = row_of("x", rounds, bound, memory=Memory(3, None))
+    assert (row.fraction, row.forward_fraction) == (0.75, 0.5)
+    assert row_of("x", rounds, []).fraction is None
+
+
+def test_rows_are_measured_in_turn(monkeypatch) -> None:
+    order = []
+    monkeypatch.setattr(module, "run_once", lambda contender: order.append(id(contender)) or Round(1.0, 2.0))
+    bench_layer([SMALL], rounds=3, only=["fused_cpu", "loop"])
+    first = order[: len(set(order))]
+    assert len(first) == 3
+    assert order == first * 3
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    lines = []
+    only = ["loop", "auto", "megablocks"]
+    found = bench_layer([SMALL], loads=("uniform", "hot"), rounds=2, only=only, tell=lines.append)
+    assert lines[0] == "small, uniform: 4 rows, 2 rounds"
+    assert "  megablocks: skipped, No module named 'megablocks'" in lines
+    return found
+
+
+def test_a_report_has_a_table_for_each_load(report: Report) -> None:
+    assert [(table.load, table.imbalance) for table in report.tables][1] == ("hot", 4.0)
+    for table in report.tables:
+        assert [row.name for row in table.rows] == ["dense bound", "loop", "auto", "megablocks"]
+        assert table.rows[0].fraction == 1.0
+        assert all(0 < f < b for row in table.rows[:3] for f, b in zip(row.forward, row.both, strict=True))
+        assert [stage.name for stage in table.stages] == ["gate", "route", "plan", "dispatch", "experts", "combine"]
+        assert sum(shares(table.stages)) == pytest.approx(1)
+        experts = table.stages[4]
+        assert experts.rate == pytest.approx(SMALL.flops / min(experts.seconds) / 1e12)
+
+
+def test_json_and_markdown_say_the_same(report: Report) -> None:
+    read = json.loads(as_json(report))
+    assert read["machine"]["auto"].startswith("fused_cpu (the CPU")
+    row = read["tables"][0]["rows"][2]
+    assert row["name"] == "auto"
+    assert len(row["both"]) == 2
+    assert row["memory"]["held"] > 0
+    text = as_markdown(report)
+    assert "## small (T 64, D 16, F 24, E 8, K 2), cpu float32, hot: largest load 4.00 of the mean" in text
+    assert "- megablocks: No module named 'megablocks'" in text
+    assert f"| auto | {' | '.join(rows_of(report.tables[0])[2][1:])} |" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in table} == {11, 5}
+
+
+def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
+    files = tmp_path / "a.json", tmp_path / "a.md"
+    main(
+        f"bench layer --shape 32,8,8,4,2 --rounds 1 --only loop --load uniform zipf --json {files[0]} --markdown "
+        f"{files[1]}".split()
+    )
+    shown = capsys.readouterr().out
+    assert "32,8,8,4,2 (T 32, D 8, F 8, E 4, K 2), cpu float32, zipf" in shown
+    assert "of the bound" in shown  # no heading is cut
+    assert json.loads(files[0].read_text())["tables"][1]["load"] == "zipf"
+    assert "| dense bound |" in files[1].read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("bench", None),
+        ("bench train", r"moekit bench: nothing to measure is called 'train'; expected: layer"),
+        ("bench layer --shape 1,2", r"shape '1,2' is neither"),
+        ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
+        ("bench layer --only moe --shape 8,8,8,2,1", r"only = \['moe'\] is the beginning of no row; rows are loop"),
+        ("bench layer --rounds 0 --shape 8,8,8,2,1", r"rounds = 0; expected at least 1"),
+        ("bench layer --json nowhere/a.json", r"nowhere/a.json: there is no folder nowhere; make it first"),
+    ],
+)
+def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None, capsys) -> None:
+    if message is None:
+        main(words.split())
+        assert "usage: moekit bench layer" in capsys.readouterr().out
+        return
+    with pytest.raises(SystemExit, match=message):
+        main(words.split())
+
+
+WITHOUT = """
+import sys
+for name in ("rich", "tyro", "triton", "transformers", "torchdata"):
+    sys.modules[name] = None
+from moekit.recipes.bench_layer import bench_layer
+from moekit.recipes.bench_shapes import shape_of
+from moekit.recipes.bench_tables import as_json, as_markdown
+report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["auto", "transformers eager"])
+print([row.skipped for row in report.tables[0].rows], len(as_json(report)) > 100, len(as_markdown(report)) > 100)
+"""
+
+
+def test_the_benchmark_needs_torch_alone() -> None:
+    result = subprocess.run([sys.executable, "-c", WITHOUT], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "['', '', 'import of transformers halted" in result.stdout
+    assert result.stdout.endswith("True True\n")
