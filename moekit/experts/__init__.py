@@ -13,6 +13,7 @@ from moekit.experts.ffns import (
     swiglu,
 )
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, SWIGLU, Activation, Keep, fused_layer
+from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.matmuls import batched, grouped, loop
 from moekit.experts.simple import init_simple, simple, simple_experts
 from moekit.experts.triton_matmul import triton
@@ -23,6 +24,7 @@ __all__ = [
     "grouped",
     "triton",
     "fused_layer",
+    "fused_cpu",
     "Activation",
     "SWIGLU",
     "Keep",

@@ -4,19 +4,14 @@ import torch
 from torch import Tensor
 
 from moekit.experts._huge_pages import empty
-from moekit.experts._workers import share
 
 
 @torch.library.custom_op("moekit::grouped_mm_cpu", mutates_args=(), device_types="cpu")
 def grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F) to (R, F), whose tail is undefined."""
     out = empty((rows.shape[0], w.shape[2]), rows.dtype)
-    starts, ends = _bounds(sizes)
-
-    def multiply(e: int) -> None:
-        torch.mm(rows[starts[e] : ends[e]], w[e], out=out[starts[e] : ends[e]])
-
-    share(_costs(starts, ends, w[0].numel() if len(ends) else 0), lambda: multiply)
+    for start, end, w_e in zip(*_bounds(sizes), w, strict=True):
+        torch.mm(rows[start:end], w_e, out=out[start:end])
     return out
 
 
@@ -24,12 +19,8 @@ def grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
 def _grad_w(rows: Tensor, sizes: Tensor, grad: Tensor) -> Tensor:
     """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F); zero for an empty group."""
     out = empty((sizes.shape[0], rows.shape[1], grad.shape[1]), rows.dtype)
-    starts, ends = _bounds(sizes)
-
-    def multiply(e: int) -> None:
-        torch.mm(rows[starts[e] : ends[e]].T, grad[starts[e] : ends[e]], out=out[e])
-
-    share(_costs(starts, ends, rows.shape[1] * grad.shape[1]), lambda: multiply)
+    for start, end, out_e in zip(*_bounds(sizes), out, strict=True):
+        torch.mm(rows[start:end].T, grad[start:end], out=out_e)
     return out
 
 
@@ -64,7 +55,3 @@ grouped_mm.register_autograd(_backward, setup_context=_save)
 def _bounds(sizes: Tensor) -> tuple[list[int], list[int]]:
     ends = sizes.cumsum(0).tolist()
     return [0, *ends][: len(ends)], ends
-
-
-def _costs(starts: list[int], ends: list[int], numel: int) -> list[int]:
-    return [2 * (end - start) * numel for start, end in zip(starts, ends, strict=True)]

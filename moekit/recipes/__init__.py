@@ -1,5 +1,6 @@
 """Recipes: stages glued into layers, published methods, and the programs built on them."""
 
+from moekit.recipes.backends import auto, choose_backend
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer, recompute, shared_experts, weighted_sum
 from moekit.recipes.modules import MoE
@@ -29,6 +30,8 @@ __all__ = [
     "recompute",
     "shared_experts",
     "weighted_sum",
+    "auto",
+    "choose_backend",
     # published methods, oldest first
     "sparsely_gated",
     "gshard",

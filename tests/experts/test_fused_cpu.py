@@ -220,6 +220,8 @@ def test_tasks_too_large_for_one_thread_are_done_together() -> None:
     unit = 10**9
     assert _workers.divided([unit] * 8, list(range(8)), 2) == ([], list(range(8)))
     assert _workers.divided([unit, 9 * unit, unit], [1, 0, 2], 2) == ([1], [0, 2])
+    assert _workers.divided([2 * unit, *[unit] * 8], list(range(9)), 2) == ([], list(range(9)))
+    assert _workers.divided([3 * unit, *[unit] * 8], list(range(9)), 2) == ([0], list(range(1, 9)))
     assert _workers.divided([unit] * 8, list(range(8)), 16) == (list(range(8)), [])
     assert _workers.divided([unit] * 8, list(range(8)), 1) == (list(range(8)), [])
     assert _workers.divided([10] * 8, list(range(8)), 2) == (list(range(8)), [])
