@@ -100,7 +100,7 @@ def test_every_router_of_the_package_is_there():
         for name in routing.__all__
         if {"logits", "bias"} <= inspect.signature(getattr(routing, name)).parameters.keys()
     }
-    wrapped = {"topology_limited"}  # by over_nodes
+    wrapped = {"topology_limited", "fused_top_k", "fused_top_k_and_load"}  # by over_nodes; the others are top_k
     assert known
     assert {name for name in known - wrapped if name not in used} == set()
 
