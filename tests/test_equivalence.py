@@ -10,6 +10,7 @@ from typing import NamedTuple
 import pytest
 import reference
 import torch
+from spoiled import spoiled
 from torch import Tensor
 
 from moekit.dispatch import by_choice, by_position, by_weight, dropless, padded
@@ -27,7 +28,7 @@ from moekit.routing import (
     softmax_of_top_k,
     top_k,
 )
-from moekit.types import Dispatcher, Routing
+from moekit.types import Routing
 
 T, D, F, E, K = 13, 5, 7, 5, 3
 BIAS = torch.tensor([0.3, -0.2, 0.0, 0.1, -0.4], dtype=torch.float64)
@@ -83,25 +84,6 @@ FFNS = {
 PRIORITIES = {"by_position": by_position, "by_choice": by_choice, "by_weight": by_weight}
 # None is dropless. At factor 2 hardly anything is dropped, so that the order of priority hardly matters.
 DISPATCHERS = [None, *((factor, priority) for factor in (0.5, 1.0) for priority in PRIORITIES), (2.0, "by_position")]
-
-
-class _NanOnPadding(torch.autograd.Function):
-    """Put NaN into padding rows; their gradient passes, so that one that is not zero shows in the parameters."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, padding: Tensor) -> Tensor:
-        return rows.masked_fill(padding.unsqueeze(1), torch.nan)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def spoiled(dispatcher: Dispatcher) -> Dispatcher:
-    def combine(rows: Tensor, routing: Routing, plan) -> Tensor:
-        return dispatcher.combine(_NanOnPadding.apply(rows, plan.assignments < 0), routing, plan)
-
-    return dispatcher._replace(combine=combine)
 
 
 def draw_inputs(init: Callable) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:

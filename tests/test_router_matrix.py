@@ -12,6 +12,7 @@ import pytest
 import reference
 import torch
 from router_cases import Case, router_cases, soft_case, tensors_of
+from spoiled import spoiled
 from torch import Tensor
 
 from moekit import routing as r
@@ -19,7 +20,7 @@ from moekit.dispatch import dropless, padded
 from moekit.experts import batched, grouped, init_gated, loop, swiglu
 from moekit.recipes import expert_layer, moe_layer
 from moekit.recipes.layers import MoEParams
-from moekit.types import Dispatcher, Routing
+from moekit.types import Routing
 
 B, L, D, F, E, K = 2, 9, 5, 7, 6, 2
 T = B * L
@@ -29,25 +30,6 @@ IDS = torch.arange(T).view(B, L) * 7 % 10
 ROUTERS = router_cases(k=K, experts=E)
 BACKENDS = {"dropless": (loop, grouped), "tight": (loop, batched, grouped), "roomy": (loop, batched, grouped)}
 FACTORS = {"tight": 0.5, "roomy": 2.0}
-
-
-class _NanOnPadding(torch.autograd.Function):
-    """Put NaN into padding rows; their gradient passes, so that one that is not zero shows in the parameters."""
-
-    @staticmethod
-    def forward(ctx, rows: Tensor, padding: Tensor) -> Tensor:
-        return rows.masked_fill(padding.unsqueeze(1), torch.nan)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
-
-
-def spoiled(dispatcher: Dispatcher) -> Dispatcher:
-    def combine(rows: Tensor, routing: Routing, plan) -> Tensor:
-        return dispatcher.combine(_NanOnPadding.apply(rows, plan.assignments < 0), routing, plan)
-
-    return dispatcher._replace(combine=combine)
 
 
 def leaves(case: Case) -> tuple[Tensor, Any, Any, Any, Tensor | None]:

@@ -10,16 +10,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.dispatch import dropless
 from moekit.experts import grouped
+from moekit.experts.biased import affine
 from moekit.recipes import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Groups, Routing
 
 _PROJECTIONS = {"gate_up_proj", "gate_up_proj_bias", "up_proj", "up_proj_bias", "down_proj", "down_proj_bias"}
-_ONES = 8  # columns of the product that adds biases: 16 bytes in the narrowest dtype, which CUDA's grouped_mm asks for
 
 
 class ModuleParams(NamedTuple):
@@ -205,12 +204,8 @@ def _as_in_out(w: Tensor, is_transposed: bool) -> Tensor:
 
 
 def _affine(rows: Tensor, groups: Groups, w: Tensor, bias: Tensor | None, *, matmul: GroupedMatmul) -> Tensor:
-    out = matmul(_cast(rows, w), groups, w)
-    if bias is None:
-        return out
-    # A product with ones: its gradient is each group's sum, taken in float32 by every backend, without atomics.
-    column = F.pad(bias.unsqueeze(1), (0, 0, 0, _ONES - 1))  # (E, 8, F), zero but for the first row
-    return out + matmul(column.new_ones(rows.shape[0], _ONES), groups, column)
+    rows = _cast(rows, w)
+    return matmul(rows, groups, w) if bias is None else affine(rows, groups, (w, bias.unsqueeze(1)), matmul=matmul)
 
 
 def _cast(rows: Tensor, w: Tensor) -> Tensor:

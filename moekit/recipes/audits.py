@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from moekit.dispatch import gather_rows, scatter_rows
+from moekit.recipes.choices import num_choices, undecided_logits
 from moekit.recipes.layers import Recipe, routing_of_networks
 from moekit.routing import Causality, causality, clean
 from moekit.types import Dispatcher, DispatchPlan, Routing
@@ -31,16 +32,15 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
         >>> audit(mixtral(), 8).leaks, audit(gshard(), 8).leaks
         (False, True)
     """
-    choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        logits = recipe.gate(torch.zeros(1, 8, device="cpu"), recipe.init_gate(8, choices, device="cpu"))
+        width = clean(undecided_logits(recipe, num_experts, 1)).shape[1]
+    choices = num_choices(recipe, num_experts)
     inputs = {} if recipe.state is None else {recipe.state.name: recipe.state.init(choices, device="cpu")}
     needs = tuple(name for name in recipe.needs if name != "token_mask")
     dispatcher = Dispatcher(partial(_plan, recipe=recipe), gather_rows, scatter_rows)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
     try:
-        width = clean(logits).shape[1]
         reaches = {name: value for name, value in inputs.items() if name == "bias" or name in needs}
         return causality(recipe.route, dispatcher, num_experts=width, needs=needs, inputs=reaches, **options)
     finally:

@@ -203,11 +203,11 @@ def _routed_experts(
     if isinstance(routing, SoftRouting):
         of_slots = slot_routing(routing)
         return spread_slots(run(mix_tokens(x, routing), of_slots, params.experts), routing), of_slots
-    y = run(x, routing_of_networks(routing, recipe), params.experts)
-    if recipe.simple is None:
-        return y, routing
-    networks = routing.num_experts - recipe.simple.number
-    return y + recipe.simple.apply(x, routing, params.simple, num_experts=networks).to(y.dtype), routing
+    of_networks = routing_of_networks(routing, recipe)
+    y = run(x, of_networks, params.experts)
+    if recipe.simple is not None:
+        y = y + recipe.simple.apply(x, routing, params.simple, num_experts=of_networks.num_experts).to(y.dtype)
+    return y, routing
 
 
 def routing_of_networks(routing: Routing, recipe: Recipe) -> Routing:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.parallel import Part
+from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
 from moekit.routing import init_linear_gate
@@ -63,7 +64,7 @@ class MoE(nn.Module):
             if size < 1:
                 raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
-        choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
+        choices = num_choices(recipe, num_experts)
         self.recipe = recipe
         self.dim, self.num_experts = dim, num_experts
         self.gate, self._gate_type = _held(recipe.init_gate(dim, choices, **options))

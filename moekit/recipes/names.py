@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from moekit.lm._lookup import look_up
+from moekit.recipes.choices import num_choices, undecided_logits
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
@@ -204,9 +205,8 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
 
 def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
     """Route tokens of zeros."""
-    choices = num_experts + (0 if recipe.simple is None else recipe.simple.number)
-    logits = recipe.gate(torch.zeros(num_tokens, 8, device="cpu"), recipe.init_gate(8, choices, device="cpu"))
-    state = None if recipe.state is None else recipe.state.init(choices, device="cpu")
+    logits = undecided_logits(recipe, num_experts, num_tokens)
+    state = None if recipe.state is None else recipe.state.init(num_choices(recipe, num_experts), device="cpu")
     ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
     known: dict[str, Any] = {"token_ids": ids, "sequence_length": num_tokens, "bias": None}
     known |= {} if recipe.state is None else {recipe.state.name: state}

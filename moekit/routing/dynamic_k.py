@@ -4,10 +4,8 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice
+from moekit.routing.top_k import Score, check_choice, normalized, shifted, sigmoid, softmax, token_choice
 from moekit.types import Logits, Routing
-
-_SMALLEST_SUM = 1e-20  # keeps 0/0 out of normalised scores that underflow
 
 
 def top_p(
@@ -134,7 +132,7 @@ def _kept_choices(
     """Make the routing of the choices ``order`` (T, K) that are ``kept`` (T, K)."""
     weights = scores.gather(-1, order).masked_fill(~kept, 0.0)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+        weights = normalized(weights)
     return token_choice(order.masked_fill(~kept, -1), weights if scale == 1.0 else weights * scale, logits)
 
 

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, softmax
+from moekit.routing.top_k import Score, check_choice, normalized, softmax
 from moekit.types import Logits, Routing
 
 Division = Callable[[Any, Any], Any]
-
-_SMALLEST_SUM = 1e-20  # keeps 0/0 out of weights that are normalised over masked or underflown tokens
 
 
 def divide_up(numerator: Any, denominator: Any) -> Any:
@@ -103,7 +101,7 @@ def expert_choice(
         missing = torch.arange(num_taken, device=logits.device) >= taken  # (G, 1, C)
         experts, weights = experts.masked_fill(missing, -1), weights.masked_fill(missing, 0.0)
     if normalize:
-        weights = weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
+        weights = normalized(weights)
     firsts = torch.arange(chosen.shape[0], device=logits.device).view(-1, 1, 1) * pool_size
     return Routing(chosen + firsts, experts, weights, logits.shape[0], logits.shape[1], chosen.numel())
 

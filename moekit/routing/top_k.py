@@ -130,9 +130,14 @@ def weights_at(
     """
     weights = scores.gather(-1, expert_indices)
     if normalize:
-        norms = weights.sum(-1, keepdim=True) if order == 1 else torch.linalg.vector_norm(weights, order, -1, True)
-        weights = weights / norms.clamp_min(_SMALLEST_SUM)
+        norms = torch.linalg.vector_norm(weights, order, -1, keepdim=True) if order != 1 else None
+        weights = normalized(weights) if norms is None else weights / norms.clamp_min(_SMALLEST_SUM)
     return weights if scale == 1.0 else weights * scale
+
+
+def normalized(weights: Tensor) -> Tensor:
+    """Divide weights by their sum over the last axis; zero where they underflow to nothing."""
+    return weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
 
 
 def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor) -> Routing:
