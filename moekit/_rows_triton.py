@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.operators import operator
+
 
 @triton.jit
 def _clear_padding(  # type: ignore[no-untyped-def]
@@ -163,7 +165,11 @@ def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-@torch.library.custom_op("moekit::copied_rows", mutates_args=())
+def _copied_rows_fake(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    return x.new_empty(padding.shape[0], x.shape[1])
+
+
+@operator("copied_rows", _copied_rows_fake)
 def copied(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
     """Copy each token of x (T, D) to its ``rows`` (T, K), -1 for none; rows of ``padding`` (R,) bool are zero.
 
@@ -186,12 +192,11 @@ def copied(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
     return out
 
 
-@copied.register_fake
-def _(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    return x.new_empty(padding.shape[0], x.shape[1])
+def _summed_rows_fake(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    return values.new_empty(rows.shape[0], values.shape[1])
 
 
-@torch.library.custom_op("moekit::summed_rows", mutates_args=())
+@operator("summed_rows", _summed_rows_fake)
 def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     """Add up each token's ``rows`` (T, K), -1 for none, of ``values`` (R, D), with ``weights`` (T, K) if given.
 
@@ -214,12 +219,13 @@ def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     return out
 
 
-@summed.register_fake
-def _(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
-    return values.new_empty(rows.shape[0], values.shape[1])
+def _weigh_rows_backward_fake(
+    grad: Tensor, values: Tensor, rows: Tensor, weights: Tensor, padding: Tensor
+) -> tuple[Tensor, Tensor]:
+    return values.new_empty(values.shape), weights.new_empty(weights.shape)
 
 
-@torch.library.custom_op("moekit::weigh_rows_backward", mutates_args=())
+@operator("weigh_rows_backward", _weigh_rows_backward_fake)
 def weigh_backward(
     grad: Tensor, values: Tensor, rows: Tensor, weights: Tensor, padding: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -251,8 +257,3 @@ def weigh_backward(
                 num_warps=tile.warps,
             )  # fmt: skip
     return grad_values, grad_weights
-
-
-@weigh_backward.register_fake
-def _(grad: Tensor, values: Tensor, rows: Tensor, weights: Tensor, padding: Tensor) -> tuple[Tensor, Tensor]:
-    return values.new_empty(values.shape), weights.new_empty(weights.shape)

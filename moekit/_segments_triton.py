@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.operators import operator
+
 # Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
 # counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
 _BLOCK = 256
@@ -104,7 +106,11 @@ def _counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]
     return earlier, totals, sizes
 
 
-@torch.library.custom_op("moekit::counting_sort", mutates_args=())
+def _counting_sort_fake(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    return experts.new_empty(experts.shape), experts.new_empty(num_experts), experts.new_empty(experts.shape)
+
+
+@operator("counting_sort", _counting_sort_fake)
 def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Order assignments by expert, stable within an expert, those that do not exist last; and invert the order.
 
@@ -131,12 +137,11 @@ def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     return order, sizes, rows
 
 
-@counting_sort.register_fake
-def _(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    return experts.new_empty(experts.shape), experts.new_empty(num_experts), experts.new_empty(experts.shape)
+def _tokens_per_expert_fake(experts: Tensor, num_experts: int) -> Tensor:
+    return experts.new_empty(num_experts)
 
 
-@torch.library.custom_op("moekit::tokens_per_expert", mutates_args=())
+@operator("tokens_per_expert", _tokens_per_expert_fake)
 def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
     """Count the assignments of each expert: (N,) int64 to (E,) int64; as ``counting_sort``, without the order."""
     experts = experts.contiguous()
@@ -144,12 +149,11 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
         return _counted(experts, num_experts)[2]
 
 
-@tokens_per_expert.register_fake
-def _(experts: Tensor, num_experts: int) -> Tensor:
-    return experts.new_empty(num_experts)
+def _rows_of_assignments_fake(assignments: Tensor, num_assignments: int) -> Tensor:
+    return assignments.new_empty(num_assignments)
 
 
-@torch.library.custom_op("moekit::rows_of_assignments", mutates_args=())
+@operator("rows_of_assignments", _rows_of_assignments_fake)
 def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
     """Invert a plan: (R,) int64 in [0, N), each at most once, or -1, to (N,) int64, -1 without a row."""
     assignments = assignments.contiguous()
@@ -159,8 +163,3 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
         with torch.cuda.device_of(assignments):
             _invert_kernel[(triton.cdiv(num_rows, 1024),)](assignments, rows, num_rows, BLOCK=1024)
     return rows
-
-
-@rows_of_assignments.register_fake
-def _(assignments: Tensor, num_assignments: int) -> Tensor:
-    return assignments.new_empty(num_assignments)

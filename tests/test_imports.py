@@ -10,12 +10,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes <- integrations. "" is moekit.
-GROUND = {"types", "segments", "rows"}
+GROUND = {"types", "segments", "rows", "operators"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
     "types": set(),
-    "segments": {"types", "segments"},
-    "rows": {"rows"},
+    "segments": {"types", "segments", "operators"},
+    "rows": {"rows", "operators"},
+    "operators": set(),
     **{stage: GROUND | {stage} for stage in STAGES},
     "recipes": GROUND | STAGES | {"recipes", ""},
     "integrations": GROUND | STAGES | {"recipes", "integrations", ""},

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.experts._operators import operator
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.triton_matmul import check_dtypes
+from moekit.operators import operator
 from moekit.types import ExpertLayer, Routing
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts.matmuls import _autocast, _check
+from moekit.operators import operator
 from moekit.types import Groups
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -51,28 +52,26 @@ def check_dtypes(name: str, *tensors: Tensor) -> None:
         )
 
 
-@torch.library.custom_op("moekit::grouped_mm_triton", mutates_args=())
+def _grouped_mm_triton_fake(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
+    return rows.new_empty(rows.shape[0], w.shape[2])
+
+
+@operator("grouped_mm_triton", _grouped_mm_triton_fake)
 def _product(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
     from moekit.experts import _gemms_triton
 
     return _gemms_triton.multiply(rows.contiguous(), sizes, *_stored(w), precision)
 
 
-@torch.library.custom_op("moekit::grouped_mm_triton_grad_w", mutates_args=())
+def _grouped_mm_triton_grad_w_fake(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
+    return rows.new_empty(sizes.shape[0], rows.shape[1], grad.shape[1])
+
+
+@operator("grouped_mm_triton_grad_w", _grouped_mm_triton_grad_w_fake)
 def _grad_w(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
     from moekit.experts import _gemms_triton
 
     return _gemms_triton.multiply_transposed(rows.contiguous(), sizes, grad.contiguous(), precision)
-
-
-@_product.register_fake
-def _(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
-    return rows.new_empty(rows.shape[0], w.shape[2])
-
-
-@_grad_w.register_fake
-def _(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
-    return rows.new_empty(sizes.shape[0], rows.shape[1], grad.shape[1])
 
 
 def _stored(w: Tensor) -> tuple[Tensor, bool]:
@@ -98,4 +97,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, No
     return grad_rows, None, _grad_w(rows, sizes, grad, ctx.precision), None
 
 
-_product.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("moekit::grouped_mm_triton", _backward, setup_context=_save)

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.operators import operator
+
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
 _TAKEN = tl.constexpr(-(2**63))
 _NAN_BITS = tl.constexpr(0x7FC00000)
@@ -149,7 +151,15 @@ def _tile(num_experts: int, k: int) -> dict[str, int]:
     }
 
 
-@torch.library.custom_op("moekit::fused_top_k", mutates_args=())
+def _fused_top_k_fake(
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    num_tokens, num_experts = logits.shape
+    experts = logits.new_empty(num_tokens, k, dtype=torch.int64)
+    return logits.new_empty(num_tokens, k), experts, logits.new_empty(num_experts, dtype=torch.int64)
+
+
+@operator("fused_top_k", _fused_top_k_fake)
 def fused_top_k(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -183,16 +193,13 @@ def fused_top_k(
     return weights, experts, counts
 
 
-@fused_top_k.register_fake
-def _(
-    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    num_tokens, num_experts = logits.shape
-    experts = logits.new_empty(num_tokens, k, dtype=torch.int64)
-    return logits.new_empty(num_tokens, k), experts, logits.new_empty(num_experts, dtype=torch.int64)
+def _fused_top_k_backward_fake(
+    grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float
+) -> Tensor:
+    return logits.new_empty(logits.shape)
 
 
-@torch.library.custom_op("moekit::fused_top_k_backward", mutates_args=())
+@operator("fused_top_k_backward", _fused_top_k_backward_fake)
 def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float) -> Tensor:
     """Return the gradient (T, E) of the logits from that of the weights (T, K)."""
     grad, logits = grad.contiguous(), logits.contiguous()
@@ -208,11 +215,6 @@ def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, n
     return grad_logits
 
 
-@_grad_logits.register_fake
-def _(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, normalize: bool, scale: float) -> Tensor:
-    return logits.new_empty(logits.shape)
-
-
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     logits, _, _, *ctx.options = inputs
     ctx.save_for_backward(logits, output[1])
@@ -223,4 +225,4 @@ def _backward(ctx, grad: Tensor, _experts, _counts) -> tuple[Tensor | None, ...]
     return _grad_logits(grad, logits, experts, *ctx.options), None, None, None, None, None
 
 
-fused_top_k.register_autograd(_backward, setup_context=_save)
+torch.library.register_autograd("moekit::fused_top_k", _backward, setup_context=_save)

@@ -7,10 +7,24 @@ import torch
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function of tensors as ``moekit::name``, with ``fake``, which returns what it does but for the values.
+    """Register a function of tensors as ``torch.ops.moekit.<name>``.
 
     ``torch.library.custom_op`` does this too, and then looks at every tensor of every call, which takes longer than
-    the launch of a kernel. The function must neither change nor return what it was given.
+    the launch of a kernel. For a gradient, call ``torch.library.register_autograd`` with ``"moekit::<name>"``.
+
+    Args:
+        name: of the operator.
+        fake: returns tensors of the shapes and dtypes of the function's, with any values, for compilers.
+
+    Returns:
+        A decorator. The function must neither change nor return what it was given, and its annotations are the schema.
+
+    Example:
+        >>> @operator("doubled_for_an_example", torch.empty_like)
+        ... def doubled(x: torch.Tensor) -> torch.Tensor:
+        ...     return 2 * x
+        >>> doubled(torch.ones(2))
+        tensor([2., 2.])
     """
 
     def register(function: Callable[..., Any]) -> Callable[..., Any]:
