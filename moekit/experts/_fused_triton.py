@@ -14,7 +14,8 @@ from torch import Tensor
 
 from moekit.experts import _gemms_triton, _hidden_triton
 from moekit.experts import _tiles_triton as tiling
-from moekit.experts._tiles_triton import LayerTiles, Schedule
+from moekit.experts._tiles_triton import Schedule
+from moekit.experts.tiles import LayerTiles
 from moekit.rows import copied, summed
 from moekit.segments import rows_of_assignments, sort_by_expert
 
@@ -76,16 +77,17 @@ def _spread_kernel(weights, rows, out, num_assignments, BLOCK: tl.constexpr):  #
     tl.store(out + row, tl.load(weights + places, mask=row >= 0, other=0.0), mask=row >= 0)
 
 
-def make_plan(experts: Tensor, tokens: Tensor, num_experts: int, tiles: LayerTiles) -> Plan:
-    """Sort assignments by expert into rows whose groups begin at multiples of ``tiles.weight.k``.
+def make_plan(experts: Tensor, tokens: Tensor, num_experts: int, *, height: int, align: int) -> Plan:
+    """Sort assignments by expert into rows whose groups begin at multiples of ``align``, for tiles of ``height`` rows.
 
     Args:
         experts: (T, K) or (N,) int64 in [0, E), or -1.
         tokens: the same shape, int64.
         num_experts: E.
-        tiles: of the layer.
+        height: of a tile.
+        align: of the groups.
     """
-    num_assignments, align = experts.numel(), tiles.weight.k
+    num_assignments = experts.numel()
     flat = experts.reshape(-1).contiguous()
     order, sizes = sort_by_expert(flat, num_experts)
     compact = rows_of_assignments(order, num_assignments)
@@ -96,7 +98,7 @@ def make_plan(experts: Tensor, tokens: Tensor, num_experts: int, tiles: LayerTil
         flat, tokens.reshape(-1).contiguous(), compact, sizes, rows, tokens_of_rows, padding.view(torch.int8), aligned,
         num_assignments, num_experts, ALIGN=align, EXPERTS=max(32, triton.next_power_of_2(num_experts)), BLOCK=1024,
     )  # fmt: skip
-    plan = tiling.schedule(aligned, num_rows, tiles.rows.m)
+    plan = tiling.schedule(aligned, num_rows, height)
     return Plan(rows.view(experts.shape), tokens_of_rows, padding, plan)
 
 
@@ -157,7 +159,7 @@ def forward(
         rows, plan.schedule, projections[:-1],
         activation=activation, keep_pre=keep_pre, precision=precision, tile=tiles.up,
     )  # fmt: skip
-    out = _gemms_triton.grouped_rows(hidden, plan.schedule, projections[-1:], precision=precision, tile=tiles.rows)
+    out = _gemms_triton.grouped_rows(hidden, plan.schedule, projections[-1:], precision=precision, tile=tiles.down)
     return combined(out, weights, plan, x.shape[0]), rows, pre
 
 
@@ -187,17 +189,17 @@ def backward(
         )
     grad_rows = dispatched(grad, plan)
     hidden = _gemms_triton.grouped_rows(
-        grad_rows, schedule, (down,), transposed=True, precision=precision, tile=tiles.rows
+        grad_rows, schedule, (down,), transposed=True, precision=precision, tile=tiles.grad_hidden
     )
     grad_pre, products = _hidden_triton.back(hidden, pre, row_weights(weights, plan), schedule, activation=activation)
-    weight_grad = partial(_gemms_triton.grouped_weight, aligned=True, precision=precision, tile=tiles.weight)
-    grad_down = weight_grad(hidden, schedule, grad_rows)[0]
+    weight_grad = partial(_gemms_triton.grouped_weight, aligned=True, precision=precision)
+    grad_down = weight_grad(hidden, schedule, grad_rows, tile=tiles.grad_down)[0]
     del hidden, grad_rows, pre
     rows = dispatched(x, plan) if rows is None else rows
-    grad_ups = weight_grad(rows, schedule, grad_pre, parts=len(ups))
+    grad_ups = weight_grad(rows, schedule, grad_pre, parts=len(ups), tile=tiles.grad_up)
     del rows
     grad_of_rows = _gemms_triton.grouped_rows(
-        grad_pre, schedule, tuple(ups), transposed=True, precision=precision, tile=tiles.rows
+        grad_pre, schedule, tuple(ups), transposed=True, precision=precision, tile=tiles.grad_rows
     )
     grad_x = combined(grad_of_rows, None, plan, x.shape[0])
     chosen = products[plan.rows.clamp_min(0)]

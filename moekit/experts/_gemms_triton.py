@@ -7,18 +7,16 @@ from torch import Tensor
 
 from moekit.experts._tiles_triton import (
     Schedule,
-    Tile,
     described,
     has_tma,
     load_rows,
     load_weight,
     place,
     programs,
-    row_tile,
     schedule,
     store_rows,
-    weight_tile,
 )
+from moekit.experts.tiles import Tile, row_tile, weight_tile
 
 
 @triton.jit

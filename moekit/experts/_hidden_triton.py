@@ -8,7 +8,6 @@ from torch import Tensor
 from moekit.experts._activations_triton import activated
 from moekit.experts._tiles_triton import (
     Schedule,
-    Tile,
     described,
     has_tma,
     load_rows,
@@ -17,6 +16,7 @@ from moekit.experts._tiles_triton import (
     programs,
     store_rows,
 )
+from moekit.experts.tiles import Tile
 
 
 @triton.jit

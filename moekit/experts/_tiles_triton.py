@@ -1,4 +1,4 @@
-"""What the grouped GEMM kernels share: tile sizes by shape class, the schedule of tiles, and loads and stores of tiles.
+"""What the grouped GEMM kernels share: the schedule of tiles, and loads and stores of tiles.
 
 A schedule says which group a tile of rows belongs to. It is computed on the device from the sizes of the groups, so
 that a launch needs to know an upper bound only: the number of rows.
@@ -11,28 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
-
-
-class Tile(NamedTuple):
-    """Which part of a product one program computes at a time, and how.
-
-    Attributes:
-        m: rows; powers of two all three.
-        n: columns.
-        k: entries of the sum that are loaded at a time.
-        warps: of a program.
-        stages: loads of ``k`` entries in flight.
-        band: tiles of rows that are walked before the next tile of columns, so that both operands stay in the L2 cache.
-        overlap: whether the loads of the next tile begin while this one is written.
-    """
-
-    m: int
-    n: int
-    k: int
-    warps: int
-    stages: int
-    band: int = 16
-    overlap: bool = False
 
 
 class Schedule(NamedTuple):
@@ -157,42 +135,3 @@ def described(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Any:
 def programs(device: torch.device) -> int:
     """Return how many programs fill the device when each takes a whole multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
-
-
-def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> Tile:
-    """Choose the tile of products whose rows are grouped: wide for full groups, low for groups of few rows."""
-    if dtype.itemsize == 4:
-        return Tile(m=64, n=64, k=32, warps=4, stages=3)
-    if num_rows <= 48 * num_groups:
-        return Tile(m=64, n=256, k=64, warps=4, stages=3, overlap=True)
-    return Tile(m=128, n=256, k=64, warps=8, stages=3, overlap=True)
-
-
-def weight_tile(dtype: torch.dtype) -> Tile:
-    """Choose the tile of products whose sum runs over a group's rows."""
-    if dtype.itemsize == 4:
-        return Tile(m=64, n=64, k=32, warps=4, stages=3)
-    return Tile(m=128, n=256, k=64, warps=8, stages=3, band=32)
-
-
-class LayerTiles(NamedTuple):
-    """The tiles of a whole layer. Those over grouped rows are of one height.
-
-    Attributes:
-        rows: of the down-projection, and of the gradients of hidden rows and tokens.
-        up: of the up-projection, whose gate and up have ``n`` columns each.
-        weight: of weight gradients; groups begin at multiples of its ``k``.
-    """
-
-    rows: Tile
-    up: Tile
-    weight: Tile
-
-
-def layer_tiles(dtype: torch.dtype, num_assignments: int, num_experts: int) -> LayerTiles:
-    """Choose the tiles of a layer by its shape class."""
-    rows = row_tile(dtype, num_assignments, num_experts)
-    if dtype.itemsize == 4:
-        return LayerTiles(rows, rows._replace(n=32), weight_tile(dtype))
-    up = rows._replace(n=rows.n // 2, stages=4, overlap=False)
-    return LayerTiles(rows, up, weight_tile(dtype))

@@ -3,6 +3,7 @@
 Between forward and backward it keeps what its argument ``keep`` says; nothing else of N rows lives that long.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts.ffns import GatedParams, MlpParams
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, layer_tiles
 from moekit.experts.triton_matmul import check_dtypes
 from moekit.operators import operator
 from moekit.types import ExpertLayer, Routing
@@ -53,7 +55,13 @@ PREACTIVATION = Keep(rows=False, preactivation=True)
 INPUTS = Keep(rows=False, preactivation=False)
 
 
-def fused_layer(*, activation: Activation = SWIGLU, keep: Keep = PREACTIVATION, precision: str = "ieee") -> ExpertLayer:
+def fused_layer(
+    *,
+    activation: Activation = SWIGLU,
+    keep: Keep = PREACTIVATION,
+    precision: str = "ieee",
+    tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
+) -> ExpertLayer:
     """Return a dropless expert layer out of Triton kernels, forward and backward.
 
     It computes what ``expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))`` does: up-projections
@@ -67,6 +75,7 @@ def fused_layer(*, activation: Activation = SWIGLU, keep: Keep = PREACTIVATION, 
         activation: what experts do, and which parameters they have.
         keep: what lives from the forward to the backward.
         precision: of float32 products, "ieee" or "tf32".
+        tiles: chooses the kernels' tiles by the size of the layer.
 
     Returns:
         A function (x (T, D), routing, params) -> (T, D), of float32, bfloat16 or float16; sums are taken in float32.
@@ -86,11 +95,18 @@ def fused_layer(*, activation: Activation = SWIGLU, keep: Keep = PREACTIVATION, 
     """
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"fused_layer: precision = {precision!r}; expected 'ieee' or 'tf32'.")
-    return partial(_fused_layer, activation=activation, keep=keep, precision=precision)
+    return partial(_fused_layer, activation=activation, keep=keep, precision=precision, tiles=tiles)
 
 
 def _fused_layer(
-    x: Tensor, routing: Routing, params: Any, *, activation: Activation, keep: Keep, precision: str
+    x: Tensor,
+    routing: Routing,
+    params: Any,
+    *,
+    activation: Activation,
+    keep: Keep,
+    precision: str,
+    tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
     _check(x, routing, params, activation)
     projections = tuple(params)
@@ -101,9 +117,11 @@ def _fused_layer(
     experts, tokens = routing.expert_indices, routing.token_indices
     if experts.ndim != 2:
         experts, tokens = experts.flatten(), tokens.flatten()
-    plan = _plan(experts, tokens, routing.num_experts, x.dtype)
+    size = LayerSize(x.dtype, experts.numel(), routing.num_experts, x.shape[1], params.up.shape[2], activation.gated)
+    chosen = check_tiles(tiles(size))
+    plan = _plan(experts, tokens, routing.num_experts, chosen.up.m, chosen.grad_up.k)
     weights = routing.weights.view(experts.shape).to(torch.float32)
-    settings = _Settings(activation.function, precision, keep, len(plan))
+    settings = _Settings(activation.function, precision, keep, [n for tile in chosen for n in tile], len(plan))
     y: Tensor = _Fused.apply(settings, x, weights, *plan, *projections)
     return y
 
@@ -112,6 +130,7 @@ class _Settings(NamedTuple):
     function: str
     precision: str
     keep: Keep
+    tiles: list[int]
     num_plan: int
 
 
@@ -121,7 +140,7 @@ class _Fused(torch.autograd.Function):
         plan, projections = list(rest[: settings.num_plan]), list(rest[settings.num_plan :])
         needed = any(ctx.needs_input_grad)
         kept = settings.keep.rows and needed, settings.keep.preactivation and needed
-        y, rows, pre = _forward(x, weights, plan, projections, settings.function, settings.precision, *kept)
+        y, rows, pre = _forward(x, weights, plan, projections, *settings[:2], settings.tiles, *kept)
         ctx.settings = settings
         ctx.save_for_backward(x, weights, rows, pre, *rest)
         return y
@@ -132,19 +151,18 @@ class _Fused(torch.autograd.Function):
         settings = ctx.settings
         plan, projections = list(rest[: settings.num_plan]), list(rest[settings.num_plan :])
         grad_x, grad_weights, grad_ups, grad_down = _backward(
-            grad, x, weights, plan, projections, rows, pre, settings.function, settings.precision
+            grad, x, weights, plan, projections, rows, pre, *settings[:2], settings.tiles
         )
         return None, grad_x, grad_weights, *[None] * len(plan), *grad_ups.unbind(0), grad_down
 
 
-def _plan_fake(experts: Tensor, tokens: Tensor, num_experts: int, dtype: torch.dtype) -> list[Tensor]:
+def _plan_fake(experts: Tensor, tokens: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
     from moekit.experts import _tiles_triton
 
     if experts.numel() == 0:
         return [torch.empty_like(experts)]
-    tiles = _tiles_triton.layer_tiles(dtype, experts.numel(), num_experts)
-    num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, tiles.weight.k)
-    num_owners = _tiles_triton.most_tiles(num_rows, num_experts, tiles.rows.m)
+    num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
+    num_owners = _tiles_triton.most_tiles(num_rows, num_experts, height)
     schedule = [
         experts.new_empty(n, dtype=torch.int32) for n in (num_experts, num_experts, num_experts + 1, num_owners)
     ]
@@ -153,13 +171,14 @@ def _plan_fake(experts: Tensor, tokens: Tensor, num_experts: int, dtype: torch.d
 
 
 @operator("fused_plan", _plan_fake)
-def _plan(experts: Tensor, tokens: Tensor, num_experts: int, dtype: torch.dtype) -> list[Tensor]:
-    from moekit.experts import _fused_triton, _tiles_triton
+def _plan(experts: Tensor, tokens: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+    from moekit.experts import _fused_triton
 
     if experts.numel() == 0:
         return [experts.clone()]
-    tiles = _tiles_triton.layer_tiles(dtype, experts.numel(), num_experts)
-    rows, tokens_of_rows, padding, schedule = _fused_triton.make_plan(experts, tokens, num_experts, tiles)
+    rows, tokens_of_rows, padding, schedule = _fused_triton.make_plan(
+        experts, tokens, num_experts, height=height, align=align
+    )
     return [rows, tokens_of_rows, padding, *schedule]
 
 
@@ -170,6 +189,7 @@ def _forward_fake(
     projections: list[Tensor],
     function: str,
     precision: str,
+    tiles: list[int],
     keep_rows: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,17 +207,18 @@ def _forward(
     projections: list[Tensor],
     function: str,
     precision: str,
+    tiles: list[int],
     keep_rows: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moekit.experts import _fused_triton
 
     if weights.numel() == 0:
-        y, rows, pre = _forward_fake(x, weights, plan, projections, function, precision, keep_rows, keep_pre)
+        y, rows, pre = _forward_fake(x, weights, plan, projections, function, precision, tiles, keep_rows, keep_pre)
         return y.zero_(), rows, pre
     y, rows, pre = _fused_triton.forward(
         x.contiguous(), weights.contiguous(), _plan_of(plan), tuple(p.contiguous() for p in projections),
-        activation=function, precision=precision, tiles=_tiles(x, weights, projections), keep_pre=keep_pre,
+        activation=function, precision=precision, tiles=_layer_tiles(tiles), keep_pre=keep_pre,
     )  # fmt: skip
     return y, rows if keep_rows else rows.new_empty(0, rows.shape[1]), pre
 
@@ -212,6 +233,7 @@ def _backward_fake(
     pre: Tensor,
     function: str,
     precision: str,
+    tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *ups, down = projections
     return (
@@ -233,18 +255,19 @@ def _backward(
     pre: Tensor,
     function: str,
     precision: str,
+    tiles: list[int],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from moekit.experts import _fused_triton
 
     if weights.numel() == 0:
         first, second, third, fourth = _backward_fake(
-            grad, x, weights, plan, projections, rows, pre, function, precision
+            grad, x, weights, plan, projections, rows, pre, function, precision, tiles
         )
         return first.zero_(), second.zero_(), third.zero_(), fourth.zero_()
     return _fused_triton.backward(
         grad.contiguous(), x.contiguous(), weights.contiguous(), _plan_of(plan),
         tuple(p.contiguous() for p in projections), (rows, pre),
-        activation=function, precision=precision, tiles=_tiles(x, weights, projections),
+        activation=function, precision=precision, tiles=_layer_tiles(tiles),
     )  # fmt: skip
 
 
@@ -256,10 +279,10 @@ def _plan_of(tensors: list[Tensor]) -> Any:
     return Plan(rows, tokens, padding, Schedule(*schedule))
 
 
-def _tiles(x: Tensor, weights: Tensor, projections: list[Tensor]) -> Any:
-    from moekit.experts import _tiles_triton
-
-    return _tiles_triton.layer_tiles(x.dtype, weights.numel(), projections[0].shape[0])
+def _layer_tiles(numbers: list[int]) -> LayerTiles:
+    """Undo the flattening that operators need; an overlap has become 0 or 1."""
+    width = len(Tile._fields)
+    return LayerTiles(*(Tile(*numbers[at : at + width]) for at in range(0, len(numbers), width)))  # type: ignore[arg-type]
 
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, INTERPRETED, run_interpreted, runs_kernels, starts_interpreter
+from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
 
 from moekit.dispatch import dropless
@@ -24,6 +24,7 @@ from moekit.experts.fused import (
     Keep,
     fused_layer,
 )
+from moekit.experts.tiles import LayerTiles, Tile
 from moekit.recipes import expert_layer
 from moekit.routing import expert_choice, top_k
 from moekit.types import ExpertLayer, Routing
@@ -58,16 +59,10 @@ def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
 
 
-@pytest.fixture(autouse=True)
-def _low_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take tiles so low that a group has several, and one that two groups of aligned rows would share."""
-    if INTERPRETED or DEVICE == "cuda":
-        from moekit.experts import _tiles_triton
-        from moekit.experts._tiles_triton import LayerTiles, Tile
-
-        rows = Tile(m=32, n=32, k=16, warps=4, stages=2, band=2, overlap=True)
-        tiles = LayerTiles(rows, rows._replace(n=16), rows._replace(m=16))
-        monkeypatch.setattr(_tiles_triton, "layer_tiles", lambda *_: tiles)
+# So low that a group has several, and one that two groups of aligned rows would share.
+_ROWS = Tile(m=32, n=32, k=16, warps=4, stages=2, band=2, overlap=True)
+_LOW = LayerTiles(_ROWS._replace(n=16), _ROWS, _ROWS, _ROWS, _ROWS._replace(m=16), _ROWS._replace(m=16))
+fused = partial(fused_layer, tiles=lambda size: _LOW)
 
 
 def draw(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
@@ -115,7 +110,7 @@ def reference(experts: Any) -> ExpertLayer:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_swiglu_equals_the_loop(shape: str) -> None:
     case = draw(SHAPES[shape], SWIGLU)
-    found = run(fused_layer(), case, device=DEVICE)
+    found = run(fused(), case, device=DEVICE)
     compare(found, run(reference(swiglu), case, torch.float64), TOLERANCE[torch.float32])
 
 
@@ -124,7 +119,7 @@ def test_swiglu_equals_the_loop(shape: str) -> None:
 @pytest.mark.parametrize("keep", [INPUTS, EVERYTHING, Keep(rows=True, preactivation=False)], ids=str)
 def test_whatever_is_kept_gives_the_same(keep: Keep) -> None:
     case = draw(SHAPES["no whole tile of gate"], SWIGLU)
-    found = run(fused_layer(keep=keep), case, device=DEVICE)
+    found = run(fused(keep=keep), case, device=DEVICE)
     compare(found, run(reference(swiglu), case, torch.float64), TOLERANCE[torch.float32])
 
 
@@ -134,7 +129,7 @@ def test_whatever_is_kept_gives_the_same(keep: Keep) -> None:
 def test_every_activation_equals_the_loop(name: str) -> None:
     activation, experts = ACTIVATIONS[name]
     case = draw((9, 16, 24, 3, 2), activation)
-    found = run(fused_layer(activation=activation), case, device=DEVICE)
+    found = run(fused(activation=activation), case, device=DEVICE)
     compare(found, run(reference(experts), case, torch.float64), TOLERANCE[torch.float32])
 
 
@@ -143,7 +138,7 @@ def test_every_activation_equals_the_loop(name: str) -> None:
 @pytest.mark.parametrize("shape", ["usual", "by pointers"])
 def test_float16_equals_the_loop(shape: str) -> None:
     case = draw(SHAPES[shape], SWIGLU, torch.float16)
-    found = run(fused_layer(), case, device=DEVICE)
+    found = run(fused(), case, device=DEVICE)
     assert {value.dtype for name, value in found.items() if name != "routing.weights"} == {torch.float16}
     compare(found, run(reference(swiglu), case, torch.float64), TOLERANCE[torch.float16])
 
@@ -155,14 +150,14 @@ def test_expert_choice_equals_the_loop() -> None:
     routing = expert_choice(torch.randn(20, 4), capacity_factor=1.5)
     assert routing.expert_indices.ndim == 3
     case = x, routing, params
-    compare(run(fused_layer(), case, device=DEVICE), run(reference(swiglu), case, torch.float64), 2e-6)
+    compare(run(fused(), case, device=DEVICE), run(reference(swiglu), case, torch.float64), 2e-6)
 
 
 @runs_kernels
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("activation", [SWIGLU, RELU2])
 def test_no_tokens_give_gradients_of_zero(activation: Activation) -> None:
-    found = run(fused_layer(activation=activation), draw((0, 16, 24, 3, 2), activation), device=DEVICE)
+    found = run(fused(activation=activation), draw((0, 16, 24, 3, 2), activation), device=DEVICE)
     assert found["y"].shape == (0, 16)
     assert all((found[name] == 0).all() for name in found)
 
@@ -172,14 +167,14 @@ def test_no_tokens_give_gradients_of_zero(activation: Activation) -> None:
 def test_a_layer_without_any_assignment_gives_zero() -> None:
     x, routing, params = draw(SHAPES["usual"], SWIGLU)
     case = x, routing._replace(expert_indices=torch.full_like(routing.expert_indices, -1)), params
-    found = run(fused_layer(), case, device=DEVICE)
+    found = run(fused(), case, device=DEVICE)
     assert all((found[name] == 0).all() for name in found)
 
 
 @runs_kernels
 def test_what_is_kept_is_what_was_asked_for() -> None:
     case = draw(SHAPES["usual"], SWIGLU)
-    kept = {keep: held(fused_layer(keep=keep), case) for keep in (INPUTS, PREACTIVATION, EVERYTHING)}
+    kept = {keep: held(fused(keep=keep), case) for keep in (INPUTS, PREACTIVATION, EVERYTHING)}
     rows = 80  # 19 * 2 assignments and 15 more for each of 2 experts, in whole sixteens
     assert kept[PREACTIVATION] - kept[INPUTS] == rows * 2 * 32
     assert kept[EVERYTHING] - kept[PREACTIVATION] == rows * 24
@@ -198,7 +193,7 @@ def held(layer: ExpertLayer, case: tuple[Any, ...]) -> int:
 def test_autocast_computes_in_its_dtype() -> None:
     x, routing, params = draw(SHAPES["usual"], SWIGLU)
     with torch.autocast(DEVICE, dtype=torch.float16):
-        found = run(fused_layer(), (x, routing, params), device=DEVICE)
+        found = run(fused(), (x, routing, params), device=DEVICE)
     assert found["y"].dtype == torch.float16
     assert found["x"].dtype == found["down"].dtype == torch.float32
     compare(found, run(reference(swiglu), (x, routing, params), torch.float64), 2e-2)
@@ -208,14 +203,14 @@ def test_autocast_computes_in_its_dtype() -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 def test_it_compiles_whole() -> None:
     case = draw(SHAPES["usual"], SWIGLU)
-    compiled = torch.compile(fused_layer(), fullgraph=True, backend="aot_eager")
-    found, expected = run(compiled, case, device=DEVICE), run(fused_layer(), case, device=DEVICE)
+    compiled = torch.compile(fused(), fullgraph=True, backend="aot_eager")
+    found, expected = run(compiled, case, device=DEVICE), run(fused(), case, device=DEVICE)
     compare(found, {name: value.detach().cpu().double() for name, value in expected.items()}, 1e-6)
 
 
 def test_errors_say_what_was_given_and_expected() -> None:
     x, routing, params = draw((5, 4, 8, 3, 2), SWIGLU)
-    layer = fused_layer()
+    layer = fused()
     with pytest.raises(ValueError, match=r"are MlpParams, and the activation .*silu.*; expected GatedParams"):
         layer(x, routing, init_mlp(3, 4, 8))
     with pytest.raises(
@@ -225,4 +220,10 @@ def test_errors_say_what_was_given_and_expected() -> None:
     with pytest.raises(ValueError, match=r"float64.*expected one of float32, bfloat16 and float16"):
         layer(x.double(), routing, params)
     with pytest.raises(ValueError, match="precision = 'fp8'; expected 'ieee' or 'tf32'"):
-        fused_layer(precision="fp8")
+        fused(precision="fp8")
+
+
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    unfit = _LOW._replace(up=_LOW.up._replace(m=64), grad_up=_LOW.grad_up._replace(k=32))
+    with pytest.raises(ValueError, match=r"m = \[32, 64\].*k = \[16, 32\].*Take the same m"):
+        fused_layer(tiles=lambda size: unfit)(*draw(SHAPES["usual"], SWIGLU))

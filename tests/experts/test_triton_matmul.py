@@ -30,7 +30,7 @@ def _low_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take tiles so low that a group has several, in every direction."""
     if INTERPRETED or DEVICE == "cuda":
         from moekit.experts import _gemms_triton
-        from moekit.experts._tiles_triton import Tile
+        from moekit.experts.tiles import Tile
 
         small = Tile(m=16, n=16, k=16, warps=4, stages=2, band=2, overlap=True)
         monkeypatch.setattr(_gemms_triton, "row_tile", lambda *_: small)

@@ -1,0 +1,107 @@
+"""Tile sizes of the Triton kernels: what one program computes at a time, chosen by shape class before anything runs."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Which part of a product one program computes at a time, and how.
+
+    Attributes:
+        m: rows; powers of two all three.
+        n: columns.
+        k: entries of the sum that are loaded at a time.
+        warps: of a program.
+        stages: loads of ``k`` entries in flight.
+        band: tiles of rows that are walked before the next tile of columns, so that both operands stay in the L2 cache.
+        overlap: whether the loads of the next tile begin while this one is written.
+    """
+
+    m: int
+    n: int
+    k: int
+    warps: int
+    stages: int
+    band: int = 16
+    overlap: bool = False
+
+
+class LayerTiles(NamedTuple):
+    """The tiles of a whole layer. The first four, over grouped rows, are of one ``m``; the last two of one ``k``.
+
+    Attributes:
+        up: of the up-projection, whose gate and up have ``n`` columns each.
+        down: of the down-projection.
+        grad_hidden: of the gradient of the hidden rows.
+        grad_rows: of the gradient of the tokens' rows.
+        grad_up: of the gradients of gate and up; groups of rows begin at multiples of its ``k``.
+        grad_down: of the gradient of down.
+    """
+
+    up: Tile
+    down: Tile
+    grad_hidden: Tile
+    grad_rows: Tile
+    grad_up: Tile
+    grad_down: Tile
+
+
+class LayerSize(NamedTuple):
+    """What tiles are chosen by.
+
+    Attributes:
+        dtype: of rows and weights.
+        assignments: N, those that do not exist included.
+        experts: E.
+        dim: D.
+        hidden: F.
+        gated: whether there are two up-projections.
+    """
+
+    dtype: torch.dtype
+    assignments: int
+    experts: int
+    dim: int
+    hidden: int
+    gated: bool
+
+
+def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> Tile:
+    """Choose the tile of products whose rows are grouped: wide for full groups, low for groups of few rows."""
+    if dtype.itemsize == 4:
+        return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    if num_rows <= 48 * num_groups:
+        return Tile(m=64, n=256, k=64, warps=4, stages=3, overlap=True)
+    return Tile(m=128, n=256, k=64, warps=8, stages=3, overlap=True)
+
+
+def weight_tile(dtype: torch.dtype) -> Tile:
+    """Choose the tile of products whose sum runs over a group's rows."""
+    if dtype.itemsize == 4:
+        return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    return Tile(m=128, n=256, k=64, warps=8, stages=3, band=32)
+
+
+def layer_tiles(size: LayerSize) -> LayerTiles:
+    """Choose the tiles of a layer by rule."""
+    rows, weight = row_tile(size.dtype, size.assignments, size.experts), weight_tile(size.dtype)
+    up = rows._replace(n=rows.n // 2)
+    if size.dtype.itemsize == 2:
+        up = up._replace(stages=4, overlap=False)
+    return LayerTiles(up, rows, rows, rows, weight, weight)
+
+
+def check_tiles(tiles: LayerTiles) -> LayerTiles:
+    """Return tiles that fit each other.
+
+    Raises:
+        ValueError: if those over grouped rows differ in ``m``, or those of weights in ``k``.
+    """
+    heights, depths = {tile.m for tile in tiles[:4]}, {tile.k for tile in tiles[4:]}
+    if len(heights) > 1 or len(depths) > 1:
+        raise ValueError(
+            f"the tiles of a layer: m = {sorted(heights)} of those over grouped rows, k = {sorted(depths)} of grad_up and "
+            f"grad_down; expected one each. Take the same m in the first four, and the same k in the last two."
+        )
+    return tiles
