@@ -14,12 +14,12 @@ from moekit.operators import operator
 
 # Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
 # counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
-_BLOCK = 256
+BLOCK = 256
 _SCAN_BINS = 16  # experts that one program of the scan carries along
 
 
 @triton.jit
-def _keys(experts, places, num_assignments, num_experts):  # type: ignore[no-untyped-def]
+def keys_of(experts, places, num_assignments, num_experts):  # type: ignore[no-untyped-def]
     """Load expert numbers as int32; E stands for a missing one, and for places past the end."""
     found = tl.load(experts + places, mask=places < num_assignments, other=-1)
     return tl.where(found < 0, num_experts, found).to(tl.int32)
@@ -30,7 +30,7 @@ def _count_kernel(  # type: ignore[no-untyped-def]
     experts, counts, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
     block = tl.program_id(0).to(tl.int64)
-    keys = _keys(experts, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_experts)
+    keys = keys_of(experts, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_experts)
     tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(keys, BINS))
 
 
@@ -53,6 +53,22 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def ranks_in_block(  # type: ignore[no-untyped-def]
+    experts, keys, block, num_assignments, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Count those of a block's assignments that come before each and have its expert."""
+    # Comparing all pairs of a block costs the same for any E. The sum goes over the axis that no threads share.
+    local = tl.arange(0, BLOCK)
+    ranks = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, BLOCK, CHUNK):
+        others = start + tl.arange(0, CHUNK)
+        other_keys = keys_of(experts, block * BLOCK + others, num_assignments, num_experts)
+        before = (other_keys[:, None] == keys[None, :]) & (others[:, None] < local[None, :])
+        ranks += tl.sum(before.to(tl.int32), 0)
+    return ranks
+
+
+@triton.jit
 def _place_kernel(  # type: ignore[no-untyped-def]
     experts,
     earlier,
@@ -66,16 +82,9 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    local = tl.arange(0, BLOCK)
-    places = block * BLOCK + local
-    keys = _keys(experts, places, num_assignments, num_experts)
-    # Comparing all pairs of a block costs the same for any E. The sum goes over the axis that no threads share.
-    ranks = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, BLOCK, CHUNK):
-        others = start + tl.arange(0, CHUNK)
-        other_keys = _keys(experts, block * BLOCK + others, num_assignments, num_experts)
-        before = (other_keys[:, None] == keys[None, :]) & (others[:, None] < local[None, :])
-        ranks += tl.sum(before.to(tl.int32), 0)
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    keys = keys_of(experts, places, num_assignments, num_experts)
+    ranks = ranks_in_block(experts, keys, block, num_assignments, num_experts, BLOCK, CHUNK)
     sizes = tl.load(totals + tl.arange(0, BINS))
     starts = tl.cumsum(sizes, 0) - sizes
     targets = tl.gather(starts, keys, 0) + tl.load(earlier + block * BINS + keys) + ranks
@@ -91,16 +100,16 @@ def _invert_kernel(assignments, rows, num_rows, BLOCK: tl.constexpr):  # type: i
     tl.store(rows + targets, places, mask=targets >= 0)
 
 
-def _counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the counts of earlier blocks (blocks, BINS) and of all (BINS,), int32, and sizes (E,) int64."""
     num_assignments = experts.shape[0]
     bins = max(32, triton.next_power_of_2(num_experts + 1))
-    num_blocks = triton.cdiv(num_assignments, _BLOCK)
+    num_blocks = triton.cdiv(num_assignments, BLOCK)
     earlier = torch.empty(num_blocks, bins, dtype=torch.int32, device=experts.device)
     totals = torch.empty(bins, dtype=torch.int32, device=experts.device)
     sizes = torch.empty(num_experts, dtype=torch.int64, device=experts.device)
     if num_blocks:
-        _count_kernel[(num_blocks,)](experts, earlier, num_assignments, num_experts, BLOCK=_BLOCK, BINS=bins)
+        _count_kernel[(num_blocks,)](experts, earlier, num_assignments, num_experts, BLOCK=BLOCK, BINS=bins)
     grid = (bins // _SCAN_BINS,)
     _scan_kernel[grid](earlier, totals, sizes, num_blocks, num_experts, BINS=bins, COLUMNS=_SCAN_BINS, ROWS=128)
     return earlier, totals, sizes
@@ -128,11 +137,11 @@ def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     num_assignments = experts.shape[0]
     order, rows = torch.empty_like(experts), torch.empty_like(experts)
     with torch.cuda.device_of(experts):
-        earlier, totals, sizes = _counted(experts, num_experts)
+        earlier, totals, sizes = counted(experts, num_experts)
         num_blocks, bins = earlier.shape
         if num_blocks:
             _place_kernel[(num_blocks,)](
-                experts, earlier, totals, order, rows, num_assignments, num_experts, BLOCK=_BLOCK, CHUNK=32, BINS=bins
+                experts, earlier, totals, order, rows, num_assignments, num_experts, BLOCK=BLOCK, CHUNK=32, BINS=bins
             )
     return order, sizes, rows
 
@@ -146,7 +155,7 @@ def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
     """Count the assignments of each expert: (N,) int64 to (E,) int64; as ``counting_sort``, without the order."""
     experts = experts.contiguous()
     with torch.cuda.device_of(experts):
-        return _counted(experts, num_experts)[2]
+        return counted(experts, num_experts)[2]
 
 
 def _rows_of_assignments_fake(assignments: Tensor, num_assignments: int) -> Tensor:

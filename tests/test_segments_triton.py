@@ -71,7 +71,7 @@ def test_counts(number, num_experts) -> None:
 @runs_kernels
 def test_the_scan_carries_on_past_the_blocks_it_takes_at_once() -> None:
     experts = draw(129 * 256 + 1, 3)
-    earlier, totals, _ = (each.cpu() for each in kernels()._counted(experts.to(DEVICE), 3))
+    earlier, totals, _ = (each.cpu() for each in kernels().counted(experts.to(DEVICE), 3))
     keys = torch.where(experts < 0, 3, experts)
     one_hot = torch.nn.functional.one_hot(torch.cat([keys, torch.full((255,), 3)]), 4).view(130, 256, 4).sum(1)
     assert torch.equal(earlier[:, :4].long(), one_hot.cumsum(0) - one_hot)

@@ -1,0 +1,58 @@
+"""The gate's product for bfloat16 tokens: as exact as float32, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from moekit.routing import _half_gates, linear_gate
+
+ON_CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")])
+# Relative to the norm: 40 roundings of a float32 sum, or one of the result
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
+
+
+@pytest.mark.parametrize(("terms", "error"), [(1, 2.0**-8), (2, 2.0**-16), (3, 2.0**-23)])
+def test_terms_add_up_to_what_was_split(terms: int, error: float) -> None:
+    values = torch.randn(7, 5) * torch.logspace(-20, 20, 5)
+    parts = _half_gates.split(values, terms)
+    assert parts.dtype == torch.bfloat16
+    found = parts.double().unflatten(1, (terms, 5)).sum(1)
+    assert ((found - values).abs() <= error * values.abs()).all()
+
+
+def run(x: Tensor, w: Tensor, grad: Tensor, device: str) -> dict[str, Tensor]:
+    x, w = (t.detach().to(device, copy=True).requires_grad_() for t in (x, w))
+    z = _half_gates.logits(x, w)
+    return dict(zip(("z", "x", "w"), (z.detach(), *torch.autograd.grad(z, (x, w), grad.to(device))), strict=True))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(50, 96, 8), (333, 40, 5), (1, 16, 3)])
+def test_logits_and_gradients_are_those_of_float64(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> None:
+    num_tokens, dim, num_experts = shape
+    x, w = torch.randn(num_tokens, dim).bfloat16(), torch.randn(dim, num_experts).to(dtype)
+    grad = torch.randn(num_tokens, num_experts)
+    found = run(x, w, grad, device)
+    wide_x, wide_w = x.double().requires_grad_(), w.double().requires_grad_()
+    z = wide_x @ wide_w
+    expected = dict(zip(("z", "x", "w"), (z, *torch.autograd.grad(z, (wide_x, wide_w), grad.double())), strict=True))
+    dtypes = {"z": torch.float32, "x": torch.bfloat16, "w": dtype}
+    for name, want in expected.items():
+        assert found[name].dtype == dtypes[name], name
+        error = (found[name].cpu().double() - want).norm() / want.norm()
+        assert error < TOLERANCE[dtypes[name]], f"{name}: {error}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("autocast", [None, torch.float16, torch.bfloat16], ids=str)
+def test_a_linear_gate_takes_it_on_cuda_alone(autocast: torch.dtype | None) -> None:
+    x, w = torch.randn(70, 64, device="cuda").bfloat16(), torch.randn(64, 8, device="cuda")
+    expected = x.float() @ w
+    with torch.autocast("cuda", dtype=autocast, enabled=autocast is not None):
+        found = linear_gate(x, w)
+    assert torch.equal(found, _half_gates.logits(x, w))
+    assert (found - expected).norm() < 2e-6 * expected.norm()
+    assert not _half_gates.takes(x.cpu(), w.cpu())
+    assert not _half_gates.takes(x.float(), w)
