@@ -12,10 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.experts import _gemms_triton, _hidden_triton
+from moekit.experts import _gemms_triton, _hidden_triton, _lists_triton
 from moekit.experts import _tiles_triton as tiling
+from moekit.experts._biases_triton import Weighing, bias_gradient
+from moekit.experts._lists_triton import TokenLists
 from moekit.experts._tiles_triton import Schedule
-from moekit.experts.tiles import LayerTiles
+from moekit.experts.activations import Activation
+from moekit.experts.tiles import LayerTiles, Tile
 from moekit.rows import copied, summed
 from moekit.segments import rows_of_assignments, sort_by_expert
 
@@ -28,12 +31,54 @@ class Plan(NamedTuple):
         tokens: (R,) int64, the token of each row; 0 for a padding row.
         padding: (R,) bool.
         schedule: of the aligned groups.
+        lists: of each token's assignments, where ``rows`` are no (T, K).
     """
 
     rows: Tensor
     tokens: Tensor
     padding: Tensor
     schedule: Schedule
+    lists: TokenLists | None = None
+
+
+class Experts(NamedTuple):
+    """The parameters of experts, as views of whatever lies in memory; one of the last two strides of a matrix is 1.
+
+    Attributes:
+        ups: gate and up, or up alone, (E, D, F) each, with the same strides.
+        down: (E, F, D).
+        up_biases: none, or one (E, 1, F) for each of ``ups``.
+        down_bias: (E, 1, D), or None.
+        packed: whether gate and up are the halves of one tensor, which gets one gradient.
+        up_transposed: whether gradients of ``ups`` are to be (E, F, D), as these lie in memory.
+        down_transposed: whether the gradient of ``down`` is to be (E, D, F).
+    """
+
+    ups: tuple[Tensor, ...]
+    down: Tensor
+    up_biases: tuple[Tensor, ...]
+    down_bias: Tensor | None
+    packed: bool
+    up_transposed: bool
+    down_transposed: bool
+
+
+class Gradients(NamedTuple):
+    """The gradients of a layer; those of matrices are in the order of memory of their matrices.
+
+    Attributes:
+        x: (T, D).
+        weights: the shape of the routing, float32.
+        ups: (P, E, D, F) or (P, E, F, D) of P matrices; (1, E, D, 2 F) or (1, E, 2 F, D) of packed ones.
+        down: (E, F, D) or (E, D, F).
+        biases: nothing, or those of ``up_biases`` (P, E, 1, F), and of ``down_bias`` (E, 1, D).
+    """
+
+    x: Tensor
+    weights: Tensor
+    ups: Tensor
+    down: Tensor
+    biases: tuple[Tensor, ...]
 
 
 @triton.jit
@@ -106,18 +151,14 @@ def dispatched(x: Tensor, plan: Plan) -> Tensor:
     """Copy tokens (T, D) to their rows (R, D); padding rows are zero."""
     if plan.rows.ndim == 2:
         return copied(x, plan.tokens, plan.padding, plan.rows)
-    return x.index_select(0, plan.tokens).masked_fill_(plan.padding.unsqueeze(1), 0.0)
+    return _lists_triton.copied(x, plan.tokens, plan.padding)
 
 
-def combined(rows: Tensor, weights: Tensor | None, plan: Plan, num_tokens: int) -> Tensor:
+def combined(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     """Sum rows (R, D) into their tokens (T, D), with a weight for each assignment if given."""
-    if plan.rows.ndim == 2:
+    if plan.lists is None:
         return summed(rows, plan.rows, weights)
-    clean = rows.float().masked_fill_(plan.padding.unsqueeze(1), 0.0)
-    if weights is not None:
-        clean.mul_(row_weights(weights, plan).unsqueeze(1))
-    sums = torch.zeros(num_tokens, rows.shape[1], dtype=torch.float32, device=rows.device)
-    return sums.index_add_(0, plan.tokens, clean).to(rows.dtype)
+    return _lists_triton.summed(rows, plan.rows, plan.lists, weights=weights)
 
 
 def row_weights(weights: Tensor, plan: Plan) -> Tensor:
@@ -132,9 +173,9 @@ def forward(
     x: Tensor,
     weights: Tensor,
     plan: Plan,
-    projections: tuple[Tensor, ...],
+    experts: Experts,
     *,
-    activation: str,
+    activation: Activation,
     precision: str,
     tiles: LayerTiles,
     keep_pre: bool,
@@ -145,8 +186,8 @@ def forward(
         x: (T, D).
         weights: (*A) float32.
         plan: of this routing.
-        projections: (up, down), or (gate, up, down).
-        activation: its name.
+        experts: their parameters.
+        activation: of the experts.
         precision: of float32 products, "ieee" or "tf32".
         tiles: of the layer.
         keep_pre: whether to keep the pre-activation.
@@ -156,11 +197,13 @@ def forward(
     """
     rows = dispatched(x, plan)
     pre, hidden = _hidden_triton.up(
-        rows, plan.schedule, projections[:-1],
+        rows, plan.schedule, experts.ups, biases=experts.up_biases,
         activation=activation, keep_pre=keep_pre, precision=precision, tile=tiles.up,
     )  # fmt: skip
-    out = _gemms_triton.grouped_rows(hidden, plan.schedule, projections[-1:], precision=precision, tile=tiles.down)
-    return combined(out, weights, plan, x.shape[0]), rows, pre
+    out = _gemms_triton.grouped_rows(
+        hidden, plan.schedule, (experts.down,), bias=experts.down_bias, precision=precision, tile=tiles.down
+    )
+    return combined(out, weights, plan), rows, pre
 
 
 def backward(
@@ -168,39 +211,62 @@ def backward(
     x: Tensor,
     weights: Tensor,
     plan: Plan,
-    projections: tuple[Tensor, ...],
+    experts: Experts,
     kept: tuple[Tensor, Tensor],
     *,
-    activation: str,
+    activation: Activation,
     precision: str,
     tiles: LayerTiles,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of x (T, D), weights (*A), gate and up (P, E, D, F), and down (E, F, D).
+) -> Gradients:
+    """Run the layer's backward.
 
     ``kept`` are the rows of x and the pre-activation, each empty if it is to be computed again.
     """
-    schedule, *ups, down = plan.schedule, *projections
+    schedule, ups, down = plan.schedule, experts.ups, experts.down
     rows = kept[0] if kept[0].shape[0] else None
     pre = kept[1]
     if pre.shape[0] == 0:
         rows = dispatched(x, plan) if rows is None else rows
         pre, _ = _hidden_triton.up(
-            rows, schedule, tuple(ups), activation=activation, keep_hidden=False, precision=precision, tile=tiles.up
-        )
+            rows, schedule, ups, biases=experts.up_biases,
+            activation=activation, keep_hidden=False, precision=precision, tile=tiles.up,
+        )  # fmt: skip
     grad_rows = dispatched(grad, plan)
     hidden = _gemms_triton.grouped_rows(
-        grad_rows, schedule, (down,), transposed=True, precision=precision, tile=tiles.grad_hidden
+        grad_rows, schedule, (down.transpose(1, 2),), precision=precision, tile=tiles.grad_hidden
     )
-    grad_pre, products = _hidden_triton.back(hidden, pre, row_weights(weights, plan), schedule, activation=activation)
-    weight_grad = partial(_gemms_triton.grouped_weight, aligned=True, precision=precision)
-    grad_down = weight_grad(hidden, schedule, grad_rows, tile=tiles.grad_down)[0]
+    weights_of_rows = row_weights(weights, plan)
+    grad_pre, products = _hidden_triton.back(hidden, pre, weights_of_rows, schedule, activation=activation)
+    grad_biases: tuple[Tensor, ...] = ()
+    if experts.down_bias is not None:
+        add_up = partial(bias_gradient, plan=schedule, height=tiles.up.m)
+        weighing = Weighing(weights_of_rows, experts.down_bias, products)
+        grad_biases = add_up(grad_pre, parts=len(ups)), add_up(grad_rows, weighing=weighing)[0]
+    weight_grad = partial(_weight_gradient, plan=schedule, precision=precision)
+    grad_down = weight_grad(hidden, grads=grad_rows, transposed=experts.down_transposed, tile=tiles.grad_down)[0]
     del hidden, grad_rows, pre
     rows = dispatched(x, plan) if rows is None else rows
-    grad_ups = weight_grad(rows, schedule, grad_pre, parts=len(ups), tile=tiles.grad_up)
+    grad_ups = weight_grad(
+        rows,
+        grads=grad_pre,
+        transposed=experts.up_transposed,
+        parts=1 if experts.packed else len(ups),
+        tile=tiles.grad_up,
+    )
     del rows
     grad_of_rows = _gemms_triton.grouped_rows(
-        grad_pre, schedule, tuple(ups), transposed=True, precision=precision, tile=tiles.grad_rows
+        grad_pre, schedule, tuple(w.transpose(1, 2) for w in ups), precision=precision, tile=tiles.grad_rows
     )
-    grad_x = combined(grad_of_rows, None, plan, x.shape[0])
-    chosen = products[plan.rows.clamp_min(0)]
-    return grad_x, chosen.masked_fill(plan.rows < 0, 0.0), grad_ups, grad_down
+    grad_x = combined(grad_of_rows, None, plan)
+    grad_weights = products[plan.rows.clamp_min(0)].masked_fill(plan.rows < 0, 0.0)
+    return Gradients(grad_x, grad_weights, grad_ups, grad_down, grad_biases)
+
+
+def _weight_gradient(
+    rows: Tensor, *, grads: Tensor, plan: Schedule, transposed: bool, parts: int = 1, precision: str, tile: Tile
+) -> Tensor:
+    """Return the gradients of ``parts`` matrices that rows were multiplied by, each in its matrix's order of memory."""
+    left, right = (grads, rows) if transposed else (rows, grads)
+    return _gemms_triton.grouped_weight(
+        left, plan, right, parts=parts, tall=transposed, aligned=True, precision=precision, tile=tile
+    )

@@ -8,12 +8,19 @@ from torch import Tensor
 from moekit.experts._tiles_triton import (
     Schedule,
     described,
+    described_groups,
+    described_weight,
     has_tma,
+    is_transposed,
+    is_whole,
+    load_bias,
     load_rows,
     load_weight,
     place,
     programs,
     schedule,
+    steps,
+    store_group,
     store_rows,
 )
 from moekit.experts.tiles import Tile, row_tile, weight_tile
@@ -24,6 +31,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     a,
     w,
     w2,
+    bias,
     out,
     out_rows,
     starts,
@@ -34,17 +42,20 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     depth,
     width,
     a_stride,
+    batch,
+    stride,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BAND: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     TWO: tl.constexpr,
+    BIASED: tl.constexpr,
     TMA: tl.constexpr,
     OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply (R, depth), or (R, 2 depth) if ``TWO``, by w (E, depth, width), or by w over w2."""
+    """Multiply (R, depth), or (R, 2 depth) if ``TWO``, by w (E, depth, width), or by w over w2, and add the bias."""
     num_n = tl.cdiv(width, N)
     total = tl.load(firsts + num_groups) * num_n
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=OVERLAP):
@@ -53,14 +64,18 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
         sums = tl.zeros((M, N), tl.float32)
         for k in range(0, depth, K):
             left = load_rows(a, row, end, k, depth, a_stride, M, K, TMA)
-            right = load_weight(w, group, k, n, depth, width, K, N, TRANSPOSED, TMA)
+            right = load_weight(w, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
             sums = tl.dot(left, right, sums, input_precision=PRECISION)
         if TWO:
             for k in range(0, depth, K):
                 left = load_rows(a, row, end, depth + k, 2 * depth, a_stride, M, K, TMA)
-                right = load_weight(w2, group, k, n, depth, width, K, N, TRANSPOSED, TMA)
+                right = load_weight(w2, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
                 sums = tl.dot(left, right, sums, input_precision=PRECISION)
-        if TMA and not OVERLAP:  # a branch around the store would keep the loops from becoming one
+        if BIASED:
+            sums += load_bias(bias, group, n, width, N)
+        if OVERLAP:
+            store_group(out, sums, row, end, n, M, N)
+        elif TMA:
             if row + M <= end:
                 out.store([row, n], sums.to(out.dtype))
             else:
@@ -84,43 +99,64 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     N: tl.constexpr,
     K: tl.constexpr,
     BAND: tl.constexpr,
+    TALL: tl.constexpr,
     ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
+    TMA_STORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Multiply groups of a (R, height), transposed, by those of b (R, parts * width): (parts, E, height, width)."""
-    num_m, num_columns = tl.cdiv(height, M), tl.cdiv(width, N)
-    num_n = num_columns * parts
-    b_width = width * parts
-    tile = tl.program_id(0)
-    group = tile // (num_m * num_n)
-    local = tile % (num_m * num_n)
-    band = local // (BAND * num_n)
-    tall = min(num_m - band * BAND, BAND)
-    inside = local - band * BAND * num_n
-    m = (band * BAND + inside % tall) * M
-    part = inside // tall // num_columns
-    n = (inside // tall - part * num_columns) * N
-    start = tl.load(starts + group)
-    end = start + tl.load(sizes + group)
-    whole = end if ALIGNED else start + (end - start) // K * K
-    sums = tl.zeros((M, N), tl.float32)
-    for k in range(start, whole, K):
-        left = load_rows(a, k, end, m, height, height, K, M, TMA)
-        right = load_rows(b, k, end, part * width + n, b_width, b_width, K, N, TMA)
-        sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
-    # Two conditions: one is known when the kernel is compiled, the other is not.
-    if not ALIGNED:  # noqa: SIM102
-        # The rest is peeled off: a mask inside the loop would keep its loads from being pipelined.
-        if whole < end:
-            left = load_rows(a, whole, end, m, height, height, K, M, TMA)
-            right = load_rows(b, whole, end, part * width + n, b_width, b_width, K, N, TMA)
-            real = (tl.arange(0, K) < end - whole)[:, None]
-            left = tl.where(real, left, 0.0).to(left.dtype)
-            right = tl.where(real, right, 0.0).to(right.dtype)
+    """Multiply groups of a (R, height), transposed, by those of b (R, parts * width): (parts, E, height, width).
+
+    If ``TALL``, a is (R, parts * height) and b (R, width).
+    """
+    num_m, num_n = tl.cdiv(height, M), tl.cdiv(width, N)
+    num_of_part = num_m if TALL else num_n
+    a_width, b_width = height, width
+    if TALL:
+        num_m *= parts
+        a_width *= parts
+    else:
+        num_n *= parts
+        b_width *= parts
+    for tile in range(tl.program_id(0), num_groups * num_m * num_n, tl.num_programs(0)):
+        group = tile // (num_m * num_n)
+        local = tile % (num_m * num_n)
+        band = local // (BAND * num_n)
+        tall = min(num_m - band * BAND, BAND)
+        inside = local - band * BAND * num_n
+        row, column = band * BAND + inside % tall, inside // tall
+        part = (row if TALL else column) // num_of_part
+        if TALL:
+            row -= part * num_of_part
+        else:
+            column -= part * num_of_part
+        m, n = row * M, column * N
+        a_column = part * height + m if TALL else m
+        b_column = n if TALL else part * width + n
+        start = tl.load(starts + group)
+        end = start + tl.load(sizes + group)
+        whole = end if ALIGNED else start + (end - start) // K * K
+        sums = tl.zeros((M, N), tl.float32)
+        for k in range(start, whole, K):
+            left = load_rows(a, k, end, a_column, a_width, a_width, K, M, TMA)
+            right = load_rows(b, k, end, b_column, b_width, b_width, K, N, TMA)
             sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
-    first = (part * num_groups + group).to(tl.int64) * height * width
-    store_rows(out + first, sums, m, height, n, width, width, M, N)
+        # Two conditions: one is known when the kernel is compiled, the other is not.
+        if not ALIGNED:  # noqa: SIM102
+            # The rest is peeled off: a mask inside the loop would keep its loads from being pipelined.
+            if whole < end:
+                left = load_rows(a, whole, end, a_column, a_width, a_width, K, M, TMA)
+                right = load_rows(b, whole, end, b_column, b_width, b_width, K, N, TMA)
+                real = (tl.arange(0, K) < end - whole)[:, None]
+                left = tl.where(real, left, 0.0).to(left.dtype)
+                right = tl.where(real, right, 0.0).to(right.dtype)
+                sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
+        matrix = part * num_groups + group
+        if TMA_STORE:
+            first = matrix * height
+            store_group(out, sums, first + m, first + height, n, M, N)
+        else:
+            store_rows(out + matrix.to(tl.int64) * height * width, sums, m, height, n, width, width, M, N)
 
 
 def grouped_rows(
@@ -128,36 +164,38 @@ def grouped_rows(
     plan: Schedule,
     weights: tuple[Tensor, ...],
     *,
-    transposed: bool = False,
+    bias: Tensor | None = None,
     precision: str = "ieee",
     tile: Tile,
 ) -> Tensor:
     """Multiply grouped rows by their group's matrix, or by two matrices, one for each half of their columns.
 
+    Matrices are read as they lie in memory, a transposed view as what it is a view of.
+
     Args:
         rows: (R, D), or (R, 2 D) for two weights.
         plan: of tiles as high as ``tile.m``.
-        weights: one or two of (E, D, F), or (E, F, D) if ``transposed``.
-        transposed: whether each matrix is to be transposed.
+        weights: one of (E, D, F), or two with the same strides; one of the last two is 1.
+        bias: (E, 1, F), contiguous, which is added.
         precision: of float32 products, "ieee" or "tf32".
         tile: of the product.
 
     Returns:
         (R, F); rows past the last group are not written.
     """
-    num_groups = weights[0].shape[0]
-    depth, width = weights[0].shape[1:] if not transposed else (weights[0].shape[2], weights[0].shape[1])
+    num_groups, depth, width = weights[0].shape
     out = rows.new_empty(rows.shape[0], width)
     if out.numel() == 0:
         return out
-    tma = has_tma(rows, out, *weights)
-    block = (1, tile.n, tile.k) if transposed else (1, tile.k, tile.n)
-    first, second = (described(w, block, tma) for w in (weights[0], weights[-1]))
+    tma = has_tma(rows, out, *weights) and (len(weights) == 1 or is_whole(depth, rows.dtype))
+    first, second = (described_weight(w, tile, tma) for w in (weights[0], weights[-1]))
+    overlap = tile.overlap and tma and len(weights) == 1
+    written = described_groups(out, tile, tma) if overlap else described(out, (tile.m, tile.n), tma)
     _rows_kernel[(programs(rows.device),)](
-        described(rows, (tile.m, tile.k), tma), first, second, described(out, (tile.m, tile.n), tma), out, *plan,
-        num_groups, depth, width, rows.shape[1], M=tile.m, N=tile.n, K=tile.k, BAND=tile.band,
-        TRANSPOSED=transposed, TWO=len(weights) == 2, TMA=tma,
-        OVERLAP=tile.overlap and tma and len(weights) == 1, PRECISION=precision,
+        described(rows, (tile.m, tile.k), tma), first, second, bias, written, out,
+        *plan, num_groups, depth, width, rows.shape[1], *steps(weights[0]), M=tile.m, N=tile.n, K=tile.k,
+        BAND=tile.band, TRANSPOSED=is_transposed(weights[0]), TWO=len(weights) == 2, BIASED=bias is not None, TMA=tma,
+        OVERLAP=overlap, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
@@ -169,6 +207,7 @@ def grouped_weight(
     grad: Tensor,
     *,
     parts: int = 1,
+    tall: bool = False,
     aligned: bool = False,
     precision: str = "ieee",
     tile: Tile,
@@ -176,10 +215,11 @@ def grouped_weight(
     """Multiply each group's rows, transposed, by its rows of ``grad``.
 
     Args:
-        rows: (R, D).
+        rows: (R, D), or (R, parts * D) if ``tall``.
         plan: whose starts and sizes are read alone.
-        grad: (R, parts * F).
-        parts: how many matrices lie side by side in ``grad``.
+        grad: (R, parts * F), or (R, F) if ``tall``.
+        parts: how many matrices lie side by side in ``grad``, or in ``rows``.
+        tall: in which of the two.
         aligned: whether sizes are multiples of ``tile.k``, with zero rows at the end of a group.
         precision: of float32 products, "ieee" or "tf32".
         tile: of the product.
@@ -187,17 +227,21 @@ def grouped_weight(
     Returns:
         (parts, E, D, F); zero for an empty group.
     """
-    num_groups, height, width = plan.sizes.shape[0], rows.shape[1], grad.shape[1] // parts
+    num_groups, height, width = plan.sizes.shape[0], rows.shape[1], grad.shape[1]
+    height, width = (height // parts, width) if tall else (height, width // parts)
     out = torch.empty(parts, num_groups, height, width, dtype=rows.dtype, device=rows.device)
     if out.numel() == 0 or rows.shape[0] == 0:
         return out.zero_()
-    tma = has_tma(rows, grad)
-    # Not persistent: groups differ in their work, and tiles that wait for a free multiprocessor even it out.
-    grid = num_groups * triton.cdiv(height, tile.m) * triton.cdiv(width, tile.n) * parts
-    _weight_kernel[(grid,)](
-        described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma), out, plan.starts, plan.sizes,
-        num_groups, height, width, parts, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ALIGNED=aligned,
-        TMA=tma, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    tma = has_tma(rows, grad) and (parts == 1 or is_whole(height if tall else width, rows.dtype))
+    matrices = out.view(-1, width)
+    tma_store = tma and has_tma(matrices) and matrices.shape[0] < 2**30
+    tiles = num_groups * triton.cdiv(height, tile.m) * triton.cdiv(width, tile.n) * parts
+    _weight_kernel[(min(programs(rows.device), tiles),)](
+        described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma),
+        described_groups(matrices, tile, True) if tma_store else out, plan.starts, plan.sizes,
+        num_groups, height, width, parts, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall,
+        ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -206,7 +250,7 @@ def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
     tile = row_tile(rows.dtype, rows.shape[0], w.shape[0])
     plan = schedule(sizes, rows.shape[0], tile.m)
-    return grouped_rows(rows, plan, (w,), transposed=transposed, precision=precision, tile=tile)
+    return grouped_rows(rows, plan, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
 
 
 def multiply_transposed(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:

@@ -9,14 +9,40 @@ from moekit.experts._activations_triton import activated
 from moekit.experts._tiles_triton import (
     Schedule,
     described,
+    described_weight,
     has_tma,
+    is_transposed,
+    is_whole,
+    load_bias,
     load_rows,
     load_weight,
     place,
     programs,
+    steps,
     store_rows,
 )
+from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
+
+
+@triton.jit
+def _units(  # type: ignore[no-untyped-def]
+    gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
+):
+    """Return hidden units and their derivatives by ``gate`` and by ``up``, which counts only if ``GATED``."""
+    if ACTIVATION == "clamped_swiglu":
+        clamped = tl.where(gate > LIMIT, LIMIT, gate)
+        share = tl.sigmoid(ALPHA * clamped)
+        value = clamped * share
+        slope = tl.where(gate > LIMIT, 0.0, share + ALPHA * value * (1.0 - share))
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+        return value * factor, slope * factor, tl.where((up > LIMIT) | (up < -LIMIT), 0.0, value)
+    else:
+        value, slope = activated(gate, ACTIVATION)
+        if GATED:
+            return value * up, slope * up, value
+        else:
+            return value, slope, value
 
 
 @triton.jit
@@ -38,6 +64,8 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     x,
     gate,
     up,
+    gate_bias,
+    up_bias,
     pre,
     pre_rows,
     hidden,
@@ -49,12 +77,18 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     num_groups,
     depth,
     width,
+    batch,
+    stride,
     M: tl.constexpr,
     N: tl.constexpr,
     K: tl.constexpr,
     BAND: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    BIASED: tl.constexpr,
     KEEP_PRE: tl.constexpr,
     KEEP_HIDDEN: tl.constexpr,
     TMA: tl.constexpr,
@@ -71,19 +105,21 @@ def _up_kernel(  # type: ignore[no-untyped-def]
         ups = tl.zeros((M, N), tl.float32)
         for k in range(0, depth, K):
             left = load_rows(x, row, end, k, depth, depth, M, K, TMA)
-            right = load_weight(gate, group, k, n, depth, width, K, N, False, TMA)
+            right = load_weight(gate, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
             gates = tl.dot(left, right, gates, input_precision=PRECISION)
             if GATED:
-                second = load_weight(up, group, k, n, depth, width, K, N, False, TMA)
+                second = load_weight(up, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
                 ups = tl.dot(left, second, ups, input_precision=PRECISION)
+        if BIASED:
+            gates += load_bias(gate_bias, group, n, width, N)
+            if GATED:
+                ups += load_bias(up_bias, group, n, width, N)
         if KEEP_PRE:
             _store(pre, pre_rows, gates, row, end, n, width, parts * width, M, N, TMA_STORE)
             if GATED:
                 _store(pre, pre_rows, ups, row, end, width + n, parts * width, parts * width, M, N, TMA_STORE)
         if KEEP_HIDDEN:
-            value, _ = activated(gates, ACTIVATION)
-            if GATED:
-                value = value * ups
+            value, _, _ = _units(gates, ups, ACTIVATION, GATED, ALPHA, LIMIT)
             _store(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
 
 
@@ -100,6 +136,8 @@ def _back_kernel(  # type: ignore[no-untyped-def]
     width,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
+    ALPHA: tl.constexpr,
+    LIMIT: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -115,14 +153,15 @@ def _back_kernel(  # type: ignore[no-untyped-def]
         places = rows[:, None] * width + columns[None, :]
         pre_places = rows[:, None] * (parts * width) + columns[None, :]
         grad = tl.load(grads + places, mask=inside, other=0.0).to(tl.float32)
-        value, slope = activated(tl.load(pre + pre_places, mask=inside, other=0.0).to(tl.float32), ACTIVATION)
-        weighted = grad * weight
+        gate = tl.load(pre + pre_places, mask=inside, other=0.0).to(tl.float32)
+        up = gate
         if GATED:
             up = tl.load(pre + pre_places + width, mask=inside, other=0.0).to(tl.float32)
-            grad_up = (weighted * value).to(grad_pre.dtype.element_ty)
+        value, slope, slope_up = _units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
+        weighted = grad * weight
+        if GATED:
+            grad_up = (weighted * slope_up).to(grad_pre.dtype.element_ty)
             tl.store(grad_pre + pre_places + width, grad_up, mask=inside)
-            value *= up
-            slope *= up
         tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=inside)
         tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=inside)
         product += value * grad
@@ -134,19 +173,23 @@ def up(
     plan: Schedule,
     weights: tuple[Tensor, ...],
     *,
-    activation: str,
+    biases: tuple[Tensor, ...] = (),
+    activation: Activation,
     keep_pre: bool = True,
     keep_hidden: bool = True,
     precision: str = "ieee",
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
-    """Multiply rows by one matrix, or by gate and up together, and apply the activation.
+    """Multiply rows by one matrix, or by gate and up together, add biases, and apply the activation.
+
+    Matrices are read as they lie in memory, a transposed view as what it is a view of.
 
     Args:
         rows: (R, D).
         plan: of tiles as high as ``tile.m``.
-        weights: (up,) or (gate, up), each (E, D, F).
-        activation: its name.
+        weights: (up,) or (gate, up), each (E, D, F), with the same strides; one of the last two is 1.
+        biases: none, or one (E, 1, F) of each, contiguous.
+        activation: gated if there are two weights.
         keep_pre: whether to write the pre-activation.
         keep_hidden: whether to write the hidden rows.
         precision: of float32 products, "ieee" or "tf32".
@@ -161,21 +204,26 @@ def up(
     hidden = rows.new_empty(rows.shape[0] if keep_hidden else 0, width)
     tma = has_tma(rows, *weights)
     # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
-    tma_store = tma and (not gated or width % tile.n == 0)
+    tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, rows.dtype))
+    first_bias, last_bias = (biases[0], biases[-1]) if biases else (None, None)
     block = (tile.m, tile.n)
     _up_kernel[(programs(rows.device),)](
         described(rows, (tile.m, tile.k), tma),
-        described(weights[0], (1, tile.k, tile.n), tma), described(weights[-1], (1, tile.k, tile.n), tma),
+        described_weight(weights[0], tile, tma), described_weight(weights[-1], tile, tma), first_bias, last_bias,
         described(pre, block, tma_store and keep_pre), pre,
         described(hidden, block, tma_store and keep_hidden), hidden,
-        *plan, num_groups, depth, width, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ACTIVATION=activation,
-        GATED=gated, KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
+        *plan, num_groups, depth, width, *steps(weights[0]), M=tile.m, N=tile.n, K=tile.k, BAND=tile.band,
+        ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
+        TRANSPOSED=is_transposed(weights[0]), BIASED=bool(biases), KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden,
+        TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return pre, hidden
 
 
-def back(grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activation: str) -> tuple[Tensor, Tensor]:
+def back(
+    grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activation: Activation
+) -> tuple[Tensor, Tensor]:
     """Take the gradient of the hidden rows through the activation; ``grads`` becomes the hidden rows, weighted.
 
     Args:
@@ -183,7 +231,7 @@ def back(grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activat
         pre: (R, P F), the pre-activation; P is 2 for gated experts.
         weights: (R,) float32, the router's weight of each row; zero for a padding row.
         plan: of the rows' groups.
-        activation: its name.
+        activation: gated if P is 2.
 
     Returns:
         The gradient of the pre-activation (R, P F), and of each row's weight (R,) float32.
@@ -193,6 +241,7 @@ def back(grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activat
     block = min(512, triton.next_power_of_2(width))
     _back_kernel[(triton.cdiv(num_rows, 4),)](
         pre, grads, weights, grad_pre, products, plan.starts, plan.sizes, plan.sizes.shape[0] - 1, width,
-        ACTIVATION=activation, GATED=gated, ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
+        ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
+        ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
     )  # fmt: skip
     return grad_pre, products

@@ -10,7 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moekit.experts.tiles import Tile
 
 
 class Schedule(NamedTuple):
@@ -96,9 +99,23 @@ def load_rows(a, row, end, k, width, stride, M: tl.constexpr, K: tl.constexpr, T
 
 @triton.jit
 def load_weight(  # type: ignore[no-untyped-def]
-    w, group, k, n, depth, width, K: tl.constexpr, N: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr
+    w,
+    group,
+    k,
+    n,
+    depth,
+    width,
+    batch,
+    stride,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """Load (K, N) of a group's matrix, which is (depth, width) in memory, or (width, depth) if ``TRANSPOSED``."""
+    """Load (K, N) of a group's matrix, which is (depth, width) in memory, or (width, depth) if ``TRANSPOSED``.
+
+    Matrices are ``batch`` entries apart, and rows in memory ``stride``.
+    """
     if TMA:
         if TRANSPOSED:
             return w.load([group, n, k]).reshape(N, K).T
@@ -106,9 +123,17 @@ def load_weight(  # type: ignore[no-untyped-def]
             return w.load([group, k, n]).reshape(K, N)
     else:
         ks, ns = k + tl.arange(0, K), n + tl.arange(0, N)
-        start = group.to(tl.int64) * depth * width
-        places = ns[None, :] * depth + ks[:, None] if TRANSPOSED else ks[:, None] * width + ns[None, :]
+        start = group.to(tl.int64) * batch
+        places = ns[None, :] * stride + ks[:, None] if TRANSPOSED else ks[:, None] * stride + ns[None, :]
         return tl.load(w + start + places, mask=(ks < depth)[:, None] & (ns < width)[None, :], other=0.0)
+
+
+@triton.jit
+def load_bias(bias, group, n, width, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load (1, N) of a group's row of ``bias`` (E, width), float32; zero from ``width`` on."""
+    columns = n + tl.arange(0, N)
+    found = tl.load(bias + group.to(tl.int64) * width + columns, mask=columns < width, other=0.0)
+    return found.to(tl.float32)[None, :]
 
 
 @triton.jit
@@ -119,17 +144,73 @@ def store_rows(out, values, row, end, n, width, stride, M: tl.constexpr, N: tl.c
     tl.store(out + places, values.to(out.dtype.element_ty), mask=(rows < end)[:, None] & (columns < width)[None, :])
 
 
+@triton.jit
+def store_group(out, values, row, end, n, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store (M, N) values to the rows before ``end`` at columns from ``n`` on, by a descriptor of ``described_groups``.
+
+    Without a branch, so that the loads of the next tile can begin; in halves, which take half the shared memory.
+    """
+    first, second = tl.split(tl.permute(tl.reshape(values, (M, 2, N // 2)), (0, 2, 1)))
+    last: tl.constexpr = 0x40000000  # of a group's rows, wherever in memory they end
+    place = last + row - end
+    out.store([last, end, place, n], first.to(out.dtype).reshape(1, 1, M, N // 2))
+    out.store([last, end, place, n + N // 2], second.to(out.dtype).reshape(1, 1, M, N // 2))
+
+
 def has_tma(*tensors: Tensor) -> bool:
-    """Say whether the card has tensor descriptors, and these tensors may have one: rows of whole 16 bytes."""
+    """Say whether the card has tensor descriptors, and these tensors may have one.
+
+    A tensor may whose every step is of whole 16 bytes, but for that of one axis, whose entries are next to each other.
+    """
     device = tensors[0].device
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
         return False
-    return all(t.shape[-1] * t.element_size() % 16 == 0 and t.data_ptr() % 16 == 0 and t.numel() for t in tensors)
+    return all(map(_may_be_described, tensors))
+
+
+def _may_be_described(tensor: Tensor) -> bool:
+    size = tensor.element_size()
+    return (
+        [stride for stride in tensor.stride() if stride * size % 16] == [1]
+        and tensor.data_ptr() % 16 == 0
+        and tensor.numel() > 0
+    )
+
+
+def is_whole(columns: int, dtype: torch.dtype) -> bool:
+    """Say whether a descriptor may be read from this column on: whether what lies before it is of whole 16 bytes."""
+    return columns * dtype.itemsize % 16 == 0
 
 
 def described(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Any:
     """Return a descriptor of the tensor's blocks, or the tensor where there are none."""
     return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
+
+
+def described_groups(tensor: Tensor, tile: Tile, tma: bool) -> Any:
+    """Return a descriptor by which ``store_group`` writes up to the end of a group and not beyond, or the tensor."""
+    return create_ragged_descriptor(tensor, [tile.m, tile.n // 2]) if tma else tensor
+
+
+def is_transposed(w: Tensor) -> bool:
+    """Say whether matrices (E, K, N) lie in memory as (E, N, K)."""
+    return w.stride(2) != 1
+
+
+def described_weight(w: Tensor, tile: Tile, tma: bool) -> Any:
+    """Return a descriptor of (K, N) blocks of matrices (E, K, N), as they lie in memory, or the tensor."""
+    if not tma:
+        return w
+    (experts, depth, width), (batch, _, step) = w.shape, w.stride()
+    if is_transposed(w):
+        return TensorDescriptor(w, [experts, width, depth], [batch, step, 1], [1, tile.n, tile.k])
+    return described(w, (1, tile.k, tile.n), True)
+
+
+def steps(w: Tensor) -> tuple[int, int]:
+    """Return how far apart matrices (E, K, N) are, and their rows in memory."""
+    batch, row, column = w.stride()
+    return batch, column if is_transposed(w) else row
 
 
 def programs(device: torch.device) -> int:

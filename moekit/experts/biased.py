@@ -1,12 +1,14 @@
 """Experts with biases, over any grouped matmul. A bias is stored (E, 1, F): one row for all rows of an expert."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.experts.ffns import init_gated
+from moekit.experts.ffns import init_gated, init_mlp
 from moekit.types import GroupedMatmul, Groups
 
 _COLUMNS = 8  # of the product that adds biases: 16 bytes in the narrowest dtype, which CUDA's grouped_mm asks for
@@ -28,6 +30,22 @@ class BiasedGatedParams(NamedTuple):
     up: Tensor
     down: Tensor
     gate_bias: Tensor
+    up_bias: Tensor
+    down_bias: Tensor
+
+
+class BiasedMlpParams(NamedTuple):
+    """Parameters of two-matrix experts with biases.
+
+    Attributes:
+        up: (E, D, F).
+        down: (E, F, D).
+        up_bias: (E, 1, F).
+        down_bias: (E, 1, D).
+    """
+
+    up: Tensor
+    down: Tensor
     up_bias: Tensor
     down_bias: Tensor
 
@@ -76,6 +94,84 @@ def clamped_swiglu(
     gate = affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul).clamp(max=limit)
     up = affine(rows, groups, (params.up, params.up_bias), matmul=matmul).clamp(min=-limit, max=limit)
     hidden = gate * torch.sigmoid(alpha * gate) * (up + 1)
+    return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
+
+
+def biased_gated(
+    rows: Tensor,
+    groups: Groups,
+    params: BiasedGatedParams,
+    *,
+    matmul: GroupedMatmul,
+    activation: Callable[[Tensor], Tensor] = F.silu,
+) -> Tensor:
+    """Apply gated experts with biases: (f(x W_gate + b_gate) * (x W_up + b_up)) W_down + b_down.
+
+    The biases of D outputs are one for all ranks, so ranks that share an expert's hidden dimension cannot run it.
+
+    Args:
+        rows: (R, D).
+        groups: of E groups.
+        params: of E experts.
+        matmul: the backend.
+        activation: f, entry by entry.
+
+    Returns:
+        (R, D); rows past the last group are undefined.
+
+    Raises:
+        ValueError: if a bias is not (E, 1, .) of the width it is added to.
+
+    Example:
+        >>> from moekit.experts import loop
+        >>> groups = Groups(torch.tensor([1, 2]), None)
+        >>> biased_gated(torch.ones(3, 4), groups, init_biased_gated(2, 4, 8), matmul=loop).shape
+        torch.Size([3, 4])
+
+    References:
+        Shazeer, GLU Variants Improve Transformer, 2020, equation 5 (the gated units with biases),
+            https://arxiv.org/abs/2002.05202
+    """
+    gate = activation(affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul))
+    hidden = gate * affine(rows, groups, (params.up, params.up_bias), matmul=matmul)
+    return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
+
+
+def biased_mlp(
+    rows: Tensor,
+    groups: Groups,
+    params: BiasedMlpParams,
+    *,
+    matmul: GroupedMatmul,
+    activation: Callable[[Tensor], Tensor] = partial(F.gelu, approximate="tanh"),  # noqa: B008, an immutable function
+) -> Tensor:
+    """Apply two-matrix experts with biases: f(x W_up + b_up) W_down + b_down.
+
+    The biases of D outputs are one for all ranks, so ranks that share an expert's hidden dimension cannot run it.
+
+    Args:
+        rows: (R, D).
+        groups: of E groups.
+        params: of E experts.
+        matmul: the backend.
+        activation: f, entry by entry.
+
+    Returns:
+        (R, D); rows past the last group are undefined.
+
+    Raises:
+        ValueError: if a bias is not (E, 1, .) of the width it is added to.
+
+    Example:
+        >>> from moekit.experts import loop
+        >>> groups = Groups(torch.tensor([1, 2]), None)
+        >>> biased_mlp(torch.ones(3, 4), groups, init_biased_mlp(2, 4, 8), matmul=loop, activation=F.relu).shape
+        torch.Size([3, 4])
+
+    References:
+        Vaswani et al., Attention Is All You Need, 2017, equation 2, https://arxiv.org/abs/1706.03762
+    """
+    hidden = activation(affine(rows, groups, (params.up, params.up_bias), matmul=matmul))
     return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
 
 
@@ -148,3 +244,36 @@ def init_biased_gated(
     drawn = init_gated(num_experts, dim, hidden, std=std, generator=generator, device=device, dtype=dtype)
     hidden_bias = drawn.up.new_zeros(num_experts, 1, drawn.up.shape[2])
     return BiasedGatedParams(*drawn, hidden_bias, hidden_bias.clone(), drawn.down.new_zeros(num_experts, 1, dim))
+
+
+def init_biased_mlp(
+    num_experts: int,
+    dim: int,
+    hidden: int | None = None,
+    *,
+    std: float | None = None,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> BiasedMlpParams:
+    """Draw two-matrix experts from a normal distribution, with zero biases.
+
+    Args:
+        num_experts: E.
+        dim: D.
+        hidden: F; None takes what ``init_mlp`` takes.
+        std: standard deviation of both matrices; None takes 1 / sqrt(inputs) of each.
+        generator: of the draw; None takes torch's global one.
+        device: as in torch.empty.
+        dtype: as in torch.empty.
+
+    Returns:
+        BiasedMlpParams.
+
+    Example:
+        >>> init_biased_mlp(2, 16).up_bias.shape
+        torch.Size([2, 1, 64])
+    """
+    drawn = init_mlp(num_experts, dim, hidden, std=std, generator=generator, device=device, dtype=dtype)
+    biases = (drawn.up.new_zeros(num_experts, 1, drawn.up.shape[2]), drawn.down.new_zeros(num_experts, 1, dim))
+    return BiasedMlpParams(*drawn, *biases)

@@ -57,6 +57,7 @@ class LayerSize(NamedTuple):
         dim: D.
         hidden: F.
         gated: whether there are two up-projections.
+        capability: the major compute capability of the device, 9 for Hopper; 0 where there is none.
     """
 
     dtype: torch.dtype
@@ -65,6 +66,28 @@ class LayerSize(NamedTuple):
     dim: int
     hidden: int
     gated: bool
+    capability: int = 0
+
+
+def capability_of(device: torch.device) -> int:
+    """Return the major compute capability of a CUDA device, 0 of any other; without waiting for it.
+
+    Args:
+        device: of tokens and parameters.
+
+    Returns:
+        A whole number; while a graph is compiled it is a constant.
+
+    Example:
+        >>> capability_of(torch.device("cpu"))
+        0
+    """
+    return _major(device) if device.type == "cuda" else 0
+
+
+@torch.compiler.assume_constant_result
+def _major(device: torch.device) -> int:
+    return torch.cuda.get_device_capability(device)[0]
 
 
 def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> Tile:
@@ -72,24 +95,53 @@ def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> Tile:
     if dtype.itemsize == 4:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
     if num_rows <= 48 * num_groups:
-        return Tile(m=64, n=256, k=64, warps=4, stages=3, overlap=True)
-    return Tile(m=128, n=256, k=64, warps=8, stages=3, overlap=True)
+        return Tile(m=64, n=256, k=64, warps=4, stages=4, overlap=True)
+    return Tile(m=128, n=256, k=64, warps=8, stages=4, overlap=True)
 
 
 def weight_tile(dtype: torch.dtype) -> Tile:
     """Choose the tile of products whose sum runs over a group's rows."""
     if dtype.itemsize == 4:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
-    return Tile(m=128, n=256, k=64, warps=8, stages=3, band=32)
+    return Tile(m=128, n=256, k=64, warps=8, stages=4)
+
+
+def ruled_tiles(size: LayerSize) -> LayerTiles:
+    """Choose the tiles of a layer by rule.
+
+    Args:
+        size: of the layer.
+
+    Returns:
+        LayerTiles.
+
+    Example:
+        >>> ruled_tiles(LayerSize(torch.bfloat16, 32768, 8, 768, 2048, gated=True)).up.n
+        128
+    """
+    rows, weight = row_tile(size.dtype, size.assignments, size.experts), weight_tile(size.dtype)
+    alone = rows._replace(overlap=False)  # two matrices are two loops, which cannot overlap with the next tile's
+    up, grad_rows = alone._replace(n=rows.n // 2), alone._replace(stages=3) if size.gated else rows
+    return LayerTiles(up, rows, rows, grad_rows, weight, weight)
 
 
 def layer_tiles(size: LayerSize) -> LayerTiles:
-    """Choose the tiles of a layer by rule."""
-    rows, weight = row_tile(size.dtype, size.assignments, size.experts), weight_tile(size.dtype)
-    up = rows._replace(n=rows.n // 2)
-    if size.dtype.itemsize == 2:
-        up = up._replace(stages=4, overlap=False)
-    return LayerTiles(up, rows, rows, rows, weight, weight)
+    """Choose the tiles of a layer: by the shipped table if it has an entry near enough, else by rule.
+
+    Args:
+        size: of the layer.
+
+    Returns:
+        LayerTiles.
+
+    Example:
+        >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
+        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False)
+    """
+    from moekit.experts.tile_files import shipped  # here, for tables are made of this module's types
+    from moekit.experts.tile_tables import choose
+
+    return choose(shipped(), ruled_tiles, size)
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:
@@ -101,7 +153,7 @@ def check_tiles(tiles: LayerTiles) -> LayerTiles:
     heights, depths = {tile.m for tile in tiles[:4]}, {tile.k for tile in tiles[4:]}
     if len(heights) > 1 or len(depths) > 1:
         raise ValueError(
-            f"the tiles of a layer: m = {sorted(heights)} of those over grouped rows, k = {sorted(depths)} of grad_up and "
-            f"grad_down; expected one each. Take the same m in the first four, and the same k in the last two."
+            f"the tiles of a layer: m = {sorted(heights)} of those over grouped rows, k = {sorted(depths)} of grad_up "
+            f"and grad_down; expected one each. Take the same m in the first four, and the same k in the last two."
         )
     return tiles

@@ -21,6 +21,7 @@ from moekit.experts.fused import (
     fused_layer,
 )
 from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.tiles import LayerSize, LayerTiles, layer_tiles
 from moekit.recipes.layers import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
@@ -49,6 +50,7 @@ def choose_backend(
     dispatcher: Dispatcher | None = None,
     activation: Activation = SWIGLU,
     widths: tuple[int, int] | None = None,
+    tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
 ) -> Choice:
     """Choose an expert layer for a device and a dtype, and say why.
 
@@ -61,6 +63,7 @@ def choose_backend(
         dispatcher: of the layer; None is dropless.
         activation: of the experts.
         widths: (D, F), for a backend that asks for alignment; None takes them to be aligned.
+        tiles: chooses the tiles of ``fused_layer``'s kernels; ``from_table`` makes one of what `moekit tune` wrote.
 
     Returns:
         Choice.
@@ -82,13 +85,18 @@ def choose_backend(
     if not unusable:
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: gathers rows inside the products"
-        return Choice("fused_layer", fused_layer(activation=activation, precision=precision), reason)
+        return Choice("fused_layer", fused_layer(activation=activation, precision=precision, tiles=tiles), reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
     layer = expert_layer(dispatcher=dispatcher, experts=partial(experts_of(activation), matmul=matmul))
     return Choice(name, layer, f"{reason}; not fused_layer: {unusable}")
 
 
-def auto(*, dispatcher: Dispatcher | None = None, activation: Activation = SWIGLU) -> ExpertLayer:
+def auto(
+    *,
+    dispatcher: Dispatcher | None = None,
+    activation: Activation = SWIGLU,
+    tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
+) -> ExpertLayer:
     """Return an expert layer that chooses its backend when it is called, by the device and dtype of its tokens.
 
     As causal, synchronising and deterministic as what it chooses: see ``choose_backend``.
@@ -96,6 +104,7 @@ def auto(*, dispatcher: Dispatcher | None = None, activation: Activation = SWIGL
     Args:
         dispatcher: of the layer; None is dropless.
         activation: of the experts.
+        tiles: chooses the tiles of ``fused_layer``'s kernels, where that is chosen.
 
     Returns:
         A function (x (T, D), routing, params) -> (T, D).
@@ -107,14 +116,23 @@ def auto(*, dispatcher: Dispatcher | None = None, activation: Activation = SWIGL
         >>> recipe.layer(torch.ones(5, 4), recipe.route(torch.zeros(5, 3)), init_gated(3, 4, 8)).shape
         torch.Size([5, 4])
     """
-    return partial(_auto, dispatcher=dropless() if dispatcher is None else dispatcher, activation=activation)
+    dispatcher = dropless() if dispatcher is None else dispatcher
+    return partial(_auto, dispatcher=dispatcher, activation=activation, tiles=tiles)
 
 
-def _auto(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispatcher, activation: Activation) -> Tensor:
+def _auto(
+    x: Tensor,
+    routing: Routing,
+    params: Any,
+    *,
+    dispatcher: Dispatcher,
+    activation: Activation,
+    tiles: Callable[[LayerSize], LayerTiles],
+) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     widths = (x.shape[1], params[0].shape[2])
-    choice = choose_backend(x.device, dtype, dispatcher=dispatcher, activation=activation, widths=widths)
+    choice = choose_backend(x.device, dtype, dispatcher=dispatcher, activation=activation, widths=widths, tiles=tiles)
     return choice.layer(x, routing, params)
 
 

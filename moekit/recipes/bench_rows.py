@@ -17,7 +17,7 @@ from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto
 from moekit.recipes.bench_shapes import LayerShape, load_offsets
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
-from moekit.routing import linear_gate, top_k
+from moekit.routing import fused_top_k, linear_gate
 from moekit.segments import tokens_per_expert
 from moekit.types import ExpertLayer, Groups, Routing
 
@@ -50,7 +50,8 @@ class Case(NamedTuple):
 
     def route(self, logits: Tensor, *, bias: Tensor | None = None) -> Routing:
         """Choose the k best experts, as the load would have it."""
-        return top_k(logits + self.offsets, k=self.shape.k, bias=bias)
+        shifted = logits if self.load == "uniform" else logits + self.offsets
+        return fused_top_k(shifted, k=self.shape.k, bias=bias)
 
 
 class Contender(NamedTuple):

@@ -243,6 +243,18 @@ def bench(arguments: list[str]) -> None:
     _program("moekit.recipes.bench_program", "moekit bench")(arguments, prog="moekit bench")
 
 
+def tune(arguments: list[str]) -> None:
+    """Find the fastest tiles of the fused layer's kernels for your shapes, and write them to a file.
+
+    Args:
+        arguments: the words after `tune`.
+
+    Raises:
+        SystemExit: with a message, if there is no CUDA device, it cannot go on, or a package is missing.
+    """
+    _program("moekit.recipes.tune_program", "moekit tune")(arguments, prog="moekit tune")
+
+
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "train": train,
     "tokenize": tokenize,
@@ -250,6 +262,7 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
     "recipes": recipes,
     "traffic": traffic,
     "bench": bench,
+    "tune": tune,
     "doctor": doctor,
 }
 

@@ -5,11 +5,10 @@ from typing import Any
 
 import pytest
 import torch
+from fused_cases import LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
-from torch import Tensor
 
-from moekit.dispatch import dropless
-from moekit.experts import geglu, gelu_mlp, init_gated, init_mlp, loop, relu2, relu_mlp, swiglu
+from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu
 from moekit.experts.fused import (
     EVERYTHING,
     GEGLU,
@@ -24,9 +23,7 @@ from moekit.experts.fused import (
     Keep,
     fused_layer,
 )
-from moekit.experts.tiles import LayerTiles, Tile
-from moekit.recipes import expert_layer
-from moekit.routing import expert_choice, top_k
+from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
 ACTIVATIONS = {
@@ -47,7 +44,6 @@ SHAPES = {
     "all experts": (3, 16, 16, 8, 8),
     "one token": (1, 16, 16, 4, 2),
 }
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"  # rows that nobody reads are garbage
@@ -57,52 +53,6 @@ pytestmark = pytest.mark.filterwarnings(
 @starts_interpreter
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
-
-
-# So low that a group has several, and one that two groups of aligned rows would share.
-_ROWS = Tile(m=32, n=32, k=16, warps=4, stages=2, band=2, overlap=True)
-_LOW = LayerTiles(_ROWS._replace(n=16), _ROWS, _ROWS, _ROWS, _ROWS._replace(m=16), _ROWS._replace(m=16))
-fused = partial(fused_layer, tiles=lambda size: _LOW)
-
-
-def draw(shape: tuple[int, ...], activation: Activation, dtype: torch.dtype = torch.float32) -> tuple[Any, ...]:
-    """Draw tokens, a routing of which some assignments do not exist, and parameters."""
-    num_tokens, dim, hidden, num_experts, k = shape
-    x = torch.randn(num_tokens, dim).to(dtype)
-    params = (init_gated if activation.gated else init_mlp)(num_experts, dim, hidden)
-    routing = top_k(torch.randn(num_tokens, num_experts), k=k)
-    indices = routing.expert_indices.clone()
-    indices[1::4, -1] = -1
-    return x, routing._replace(expert_indices=indices), type(params)(*(p.to(dtype) for p in params))
-
-
-def run(
-    layer: ExpertLayer, case: tuple[Any, ...], dtype: torch.dtype | None = None, device: str = "cpu"
-) -> dict[str, Tensor]:
-    """Return output and every gradient, computed on copies of a dtype and device."""
-    x, routing, params = case
-    leaf = lambda t: t.detach().to(device, dtype, copy=True).requires_grad_()  # noqa: E731
-    x, params = leaf(x), type(params)(*map(leaf, params))
-    weights = routing.weights.to(device, torch.float64 if dtype == torch.float64 else None, copy=True).requires_grad_()
-    indices = (t.to(device) for t in (routing.token_indices, routing.expert_indices))
-    y = layer(x, Routing(*indices, weights, *routing[3:]), params)
-    cotangent = torch.linspace(-1, 1, y.numel()).reshape(y.shape).sin().to(y)
-    grads = torch.autograd.grad(y, (x, weights, *params), cotangent)
-    return dict(zip(("y", "x", "routing.weights", *params._fields), (y, *grads), strict=True))
-
-
-def compare(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
-    """Hold each to its float64 counterpart by the size of its values."""
-    for name, want in expected.items():
-        assert found[name].shape == want.shape, name
-        if want.numel():
-            error = (found[name].detach().cpu().double() - want).abs().max()
-            bound = tolerance * want.abs().max().clamp_min(1e-3)
-            assert error <= bound, f"{name}: {error} > {bound}"
-
-
-def reference(experts: Any) -> ExpertLayer:
-    return expert_layer(dispatcher=dropless(), experts=partial(experts, matmul=loop))
 
 
 @runs_kernels
@@ -151,6 +101,56 @@ def test_expert_choice_equals_the_loop() -> None:
     assert routing.expert_indices.ndim == 3
     case = x, routing, params
     compare(run(fused(), case, device=DEVICE), run(reference(swiglu), case, torch.float64), 2e-6)
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("keep", [PREACTIVATION, INPUTS], ids=str)
+def test_any_list_of_assignments_equals_the_loop(keep: Keep) -> None:
+    x, _, params = draw((9, 21, 24, 4, 1), SWIGLU)
+    tokens = torch.randint(7, (30,))  # two tokens have no assignment
+    tokens[10:20] = 3  # and one has many
+    experts, weights = torch.randint(-1, 4, (30,)), torch.rand(30)
+    case = x, Routing(tokens, experts, weights.masked_fill(experts < 0, 0.0), 9, 4, 30), params
+    found = run(fused(keep=keep), case, device=DEVICE)
+    compare(found, run(reference(swiglu), case, torch.float64), 2e-6)
+    assert (found["y"][7:] == 0).all()
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+def test_an_empty_list_of_assignments_gives_zero() -> None:
+    x, _, params = draw((3, 16, 24, 4, 1), SWIGLU)
+    for size, missing in ((0, 0), (5, -1)):
+        none = torch.full((size,), missing)
+        case = x, Routing(none.clamp_min(0), none, torch.ones(size), 3, 4, size), params
+        assert all((value == 0).all() for value in run(fused(), case, device=DEVICE).values())
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+def test_rows_of_nobody_are_zero() -> None:
+    from moekit.experts._lists_triton import copied
+
+    x, tokens = torch.randn(3, 21, device=DEVICE), torch.tensor([2, 0, 1, 2, 0], device=DEVICE)
+    padding = torch.tensor([False, True, False, False, True], device=DEVICE)
+    assert torch.equal(copied(x, tokens, padding), x[tokens] * ~padding[:, None])
+
+
+@runs_kernels
+def test_rows_of_a_token_are_added_in_their_order() -> None:
+    from moekit.experts._lists_triton import TokenLists, summed
+    from moekit.experts.fused import _lists_of_tokens
+
+    tokens, experts = torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, -1, 0, 0])
+    lists = TokenLists(*_lists_of_tokens(experts, tokens, 3))
+    assert lists.order[:5].tolist() == [1, 4, 0, 2, 5]
+    assert lists.starts.tolist() == [0, 2, 5, 5]
+    values = torch.tensor([1.0, 1e8, 3.0, torch.nan, 4.0, -1e8]).unsqueeze(1)  # 1 + 1e8 forgets the 1
+    lists = TokenLists(*(each.to(DEVICE) for each in lists))
+    rows = torch.tensor([0, 2, 1, -1, 4, 5], device=DEVICE)
+    found = summed(values.to(DEVICE), rows, lists, weights=None)
+    assert found.flatten().tolist() == [7.0, 0.0, 0.0]
 
 
 @runs_kernels
@@ -224,6 +224,6 @@ def test_errors_say_what_was_given_and_expected() -> None:
 
 
 def test_tiles_that_do_not_fit_are_refused() -> None:
-    unfit = _LOW._replace(up=_LOW.up._replace(m=64), grad_up=_LOW.grad_up._replace(k=32))
+    unfit = LOW._replace(up=LOW.up._replace(m=64), grad_up=LOW.grad_up._replace(k=32))
     with pytest.raises(ValueError, match=r"m = \[32, 64\].*k = \[16, 32\].*Take the same m"):
         fused_layer(tiles=lambda size: unfit)(*draw(SHAPES["usual"], SWIGLU))

@@ -1,0 +1,119 @@
+"""Gradients of biases: sums over each group's rows, in float32, in an order that depends on nothing but the sizes.
+
+A first kernel adds up the rows of each tile of a schedule, and a second one the tiles of each group: so a group of all
+rows takes as long as many small ones.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit.experts._tiles_triton import Schedule, load_bias
+
+
+class Weighing(NamedTuple):
+    """What turns the sum over gradients of rows into that of a bias which routing weights multiply.
+
+    Attributes:
+        weights: (R,) float32, of each row.
+        bias: (E, 1, D), contiguous.
+        products: (R,) float32, of which each row's gets <gradient, bias> added, in place.
+    """
+
+    weights: Tensor
+    bias: Tensor
+    products: Tensor
+
+
+@triton.jit
+def _tiles_kernel(  # type: ignore[no-untyped-def]
+    values,
+    weights,
+    bias,
+    products,
+    sums,
+    starts,
+    sizes,
+    firsts,
+    owners,
+    num_groups,
+    width,
+    WEIGHTED: tl.constexpr,
+    M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the M rows of each tile: (tiles, width)."""
+    tile = tl.program_id(0)
+    if tile < tl.load(firsts + num_groups):
+        group = tl.load(owners + tile)
+        start = tl.load(starts + group)
+        rows = start + (tile - tl.load(firsts + group)) * M + tl.arange(0, M)
+        real = rows < start + tl.load(sizes + group)
+        places = rows.to(tl.int64)[:, None] * width
+        inner = tl.zeros((M,), tl.float32)
+        weight = tl.zeros((M,), tl.float32)
+        if WEIGHTED:
+            weight = tl.load(weights + rows, mask=real, other=0.0)
+        for n in range(0, width, BLOCK):
+            columns = n + tl.arange(0, BLOCK)
+            inside = real[:, None] & (columns < width)[None, :]
+            found = tl.load(values + places + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+            if WEIGHTED:
+                inner += tl.sum(found * load_bias(bias, group, n, width, BLOCK), 1)
+                found *= weight[:, None]
+            tl.store(sums + tile.to(tl.int64) * width + columns, tl.sum(found, 0), mask=columns < width)
+        if WEIGHTED:
+            tl.store(products + rows, tl.load(products + rows, mask=real, other=0.0) + inner, mask=real)
+
+
+@triton.jit
+def _groups_kernel(  # type: ignore[no-untyped-def]
+    sums, out, firsts, num_groups, width, part_width, TILES: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Add up the tiles of each group: (parts, E, part_width)."""
+    group = tl.program_id(0)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.load(firsts + group + 1)
+    total = tl.zeros((TILES, BLOCK), tl.float32)
+    for tile in range(tl.load(firsts + group), last, TILES):
+        tiles = tile + tl.arange(0, TILES)
+        inside = (tiles < last)[:, None] & (columns < width)[None, :]
+        total += tl.load(sums + tiles.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0)
+    part = columns // part_width
+    places = (part * num_groups + group).to(tl.int64) * part_width + columns - part * part_width
+    tl.store(out + places, tl.sum(total, 0).to(out.dtype.element_ty), mask=columns < width)
+
+
+def bias_gradient(
+    grads: Tensor, plan: Schedule, *, height: int, parts: int = 1, weighing: Weighing | None = None
+) -> Tensor:
+    """Add up each group's rows, weighted if they are those of a bias behind the router's weights.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        grads: (R, parts * F), the gradients of rows.
+        plan: of tiles of ``height`` rows.
+        height: of a tile.
+        parts: how many biases lie side by side in ``grads``.
+        weighing: of the rows, whose weights get a gradient from the bias too; None counts each row once.
+
+    Returns:
+        (parts, E, 1, F), the dtype of ``grads``; zero for an empty group.
+    """
+    num_groups, num_tiles, width = plan.sizes.shape[0], plan.owners.shape[0], grads.shape[1]
+    sums = torch.empty(num_tiles, width, dtype=torch.float32, device=grads.device)
+    out = grads.new_empty(parts, num_groups, 1, width // parts)
+    block = min(8192 // height, triton.next_power_of_2(width))
+    weights, bias, products = (None, None, None) if weighing is None else weighing
+    _tiles_kernel[(num_tiles,)](
+        grads, weights, bias, products, sums, *plan, num_groups, width,
+        WEIGHTED=weighing is not None, M=height, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    _groups_kernel[(num_groups, triton.cdiv(width, 128))](
+        sums, out, plan.firsts, num_groups, width, width // parts, TILES=32, BLOCK=128, num_warps=4
+    )
+    return out

@@ -1,0 +1,97 @@
+"""Moving rows of routings that are no (T, K): a row knows its token, and a token the list of its assignments."""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+class TokenLists(NamedTuple):
+    """Which assignments a token has, in their order.
+
+    Attributes:
+        order: (N,) int64, assignments by token; those that do not exist come last.
+        starts: (T + 1,) int64, where each token's begin in ``order``, and where the last token's end.
+    """
+
+    order: Tensor
+    starts: Tensor
+
+
+@triton.jit
+def _copy_kernel(  # type: ignore[no-untyped-def]
+    x, tokens, padding, out, num_rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = rows < num_rows
+    real = inside & (tl.load(padding + rows, mask=inside, other=1) == 0)
+    token = tl.load(tokens + rows, mask=real, other=0)
+    here = (columns < dim)[None, :]
+    found = tl.load(x + token[:, None] * dim + columns[None, :], mask=real[:, None] & here, other=0.0)
+    tl.store(out + rows[:, None] * dim + columns[None, :], found, mask=inside[:, None] & here)
+
+
+@triton.jit
+def _sum_kernel(  # type: ignore[no-untyped-def]
+    values,
+    rows,
+    weights,
+    order,
+    starts,
+    out,
+    dim,
+    WEIGHTED: tl.constexpr,
+    UNROLL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    last = tl.load(starts + token + 1)
+    sums = tl.zeros((BLOCK,), tl.float32)
+    for place in range(tl.load(starts + token), last, UNROLL):
+        for i in tl.static_range(UNROLL):
+            assignment = tl.load(order + place + i, mask=place + i < last, other=-1)
+            row = tl.load(rows + assignment, mask=assignment >= 0, other=-1)
+            here = columns < tl.where(row >= 0, dim, 0)
+            found = tl.load(values + row * dim + columns, mask=here, other=0.0).to(tl.float32)
+            if WEIGHTED:
+                found *= tl.load(weights + assignment, mask=assignment >= 0, other=0.0)
+            sums += found
+    tl.store(out + token * dim + columns, sums.to(out.dtype.element_ty), mask=columns < dim)
+
+
+def copied(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
+    """Copy tokens x (T, D) to the rows (R, D) whose ``tokens`` (R,) they are; ``padding`` (R,) bool has zeros."""
+    num_rows, dim = tokens.shape[0], x.shape[1]
+    out = x.new_empty(num_rows, dim)
+    block = min(1024, triton.next_power_of_2(dim))
+    _copy_kernel[(triton.cdiv(num_rows, 4), triton.cdiv(dim, block))](
+        x, tokens, padding, out, num_rows, dim, ROWS=4, BLOCK=block
+    )
+    return out
+
+
+def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor | None) -> Tensor:
+    """Add up each token's rows of ``values`` (R, D) in the order of its assignments.
+
+    Sums are taken in float32. No host synchronisation. Deterministic.
+
+    Args:
+        values: (R, D).
+        rows: (N,) int64, the row of each assignment; one that does not exist is in no list.
+        lists: of T tokens.
+        weights: (N,) float32, of each assignment, or None.
+
+    Returns:
+        (T, D), the dtype of ``values``; zero for a token without rows.
+    """
+    num_tokens, dim = lists.starts.shape[0] - 1, values.shape[1]
+    out = values.new_empty(num_tokens, dim)
+    if out.numel():
+        block = min(1024, triton.next_power_of_2(dim))
+        _sum_kernel[(num_tokens, triton.cdiv(dim, block))](
+            values, rows, weights, *lists, out, dim, WEIGHTED=weights is not None, UNROLL=4, BLOCK=block
+        )
+    return out

@@ -1,0 +1,97 @@
+"""The plan of a fused layer: rows of assignments, and the schedule of tiles, from expert numbers in three kernels.
+
+Groups of rows begin at multiples of what one step of a weight gradient adds up. The first two kernels are those of the
+counting sort; the third knows all sizes, and writes where assignments go and which group a tile belongs to.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moekit._segments_triton import BLOCK, counted, keys_of, ranks_in_block
+from moekit.experts._tiles_triton import Schedule, most_tiles
+
+_OWNERS = 64  # tiles of rows that one program finds the groups of
+
+
+@triton.jit
+def _plan_kernel(  # type: ignore[no-untyped-def]
+    experts,
+    earlier,
+    totals,
+    rows,
+    assignments,
+    starts,
+    sizes,
+    firsts,
+    owners,
+    num_assignments,
+    num_experts,
+    num_owners,
+    ALIGN: tl.constexpr,
+    M: tl.constexpr,
+    OWNERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BINS: tl.constexpr,
+):
+    bins = tl.arange(0, BINS)
+    found = tl.load(totals + bins)
+    whole = tl.where(bins < num_experts, (found + (ALIGN - 1)) // ALIGN * ALIGN, 0)
+    begins = tl.cumsum(whole, 0) - whole
+    tiles = (whole + (M - 1)) // M
+    last_tiles = tl.cumsum(tiles, 0)
+
+    block = tl.program_id(0).to(tl.int64)
+    places = block * BLOCK + tl.arange(0, BLOCK)
+    keys = keys_of(experts, places, num_assignments, num_experts)
+    ranks = ranks_in_block(experts, keys, block, num_assignments, num_experts, BLOCK, CHUNK)
+    inside = places < num_assignments
+    before = tl.load(earlier + block * BINS + keys, mask=inside, other=0)
+    row = (tl.gather(begins, keys, 0) + before + ranks).to(tl.int64)
+    real = inside & (keys < num_experts)
+    tl.store(rows + places, tl.where(real, row, -1), mask=inside)
+    tl.store(assignments + row, places, mask=real)
+
+    numbers = tl.program_id(0) * OWNERS + tl.arange(0, OWNERS)
+    if tl.program_id(0) * OWNERS < num_owners:
+        owner = tl.sum((last_tiles[None, :] <= numbers[:, None]).to(tl.int32), 1)
+        tl.store(owners + numbers, owner, mask=numbers < num_owners)
+    if tl.program_id(0) == 0:
+        tl.store(starts + bins, begins, mask=bins < num_experts)
+        tl.store(sizes + bins, whole, mask=bins < num_experts)
+        tl.store(firsts + bins, last_tiles - tiles, mask=bins <= num_experts)
+
+
+def make_plan(
+    experts: Tensor, num_experts: int, *, num_rows: int, height: int, align: int
+) -> tuple[Tensor, Tensor, Schedule]:
+    """Sort assignments by expert, stably, into rows whose groups begin at multiples of ``align``.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        experts: (N,) int64 in [0, E), or -1.
+        num_experts: E, at most 1023.
+        num_rows: R, at least what all groups take.
+        height: of tiles.
+        align: of groups.
+
+    Returns:
+        The row of each assignment (N,) int64, -1 for one that does not exist; the assignment of each row (R,)
+        int64, -1 for a row of nobody; the schedule, of groups with their last rows of nobody.
+    """
+    num_assignments, num_owners = experts.shape[0], most_tiles(num_rows, num_experts, height)
+    earlier, totals, _ = counted(experts, num_experts)
+    num_blocks, bins = earlier.shape
+    rows, assignments = torch.empty_like(experts), experts.new_full((num_rows,), -1)
+    starts, sizes, firsts, owners = (
+        totals.new_empty(n) for n in (num_experts, num_experts, num_experts + 1, num_owners)
+    )
+    _plan_kernel[(max(num_blocks, triton.cdiv(num_owners, _OWNERS)),)](
+        experts, earlier, totals, rows, assignments, starts, sizes, firsts, owners,
+        num_assignments, num_experts, num_owners,
+        ALIGN=align, M=height, OWNERS=_OWNERS, BLOCK=BLOCK, CHUNK=32, BINS=bins,
+    )  # fmt: skip
+    return rows, assignments, Schedule(starts, sizes, firsts, owners)

@@ -1,0 +1,222 @@
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from moekit.experts import tile_files
+from moekit.experts.tile_files import FORMAT, parse_tiles, read_tiles, shipped, table_text
+from moekit.experts.tile_tables import FARTHEST, TileEntry, entry_of, from_table, merged
+from moekit.experts.tiles import (
+    LayerSize,
+    LayerTiles,
+    Tile,
+    capability_of,
+    check_tiles,
+    layer_tiles,
+    ruled_tiles,
+)
+
+SIZE = LayerSize(torch.bfloat16, 131072, 64, 2048, 1024, gated=True, capability=9)
+
+
+def marked(band: int, size: LayerSize = SIZE) -> TileEntry:
+    """Make an entry that is told apart by the band of its tiles."""
+    tiles = LayerTiles(*(tile._replace(band=band) for tile in ruled_tiles(size)))
+    return entry_of(size, tiles, origin=f"mark {band}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [10, 4096])
+def test_the_rule_gives_tiles_that_fit(dtype: torch.dtype, rows: int) -> None:
+    tiles = ruled_tiles(SIZE._replace(dtype=dtype, assignments=64 * rows))
+    assert check_tiles(tiles) is tiles
+    assert (tiles.down.m == 128) == (rows == 4096 and dtype != torch.float32)
+    assert 2 * tiles.up.n == tiles.down.n
+
+
+def test_a_table_comes_back_from_its_text(tmp_path) -> None:
+    overlapping = SIZE._replace(dtype=torch.float32, capability=8, gated=False)
+    table = (marked(4), marked(8, overlapping), marked(2, SIZE._replace(dim=100)))
+    assert table[0].tiles.down.overlap
+    (tmp_path / "tiles.json").write_text(table_text(table))
+    assert read_tiles(tmp_path / "tiles.json") == table
+    assert json.loads(table_text(table))["entries"][0]["tiles"]["up"]["band"] == 4
+    assert max(map(len, table_text(table).splitlines())) < 200  # to be read
+
+
+def test_the_shipped_table_is_read_once_and_has_entries_that_fit() -> None:
+    assert shipped() is shipped()
+    for entry in shipped():
+        check_tiles(entry.tiles)
+        assert entry.origin
+
+
+def test_what_is_shipped_is_the_default_and_the_rule_takes_the_rest(monkeypatch) -> None:
+    monkeypatch.setattr(tile_files, "_shipped", lambda: (marked(3),))
+    assert layer_tiles(SIZE) == marked(3).tiles
+    assert layer_tiles(SIZE._replace(capability=0)) == ruled_tiles(SIZE)
+
+
+def test_the_nearest_entry_is_taken() -> None:
+    wide, high, few = SIZE._replace(dim=4096), SIZE._replace(hidden=4096), SIZE._replace(assignments=4096)
+    tiles = from_table([marked(2, wide), marked(4, high), marked(8, few), marked(16)])
+    assert [tiles(size).up.band for size in (wide, high, few, SIZE)] == [2, 4, 8, 16]
+    assert tiles(SIZE._replace(dim=3000)).up.band == 2
+    assert tiles(SIZE._replace(dim=2800)).up.band == 16
+    assert tiles(SIZE._replace(hidden=2100)).up.band == 4
+    assert tiles(SIZE._replace(assignments=64 * 255)).up.band == 8  # octaves: 7 is 1 from 6, and 4 from 11
+    assert tiles(SIZE._replace(experts=128, assignments=262144)).up.band == 16  # E alone changes nothing
+
+
+def test_of_equally_near_entries_the_first_is_taken() -> None:
+    near = [marked(2, SIZE._replace(dim=1024)), marked(4, SIZE._replace(dim=4096))]
+    assert from_table(near)(SIZE).up.band == 2
+    assert from_table(near[::-1])(SIZE).up.band == 4
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"dtype": torch.float32},
+        {"gated": False},
+        {"capability": 8},
+        {"capability": 0},
+        {"dim": 2048 * 5},
+        {"dim": 4096, "hidden": 512, "assignments": 64 * 1024},
+    ],
+    ids=str,
+)
+def test_what_is_unlike_or_far_is_left_to_the_rule(other: dict[str, Any]) -> None:
+    size = SIZE._replace(**other)
+    assert from_table([marked(4)])(size) == ruled_tiles(size)
+    assert from_table([marked(4)], otherwise=lambda size: marked(1).tiles)(size).up.band == 1
+
+
+def test_an_entry_serves_up_to_its_limit() -> None:
+    assert FARTHEST == 2
+    tiles = from_table([marked(4)])
+    assert tiles(SIZE._replace(dim=4096, hidden=512)).up.band == 4
+    assert tiles(SIZE._replace(assignments=64 * 512)).up.band == 4
+    assert tiles(SIZE._replace(assignments=64 * 511)) == ruled_tiles(SIZE)
+    assert tiles(SIZE._replace(dtype=torch.float16)).up.band == 4  # the same number of bytes
+
+
+@pytest.mark.parametrize("assignments", [0, 1])
+def test_a_layer_of_no_or_one_row_has_tiles(assignments: int) -> None:
+    size = SIZE._replace(assignments=assignments)
+    assert from_table([marked(4)])(size) == ruled_tiles(size)
+    assert from_table([marked(4, size)])(size).up.band == 4
+
+
+def test_merging_replaces_the_same_layer_and_sorts() -> None:
+    small = SIZE._replace(dim=512)
+    table = merged([marked(1), marked(2, small)], [marked(4), marked(8, SIZE._replace(capability=8))])
+    assert [(entry.capability, entry.dim, entry.origin) for entry in table] == [
+        (8, 2048, "mark 8"),
+        (9, 512, "mark 2"),
+        (9, 2048, "mark 4"),
+    ]
+
+
+def test_only_cuda_has_a_capability(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert [capability_of(torch.device(name)) for name in ("cpu", "meta", "cuda:1")] == [0, 0, 9]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_choosing_compiles_to_one_graph(monkeypatch, dynamic: bool) -> None:
+    monkeypatch.setattr(tile_files, "_shipped", lambda: (marked(2, SIZE._replace(assignments=1024)),))
+
+    def run(x, tiles):
+        size = SIZE._replace(assignments=x.numel(), capability=9 + capability_of(x.device))
+        return x * tiles(size).up.band
+
+    mine = from_table([marked(4), marked(8, SIZE._replace(assignments=64 * 64))])
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="eager", dynamic=dynamic)
+    for rows in (64 * 20, 64 * 21, 64 * 700):
+        for tiles in (mine, layer_tiles):
+            assert torch.equal(compiled(torch.ones(rows), tiles), run(torch.ones(rows), tiles))
+
+
+def broken(change: Callable[[dict[str, Any]], Any]) -> str:
+    """Return the text of a table whose second entry is changed."""
+    content = json.loads(table_text([marked(4), marked(8)]))
+    change(content["entries"][1])
+    return json.dumps(content)
+
+
+MEND = r"Correct it, or write the file again: moekit tune --write\."
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda e: e.update(colour="red"),
+            r"t\.json, entry 2: unknown field 'colour'; expected the fields cap",
+        ),
+        (lambda e: e.pop("dim"), r"t\.json, entry 2: no field 'dim'; expected the fields capability, "),
+        (lambda e: e.update(dim="wide"), r't\.json, entry 2, dim: "wide"; expected a whole number, at least 1\.'),
+        (lambda e: e.update(experts=0), r"t\.json, entry 2, experts: 0; expected a whole number, at least 1\."),
+        (lambda e: e.update(experts=True), r"t\.json, entry 2, experts: true; expected a whole number, at least 1\."),
+        (lambda e: e.update(gated=1), r"t\.json, entry 2, gated: 1; expected true or false\."),
+        (lambda e: e.update(origin=None), r"t\.json, entry 2, origin: null; expected a text\."),
+        (lambda e: e["tiles"].pop("up"), r"t\.json, entry 2, tiles: no field 'up'; expected the fields up, down, "),
+        (lambda e: e.update(tiles=[]), r"t\.json, entry 2, tiles: \[\]; expected an object of the fields up, down, "),
+        (
+            lambda e: e["tiles"]["down"].update(n=96),
+            r"t\.json, entry 2, tiles\.down\.n: 96; expected a power of two, at least 16\.",
+        ),
+        (
+            lambda e: e["tiles"]["down"].update(k=8),
+            r"t\.json, entry 2, tiles\.down\.k: 8; expected a power of two, at least 16\.",
+        ),
+        (
+            lambda e: e["tiles"]["down"].update(warps=3),
+            r"t\.json, entry 2, tiles\.down\.warps: 3; expected a power of two, at least 1\.",
+        ),
+        (
+            lambda e: e["tiles"]["grad_up"].update(stages=0),
+            r"t\.json, entry 2, tiles\.grad_up\.stages: 0; expected a whole number, at least 1\.",
+        ),
+        (
+            lambda e: e["tiles"]["up"].update(overlap="no"),
+            r't\.json, entry 2, tiles\.up\.overlap: "no"; expected true or false\.',
+        ),
+        (lambda e: e["tiles"]["up"].pop("m"), r"t\.json, entry 2, tiles\.up: no field 'm'; expected the fields m, n, "),
+    ],
+)
+def test_a_wrong_entry_is_named(change, words: str) -> None:
+    with pytest.raises(ValueError, match=words + ".*" + MEND):
+        parse_tiles(broken(change), name="t.json")
+
+
+def test_tiles_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"t\.json, entry 2: .*m = \[64, 128\].*Take the same m in the first four"):
+        parse_tiles(broken(lambda e: e["tiles"]["up"].update(m=64)), name="t.json")
+    with pytest.raises(ValueError, match=r"t\.json, entry 2: .*k = \[32, 64\].*the same k in the last two"):
+        parse_tiles(broken(lambda e: e["tiles"]["grad_down"].update(k=32)), name="t.json")
+
+
+def test_what_is_no_table_is_refused(tmp_path) -> None:
+    for text, words in {
+        "{": r"t\.json: no JSON: .*line 1 column 2.*",
+        "[]": r"t\.json: \[\]; expected an object of the fields format, entries\.",
+        '{"format": "moekit tiles 0", "entries": []}': rf't\.json, format: "moekit tiles 0"; expected "{FORMAT}"\.',
+        f'{{"format": "{FORMAT}", "entries": 3}}': r"t\.json, entries: 3; expected a list\.",
+        f'{{"format": "{FORMAT}", "entries": [3]}}': r"t\.json, entry 1: 3; expected an object of the fields capab",
+    }.items():
+        with pytest.raises(ValueError, match=words + ".*" + MEND):
+            parse_tiles(text, name="t.json")
+    with pytest.raises(FileNotFoundError, match=r"none\.json"):
+        read_tiles(tmp_path / "none.json")
+
+
+def test_tiles_of_one_height_each() -> None:
+    tile = Tile(m=16, n=16, k=16, warps=4, stages=2)
+    with pytest.raises(ValueError, match=r"m = \[16, 32\] of those over grouped rows, k = \[16\]"):
+        check_tiles(LayerTiles(tile._replace(m=32), *[tile] * 5))

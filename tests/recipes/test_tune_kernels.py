@@ -1,0 +1,187 @@
+"""Tuning with the real kernels, on tiny layers: what is run is what the layer runs, and what fails is left out."""
+
+from typing import Any
+
+import pytest
+import torch
+from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
+from torch import Tensor
+
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, ruled_tiles
+from moekit.recipes import tune as module
+from moekit.recipes.tune import tune
+from moekit.recipes.tune_compile import Job, compiling, try_job
+from moekit.recipes.tune_products import (
+    Operands,
+    ProductRun,
+    draw_operands,
+    miniature,
+    on_device,
+    schedule_of,
+)
+
+SMALL = Tile(m=16, n=16, k=16, warps=4, stages=2)
+SIZE = LayerSize(torch.float32, 20, 3, 16, 24, gated=True)
+CPU = torch.device("cpu")
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"  # rows that nobody reads are garbage
+)
+
+
+@starts_interpreter
+def test_under_the_interpreter() -> None:
+    run_interpreted(__file__)
+
+
+def expected_product(product: str, o: Operands) -> Tensor:
+    """Compute a product in float64, group by group."""
+    groups = [slice(int(end - size), int(end)) for end, size in zip(o.sizes.cumsum(0), o.sizes, strict=True)]
+    rows, hidden, grad_rows, grad_pre = (t.double() for t in (o.rows, o.hidden, o.grad_rows, o.grad_pre))
+    ups, down = torch.stack(o.ups).double(), o.down.double()
+    if product == "up":
+        return torch.cat([
+            torch.nn.functional.silu(rows[g] @ ups[0, e]) * (rows[g] @ ups[1, e]) for e, g in enumerate(groups)
+        ])  # fmt: skip
+    if product == "down":
+        return torch.cat([hidden[g] @ down[e] for e, g in enumerate(groups)])
+    if product == "grad_hidden":
+        return torch.cat([grad_rows[g] @ down[e].T for e, g in enumerate(groups)])
+    if product == "grad_rows":
+        return torch.cat([grad_pre[g] @ torch.cat(list(ups[:, e]), 1).T for e, g in enumerate(groups)])
+    if product == "grad_down":
+        return torch.stack([hidden[g].T @ grad_rows[g] for g in groups])
+    halves = grad_pre.chunk(2, 1)
+    return torch.stack([torch.stack([rows[g].T @ half[g] for g in groups]) for half in halves])
+
+
+@runs_kernels
+@pytest.mark.parametrize("product", LayerTiles._fields)
+def test_a_product_is_that_of_the_layer(product: str) -> None:
+    operands = draw_operands(SIZE, align=16, device=torch.device(DEVICE))
+    found = ProductRun(product, SMALL, operands, schedule_of(operands, 16), "ieee")()
+    expected = expected_product(product, operands).to(found.device)
+    found = found[: operands.total] if product in LayerTiles._fields[:4] else found.view(expected.shape)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@runs_kernels
+def test_operands_are_rows_of_aligned_groups() -> None:
+    operands = draw_operands(SIZE._replace(assignments=50), align=16, device=CPU)
+    assert (operands.sizes % 16 == 0).all()
+    assert operands.total == operands.sizes.sum() >= 50
+    assert operands.rows.shape == (96, 16)  # 50 rows, and 15 more for each of 3 experts, in whole sixteens
+    assert (operands.rows.any(1) == operands.hidden.any(1)).all()
+    assert operands.rows.any(1).sum() == 50
+    again = draw_operands(SIZE._replace(assignments=50), align=32, device=CPU, like=operands)
+    assert again.down is operands.down
+    torch.testing.assert_close(again.rows[again.rows.any(1)], operands.rows[operands.rows.any(1)])
+
+
+@runs_kernels
+def test_the_fastest_tile_that_is_right_is_chosen(monkeypatch) -> None:
+    right, wrong, failing = SMALL, SMALL._replace(n=32), SMALL._replace(stages=7)
+    call, seen, told = ProductRun.__call__, [], []
+
+    def fake_call(self: ProductRun) -> Tensor:
+        if self.tile.stages == 7:
+            raise MemoryError("out of resource: shared memory\nReducing block sizes may help")
+        return call(self) + (self.tile.n == 32 and self.product == "down")
+
+    def timer(runs: dict[Tile, Any], rounds: int) -> dict[Tile, float]:
+        seen.append((runs, rounds))
+        return {tile: 1e-3 * tile.stages / (1 + (tile.n == 32)) / (1 + (tile.band == 8)) for tile in runs}
+
+    monkeypatch.setattr(ProductRun, "__call__", fake_call)
+    monkeypatch.setattr(module, "ruled_tiles", lambda size: RULED)
+    monkeypatch.setattr("moekit.recipes.tune_candidates.ruled_tiles", lambda size: RULED)
+    monkeypatch.setattr("moekit.recipes.tune_candidates.BANDS", (8,))
+    tried = {**dict.fromkeys(LayerTiles._fields, ()), "down": (right, wrong, failing)}
+    (tuned,) = tune(
+        [SIZE], device=DEVICE, candidates=lambda size: tried, rounds=2, workers=0, timer=timer, tell=told.append
+    )
+    assert tuned.entry.tiles.down == right._replace(band=8)
+    assert tuned.entry.tiles.up == RULED.up._replace(band=8)
+    assert tuned.entry[1:7] == (4, 16, 24, 3, 6, True)
+    row = tuned.comparisons[1]
+    assert (row.product, row.ruled, row.tile) == ("down", RULED.down, right._replace(band=8))
+    assert row.ruled_seconds == pytest.approx(3 * row.seconds)
+    assert all(failing not in runs for runs, _ in seen)
+    assert [rounds for _, rounds in seen] == [3] * 6 + [2] * 6
+    skipped = [line for line in tuned.skipped if line.startswith("down ")]
+    assert skipped[0] == "down 16x16x16 warps 4 stages 7 band 16: MemoryError: out of resource: shared memory"
+    assert all("16x32x16" in line and "its output is wrong: off by 1" in line for line in skipped[1:])
+    assert len(tuned.skipped) == len(skipped) == 3
+    assert told[0] == "compiling 9 candidates"
+    assert "3.00x" in told[1].splitlines()[2]
+
+
+RULED = LayerTiles(*[SMALL._replace(stages=3)] * 6)
+
+
+@runs_kernels
+def test_a_process_beside_this_one_compiles_and_reports() -> None:
+    good, bad = (Job(SIZE, product, SMALL, DEVICE, "ieee") for product in ("grad_down", "sideways"))
+    with compiling(1) as compile_jobs:
+        assert compile_jobs([good, bad, good]) == {good: "", bad: "KeyError: 'sideways'"}
+
+
+class Recorder:
+    """Stand in for a kernel: remember how Triton would specialise the arguments, and run nothing."""
+
+    def __init__(self) -> None:
+        self.seen: list[Any] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        return lambda *args, **settings: self.seen.append(
+            (*map(kind, args), {k: kind(v, k) for k, v in settings.items()})
+        )
+
+
+def kind(value: Any, name: str = "") -> Any:
+    """Return what of an argument enters a kernel's code: of a constant, which is in capitals, or a setting, all."""
+    if name.isupper() or name.startswith("num_w") or name == "num_stages":
+        return value
+    if isinstance(value, int):
+        return value == 1, value % 16 == 0, value < 2**31
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if value is None:
+        return None
+    return value.base.dtype, tuple(value.block_shape)  # of a descriptor
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize(
+    "widths", [(16, 768, 512), (18, 520, 520), (17, 17, 522), (1, 524, 64), (32, 528, 768)], ids=str
+)
+def test_a_miniature_runs_the_same_code(monkeypatch, dtype, widths) -> None:
+    from moekit.experts import _gemms_triton, _hidden_triton
+
+    experts, dim, hidden = widths
+    size = LayerSize(dtype, 80, experts, dim, hidden, gated=True)
+    assert miniature(size) != size
+    kernels = []
+    for each in (size, miniature(size)):
+        recorder = Recorder()
+        for part, name in (
+            (_hidden_triton, "_up_kernel"),
+            (_gemms_triton, "_rows_kernel"),
+            (_gemms_triton, "_weight_kernel"),
+        ):
+            monkeypatch.setattr(part, name, recorder)
+        operands = draw_operands(each, align=64, device=torch.device(DEVICE))
+        for product, tile in ruled_tiles(each)._asdict().items():
+            ProductRun(product, tile, operands, schedule_of(operands, tile.m), "ieee")()
+        kernels.append(recorder.seen)
+    assert len(kernels[0]) == 6
+    assert kernels[0] == kernels[1]
+
+
+@runs_kernels
+def test_the_rule_runs_on_a_miniature() -> None:
+    size = LayerSize(torch.float16, 16, 2, 16, 16, gated=False)
+    assert try_job(Job(size, "up", ruled_tiles(size).up._replace(n=32, m=16), DEVICE, "ieee")) == ""
+    with on_device(CPU):
+        assert "AttributeError" in try_job(Job(size, "up", None, DEVICE, "ieee"))  # type: ignore[arg-type]
