@@ -16,11 +16,12 @@ from moekit.operators import operator
 
 @triton.jit
 def _clear_padding(  # type: ignore[no-untyped-def]
-    out, padding, block, columns, num_rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    out, padding, block, columns, num_rows, dim, NEGATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write zeros to those of a program's ROWS rows that are padding."""
     rows = block * ROWS + tl.arange(0, ROWS)
-    unused = tl.load(padding + rows, mask=rows < num_rows, other=0) != 0
+    found = tl.load(padding + rows, mask=rows < num_rows, other=0)
+    unused = found < 0 if NEGATIVE else found != 0
     if tl.max(unused.to(tl.int32), 0) > 0:
         places = rows[:, None] * dim + columns[None, :]
         zeros = tl.zeros((ROWS, BLOCK), out.dtype.element_ty)
@@ -39,6 +40,7 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     K: tl.constexpr,
     UNROLL: tl.constexpr,
     TOKENS: tl.constexpr,
+    NEGATIVE: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -53,7 +55,7 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
             row = tl.load(rows + tokens * K + start + i, mask=here, other=-1)
             places = row[:, None] * dim + columns[None, :]
             tl.store(out + places, values, mask=(row >= 0)[:, None] & (columns < dim)[None, :])
-    _clear_padding(out, padding, block, columns, num_rows, dim, ROWS, BLOCK)
+    _clear_padding(out, padding, block, columns, num_rows, dim, NEGATIVE, ROWS, BLOCK)
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def _weigh_backward_kernel(  # type: ignore[no-untyped-def]
         sums = tl.where(real, tl.sum(products, 1), 0.0).to(grad_weights.dtype.element_ty)
         tl.store(grad_weights + token * K + choices, sums, mask=choices < K)
     for first in range(0, dim, BLOCK):
-        _clear_padding(grad_values, padding, token, first + tl.arange(0, BLOCK), num_rows, dim, ROWS, BLOCK)
+        _clear_padding(grad_values, padding, token, first + tl.arange(0, BLOCK), num_rows, dim, False, ROWS, BLOCK)
 
 
 class _Tile(NamedTuple):
@@ -165,20 +167,19 @@ def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
-def _copied_rows_fake(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    return x.new_empty(padding.shape[0], x.shape[1])
-
-
-@operator("copied_rows", _copied_rows_fake)
-def copied(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
-    """Copy each token of x (T, D) to its ``rows`` (T, K), -1 for none; rows of ``padding`` (R,) bool are zero.
+def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    """Copy each token of x (T, D) to its ``rows`` (T, K), -1 for none; rows of padding are zero.
 
     No host synchronisation. Deterministic.
+
+    Args:
+        x: (T, D), contiguous.
+        rows: (T, K) int64, contiguous.
+        padding: (R,), contiguous: bool, true for a row of padding; or int64, -1 for one.
 
     Returns:
         (R, D), the dtype of ``x``. Every row is either some token's or padding.
     """
-    x, rows, padding = x.contiguous(), rows.contiguous(), padding.contiguous()
     (num_tokens, dim), k, num_rows = x.shape, rows.shape[1], padding.shape[0]
     out = x.new_empty(num_rows, dim)
     if out.numel():
@@ -186,10 +187,41 @@ def copied(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
         programs = max(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(num_rows, _ROWS))
         with torch.cuda.device_of(x):
             _copy_kernel[(programs, triton.cdiv(dim, tile.columns))](
-                x, rows, padding, out, num_tokens, num_rows, dim,
-                K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, ROWS=_ROWS, BLOCK=tile.columns, num_warps=tile.warps,
+                x, rows, padding, out, num_tokens, num_rows, dim, K=k, UNROLL=tile.unroll, TOKENS=tile.tokens,
+                NEGATIVE=padding.dtype == torch.int64, ROWS=_ROWS, BLOCK=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
     return out
+
+
+def add_up(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
+    """Add up each token's ``rows`` (T, K), -1 for none, of ``values`` (R, D), with ``weights`` (T, K) if given.
+
+    All contiguous. Sums are taken in float32 (float64 for float64 rows). No host synchronisation. Deterministic.
+
+    Returns:
+        (T, D), the dtype of ``values``; zero for a token without rows.
+    """
+    (num_tokens, k), dim = rows.shape, values.shape[1]
+    out = values.new_empty(num_tokens, dim)
+    if out.numel():
+        tile = _tile(dim, k, values.dtype)
+        with torch.cuda.device_of(values):
+            _sum_kernel[(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(dim, tile.columns))](
+                values, rows, values if weights is None else weights, out, num_tokens, dim,
+                K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns, WEIGHTED=weights is not None,
+                SUM=_sum_dtype(values.dtype), num_warps=tile.warps,
+            )  # fmt: skip
+    return out
+
+
+def _copied_rows_fake(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    return x.new_empty(padding.shape[0], x.shape[1])
+
+
+@operator("copied_rows", _copied_rows_fake)
+def copied(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+    """Do what ``copy`` does, as an operator that compilers leave whole."""
+    return copy(x.contiguous(), rows.contiguous(), padding.contiguous())
 
 
 def _summed_rows_fake(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
@@ -198,25 +230,8 @@ def _summed_rows_fake(values: Tensor, rows: Tensor, weights: Tensor | None) -> T
 
 @operator("summed_rows", _summed_rows_fake)
 def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
-    """Add up each token's ``rows`` (T, K), -1 for none, of ``values`` (R, D), with ``weights`` (T, K) if given.
-
-    Sums are taken in float32 (float64 for float64 rows). No host synchronisation. Deterministic.
-
-    Returns:
-        (T, D), the dtype of ``values``; zero for a token without rows.
-    """
-    values, rows = values.contiguous(), rows.contiguous()
-    (num_tokens, k), dim = rows.shape, values.shape[1]
-    out = values.new_empty(num_tokens, dim)
-    if out.numel():
-        tile = _tile(dim, k, values.dtype)
-        with torch.cuda.device_of(values):
-            _sum_kernel[(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(dim, tile.columns))](
-                values, rows, values if weights is None else weights.contiguous(), out, num_tokens, dim,
-                K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns, WEIGHTED=weights is not None,
-                SUM=_sum_dtype(values.dtype), num_warps=tile.warps,
-            )  # fmt: skip
-    return out
+    """Do what ``add_up`` does, as an operator that compilers leave whole."""
+    return add_up(values.contiguous(), rows.contiguous(), None if weights is None else weights.contiguous())
 
 
 def _weigh_rows_backward_fake(

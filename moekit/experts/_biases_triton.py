@@ -18,14 +18,16 @@ class Weighing(NamedTuple):
     """What turns the sum over gradients of rows into that of a bias which routing weights multiply.
 
     Attributes:
-        weights: (R,) float32, of each row.
+        weights: (*A) float32, the router's.
         bias: (E, 1, D), contiguous.
-        products: (R,) float32, of which each row's gets <gradient, bias> added, in place.
+        grad_weights: (*A) float32, of which that of each row's assignment gets <gradient, bias> added, in place.
+        assignments: (R,) int64, of each row; -1 for a padding row.
     """
 
     weights: Tensor
     bias: Tensor
-    products: Tensor
+    grad_weights: Tensor
+    assignments: Tensor
 
 
 @triton.jit
@@ -33,7 +35,8 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     values,
     weights,
     bias,
-    products,
+    grad_weights,
+    assignments,
     sums,
     starts,
     sizes,
@@ -55,8 +58,11 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
         places = rows.to(tl.int64)[:, None] * width
         inner = tl.zeros((M,), tl.float32)
         weight = tl.zeros((M,), tl.float32)
+        assignment = rows.to(tl.int64)
         if WEIGHTED:
-            weight = tl.load(weights + rows, mask=real, other=0.0)
+            assignment = tl.load(assignments + rows, mask=real, other=-1)
+            real = assignment >= 0
+            weight = tl.load(weights + assignment, mask=real, other=0.0)
         for n in range(0, width, BLOCK):
             columns = n + tl.arange(0, BLOCK)
             inside = real[:, None] & (columns < width)[None, :]
@@ -66,7 +72,8 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
                 found *= weight[:, None]
             tl.store(sums + tile.to(tl.int64) * width + columns, tl.sum(found, 0), mask=columns < width)
         if WEIGHTED:
-            tl.store(products + rows, tl.load(products + rows, mask=real, other=0.0) + inner, mask=real)
+            found = tl.load(grad_weights + assignment, mask=real, other=0.0)
+            tl.store(grad_weights + assignment, found + inner, mask=real)
 
 
 @triton.jit
@@ -108,9 +115,9 @@ def bias_gradient(
     sums = torch.empty(num_tiles, width, dtype=torch.float32, device=grads.device)
     out = grads.new_empty(parts, num_groups, 1, width // parts)
     block = min(8192 // height, triton.next_power_of_2(width))
-    weights, bias, products = (None, None, None) if weighing is None else weighing
+    given = (None, None, None, None) if weighing is None else weighing
     _tiles_kernel[(num_tiles,)](
-        grads, weights, bias, products, sums, *plan, num_groups, width,
+        grads, *given, sums, *plan, num_groups, width,
         WEIGHTED=weighing is not None, M=height, BLOCK=block, num_warps=4,
     )  # fmt: skip
     _groups_kernel[(num_groups, triton.cdiv(width, 128))](

@@ -77,7 +77,7 @@ class Fused(torch.autograd.Function):
         return None, grad_x, grad_weights, *[None] * len(plan), *grad_ups.unbind(0), grad_down, *grad_biases
 
 
-def _plan_fake(experts: Tensor, tokens: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
     from moekit.experts import _tiles_triton
 
     if experts.numel() == 0:
@@ -87,21 +87,18 @@ def _plan_fake(experts: Tensor, tokens: Tensor, num_experts: int, height: int, a
     schedule = [
         experts.new_empty(n, dtype=torch.int32) for n in (num_experts, num_experts, num_experts + 1, num_owners)
     ]
-    padding = experts.new_empty(num_rows, dtype=torch.bool)
-    return [torch.empty_like(experts), experts.new_empty(num_rows), padding, *schedule]
+    return [torch.empty_like(experts), experts.new_empty(num_rows), *schedule]
 
 
 @operator("fused_plan", _plan_fake)
-def plan_layer(experts: Tensor, tokens: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
-    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist, and tokens (*A)."""
-    from moekit.experts import _fused_triton
+def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
+    from moekit.experts import _plan_triton
 
     if experts.numel() == 0:
         return [experts.clone()]
-    rows, tokens_of_rows, padding, schedule, _ = _fused_triton.make_plan(
-        experts, tokens, num_experts, height=height, align=align
-    )
-    return [rows, tokens_of_rows, padding, *schedule]
+    rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
+    return [rows, assignments, *schedule]
 
 
 def _forward_fake(
@@ -248,9 +245,9 @@ def _plan_of(tensors: list[Tensor]) -> Any:
     from moekit.experts._lists_triton import TokenLists
     from moekit.experts._tiles_triton import Schedule
 
-    rows, tokens, padding, *rest = tensors
+    rows, assignments, *rest = tensors
     lists = TokenLists(*rest[4:]) if len(rest) > 4 else None
-    return Plan(rows, tokens, padding, Schedule(*rest[:4]), lists)
+    return Plan(rows, assignments, Schedule(*rest[:4]), lists)
 
 
 def _layer_tiles(numbers: list[int]) -> LayerTiles:

@@ -8,19 +8,15 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from moekit import _rows_triton
 from moekit.experts import _gemms_triton, _hidden_triton, _lists_triton
-from moekit.experts import _tiles_triton as tiling
 from moekit.experts._biases_triton import Weighing, bias_gradient
 from moekit.experts._lists_triton import TokenLists
 from moekit.experts._tiles_triton import Schedule
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import LayerTiles, Tile
-from moekit.rows import copied, summed
-from moekit.segments import rows_of_assignments, sort_by_expert
 
 
 class Plan(NamedTuple):
@@ -28,15 +24,13 @@ class Plan(NamedTuple):
 
     Attributes:
         rows: (T, K) int64, the row of each assignment, -1 for one that does not exist; (N,) for any other routing.
-        tokens: (R,) int64, the token of each row; 0 for a padding row.
-        padding: (R,) bool.
+        assignments: (R,) int64, the assignment of each row; -1 for a padding row.
         schedule: of the aligned groups.
         lists: of each token's assignments, where ``rows`` are no (T, K).
     """
 
     rows: Tensor
-    tokens: Tensor
-    padding: Tensor
+    assignments: Tensor
     schedule: Schedule
     lists: TokenLists | None = None
 
@@ -81,92 +75,18 @@ class Gradients(NamedTuple):
     biases: tuple[Tensor, ...]
 
 
-@triton.jit
-def _align_kernel(  # type: ignore[no-untyped-def]
-    experts,
-    tokens,
-    compact,
-    sizes,
-    rows,
-    tokens_of_rows,
-    padding,
-    aligned,
-    num_assignments,
-    num_experts,
-    ALIGN: tl.constexpr,
-    EXPERTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Shift each assignment's row by the padding of all earlier experts."""
-    numbers = tl.arange(0, EXPERTS)
-    found = tl.load(sizes + numbers, mask=numbers < num_experts, other=0).to(tl.int32)
-    whole = (found + (ALIGN - 1)) // ALIGN * ALIGN
-    shifts = tl.cumsum(whole - found, 0) - (whole - found)
-    if tl.program_id(0) == 0:
-        tl.store(aligned + numbers, whole, mask=numbers < num_experts)
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_assignments
-    expert = tl.load(experts + places, mask=inside, other=-1).to(tl.int32)
-    row = tl.load(compact + places, mask=inside, other=-1)
-    row = tl.where(expert >= 0, row + tl.gather(shifts, tl.maximum(expert, 0), 0), -1)
-    tl.store(rows + places, row, mask=inside)
-    real = inside & (expert >= 0)
-    tl.store(tokens_of_rows + row, tl.load(tokens + places, mask=inside, other=0), mask=real)
-    tl.store(padding + row, tl.zeros((BLOCK,), tl.int8), mask=real)
-
-
-@triton.jit
-def _spread_kernel(weights, rows, out, num_assignments, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows + places, mask=places < num_assignments, other=-1)
-    tl.store(out + row, tl.load(weights + places, mask=row >= 0, other=0.0), mask=row >= 0)
-
-
-def make_plan(experts: Tensor, tokens: Tensor, num_experts: int, *, height: int, align: int) -> Plan:
-    """Sort assignments by expert into rows whose groups begin at multiples of ``align``, for tiles of ``height`` rows.
-
-    Args:
-        experts: (T, K) or (N,) int64 in [0, E), or -1.
-        tokens: the same shape, int64.
-        num_experts: E.
-        height: of a tile.
-        align: of the groups.
-    """
-    num_assignments = experts.numel()
-    flat = experts.reshape(-1).contiguous()
-    order, sizes = sort_by_expert(flat, num_experts)
-    compact = rows_of_assignments(order, num_assignments)
-    num_rows = tiling.aligned_rows(num_assignments, num_experts, align)  # at most, for sizes are not read
-    rows, aligned = torch.empty_like(flat), sizes.to(torch.int32)
-    tokens_of_rows, padding = flat.new_zeros(num_rows), flat.new_full((num_rows,), 1, dtype=torch.bool)
-    _align_kernel[(triton.cdiv(num_assignments, 1024),)](
-        flat, tokens.reshape(-1).contiguous(), compact, sizes, rows, tokens_of_rows, padding.view(torch.int8), aligned,
-        num_assignments, num_experts, ALIGN=align, EXPERTS=max(32, triton.next_power_of_2(num_experts)), BLOCK=1024,
-    )  # fmt: skip
-    plan = tiling.schedule(aligned, num_rows, height)
-    return Plan(rows.view(experts.shape), tokens_of_rows, padding, plan)
-
-
 def dispatched(x: Tensor, plan: Plan) -> Tensor:
     """Copy tokens (T, D) to their rows (R, D); padding rows are zero."""
-    if plan.rows.ndim == 2:
-        return copied(x, plan.tokens, plan.padding, plan.rows)
-    return _lists_triton.copied(x, plan.tokens, plan.padding)
+    if plan.lists is None:
+        return _rows_triton.copy(x, plan.rows, plan.assignments)
+    return _lists_triton.copied(x, plan.lists.tokens, plan.assignments)
 
 
 def combined(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:
     """Sum rows (R, D) into their tokens (T, D), with a weight for each assignment if given."""
     if plan.lists is None:
-        return summed(rows, plan.rows, weights)
+        return _rows_triton.add_up(rows, plan.rows, weights)
     return _lists_triton.summed(rows, plan.rows, plan.lists, weights=weights)
-
-
-def row_weights(weights: Tensor, plan: Plan) -> Tensor:
-    """Give each row its assignment's weight, (R,) float32; zero for a padding row."""
-    out = torch.zeros(plan.tokens.shape[0], dtype=torch.float32, device=weights.device)
-    num_assignments = plan.rows.numel()
-    _spread_kernel[(triton.cdiv(num_assignments, 1024),)](weights, plan.rows, out, num_assignments, BLOCK=1024)
-    return out
 
 
 def forward(
@@ -235,12 +155,12 @@ def backward(
     hidden = _gemms_triton.grouped_rows(
         grad_rows, schedule, (down.transpose(1, 2),), precision=precision, tile=tiles.grad_hidden
     )
-    weights_of_rows = row_weights(weights, plan)
-    grad_pre, products = _hidden_triton.back(hidden, pre, weights_of_rows, schedule, activation=activation)
+    grad_weights = torch.zeros_like(weights)
+    grad_pre = _hidden_triton.back(hidden, pre, weights, grad_weights, plan.assignments, activation=activation)
     grad_biases: tuple[Tensor, ...] = ()
     if experts.down_bias is not None:
         add_up = partial(bias_gradient, plan=schedule, height=tiles.up.m)
-        weighing = Weighing(weights_of_rows, experts.down_bias, products)
+        weighing = Weighing(weights, experts.down_bias, grad_weights, plan.assignments)
         grad_biases = add_up(grad_pre, parts=len(ups)), add_up(grad_rows, weighing=weighing)[0]
     weight_grad = partial(_weight_gradient, plan=schedule, precision=precision)
     grad_down = weight_grad(hidden, grads=grad_rows, transposed=experts.down_transposed, tile=tiles.grad_down)[0]
@@ -258,7 +178,6 @@ def backward(
         grad_pre, schedule, tuple(w.transpose(1, 2) for w in ups), precision=precision, tile=tiles.grad_rows
     )
     grad_x = combined(grad_of_rows, None, plan)
-    grad_weights = products[plan.rows.clamp_min(0)].masked_fill(plan.rows < 0, 0.0)
     return Gradients(grad_x, grad_weights, grad_ups, grad_down, grad_biases)
 
 

@@ -128,11 +128,10 @@ def _back_kernel(  # type: ignore[no-untyped-def]
     pre,
     grads,
     weights,
+    grad_weights,
+    assignments,
     grad_pre,
-    products,
-    starts,
-    sizes,
-    last,
+    num_rows,
     width,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -144,12 +143,15 @@ def _back_kernel(  # type: ignore[no-untyped-def]
     """Take gradients (R, width) of the hidden rows through the activation, and overwrite them by the hidden rows."""
     parts: tl.constexpr = 2 if GATED else 1
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    used = rows < tl.load(starts + last) + tl.load(sizes + last)
-    weight = tl.load(weights + rows, mask=used, other=0.0)[:, None]
+    exists = rows < num_rows
+    assignment = tl.load(assignments + rows, mask=exists, other=-1)
+    used = assignment >= 0  # padding rows are not read, and become zero
+    weight = tl.load(weights + assignment, mask=used, other=0.0)[:, None]
     product = tl.zeros((ROWS, BLOCK), tl.float32)
     for n in range(0, width, BLOCK):
         columns = n + tl.arange(0, BLOCK)
         inside = used[:, None] & (columns < width)[None, :]
+        written = exists[:, None] & (columns < width)[None, :]
         places = rows[:, None] * width + columns[None, :]
         pre_places = rows[:, None] * (parts * width) + columns[None, :]
         grad = tl.load(grads + places, mask=inside, other=0.0).to(tl.float32)
@@ -161,11 +163,11 @@ def _back_kernel(  # type: ignore[no-untyped-def]
         weighted = grad * weight
         if GATED:
             grad_up = (weighted * slope_up).to(grad_pre.dtype.element_ty)
-            tl.store(grad_pre + pre_places + width, grad_up, mask=inside)
-        tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=inside)
-        tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=inside)
+            tl.store(grad_pre + pre_places + width, grad_up, mask=written)
+        tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=written)
+        tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=written)
         product += value * grad
-    tl.store(products + rows, tl.sum(product, 1), mask=used)
+    tl.store(grad_weights + assignment, tl.sum(product, 1), mask=used)
 
 
 def up(
@@ -222,26 +224,33 @@ def up(
 
 
 def back(
-    grads: Tensor, pre: Tensor, weights: Tensor, plan: Schedule, *, activation: Activation
-) -> tuple[Tensor, Tensor]:
+    grads: Tensor,
+    pre: Tensor,
+    weights: Tensor,
+    grad_weights: Tensor,
+    assignments: Tensor,
+    *,
+    activation: Activation,
+) -> Tensor:
     """Take the gradient of the hidden rows through the activation; ``grads`` becomes the hidden rows, weighted.
 
     Args:
         grads: (R, F), of the hidden rows, before the router's weights; overwritten.
         pre: (R, P F), the pre-activation; P is 2 for gated experts.
-        weights: (R,) float32, the router's weight of each row; zero for a padding row.
-        plan: of the rows' groups.
+        weights: (*A) float32, the router's.
+        grad_weights: (*A) float32, which gets the gradients of the weights whose assignments have a row.
+        assignments: (R,) int64, of each row; -1 for a padding row.
         activation: gated if P is 2.
 
     Returns:
-        The gradient of the pre-activation (R, P F), and of each row's weight (R,) float32.
+        The gradient of the pre-activation (R, P F); zero for padding rows.
     """
     (num_rows, width), gated = grads.shape, pre.shape[1] == 2 * grads.shape[1]
-    grad_pre, products = torch.empty_like(pre), torch.empty_like(weights)
+    grad_pre = torch.empty_like(pre)
     block = min(512, triton.next_power_of_2(width))
     _back_kernel[(triton.cdiv(num_rows, 4),)](
-        pre, grads, weights, grad_pre, products, plan.starts, plan.sizes, plan.sizes.shape[0] - 1, width,
+        pre, grads, weights, grad_weights, assignments, grad_pre, num_rows, width,
         ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
         ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
     )  # fmt: skip
-    return grad_pre, products
+    return grad_pre

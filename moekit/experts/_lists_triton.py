@@ -11,23 +11,26 @@ class TokenLists(NamedTuple):
     """Which assignments a token has, in their order.
 
     Attributes:
+        tokens: (N,) int64, of each assignment.
         order: (N,) int64, assignments by token; those that do not exist come last.
         starts: (T + 1,) int64, where each token's begin in ``order``, and where the last token's end.
     """
 
+    tokens: Tensor
     order: Tensor
     starts: Tensor
 
 
 @triton.jit
 def _copy_kernel(  # type: ignore[no-untyped-def]
-    x, tokens, padding, out, num_rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, tokens, assignments, out, num_rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = rows < num_rows
-    real = inside & (tl.load(padding + rows, mask=inside, other=1) == 0)
-    token = tl.load(tokens + rows, mask=real, other=0)
+    assignment = tl.load(assignments + rows, mask=inside, other=-1)
+    real = assignment >= 0
+    token = tl.load(tokens + assignment, mask=real, other=0)
     here = (columns < dim)[None, :]
     found = tl.load(x + token[:, None] * dim + columns[None, :], mask=real[:, None] & here, other=0.0)
     tl.store(out + rows[:, None] * dim + columns[None, :], found, mask=inside[:, None] & here)
@@ -62,13 +65,13 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * dim + columns, sums.to(out.dtype.element_ty), mask=columns < dim)
 
 
-def copied(x: Tensor, tokens: Tensor, padding: Tensor) -> Tensor:
-    """Copy tokens x (T, D) to the rows (R, D) whose ``tokens`` (R,) they are; ``padding`` (R,) bool has zeros."""
-    num_rows, dim = tokens.shape[0], x.shape[1]
+def copied(x: Tensor, tokens: Tensor, assignments: Tensor) -> Tensor:
+    """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a row of -1 is zero."""
+    num_rows, dim = assignments.shape[0], x.shape[1]
     out = x.new_empty(num_rows, dim)
     block = min(1024, triton.next_power_of_2(dim))
     _copy_kernel[(triton.cdiv(num_rows, 4), triton.cdiv(dim, block))](
-        x, tokens, padding, out, num_rows, dim, ROWS=4, BLOCK=block
+        x, tokens, assignments, out, num_rows, dim, ROWS=4, BLOCK=block
     )
     return out
 
@@ -92,6 +95,15 @@ def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor |
     if out.numel():
         block = min(1024, triton.next_power_of_2(dim))
         _sum_kernel[(num_tokens, triton.cdiv(dim, block))](
-            values, rows, weights, *lists, out, dim, WEIGHTED=weights is not None, UNROLL=4, BLOCK=block
+            values,
+            rows,
+            weights,
+            lists.order,
+            lists.starts,
+            out,
+            dim,
+            WEIGHTED=weights is not None,
+            UNROLL=4,
+            BLOCK=block,
         )
     return out

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._segments_triton import BLOCK, counted, keys_of, ranks_in_block
-from moekit.experts._tiles_triton import Schedule, most_tiles
+from moekit.experts._tiles_triton import Schedule, aligned_rows, most_tiles
 
 _OWNERS = 64  # tiles of rows that one program finds the groups of
 
@@ -64,26 +64,26 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
         tl.store(firsts + bins, last_tiles - tiles, mask=bins <= num_experts)
 
 
-def make_plan(
-    experts: Tensor, num_experts: int, *, num_rows: int, height: int, align: int
-) -> tuple[Tensor, Tensor, Schedule]:
+def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> tuple[Tensor, Tensor, Schedule]:
     """Sort assignments by expert, stably, into rows whose groups begin at multiples of ``align``.
 
     No host synchronisation. Deterministic.
 
     Args:
-        experts: (N,) int64 in [0, E), or -1.
-        num_experts: E, at most 1023.
-        num_rows: R, at least what all groups take.
+        experts: (*A) int64 in [0, E), or -1.
+        num_experts: E.
         height: of tiles.
         align: of groups.
 
     Returns:
-        The row of each assignment (N,) int64, -1 for one that does not exist; the assignment of each row (R,)
+        The row of each assignment (*A) int64, -1 for one that does not exist; the assignment of each row (R,)
         int64, -1 for a row of nobody; the schedule, of groups with their last rows of nobody.
     """
-    num_assignments, num_owners = experts.shape[0], most_tiles(num_rows, num_experts, height)
-    earlier, totals, _ = counted(experts, num_experts)
+    experts = experts.contiguous()
+    num_assignments = experts.numel()
+    num_rows = aligned_rows(num_assignments, num_experts, align)  # at most, for sizes are not read
+    num_owners = most_tiles(num_rows, num_experts, height)
+    earlier, totals, _ = counted(experts.view(-1), num_experts)
     num_blocks, bins = earlier.shape
     rows, assignments = torch.empty_like(experts), experts.new_full((num_rows,), -1)
     starts, sizes, firsts, owners = (

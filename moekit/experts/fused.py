@@ -138,9 +138,9 @@ def _fused_layer(
     hidden = parameters[0].shape[1 if layout.up_transposed else 2] // (2 if layout.packed else 1)
     size = LayerSize(x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability)
     chosen = check_tiles(tiles(size))
-    plan = plan_layer(experts, tokens, routing.num_experts, chosen.up.m, chosen.grad_up.k)
+    plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
     if experts.ndim != 2 and experts.numel():
-        plan = [*plan, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
+        plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
     weights = routing.weights.view(experts.shape).to(torch.float32)
     function, _, *constants = activation
     flat = [n for tile in chosen for n in tile]

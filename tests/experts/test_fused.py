@@ -133,8 +133,9 @@ def test_rows_of_nobody_are_zero() -> None:
     from moekit.experts._lists_triton import copied
 
     x, tokens = torch.randn(3, 21, device=DEVICE), torch.tensor([2, 0, 1, 2, 0], device=DEVICE)
-    padding = torch.tensor([False, True, False, False, True], device=DEVICE)
-    assert torch.equal(copied(x, tokens, padding), x[tokens] * ~padding[:, None])
+    assignments = torch.tensor([4, -1, 0, 3, -1], device=DEVICE)
+    expected = x[tokens[assignments]] * (assignments >= 0)[:, None]
+    assert torch.equal(copied(x, tokens, assignments), expected)
 
 
 @runs_kernels
@@ -143,7 +144,7 @@ def test_rows_of_a_token_are_added_in_their_order() -> None:
     from moekit.experts.fused import _lists_of_tokens
 
     tokens, experts = torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, -1, 0, 0])
-    lists = TokenLists(*_lists_of_tokens(experts, tokens, 3))
+    lists = TokenLists(tokens, *_lists_of_tokens(experts, tokens, 3))
     assert lists.order[:5].tolist() == [1, 4, 0, 2, 5]
     assert lists.starts.tolist() == [0, 2, 5, 5]
     values = torch.tensor([1.0, 1e8, 3.0, torch.nan, 4.0, -1e8]).unsqueeze(1)  # 1 + 1e8 forgets the 1
@@ -227,3 +228,33 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
     unfit = LOW._replace(up=LOW.up._replace(m=64), grad_up=LOW.grad_up._replace(k=32))
     with pytest.raises(ValueError, match=r"m = \[32, 64\].*k = \[16, 32\].*Take the same m"):
         fused_layer(tiles=lambda size: unfit)(*draw(SHAPES["usual"], SWIGLU))
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize(
+    ("num_experts", "num_assignments", "align", "height"),
+    [(5, 700, 16, 32), (3, 1, 16, 16), (40, 300, 64, 128), (1, 1000, 64, 64), (7, 90, 32, 32)],
+)
+def test_a_plan_is_a_stable_sort_into_aligned_groups(
+    num_experts: int, num_assignments: int, align: int, height: int
+) -> None:
+    from moekit.experts._plan_triton import make_plan
+
+    experts = torch.randint(-1, num_experts, (num_assignments,), device=DEVICE)
+    experts[::3] = min(2, num_experts - 1)
+    rows, assignments, schedule = make_plan(experts, num_experts, height=height, align=align)
+    begin, tile = 0, 0
+    for expert in range(num_experts):
+        own = (experts == expert).nonzero().flatten()
+        size = -(-len(own) // align) * align
+        assert torch.equal(rows[own], begin + torch.arange(len(own), device=DEVICE))
+        assert torch.equal(assignments[begin : begin + len(own)], own)
+        assert (assignments[begin + len(own) : begin + size] == -1).all()
+        assert [int(each[expert]) for each in schedule[:3]] == [begin, size, tile]
+        tiles = -(-size // height)
+        assert (schedule.owners[tile : tile + tiles] == expert).all()
+        begin, tile = begin + size, tile + tiles
+    assert int(schedule.firsts[-1]) == tile <= len(schedule.owners)
+    assert (rows[experts < 0] == -1).all()
+    assert (assignments[begin:] == -1).all()

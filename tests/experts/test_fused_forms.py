@@ -291,17 +291,27 @@ def test_a_group_of_many_tiles_is_added_up(weighted: bool) -> None:
     used, owners = int(sizes.sum()), torch.arange(4).repeat_interleave(sizes)
     grads = torch.randn(used + 7, width if weighted else parts * width)
     grads[used:] = torch.nan
+    assignments = torch.randperm(used + 7)  # of each row; one of padding inside a group is nobody's
     weights, bias, before = torch.rand(used + 7), torch.randn(4, 1, width), torch.randn(used + 7)
     products = before.to(DEVICE, copy=True)
-    weighing = Weighing(weights.to(DEVICE), bias.to(DEVICE), products) if weighted else None
+    assignments[[2, 900]] = -1
+    nobodys = assignments[:used] < 0
+    if weighted:
+        grads[:used][nobodys] = torch.nan
+    weighing = Weighing(*(t.to(DEVICE) for t in (weights, bias)), products, assignments.to(DEVICE))
+    weighing = weighing if weighted else None
     plan = schedule(sizes.to(DEVICE), used + 7, 16)
     found = bias_gradient(grads.to(DEVICE), plan, height=16, parts=1 if weighted else parts, weighing=weighing).cpu()
-    rows = grads[:used].double() * (weights[:used, None] if weighted else 1)
+    rows = grads[:used].double()
+    if weighted:
+        rows = rows.masked_fill(nobodys[:, None], 0.0)
+        inner = (rows * bias.double()[owners, 0]).sum(1)
+        before.index_add_(0, assignments[:used][~nobodys], inner[~nobodys].float())
+        rows = rows * weights[assignments[:used], None]
     wanted = torch.zeros(4, rows.shape[1]).double().index_add_(0, owners, rows)
     wanted = wanted.unflatten(1, (-1, width)).transpose(0, 1).unsqueeze(2)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-    inner = (grads[:used].double() * bias.double()[owners, 0]).sum(1) if weighted else 0
-    torch.testing.assert_close(products[:used].cpu().double(), before[:used].double() + inner, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products.cpu(), before, rtol=1e-5, atol=1e-5)
 
 
 @runs_kernels
