@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.operators import operator
+from moekit.operators import blocks_of, operator, power_of_two
 
 
 @triton.jit
@@ -152,13 +152,13 @@ _ROWS = 8  # rows that a program looks through for padding
 def _tile(dim: int, k: int, dtype: torch.dtype) -> _Tile:
     """Choose by shape class: columns without a remainder if D allows, 16 bytes a thread and load."""
     per_warp = 32 * 16 // dtype.itemsize
-    columns = min(triton.next_power_of_2(max(dim, 1)), 1024)
+    columns = min(power_of_two(max(dim, 1)), 1024)
     while columns > per_warp and dim % columns:
         columns //= 2
     return _Tile(
         tokens=max(1, min(1024 // columns, 4)),
         columns=columns,
-        unroll=min(8, triton.next_power_of_2(max(k, 1))),
+        unroll=min(8, power_of_two(max(k, 1))),
         warps=max(1, min(2, columns // per_warp)),
     )
 
@@ -184,9 +184,9 @@ def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
     out = x.new_empty(num_rows, dim)
     if out.numel():
         tile = _tile(dim, k, x.dtype)
-        programs = max(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(num_rows, _ROWS))
+        programs = max(blocks_of(num_tokens, tile.tokens), blocks_of(num_rows, _ROWS))
         with torch.cuda.device_of(x):
-            _copy_kernel[(programs, triton.cdiv(dim, tile.columns))](
+            _copy_kernel[(programs, blocks_of(dim, tile.columns))](
                 x, rows, padding, out, num_tokens, num_rows, dim, K=k, UNROLL=tile.unroll, TOKENS=tile.tokens,
                 NEGATIVE=padding.dtype == torch.int64, ROWS=_ROWS, BLOCK=tile.columns, num_warps=tile.warps,
             )  # fmt: skip
@@ -206,7 +206,7 @@ def add_up(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     if out.numel():
         tile = _tile(dim, k, values.dtype)
         with torch.cuda.device_of(values):
-            _sum_kernel[(triton.cdiv(num_tokens, tile.tokens), triton.cdiv(dim, tile.columns))](
+            _sum_kernel[(blocks_of(num_tokens, tile.tokens), blocks_of(dim, tile.columns))](
                 values, rows, values if weights is None else weights, out, num_tokens, dim,
                 K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns, WEIGHTED=weights is not None,
                 SUM=_sum_dtype(values.dtype), num_warps=tile.warps,
@@ -262,7 +262,7 @@ def weigh_backward(
     grad, values, rows, weights, padding = (each.contiguous() for each in (grad, values, rows, weights, padding))
     (num_rows, dim), (num_tokens, k) = values.shape, rows.shape
     grad_values, grad_weights = torch.empty_like(values), torch.empty_like(weights)
-    programs = max(num_tokens, triton.cdiv(num_rows, _ROWS))
+    programs = max(num_tokens, blocks_of(num_rows, _ROWS))
     if programs:
         tile = _tile(dim, k, values.dtype)
         with torch.cuda.device_of(values):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.operators import operator
+from moekit.operators import blocks_of, operator, power_of_two
 
 # Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
 # counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
@@ -103,8 +103,8 @@ def _invert_kernel(assignments, rows, num_rows, BLOCK: tl.constexpr):  # type: i
 def counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return the counts of earlier blocks (blocks, BINS) and of all (BINS,), int32, and sizes (E,) int64."""
     num_assignments = experts.shape[0]
-    bins = max(32, triton.next_power_of_2(num_experts + 1))
-    num_blocks = triton.cdiv(num_assignments, BLOCK)
+    bins = max(32, power_of_two(num_experts + 1))
+    num_blocks = blocks_of(num_assignments, BLOCK)
     earlier = torch.empty(num_blocks, bins, dtype=torch.int32, device=experts.device)
     totals = torch.empty(bins, dtype=torch.int32, device=experts.device)
     sizes = torch.empty(num_experts, dtype=torch.int64, device=experts.device)
@@ -170,5 +170,5 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
     num_rows = assignments.shape[0]
     if num_rows:
         with torch.cuda.device_of(assignments):
-            _invert_kernel[(triton.cdiv(num_rows, 1024),)](assignments, rows, num_rows, BLOCK=1024)
+            _invert_kernel[(blocks_of(num_rows, 1024),)](assignments, rows, num_rows, BLOCK=1024)
     return rows

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit.experts._tiles_triton import Schedule, load_bias
+from moekit.operators import blocks_of, power_of_two
 
 
 class Weighing(NamedTuple):
@@ -114,13 +115,13 @@ def bias_gradient(
     num_groups, num_tiles, width = plan.sizes.shape[0], plan.owners.shape[0], grads.shape[1]
     sums = torch.empty(num_tiles, width, dtype=torch.float32, device=grads.device)
     out = grads.new_empty(parts, num_groups, 1, width // parts)
-    block = min(8192 // height, triton.next_power_of_2(width))
+    block = min(8192 // height, power_of_two(width))
     given = (None, None, None, None) if weighing is None else weighing
     _tiles_kernel[(num_tiles,)](
         grads, *given, sums, *plan, num_groups, width,
         WEIGHTED=weighing is not None, M=height, BLOCK=block, num_warps=4,
     )  # fmt: skip
-    _groups_kernel[(num_groups, triton.cdiv(width, 128))](
+    _groups_kernel[(num_groups, blocks_of(width, 128))](
         sums, out, plan.firsts, num_groups, width, width // parts, TILES=32, BLOCK=128, num_warps=4
     )
     return out

@@ -24,6 +24,7 @@ from moekit.experts._tiles_triton import (
     store_rows,
 )
 from moekit.experts.tiles import Tile, row_tile, weight_tile
+from moekit.operators import blocks_of
 
 
 @triton.jit
@@ -235,7 +236,7 @@ def grouped_weight(
     tma = has_tma(rows, grad) and (parts == 1 or is_whole(height if tall else width, rows.dtype))
     matrices = out.view(-1, width)
     tma_store = tma and has_tma(matrices) and matrices.shape[0] < 2**30
-    tiles = num_groups * triton.cdiv(height, tile.m) * triton.cdiv(width, tile.n) * parts
+    tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
     _weight_kernel[(min(programs(rows.device), tiles),)](
         described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma),
         described_groups(matrices, tile, True) if tma_store else out, plan.starts, plan.sizes,

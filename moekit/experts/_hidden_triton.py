@@ -23,6 +23,7 @@ from moekit.experts._tiles_triton import (
 )
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
+from moekit.operators import blocks_of, power_of_two
 
 
 @triton.jit
@@ -247,8 +248,8 @@ def back(
     """
     (num_rows, width), gated = grads.shape, pre.shape[1] == 2 * grads.shape[1]
     grad_pre = torch.empty_like(pre)
-    block = min(512, triton.next_power_of_2(width))
-    _back_kernel[(triton.cdiv(num_rows, 4),)](
+    block = min(512, power_of_two(width))
+    _back_kernel[(blocks_of(num_rows, 4),)](
         pre, grads, weights, grad_weights, assignments, grad_pre, num_rows, width,
         ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
         ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit.operators import blocks_of, power_of_two
+
 
 class TokenLists(NamedTuple):
     """Which assignments a token has, in their order.
@@ -69,8 +71,8 @@ def copied(x: Tensor, tokens: Tensor, assignments: Tensor) -> Tensor:
     """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a row of -1 is zero."""
     num_rows, dim = assignments.shape[0], x.shape[1]
     out = x.new_empty(num_rows, dim)
-    block = min(1024, triton.next_power_of_2(dim))
-    _copy_kernel[(triton.cdiv(num_rows, 4), triton.cdiv(dim, block))](
+    block = min(1024, power_of_two(dim))
+    _copy_kernel[(blocks_of(num_rows, 4), blocks_of(dim, block))](
         x, tokens, assignments, out, num_rows, dim, ROWS=4, BLOCK=block
     )
     return out
@@ -93,8 +95,8 @@ def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor |
     num_tokens, dim = lists.starts.shape[0] - 1, values.shape[1]
     out = values.new_empty(num_tokens, dim)
     if out.numel():
-        block = min(1024, triton.next_power_of_2(dim))
-        _sum_kernel[(num_tokens, triton.cdiv(dim, block))](
+        block = min(1024, power_of_two(dim))
+        _sum_kernel[(num_tokens, blocks_of(dim, block))](
             values,
             rows,
             weights,

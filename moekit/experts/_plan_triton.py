@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moekit._segments_triton import BLOCK, counted, keys_of, ranks_in_block
 from moekit.experts._tiles_triton import Schedule, aligned_rows, most_tiles
+from moekit.operators import blocks_of
 
 _OWNERS = 64  # tiles of rows that one program finds the groups of
 
@@ -89,7 +90,7 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
     starts, sizes, firsts, owners = (
         totals.new_empty(n) for n in (num_experts, num_experts, num_experts + 1, num_owners)
     )
-    _plan_kernel[(max(num_blocks, triton.cdiv(num_owners, _OWNERS)),)](
+    _plan_kernel[(max(num_blocks, blocks_of(num_owners, _OWNERS)),)](
         experts, earlier, totals, rows, assignments, starts, sizes, firsts, owners,
         num_assignments, num_experts, num_owners,
         ALIGN=align, M=height, OWNERS=_OWNERS, BLOCK=BLOCK, CHUNK=32, BINS=bins,

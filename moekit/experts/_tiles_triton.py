@@ -14,6 +14,7 @@ from triton.tools.ragged_tma import create_ragged_descriptor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit.experts.tiles import Tile
+from moekit.operators import blocks_of, power_of_two
 
 
 class Schedule(NamedTuple):
@@ -64,9 +65,9 @@ def schedule(sizes: Tensor, num_rows: int, m: int) -> Schedule:
     num_groups = sizes.shape[0]
     num_owners = most_tiles(num_rows, num_groups, m)
     starts, firsts, owners = (sizes.new_empty(n) for n in (num_groups, num_groups + 1, num_owners))
-    _schedule_kernel[(triton.cdiv(num_owners, 64),)](
+    _schedule_kernel[(blocks_of(num_owners, 64),)](
         sizes, starts, firsts, owners, num_groups, num_owners,
-        M=m, GROUPS=triton.next_power_of_2(max(num_groups, 1)), BLOCK=64,
+        M=m, GROUPS=power_of_two(max(num_groups, 1)), BLOCK=64,
     )  # fmt: skip
     return Schedule(starts, sizes, firsts, owners)
 

@@ -142,6 +142,7 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["batched, padded"] = _batched
     rows["grouped, compiled"] = partial(_compiled, build=rows["grouped"])
     rows["fused_layer"] = _fused
+    rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
     rows["auto"] = partial(of_layer, layer=auto())
     return rows
@@ -166,6 +167,16 @@ def _compiled(case: Case, *, build: Build) -> Contender:
     contender = build(case)
     torch._dynamo.reset()  # a table is a shape of its own: recompiling for each would run into Dynamo's limit
     return contender._replace(forward=torch.compile(contender.forward, fullgraph=True))
+
+
+def _graphed(case: Case, *, build: Build) -> Contender:
+    _need_gpu(case.x, "a CUDA graph")
+
+    def forward(x: Tensor, gate: Tensor, *experts: Tensor) -> Tensor:
+        return build(case._replace(x=x, gate=gate, experts=GatedParams(*experts))).forward()
+
+    graphed = torch.cuda.make_graphed_callables(forward, tuple(case.leaves))
+    return Contender(lambda: graphed(*case.leaves), case.leaves, case.grad)
 
 
 def _fused(case: Case) -> Contender:

@@ -39,13 +39,12 @@ def _folded(values: Tensor, terms: int) -> Tensor:
     return values if terms == 1 else values.unflatten(1, (terms, -1)).sum(1)
 
 
-def _logits_fake(x: Tensor, w: Tensor) -> Tensor:
+def _product_fake(x: Tensor, w: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], w.shape[1], dtype=torch.float32)
 
 
-@operator("half_gate", _logits_fake)
-def logits(x: Tensor, w: Tensor) -> Tensor:
-    """Multiply tokens (T, D) bfloat16 by a gate (D, E), bfloat16 or float32, to (T, E) float32."""
+@operator("half_gate", _product_fake)
+def _product(x: Tensor, w: Tensor) -> Tensor:
     terms = 1 if w.dtype == _HALF else 3
     with torch.autocast(x.device.type, enabled=False):
         return _folded(product(x, w if terms == 1 else split(w, terms)), terms)
@@ -70,13 +69,19 @@ def _grad(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         return torch.cat([first, first], 1) @ pairs.T, grad_w
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs)
+class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, w)
+        return _product(x, w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        grad_x, grad_w = _grad(grad, *ctx.saved_tensors)
+        return grad_x, grad_w
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-    grad_x, grad_w = _grad(grad, *ctx.saved_tensors)
-    return grad_x, grad_w
-
-
-torch.library.register_autograd("moekit::half_gate", _backward, setup_context=_save)
+def logits(x: Tensor, w: Tensor) -> Tensor:
+    """Multiply tokens (T, D) bfloat16 by a gate (D, E), bfloat16 or float32, to (T, E) float32."""
+    z: Tensor = _Logits.apply(x, w)
+    return z

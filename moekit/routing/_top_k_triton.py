@@ -4,12 +4,14 @@ One program decides for a few tokens, whose scores stay in registers: it reads e
 weights a token. Counts are added up as integers, in any order the same.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.operators import operator
+from moekit.operators import blocks_of, operator, power_of_two
 
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
 _TAKEN = tl.constexpr(-(2**63))
@@ -141,12 +143,12 @@ def _tile(num_experts: int, k: int) -> dict[str, int]:
 
     A maximum over one warp's scores needs no shared memory, and there are K of them.
     """
-    bins = max(16, triton.next_power_of_2(num_experts))
+    bins = max(16, power_of_two(num_experts))
     scores, warps = (1024, 4) if bins < 32 else (1024, 2) if bins < 256 else (512, 1)
     return {
         "BINS": bins,
         "TOKENS": max(1, scores // bins),
-        "CHOICES": triton.next_power_of_2(k),
+        "CHOICES": power_of_two(k),
         "num_warps": warps,
     }
 
@@ -160,24 +162,9 @@ def _fused_top_k_fake(
 
 
 @operator("fused_top_k", _fused_top_k_fake)
-def fused_top_k(
+def _choose(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Choose experts and weigh them, as ``moekit.routing.top_k`` with a softmax or, if not, a sigmoid.
-
-    No host synchronisation. Deterministic.
-
-    Args:
-        logits: (T, E) float32, E at most 1024.
-        bias: (E,) float32, added to the scores for the choice only.
-        k: at most 32.
-        softmax: False is a sigmoid.
-        normalize: divide a token's weights by their sum.
-        scale: factor on the weights.
-
-    Returns:
-        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64.
-    """
     logits = logits.contiguous()
     num_tokens, num_experts = logits.shape
     experts = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
@@ -186,7 +173,7 @@ def fused_top_k(
     if num_tokens:
         tile = _tile(num_experts, k)
         with torch.cuda.device_of(logits):
-            _choose_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
+            _choose_kernel[(blocks_of(num_tokens, tile["TOKENS"]),)](
                 logits, logits if bias is None else bias.contiguous(), experts, weights, counts, num_tokens,
                 num_experts, scale, K=k, SOFTMAX=softmax, NORMALIZE=normalize, BIASED=bias is not None, **tile,
             )  # fmt: skip
@@ -208,21 +195,44 @@ def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, n
     if num_tokens:
         tile = _tile(num_experts, k)
         with torch.cuda.device_of(logits):
-            _backward_kernel[(triton.cdiv(num_tokens, tile["TOKENS"]),)](
+            _backward_kernel[(blocks_of(num_tokens, tile["TOKENS"]),)](
                 grad, logits, experts, grad_logits, num_tokens, num_experts, scale,
                 K=k, SOFTMAX=softmax, NORMALIZE=normalize, **tile,
             )  # fmt: skip
     return grad_logits
 
 
-def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    logits, _, _, *ctx.options = inputs
-    ctx.save_for_backward(logits, output[1])
+class _FusedTopK(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        weights, experts, counts = _choose(logits, *options)
+        ctx.mark_non_differentiable(experts, counts)
+        ctx.save_for_backward(logits, experts)
+        ctx.options = options[2:]
+        return weights, experts, counts
+
+    @staticmethod
+    def backward(ctx, grad: Tensor, *of_integers: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return _grad_logits(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
-def _backward(ctx, grad: Tensor, _experts, _counts) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-    logits, experts = ctx.saved_tensors
-    return _grad_logits(grad, logits, experts, *ctx.options), None, None, None, None, None
+def fused_top_k(
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Choose experts and weigh them, as ``moekit.routing.top_k`` with a softmax or, if not, a sigmoid.
 
+    No host synchronisation. Deterministic.
 
-torch.library.register_autograd("moekit::fused_top_k", _backward, setup_context=_save)
+    Args:
+        logits: (T, E) float32, E at most 1024.
+        bias: (E,) float32, added to the scores for the choice only.
+        k: at most 32.
+        softmax: False is a sigmoid.
+        normalize: divide a token's weights by their sum.
+        scale: factor on the weights.
+
+    Returns:
+        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64.
+    """
+    weights, experts, counts = _FusedTopK.apply(logits, bias, k, softmax, normalize, scale)
+    return weights, experts, counts

@@ -125,10 +125,12 @@ def test_memory_in_any_order_is_read_right() -> None:
 def test_the_operator_is_well_formed() -> None:
     from moekit.routing import _top_k_triton
 
-    logits = torch.randn(6, 5, device=DEVICE, requires_grad=True)
-    bias = torch.randn(5, device=DEVICE)
-    torch.library.opcheck(_top_k_triton.fused_top_k, (logits, bias, 2, True, True, 2.0))
-    torch.library.opcheck(_top_k_triton.fused_top_k, (logits, None, 2, False, False, 1.0))
+    logits, bias = torch.randn(6, 5, device=DEVICE), torch.randn(5, device=DEVICE)
+    torch.library.opcheck(_top_k_triton._choose, (logits, bias, 2, True, True, 2.0))
+    torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0))
+    _, experts, _ = _top_k_triton._choose(logits, None, 2, False, False, 1.0)
+    grad = torch.randn(6, 2, device=DEVICE)
+    torch.library.opcheck(_top_k_triton._grad_logits, (grad, logits, experts, False, False, 1.0))
 
 
 def test_float32_on_cuda_takes_the_kernel() -> None:
