@@ -104,6 +104,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Multiply groups of a (R, height), transposed, by those of b (R, parts * width): (parts, E, height, width).
@@ -119,7 +120,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     else:
         num_n *= parts
         b_width *= parts
-    for tile in range(tl.program_id(0), num_groups * num_m * num_n, tl.num_programs(0)):
+    for tile in tl.range(tl.program_id(0), num_groups * num_m * num_n, tl.num_programs(0), flatten=OVERLAP):
         group = tile // (num_m * num_n)
         local = tile % (num_m * num_n)
         band = local // (BAND * num_n)
@@ -241,8 +242,8 @@ def grouped_weight(
         described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma),
         described_groups(matrices, tile, True) if tma_store else out, plan.starts, plan.sizes,
         num_groups, height, width, parts, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall,
-        ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+        ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store, OVERLAP=tile.overlap and tma_store and aligned,
+        PRECISION=precision,         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 

@@ -175,8 +175,14 @@ def _graphed(case: Case, *, build: Build) -> Contender:
     def forward(x: Tensor, gate: Tensor, *experts: Tensor) -> Tensor:
         return build(case._replace(x=x, gate=gate, experts=GatedParams(*experts))).forward()
 
-    graphed = torch.cuda.make_graphed_callables(forward, tuple(case.leaves))
-    return Contender(lambda: graphed(*case.leaves), case.leaves, case.grad)
+    graphed: Callable[..., object] = torch.cuda.make_graphed_callables(forward, tuple(case.leaves))
+
+    def replay() -> Tensor:
+        y = graphed(*case.leaves)
+        assert isinstance(y, Tensor)
+        return y
+
+    return Contender(replay, case.leaves, case.grad)
 
 
 def _fused(case: Case) -> Contender:

@@ -25,9 +25,8 @@ _GATED_UP = (  # twice the sums
     (64, 128, 64, 4, 4), (64, 128, 64, 8, 3), (64, 64, 64, 4, 3), (64, 64, 64, 4, 4), (64, 64, 128, 4, 2),
 )  # fmt: skip
 _WEIGHTS = (
-    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 128, 8, 2), (256, 128, 64, 8, 3),
-    (256, 128, 64, 8, 4), (256, 128, 32, 8, 4), (128, 128, 64, 8, 3), (128, 128, 64, 8, 4), (128, 128, 64, 4, 3),
-    (128, 128, 64, 4, 4), (128, 128, 32, 4, 4), (64, 256, 64, 4, 3), (64, 256, 64, 4, 4),
+    (128, 256, 64, 8, 3), (128, 256, 64, 8, 4), (128, 256, 32, 8, 4), (128, 256, 32, 8, 5), (256, 128, 64, 8, 3),
+    (256, 128, 64, 8, 4), (256, 128, 32, 8, 4), (128, 128, 64, 8, 4), (128, 128, 32, 4, 4), (64, 256, 64, 4, 4),
 )  # fmt: skip
 _WIDE = (  # of 32-bit numbers, any product
     (64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 128, 32, 4, 3), (128, 64, 32, 4, 3), (128, 64, 32, 8, 3),
@@ -48,7 +47,7 @@ def candidates(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
         >>> import torch
         >>> tiles = candidates(LayerSize(torch.bfloat16, 1024, 8, 256, 512, gated=True))
         >>> {product: len(each) for product, each in tiles.items()}
-        {'up': 15, 'down': 19, 'grad_hidden': 19, 'grad_rows': 12, 'grad_up': 14, 'grad_down': 14}
+        {'up': 15, 'down': 19, 'grad_hidden': 19, 'grad_rows': 12, 'grad_up': 20, 'grad_down': 20}
     """
     if size.dtype.itemsize == 4:
         wide = tuple(Tile(*numbers) for numbers in _WIDE)
@@ -57,7 +56,7 @@ def candidates(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
     rows = tuple(Tile(*numbers) for numbers in _ROWS)
     single = (*rows, *(Tile(*numbers, overlap=True) for numbers in _OVERLAPPED))
     up = tuple(Tile(*numbers) for numbers in _GATED_UP) if size.gated else rows
-    weights = tuple(Tile(*numbers, band=32) for numbers in _WEIGHTS)
+    weights = tuple(Tile(*numbers, overlap=overlap) for overlap in (False, True) for numbers in _WEIGHTS)
     # A product with two matrices is two loops, which cannot overlap with the next tile's.
     return dict(
         zip(LayerTiles._fields, (up, single, single, rows if size.gated else single, weights, weights), strict=True)
