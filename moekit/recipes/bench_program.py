@@ -1,8 +1,9 @@
 """The program ``moekit bench``: the layer benchmark from the command line."""
 
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -21,9 +22,9 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 class BenchLayerSettings:
     """Measure whole MoE layers by backend, against the dense bound of the same run and any installed peer."""
 
-    shape: tuple[str, ...] = ()
-    """T,D,F,E,K, or olmoe-1b-7b, sonic-default, mixtral-8x7b, openlm-small, cpu-8, cpu-32, cpu-16, cpu-64. Without any,
-    the four for the device."""
+    shape: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """T,D,F,E,K, or olmoe-1b-7b, sonic-default, mixtral-8x7b, openlm-small, cpu-8, cpu-32, cpu-16, cpu-64; one or
+    several, as often as you like. Without any, the four for the device."""
     device: str = ""
     """cpu, or cuda; without it, CUDA where there is a device."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -78,7 +79,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = torch.device(device).type == "cuda"
-    names = settings.shape or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
+    names = tuple(chain(*settings.shape)) or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
     shapes = [shape_of(name) for name in names]
     unknown = set(settings.load) - set(LOADS)
     if unknown:
