@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from moekit.dispatch import dropless
-from moekit.experts import grouped
+from moekit.experts import Activation, grouped
 from moekit.experts.biased import affine
+from moekit.integrations.hf_activations import activation_of
 from moekit.recipes import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Groups, Routing
 
@@ -33,6 +34,7 @@ class ModuleParams(NamedTuple):
         norm: (R, D) -> (R, D), row by row, on the experts' outputs; or None.
         has_own_parameters: whether ``activation`` or ``norm`` learns anything, so that rows which belong to no expert
             must be kept out of its gradient.
+        known: what ``activation`` is among those of ``fused_layer``; None for any other.
     """
 
     up: Tensor
@@ -42,6 +44,23 @@ class ModuleParams(NamedTuple):
     activation: Callable[[Tensor], Tensor]
     norm: Callable[[Tensor], Tensor] | None
     has_own_parameters: bool
+    known: Activation | None = None
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Say whether a module has transformers' experts interface.
+
+    Args:
+        module: any.
+
+    Returns:
+        Whether ``module_params`` can read it.
+
+    Example:
+        >>> is_experts(nn.Linear(2, 2))
+        False
+    """
+    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def module_params(experts: nn.Module) -> ModuleParams:
@@ -78,6 +97,7 @@ def module_params(experts: nn.Module) -> ModuleParams:
         activation=module._apply_gate if module.has_gate else module.act_fn,
         norm=module.post_expert_norm if module.has_post_expert_norm else None,
         has_own_parameters=any(parameter not in _PROJECTIONS for parameter, _ in experts.named_parameters()),
+        known=activation_of(experts),
     )
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.dispatch import dropless_plan
-from moekit.integrations.hf_experts import routing_of
+from moekit.integrations.hf_experts import is_experts, routing_of
 from moekit.routing import RoutingStats, mask_tokens, routing_stats
 from moekit.types import Routing
 
@@ -140,7 +140,7 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     References:
         The interface of the experts modules is that of transformers, ``transformers/integrations/moe.py``.
     """
-    experts = {name: module for name, module in model.named_modules() if _is_experts(module)}
+    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
     if not experts:
         raise ValueError(
             f"track_routing: {type(model).__name__} has no experts modules with transformers' experts interface; "
@@ -188,10 +188,6 @@ class _ModelCall:
 
 def _choices(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:
     return top_k_index, top_k_weights
-
-
-def _is_experts(module: nn.Module) -> bool:
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
 def _token_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -1,9 +1,10 @@
 """moekit inside Hugging Face models: their experts on moekit's backends, and their routing recorded.
 
-    from moekit.integrations.transformers import register, track_routing
+    from moekit.integrations.transformers import register, track_routing, why_not_fused
 
     register()
     model = AutoModelForCausalLM.from_pretrained(path, experts_implementation="moekit")
+    why_not_fused(model)
     with track_routing(model) as recorder:
         model(**batch)
     recorder.stats()
@@ -15,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from moekit.integrations.hf_experts import ModuleParams, experts_forward, module_ffn, module_layer, routing_of
+from moekit.integrations.hf_fused import auto_module_layer, fused_module_layer, why_not_fused
 from moekit.integrations.hf_tracking import RoutingRecorder, track_routing
 from moekit.types import ExpertLayer
 
@@ -22,6 +24,9 @@ __all__ = [
     "register",
     "track_routing",
     "RoutingRecorder",
+    "why_not_fused",
+    "auto_module_layer",
+    "fused_module_layer",
     "module_layer",
     "module_ffn",
     "ModuleParams",
@@ -40,7 +45,8 @@ def register(name: str = "moekit", *, layer: ExpertLayer | None = None) -> None:
     Args:
         name: what users pass as ``experts_implementation``. Several names with different layers can be compared on one
             model.
-        layer: an expert layer over ``ModuleParams``; None takes ``module_layer()``: dropless, on ``grouped``.
+        layer: an expert layer over ``ModuleParams``; None takes ``auto_module_layer()``: dropless, by the fused
+            kernels where they know the experts (``why_not_fused`` tells), and on ``grouped`` elsewhere.
 
     Raises:
         ImportError: if transformers is not installed, or is older than its experts interface.
@@ -61,7 +67,7 @@ def register(name: str = "moekit", *, layer: ExpertLayer | None = None) -> None:
             f"register: transformers has an experts implementation named {name!r} that is not moekit's. Choose another "
             f"name; the default is 'moekit'."
         )
-    interface.register(name, partial(experts_forward, layer=module_layer() if layer is None else layer))
+    interface.register(name, partial(experts_forward, layer=auto_module_layer() if layer is None else layer))
 
 
 def _is_ours(function: Any) -> bool:

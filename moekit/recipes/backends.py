@@ -9,24 +9,27 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch import dropless
-from moekit.experts import batched, geglu, gelu_mlp, grouped, loop, relu2, relu_mlp, swiglu
-from moekit.experts.fused import (
-    GEGLU,
-    GEGLU_TANH,
-    GELU_MLP,
-    RELU2,
-    RELU_MLP,
+from moekit.experts import (
+    CLAMPED_SWIGLU,
     SWIGLU,
     Activation,
+    GatedParams,
+    MlpParams,
+    PackedGatedParams,
+    batched,
+    fused_cpu,
     fused_layer,
+    grouped,
+    loop,
 )
-from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.tiles import LayerSize, LayerTiles, layer_tiles
+from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
 _HALF = (torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # Ampere: the first GPUs with bfloat16 in Triton's products
+_CPU = "the CPU: computes expert by expert in the cache, a thread each, and keeps pre-activations alone"
 
 
 class Choice(NamedTuple):
@@ -49,6 +52,7 @@ def choose_backend(
     *,
     dispatcher: Dispatcher | None = None,
     activation: Activation = SWIGLU,
+    params: type[Any] | None = None,
     widths: tuple[int, int] | None = None,
     tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
 ) -> Choice:
@@ -62,6 +66,8 @@ def choose_backend(
         dtype: that experts compute in; inside autocast, autocast's.
         dispatcher: of the layer; None is dropless.
         activation: of the experts.
+        params: the type of their parameters, as ``BiasedGatedParams`` or ``PackedGatedParams``; None is that of experts
+            without biases, ``GatedParams`` or ``MlpParams``.
         widths: (D, F), for a backend that asks for alignment; None takes them to be aligned.
         tiles: chooses the tiles of ``fused_layer``'s kernels; ``from_table`` makes one of what `moekit tune` wrote.
 
@@ -69,7 +75,7 @@ def choose_backend(
         Choice.
 
     Raises:
-        ValueError: if there is no such activation among moekit's expert networks.
+        ValueError: if there is no such activation among moekit's expert networks, or none with such parameters.
 
     Example:
         >>> choice = choose_backend("cpu", torch.float32)
@@ -78,17 +84,20 @@ def choose_backend(
     """
     device = torch.device(device)
     dispatcher = dropless() if dispatcher is None else dispatcher
+    experts = experts_of(activation, params)
     if device.type == "cpu":
-        reason = "the CPU: computes expert by expert in the cache, a thread each, and keeps pre-activations alone"
-        return Choice("fused_cpu", fused_cpu(plan=dispatcher.plan, activation=activation), reason)
-    unusable = _why_not_fused(device, dtype, dispatcher)
-    if not unusable:
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: gathers rows inside the products"
-        return Choice("fused_layer", fused_layer(activation=activation, precision=precision, tiles=tiles), reason)
+        fused, unusable = "fused_cpu", _why_not_fused_cpu(activation, params)
+        if not unusable:
+            return Choice(fused, fused_cpu(plan=dispatcher.plan, activation=activation), _CPU)
+    else:
+        fused, unusable = "fused_layer", why_not_fused(device, dtype, dispatcher=dispatcher)
+        if not unusable:
+            reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: gathers rows inside the products"
+            layer = fused_layer(activation=activation, precision=float32_products(), tiles=tiles)
+            return Choice(fused, layer, reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
-    layer = expert_layer(dispatcher=dispatcher, experts=partial(experts_of(activation), matmul=matmul))
-    return Choice(name, layer, f"{reason}; not fused_layer: {unusable}")
+    layer = expert_layer(dispatcher=dispatcher, experts=partial(experts, matmul=matmul))
+    return Choice(name, layer, f"{reason}; not {fused}: {unusable}")
 
 
 def auto(
@@ -97,7 +106,7 @@ def auto(
     activation: Activation = SWIGLU,
     tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
 ) -> ExpertLayer:
-    """Return an expert layer that chooses its backend when it is called, by the device and dtype of its tokens.
+    """Return an expert layer that chooses its backend when called: by the tokens' device and dtype, and the parameters.
 
     As causal, synchronising and deterministic as what it chooses: see ``choose_backend``.
 
@@ -131,51 +140,72 @@ def _auto(
 ) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    widths = (x.shape[1], params[0].shape[2])
-    choice = choose_backend(x.device, dtype, dispatcher=dispatcher, activation=activation, widths=widths, tiles=tiles)
+    kind = type(params)
+    hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
+    choice = choose_backend(
+        x.device, dtype, dispatcher=dispatcher, activation=activation, params=kind, widths=(x.shape[1], hidden),
+        tiles=tiles,
+    )  # fmt: skip
     return choice.layer(x, routing, params)
 
 
-def experts_of(activation: Activation) -> Callable[..., Tensor]:
-    """Find the expert network over a grouped matmul that computes what an activation of a fused layer says.
+def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispatcher | None = None) -> str:
+    """Say why ``fused_layer`` cannot run, by what is known of a device; "" if it can.
 
     Args:
-        activation: of a fused layer.
+        device: of tokens and parameters.
+        dtype: that experts compute in.
+        dispatcher: of the layer; None is dropless.
 
     Returns:
-        A function (rows, groups, params, matmul=) -> rows.
-
-    Raises:
-        ValueError: if moekit has no such network.
+        A reason, or "".
 
     Example:
-        >>> experts_of(SWIGLU).__name__
-        'swiglu'
+        >>> why_not_fused(torch.device("cpu"), torch.float32)
+        'its kernels are for CUDA devices, not cpu'
     """
-    networks: dict[Activation, Callable[..., Tensor]] = {
-        SWIGLU: swiglu,
-        GEGLU: geglu,
-        GEGLU_TANH: partial(geglu, approximate="tanh"),
-        GELU_MLP: gelu_mlp,
-        RELU_MLP: relu_mlp,
-        RELU2: relu2,
-    }
-    if activation not in networks:
-        raise ValueError(f"{activation} is no expert network of moekit's; expected one of {list(networks)}.")
-    return networks[activation]
-
-
-def _why_not_fused(device: torch.device, dtype: torch.dtype, dispatcher: Dispatcher) -> str:
     if device.type != "cuda":
         return f"its kernels are for CUDA devices, not {device.type}"
-    if importlib.util.find_spec("triton") is None:
+    if not _has_triton():
         return "Triton is not installed (pip install triton)"
-    capability = torch.cuda.get_device_capability(device)
+    capability = _capability(device)
     if capability < _OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
     if dtype not in (*_HALF, torch.float32):
         return f"its kernels do not compute in {_word(dtype)}"
-    return "" if dispatcher.plan is dropless().plan else "it drops nothing, and the dispatcher has a capacity"
+    drops = dispatcher is not None and dispatcher.plan is not dropless().plan
+    return "it drops nothing, and the dispatcher has a capacity" if drops else ""
+
+
+@torch.compiler.assume_constant_result
+def float32_products() -> str:
+    """Say what torch's own setting means for float32 products in kernels.
+
+    Returns:
+        "ieee", or "tf32" unless ``torch.get_float32_matmul_precision()`` is "highest"; in a compiled graph, as it was
+        when the graph was made.
+
+    Example:
+        >>> float32_products()
+        'ieee'
+    """
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def _why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
+    if params not in (None, GatedParams, MlpParams):
+        return f"it does not take {params.__name__}"
+    return "it does not know clamped_swiglu" if activation.function == CLAMPED_SWIGLU.function else ""
+
+
+@torch.compiler.assume_constant_result
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)
 
 
 def _matmul_for(
@@ -185,6 +215,8 @@ def _matmul_for(
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
     if device.type == "cuda" and dtype in (*_HALF, torch.float32) and aligned:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"
+    if device.type == "cpu" and not padded:
+        return "grouped", grouped, f"the CPU in {_word(dtype)}: each group's product, written into its place"
     if padded:
         return "batched", batched, f"{device.type} in {_word(dtype)}, groups of equal size: one batched product"
     return "loop", loop, f"{device.type} in {_word(dtype)}, widths {widths}: no grouped product takes them"

@@ -27,12 +27,13 @@ def peer_rows() -> Mapping[str, Build]:
     """
     rows: dict[str, Build] = {
         f"transformers {name}": partial(_transformers, implementation=name)
-        for name in ("eager", "batched_mm", "grouped_mm")
+        for name in ("eager", "batched_mm", "grouped_mm", "moekit")
     }
     return {**rows, "scattermoe": _scattermoe, "megablocks": _megablocks, "sonicmoe": _sonicmoe}
 
 
 _BATCHED_LIMIT = 4 * 2**30  # bytes of copied experts; beyond, a round takes minutes, or does not fit
+_OURS = "moekit benchmark"  # in transformers' table, so that a user's own "moekit" stays what it is
 
 
 def _transformers(case: Case, *, implementation: str) -> Contender:
@@ -41,6 +42,9 @@ def _transformers(case: Case, *, implementation: str) -> Contender:
     if implementation == "batched_mm" and copies > _BATCHED_LIMIT:
         raise RuntimeError(f"it copies an expert for every row, {copies / 2**30:.0f} GiB here")
     importlib.import_module("transformers")  # whose absence is then the message, not that of a part
+    if implementation == "moekit":
+        implementation = _OURS
+        importlib.import_module("moekit.integrations.transformers").register(_OURS)  # by name, as every peer
     modeling = importlib.import_module("transformers.models.olmoe.modeling_olmoe")
     configuration = importlib.import_module("transformers.models.olmoe.configuration_olmoe")
     config = configuration.OlmoeConfig(

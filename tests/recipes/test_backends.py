@@ -5,8 +5,32 @@ import pytest
 import torch
 
 from moekit.dispatch import dropless, padded
-from moekit.experts import geglu, gelu_mlp, init_gated, init_mlp, loop, relu2, relu_mlp, swiglu
-from moekit.experts.fused import GEGLU, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
+from moekit.experts import (
+    CLAMPED_SWIGLU,
+    GEGLU,
+    GEGLU_TANH,
+    GELU_MLP,
+    RELU2,
+    RELU_MLP,
+    SWIGLU,
+    Activation,
+    BiasedGatedParams,
+    BiasedMlpParams,
+    GatedParams,
+    MlpParams,
+    PackedGatedParams,
+    geglu,
+    gelu_mlp,
+    init_biased_gated,
+    init_biased_mlp,
+    init_gated,
+    init_mlp,
+    loop,
+    pack_gated,
+    relu2,
+    relu_mlp,
+    swiglu,
+)
 from moekit.recipes import MoEParams, Recipe, backends, expert_layer, moe_layer
 from moekit.recipes.backends import auto, choose_backend, experts_of
 from moekit.routing import linear_gate, top_k
@@ -128,6 +152,139 @@ def test_auto_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), x)[0], torch.autograd.grad(run(x).sum(), x)[0])
+
+
+STEEP = Activation("clamped_swiglu", gated=True, alpha=1.3, limit=0.5)
+
+
+def draw(kind: type, *, experts: int = 3, dim: int = 6, hidden: int = 10):
+    """Draw parameters of a type in float64, biases too."""
+    init = {BiasedGatedParams: init_biased_gated, BiasedMlpParams: init_biased_mlp, MlpParams: init_mlp}
+    params = init.get(kind, init_gated)(experts, dim, hidden, dtype=torch.float64)
+    if kind is PackedGatedParams:
+        return pack_gated(params)
+    return kind(*(p + torch.randn_like(p) if p.shape[1] == 1 else p for p in params))
+
+
+def one_row(x: torch.Tensor, params, expert: int, activation: Activation) -> torch.Tensor:
+    """Compute an expert of any parameters from the formula of its activation."""
+    name, gated, alpha, limit = activation
+    packed = isinstance(params, PackedGatedParams)
+    up, down = (params.gate_up, params.down) if packed else (params.up, params.down)
+    if packed:
+        both, out = up[expert] @ x, down[expert].T
+        first, second = both[: len(both) // 2], both[len(both) // 2 :]
+    else:
+        bias = {each: getattr(params, each, torch.zeros(1))[expert] for each in params._fields if "bias" in each}
+        add = lambda y, each: y + bias[each][0] if each in bias else y  # noqa: E731
+        second, out = add(x @ up[expert], "up_bias"), down[expert]
+        first = add(x @ params.gate[expert], "gate_bias") if gated else second
+    if name == "clamped_swiglu":
+        first, second = first.clamp(max=limit), second.clamp(-limit, limit)
+        hidden = first * (alpha * first).sigmoid() * (second + 1)
+    else:
+        curve = {
+            "silu": lambda h: h * h.sigmoid(),
+            "gelu": lambda h: h * (1 + (h / 2**0.5).erf()) / 2,
+            "gelu_tanh": lambda h: h * (1 + ((2 / torch.pi) ** 0.5 * (h + 0.044715 * h**3)).tanh()) / 2,
+            "relu": lambda h: h.clamp(min=0),
+            "relu2": lambda h: h.clamp(min=0) ** 2,
+        }[name]
+        hidden = curve(first) * second if gated else curve(first)
+    y = hidden @ out
+    return y if packed or "down_bias" not in params._fields else y + params.down_bias[expert][0]
+
+
+NETWORKS = [
+    *((a, k) for a in (SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, STEEP)
+      for k in (GatedParams, BiasedGatedParams, PackedGatedParams)),
+    *((a, k) for a in (GELU_MLP, RELU_MLP, RELU2) for k in (MlpParams, BiasedMlpParams)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("activation", "kind"), NETWORKS)
+def test_auto_takes_the_parameters_of_every_network(activation: Activation, kind: type) -> None:
+    x, params = torch.randn(7, 6).double().requires_grad_(), draw(kind)
+    leaves = [p.requires_grad_() for p in params]
+    routing = top_k(torch.randn(7, 3).double(), k=2)
+    y = auto(activation=activation)(x, routing, params)
+    rows = [
+        sum(w * one_row(x[t], params, e, activation) for e, w in zip(chosen.tolist(), weights, strict=True))
+        for t, (chosen, weights) in enumerate(zip(routing.expert_indices, routing.weights, strict=True))
+    ]
+    torch.testing.assert_close(y, torch.stack(rows))
+    for name, found, wanted in zip(
+        ("x", *params._fields),
+        torch.autograd.grad(y.square().sum(), (x, *leaves)),
+        torch.autograd.grad(torch.stack(rows).square().sum(), (x, *leaves)),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, wanted, msg=name)
+
+
+@pytest.mark.parametrize(("activation", "kind"), NETWORKS)
+def test_every_network_is_fused_on_a_gpu(hopper, activation: Activation, kind: type) -> None:
+    assert choose_backend("cuda", BF16, activation=activation, params=kind).name == "fused_layer"
+
+
+@pytest.mark.parametrize(
+    ("activation", "kind", "why"),
+    [
+        (SWIGLU, BiasedGatedParams, "it does not take BiasedGatedParams"),
+        (SWIGLU, PackedGatedParams, "it does not take PackedGatedParams"),
+        (RELU2, BiasedMlpParams, "it does not take BiasedMlpParams"),
+        (CLAMPED_SWIGLU, GatedParams, "it does not know clamped_swiglu"),
+        (CLAMPED_SWIGLU, None, "it does not know clamped_swiglu"),
+    ],
+)
+@pytest.mark.parametrize(("factor", "name"), [(0, "grouped"), (1.25, "batched")])
+def test_what_the_cpus_fused_layer_does_not_take_is_said(activation, kind, why, factor, name) -> None:
+    dispatcher = padded(capacity_factor=factor)
+    choice = choose_backend("cpu", torch.float64, dispatcher=dispatcher, activation=activation, params=kind)
+    assert choice.name == name
+    assert choice.reason.endswith(f"; not fused_cpu: {why}")
+
+
+def test_auto_asks_with_the_widths_and_type_of_its_parameters(monkeypatch) -> None:
+    asked = []
+
+    def choose(device, dtype, **options):
+        asked.append((options["params"], options["widths"]))
+        return choose_backend(device, dtype, **options)
+
+    monkeypatch.setattr(backends, "choose_backend", choose)
+    kinds = [GatedParams, BiasedGatedParams, PackedGatedParams]
+    for kind in kinds:
+        auto()(torch.randn(7, 6).double(), top_k(torch.randn(7, 3).double(), k=2), draw(kind))
+    assert asked == [(kind, (6, 10)) for kind in kinds]
+
+
+def test_parameters_of_other_experts_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"are MlpParams, and the activation .*'silu'.*; expected GatedParams, Biased"):
+        choose_backend("cpu", BF16, params=MlpParams)
+    with pytest.raises(ValueError, match=r"are PackedGatedParams.*'relu2'.*; expected MlpParams, BiasedMlpParams"):
+        experts_of(RELU2, PackedGatedParams)
+
+
+def untraceable(device) -> tuple[int, int]:
+    torch._dynamo.graph_break()
+    return (9, 0)
+
+
+@pytest.mark.parametrize("triton", [True, False])
+def test_a_choice_for_a_gpu_is_a_constant_of_a_compiled_graph(hopper, monkeypatch, triton) -> None:
+    hopper(triton=triton)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", untraceable)
+    names = []
+
+    def run(x):
+        choice = choose_backend(torch.device("cuda"), BF16, params=PackedGatedParams, widths=(8, 8))
+        names.append(choice.name)
+        return x + 1
+
+    torch._dynamo.reset()
+    torch.compile(run, fullgraph=True, backend="eager")(torch.ones(2))
+    assert names == ["fused_layer" if triton else "grouped"]
 
 
 def test_an_unknown_activation() -> None:

@@ -25,6 +25,7 @@ RUNNING = [
     "transformers eager",
     "transformers batched_mm",
     "transformers grouped_mm",
+    "transformers moekit",
 ]
 
 
@@ -89,6 +90,17 @@ def test_rows_that_cannot_run_say_why() -> None:
         "it copies an expert for every row, 3072 GiB here"
     )
     assert try_build(lambda case: 1 / 0, given) == "division by zero"
+
+
+def test_moekits_row_inside_transformers_is_run_by_moekit(monkeypatch) -> None:
+    from moekit.integrations import hf_experts
+
+    seen = []
+    module_params = hf_experts.module_params
+    monkeypatch.setattr(hf_experts, "module_params", lambda experts: (seen.append(experts), module_params(experts))[1])
+    row = try_build(peer_rows()["transformers moekit"], case())
+    assert [type(experts).__name__ for experts in seen] == ["OlmoeExperts"]
+    assert len(row.leaves) == 4  # tokens, router, gate and up in one, down
 
 
 def test_the_bound_does_the_arithmetic_of_one_expert() -> None:
@@ -165,13 +177,15 @@ def test_json_and_markdown_say_the_same(report: Report) -> None:
 def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
     files = tmp_path / "a.json", tmp_path / "a.md"
     main(
-        f"bench layer --shape 32,8,8,4,2 --rounds 1 --only loop --load uniform zipf --json {files[0]} --markdown "
-        f"{files[1]}".split()
+        f"bench layer --shape 32,8,8,4,2 --shape 16,8,8,4,2 8,8,8,4,2 --rounds 1 --only loop --load uniform zipf "
+        f"--json {files[0]} --markdown {files[1]}".split()
     )
     shown = capsys.readouterr().out
     assert "32,8,8,4,2 (T 32, D 8, F 8, E 4, K 2), cpu float32, zipf" in shown
     assert "of the bound" in shown  # no heading is cut
-    assert json.loads(files[0].read_text())["tables"][1]["load"] == "zipf"
+    tables = json.loads(files[0].read_text())["tables"]
+    assert tables[1]["load"] == "zipf"
+    assert [table["tokens"] for table in tables] == [32, 32, 16, 16, 8, 8]
     assert "| dense bound |" in files[1].read_text()
 
 

@@ -1,0 +1,191 @@
+"""The experts of a Hugging Face model on moekit's fused layer, where its kernels know them; and why not elsewhere.
+
+Weights are read where the module keeps them, and gradients come back in their layout.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from moekit.experts import (
+    PREACTIVATION,
+    Activation,
+    BiasedGatedParams,
+    BiasedMlpParams,
+    Keep,
+    LayerSize,
+    LayerTiles,
+    MlpParams,
+    PackedGatedParams,
+    fused_layer,
+    layer_tiles,
+)
+from moekit.integrations.hf_experts import ModuleParams, is_experts, module_layer, module_params
+from moekit.recipes import backends
+from moekit.types import ExpertLayer, Routing
+
+FusedParams = PackedGatedParams | MlpParams | BiasedGatedParams | BiasedMlpParams
+
+
+def fused_params(params: ModuleParams) -> FusedParams:
+    """View the parameters of an experts module as those of ``fused_layer``. Differentiable, and nothing is copied.
+
+    Without biases gate and up stay the one tensor that they are, so that their gradient is written in one piece; with
+    biases autograd puts the gradients of the two halves together.
+
+    Args:
+        params: of an activation that the kernels know.
+
+    Returns:
+        The parameters, of the type that ``params.known`` goes with.
+
+    Raises:
+        ValueError: if the kernels do not know this form of experts.
+
+    Example:
+        >>> from moekit.experts import SWIGLU
+        >>> params = ModuleParams(torch.ones(2, 3, 8), None, torch.ones(2, 4, 3), None, torch.relu, None, False, SWIGLU)
+        >>> fused_params(params).gate_up.shape
+        torch.Size([2, 8, 3])
+    """
+    activation, up, down = _known(params), params.up, params.down
+    if params.up_bias is None or params.down_bias is None:
+        packed = PackedGatedParams(up.transpose(1, 2), down.transpose(1, 2))
+        return packed if activation.gated else MlpParams(up, down)
+    up_bias, down_bias = params.up_bias.unsqueeze(1), params.down_bias.unsqueeze(1)
+    if not activation.gated:
+        return BiasedMlpParams(up, down, up_bias, down_bias)
+    (gate, up), (gate_bias, up_bias) = up.chunk(2, 2), up_bias.chunk(2, 2)
+    return BiasedGatedParams(gate, up, down, gate_bias, up_bias, down_bias)
+
+
+def fused_module_layer(
+    *, keep: Keep = PREACTIVATION, tiles: Callable[[LayerSize], LayerTiles] = layer_tiles
+) -> ExpertLayer:
+    """Return the fused layer for transformers experts modules: dropless, Triton kernels forward and backward.
+
+    As causal, synchronising and deterministic as ``fused_layer``. float32 products are exact, or in TF32 if
+    ``torch.set_float32_matmul_precision`` allows it.
+
+    Args:
+        keep: what lives from the forward to the backward.
+        tiles: chooses the kernels' tiles by the size of the layer.
+
+    Returns:
+        A function (x (T, D), routing, ModuleParams) -> (T, D) in the dtype of the parameters, inside autocast in its.
+
+    Raises:
+        ValueError: from the layer, if the kernels do not know this form of experts.
+
+    Example:
+        >>> from moekit.experts import INPUTS
+        >>> layer = fused_module_layer(keep=INPUTS)
+    """
+    return partial(_fused_module_layer, keep=keep, tiles=tiles)
+
+
+def _fused_module_layer(
+    x: Tensor, routing: Routing, params: ModuleParams, *, keep: Keep, tiles: Callable[[LayerSize], LayerTiles]
+) -> Tensor:
+    layer = fused_layer(activation=_known(params), keep=keep, precision=backends.float32_products(), tiles=tiles)
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(params.up.dtype)  # norms in float32 hand float32 tokens to narrower experts
+    return layer(x, routing, fused_params(params))
+
+
+def auto_module_layer(
+    *,
+    fused: ExpertLayer = fused_module_layer(),  # noqa: B008, an immutable function
+    otherwise: ExpertLayer = module_layer(),  # noqa: B008, an immutable function
+) -> ExpertLayer:
+    """Return the layer that takes ``fused`` for the experts modules that its kernels know, and another for the rest.
+
+    It asks in each call, reading the module and the device; ``why_not_fused`` tells what it will do and why.
+
+    Args:
+        fused: over ``ModuleParams``.
+        otherwise: over ``ModuleParams``, for every module, device and dtype; as ``module_layer()``.
+
+    Returns:
+        A function (x (T, D), routing, ModuleParams) -> (T, D).
+
+    Example:
+        >>> from moekit.experts import loop
+        >>> layer = auto_module_layer(otherwise=module_layer(matmul=loop))
+    """
+    return partial(_auto_module_layer, fused=fused, otherwise=otherwise)
+
+
+def _auto_module_layer(
+    x: Tensor, routing: Routing, params: ModuleParams, *, fused: ExpertLayer, otherwise: ExpertLayer
+) -> Tensor:
+    layer = otherwise if _why_not(params, x.device, _dtypes(params, x.device)) else fused
+    return layer(x, routing, params)
+
+
+def why_not_fused(
+    model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> dict[str, str]:
+    """Say for each experts module of a model why ``auto_module_layer`` does not take the fused layer.
+
+    Args:
+        model: any module with transformers experts modules in it, or one of these.
+        device: to answer for; None is where the module's parameters are.
+        dtype: that experts compute in; None is the parameters', inside autocast its.
+
+    Returns:
+        From the module's name in the model to the reason; "" where the fused layer runs.
+
+    Raises:
+        ValueError: if the model has no experts modules.
+
+    Example:
+        >>> from transformers.models.mixtral import modeling_mixtral as mixtral
+        >>> config = mixtral.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4)
+        >>> why_not_fused(mixtral.MixtralSparseMoeBlock(config))
+        {'experts': 'its kernels are for CUDA devices, not cpu'}
+    """
+    found = {name: module_params(module) for name, module in model.named_modules() if is_experts(module)}
+    if not found:
+        raise ValueError(
+            f"why_not_fused: {type(model).__name__} has no experts modules with transformers' experts interface; "
+            f"expected a Mixture-of-Experts model whose experts class carries @use_experts_implementation."
+        )
+    reasons = {}
+    for name, params in found.items():
+        where = params.up.device if device is None else torch.device(device)
+        reasons[name] = _why_not(params, where, _dtypes(params, where) if dtype is None else {dtype})
+    return reasons
+
+
+def _why_not(params: ModuleParams, device: torch.device, dtypes: set[torch.dtype]) -> str:
+    unknown = _why_unknown(params)
+    if unknown:
+        return unknown
+    if len(dtypes) > 1:
+        return f"its parameters are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
+    return backends.why_not_fused(device, next(iter(dtypes)))
+
+
+def _why_unknown(params: ModuleParams) -> str:
+    if params.known is None:
+        return "its kernels do not know the activation of these experts"
+    return "its kernels do not normalise the outputs of experts" if params.norm is not None else ""
+
+
+def _dtypes(params: ModuleParams, device: torch.device) -> set[torch.dtype]:
+    if torch.is_autocast_enabled(device.type):
+        return {torch.get_autocast_dtype(device.type)}
+    return {t.dtype for t in (params.up, params.up_bias, params.down, params.down_bias) if t is not None}
+
+
+def _known(params: ModuleParams) -> Activation:
+    unknown = _why_unknown(params)
+    if unknown or params.known is None:
+        raise ValueError(
+            f"fused_module_layer: {unknown}; expected experts of one of moekit.experts' activations, halves of gate "
+            f"and up one after the other, without a norm. Use auto_module_layer() or module_layer()."
+        )
+    return params.known
