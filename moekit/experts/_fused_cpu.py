@@ -112,7 +112,7 @@ def _fused_backward(
     d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
 
     def prepare():  # type: ignore[no-untyped-def]
-        of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 3, x.dtype)
+        of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 4, x.dtype)
 
         def do(expert: int) -> None:
             blocks = rows.blocks(expert)
@@ -124,42 +124,41 @@ def _fused_backward(
                 torch.index_select(x, 0, rows.tokens[block], out=x_e)
                 torch.index_select(grad, 0, rows.tokens[block], out=d_y)
                 d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
-                a, d_h = _through(h[:, block], d_a, of_hidden[1:, :n], activation, rows.weights[block], d_chosen[block])
-                _add_product(d_down[expert], a.T, d_y, first=i == 0)
-                for part, d_w in zip(d_h, d_firsts, strict=True):
-                    _add_product(d_w[expert], x_e.T, part, first=i == 0)
+                a, d_h = _through(h[:, block], d_a, of_hidden[1:, :n], activation, d_chosen[block])
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
+                # Nothing above is weighted yet: d_rows is where it is added up, and here the narrower factors are.
+                _add_product(d_down[expert], a.T, d_y.mul_(rows.weights[block]), first=i == 0)
+                x_e.mul_(rows.weights[block])
+                for part, d_w in zip(d_h, d_firsts, strict=True):
+                    _add_product(d_w[expert], x_e.T, part, first=i == 0)
 
         return do
 
     share([4 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
     d_weights = weights.new_zeros(weights.numel())
     d_weights[rows.assignments] = d_chosen.squeeze(1)
-    return [_summed(d_rows, rows, None, tokens, x), d_weights.view(weights.shape), *d_firsts, d_down]
+    return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_firsts, d_down]
 
 
 def _through(
-    h: Tensor, d_a: Tensor, scratch: Tensor, activation: str, weights: Tensor, d_weights: Tensor
+    h: Tensor, d_a: Tensor, scratch: Tensor, activation: str, d_weights: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Go back through the activation of a block of n rows, overwriting ``d_a`` and ``scratch`` (2, n, F).
+    """Go back through the activation of a block of n rows, overwriting ``d_a`` and ``scratch`` (3, n, F).
 
-    ``d_a`` (n, F) is dy W_down^T, not yet weighted: its inner product with a is the gradient of the router's weight.
-    Returns a, weighted, and the gradients of ``h``.
+    ``d_a`` (n, F) is dy W_down^T, not weighted: its inner product with a is the gradient of the router's weight.
+    Returns a, and the gradients of ``h``, not weighted either.
     """
-    act, (s, a) = ACTIVATIONS[activation], scratch
-    act.forward(h[0], s)
-    a = torch.mul(s, h[1], out=a) if len(h) == 2 else a.copy_(s)
+    act, (s, a, product) = ACTIVATIONS[activation], scratch
     wide = torch.promote_types(a.dtype, torch.float32)
-    if len(h) == 2:
-        d_up = s.mul_(d_a)  # s is not needed any more
-        d_weights.copy_(torch.mul(d_up, h[1]).sum(1, keepdim=True, dtype=wide))
-        d_up.mul_(weights)
-        d_h = [act.backward(d_a.mul_(weights).mul_(h[1]), h[0], d_a), d_up]
-    else:
-        d_weights.copy_(s.mul_(d_a).sum(1, keepdim=True, dtype=wide))
-        d_h = [act.backward(d_a.mul_(weights), h[0], d_a)]
-    return a.mul_(weights), d_h
+    if len(h) == 1:
+        torch.mul(act.forward(h[0], a), d_a, out=product)
+        torch.sum(product, 1, keepdim=True, dtype=wide, out=d_weights)
+        return a, [act.backward(d_a, h[0], d_a)]
+    torch.mul(act.forward(h[0], s), h[1], out=a)
+    d_up = s.mul_(d_a)
+    torch.sum(torch.mul(d_up, h[1], out=product), 1, keepdim=True, dtype=wide, out=d_weights)
+    return a, [act.backward(d_a.mul_(h[1]), h[0], d_a), d_up]
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:
@@ -169,13 +168,14 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> No
         out.addmm_(left, right)
 
 
-def _summed(values: Tensor, rows: _Rows, weights: Tensor | None, tokens: Tensor, x: Tensor) -> Tensor:
-    """Add up each token's rows, weighted or not: (R', D) to (T, D)."""
+def _summed(values: Tensor, rows: _Rows, weights: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
+    """Add up each token's rows, weighted: (R', D) to (T, D)."""
+    wide = values.to(torch.promote_types(x.dtype, torch.float32))  # torch's sums of weighted rows are fast in these
     if tokens.ndim == 2 and tokens.shape[0] == x.shape[0]:  # token choice, (T, K)
-        return summed(values, rows_of_assignments(rows.assignments, tokens.numel()).view(tokens.shape), weights)
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    values = values.to(dtype) if weights is None else values * rows.weights.to(dtype)
-    return torch.zeros(x.shape, dtype=dtype).index_add_(0, rows.tokens, values).to(x.dtype)
+        links = rows_of_assignments(rows.assignments, tokens.numel()).view(tokens.shape)
+        return summed(wide, links, weights).to(x.dtype)
+    weighted = wide * rows.weights.to(wide.dtype)
+    return torch.zeros(x.shape, dtype=wide.dtype).index_add_(0, rows.tokens, weighted).to(x.dtype)
 
 
 @fused.register_fake

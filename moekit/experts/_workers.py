@@ -4,6 +4,7 @@ A parallel loop inside every operator makes all threads wait for the slowest one
 of a few hundred microseconds that costs more than it gains, and ruins everything once another program wants a core.
 """
 
+import ctypes
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 _WORTH_THREADS = 1e8  # operations, about a millisecond of one core; starting threads takes a tenth of that
+_SOFT = 1  # omp_pause_soft of OpenMP 5.0, section 3.2.44: what the program has set stays
 
 
 def share(costs: Sequence[int], prepare: Callable[[], Callable[[int], None]]) -> None:
@@ -66,9 +68,22 @@ def _in_threads(tasks: deque[int], prepare: Callable[[], Callable[[int], None]],
                 return
             do(task)
 
+    _end_waiting()
     try:
-        with ThreadPoolExecutor(threads) as pool:
-            for each in [pool.submit(work) for _ in range(threads)]:
+        with ThreadPoolExecutor(max(threads - 1, 1)) as pool:  # this thread works too
+            others = [pool.submit(work) for _ in range(threads - 1)]
+            work()
+            for each in others:
                 each.result()
     finally:
         torch.set_num_threads(threads)  # torch's threads of later days begin with what was set last, anywhere
+
+
+def _end_waiting() -> None:
+    """Send OpenMP's threads home, which after an operator wait for the next one in a loop that takes their core.
+
+    GNU's run around for some milliseconds; those that the next operator needs are started again.
+    """
+    pause = getattr(ctypes.pythonapi, "omp_pause_resource_all", None)  # of whatever the process has loaded
+    if pause is not None:
+        pause(_SOFT)

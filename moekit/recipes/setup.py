@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 from moekit.lm.configs import ModelConfig, load_config, read_config
+from moekit.recipes.automatic import automatic
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options
 from moekit.recipes.settings import ModelSettings
@@ -35,6 +36,8 @@ def make_config(settings: ModelSettings) -> ModelConfig:
 
 def make_recipe(settings: ModelSettings) -> Recipe:
     """Find the recipe and apply the flags that concern it; keys in the model's file win over them, as in OpenLM.
+
+    Its experts run on what ``auto`` chooses, unless the recipe itself chose a backend.
 
     Args:
         settings: of the model.
@@ -116,7 +119,7 @@ def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
 def _find(settings: ModelSettings, *, capacity_factor: float | None, training: bool = True) -> Recipe:
     vocab_size = make_config(settings).vocab_size
     offered = {"training": training, "vocab_size": vocab_size}
-    return find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered)
+    return automatic(find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered))
 
 
 def _with_model_keys(settings: ModelSettings) -> ModelSettings:

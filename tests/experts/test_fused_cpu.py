@@ -1,5 +1,7 @@
 """The fused CPU layer against the composed one: output and every gradient, on awkward sizes, threads or none."""
 
+import mmap
+import threading
 from functools import partial
 
 import pytest
@@ -10,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from moekit.dispatch import by_weight, dropless, padded
 from moekit.experts import (
     _fused_cpu,
+    _huge_pages,
     _workers,
     geglu,
     gelu_mlp,
@@ -95,12 +98,16 @@ def compare(actual: dict[str, Tensor], expected: dict[str, Tensor], **tolerance:
 @pytest.fixture(params=["one block, one thread", "small blocks", "threads", "together"])
 def schedule(request, monkeypatch):
     """Have blocks of 2 rows, and divide work among threads that is far too small for them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
     if request.param != "one block, one thread":
         monkeypatch.setattr(_fused_cpu, "_BLOCK", 2)
     if request.param == "threads":
         monkeypatch.setattr(_workers, "divided", lambda costs, order, threads: ([], order))
     if request.param == "together":
         monkeypatch.setattr(_workers, "divided", lambda costs, order, threads: (order[:2], order[2:]))
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("poison", "schedule")
@@ -204,16 +211,62 @@ def test_errors_say_what_was_given() -> None:
         layer(x.to("meta"), routing, gated)
 
 
-def test_large_tensors_come_in_huge_pages_and_are_like_any_other() -> None:
-    from moekit.experts._huge_pages import empty
+@pytest.fixture
+def kept():
+    """The free memory of large tensors, which is nobody else's in this test."""
+    before = _huge_pages._kept()[:]
+    _huge_pages._kept().clear()
+    yield _huge_pages._kept()
+    _huge_pages._kept()[:] = before
 
-    large = empty((2**11, 2**12 + 1), torch.float32)
-    assert large.shape == (2**11, 2**12 + 1)
-    assert large.is_contiguous()
-    large.fill_(2.0)
-    copy = large.clone()
+
+LARGE = 2**23 + 1  # float32 entries, a little over 32 MiB
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_the_memory_of_a_large_tensor_is_used_again(kept) -> None:
+    first = _huge_pages.empty((LARGE, 1), torch.float32).fill_(2.0)
+    assert first.shape == (LARGE, 1)
+    assert first.is_contiguous()
+    address, view = first.data_ptr(), first[5:]
+    second = _huge_pages.empty((LARGE,), torch.float32)
+    assert second.data_ptr() != address
+    del first
+    assert not kept  # a view holds the storage
+    assert (view == 2).all()
+    del view
+    assert [len(memory) for memory in kept] == [4 * LARGE]
+    third = _huge_pages.empty((LARGE,), torch.float32)
+    assert third.data_ptr() == address
+    assert not kept
+    third.fill_(1.0)
+    second.fill_(3.0)
+    assert third.sum(dtype=torch.float64) == LARGE
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="this system has no huge pages to ask for")
+def test_no_more_is_kept_than_was_in_use_at_one_time(kept) -> None:
+    for more in range(5):  # every one of another size
+        large = _huge_pages.empty((LARGE + more,), torch.float32)
+        del large
+        assert [len(memory) for memory in kept] == [4 * (LARGE + more)]
+    two = [_huge_pages.empty((LARGE + more,), torch.float32) for more in (7, 8)]
+    del two
+    assert sum(map(len, kept)) == 4 * (2 * LARGE + 15)
+    large = _huge_pages.empty((2 * LARGE,), torch.float32)
+    assert kept == []
     del large
-    assert copy.sum() == 2 * copy.numel()
+
+
+def test_small_tensors_and_poisoned_ones_are_torch_s_own(kept, request) -> None:
+    small = _huge_pages.empty((2, 3), torch.float32)
+    del small
+    assert kept == []
+    request.getfixturevalue("poison")
+    large = _huge_pages.empty((LARGE,), torch.float32)
+    assert large.isnan().all()
+    del large
+    assert kept == []
 
 
 def test_tasks_too_large_for_one_thread_are_done_together() -> None:
@@ -225,6 +278,27 @@ def test_tasks_too_large_for_one_thread_are_done_together() -> None:
     assert _workers.divided([unit] * 8, list(range(8)), 16) == (list(range(8)), [])
     assert _workers.divided([unit] * 8, list(range(8)), 1) == (list(range(8)), [])
     assert _workers.divided([10] * 8, list(range(8)), 2) == (list(range(8)), [])
+
+
+def test_every_thread_gets_tasks_and_each_task_is_done_once() -> None:
+    before, done, threads = torch.get_num_threads(), [], []
+    torch.set_num_threads(2)
+    both = threading.Barrier(2, timeout=30)
+
+    def prepare():
+        threads.append(threading.get_ident())
+        both.wait()
+        assert torch.get_num_threads() == 1
+        return done.append
+
+    try:
+        _workers.share([10**9] * 6, prepare)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == list(range(6))
+    assert len(set(threads)) == 2
+    assert threading.get_ident() in threads
 
 
 def test_what_a_thread_raises_reaches_the_caller_and_threads_stay_as_many() -> None:

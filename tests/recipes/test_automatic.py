@@ -1,0 +1,65 @@
+"""Recipes that choose their backend: which layers are replaced, by what, and that the numbers stay."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from moekit.dispatch import by_weight, dropless, padded
+from moekit.experts import batched, grouped, loop, swiglu
+from moekit.experts.fused import GELU_MLP, RELU_MLP, SWIGLU
+from moekit.recipes import MoE, expert_layer, mixtral, olmoe, openlm, switch
+from moekit.recipes.automatic import automatic
+from moekit.recipes.layers import recompute
+from moekit.recipes.names import RECIPES, find_recipe
+from moekit.recipes.settings import ModelSettings
+from moekit.recipes.setup import make_evaluation_recipe, make_recipe
+
+CASES = {"openlm": (openlm(), GELU_MLP), "switch": (switch(), RELU_MLP), "olmoe": (olmoe(k=2), SWIGLU)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_plan_and_activation_stay_and_so_does_what_is_computed(name: str) -> None:
+    recipe, activation = CASES[name]
+    fast = automatic(recipe)
+    assert fast.layer.keywords["activation"] == activation
+    assert fast.layer.keywords["dispatcher"] is recipe.layer.keywords["dispatcher"]
+    assert fast._replace(layer=recipe.layer) == recipe
+    torch.manual_seed(0)
+    moe = MoE(8, 4, recipe, hidden=12, dtype=torch.float64)
+    x = torch.randn(33, 8, dtype=torch.float64, requires_grad=True)
+    results = []
+    for each in (recipe, fast):
+        moe.recipe = each
+        y = moe(x).y
+        results.append([y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_what_somebody_chose_stays() -> None:
+    own = partial(mixtral().layer)  # a function of the user's
+    kept = [mixtral(matmul=loop), openlm(matmul=batched), mixtral()._replace(layer=lambda x, routing, params: x)]
+    kept += [mixtral()._replace(layer=recompute(own)), automatic(mixtral())]
+    other = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=grouped, another=1))
+    kept.append(mixtral()._replace(layer=other))
+    for recipe in kept:
+        assert automatic(recipe) is recipe
+
+
+def test_a_dispatcher_of_the_users_is_taken_along() -> None:
+    tight = padded(capacity_factor=0.5, priority=by_weight)
+    recipe = mixtral()._replace(layer=expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=grouped)))
+    assert automatic(recipe).layer.keywords["dispatcher"] is tight
+
+
+def test_a_run_s_recipes_are_automatic_in_training_and_in_evaluation() -> None:
+    settings = ModelSettings()
+    for recipe in (make_recipe(settings), make_evaluation_recipe(settings)):
+        assert recipe.layer.keywords["activation"] == GELU_MLP
+    assert make_recipe(settings).plan is not make_evaluation_recipe(settings).plan
+
+
+def test_which_recipes_keep_their_own_layer() -> None:
+    kept = {name for name in RECIPES if automatic(recipe := find_recipe(name, vocab_size=16)) is recipe}
+    assert kept == {"gpt_oss"}  # its experts have biases
