@@ -79,6 +79,10 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = torch.device(device).type == "cuda"
+    if on_cuda and not torch.cuda.is_available():
+        raise ValueError(
+            f"--device {device}, and torch finds no CUDA device here; use --device cpu, or look at moekit doctor."
+        )
     names = tuple(chain(*settings.shape)) or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
     shapes = [shape_of(name) for name in names]
     unknown = set(settings.load) - set(LOADS)

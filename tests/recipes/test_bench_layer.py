@@ -195,6 +195,11 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
         ("bench", None),
         ("bench train", r"moekit bench: nothing to measure is called 'train'; expected: layer"),
         ("bench layer --shape 1,2", r"shape '1,2' is neither"),
+        pytest.param(
+            "bench layer --device cuda",
+            r"--device cuda, and torch finds no CUDA device here; use --device cpu",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
+        ),
         ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
         ("bench layer --only moe --shape 8,8,8,2,1", r"only = \['moe'\] is the beginning of no row; rows are loop"),
         ("bench layer --rounds 0 --shape 8,8,8,2,1", r"rounds = 0; expected at least 1"),
