@@ -22,6 +22,7 @@ from moekit.experts._tiles_triton import (
     steps,
     store_group,
     store_rows,
+    store_tile,
 )
 from moekit.experts.tiles import Tile, row_tile, weight_tile
 from moekit.operators import blocks_of
@@ -76,13 +77,8 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
             sums += load_bias(bias, group, n, width, N)
         if OVERLAP:
             store_group(out, sums, row, end, n, M, N)
-        elif TMA:
-            if row + M <= end:
-                out.store([row, n], sums.to(out.dtype))
-            else:
-                store_rows(out_rows, sums, row, end, n, width, width, M, N)
         else:
-            store_rows(out_rows, sums, row, end, n, width, width, M, N)
+            store_tile(out, out_rows, sums, row, end, n, width, width, M, N, TMA)
 
 
 @triton.jit

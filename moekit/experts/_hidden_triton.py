@@ -19,7 +19,7 @@ from moekit.experts._tiles_triton import (
     place,
     programs,
     steps,
-    store_rows,
+    store_tile,
 )
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
@@ -44,20 +44,6 @@ def _units(  # type: ignore[no-untyped-def]
             return value * up, slope * up, value
         else:
             return value, slope, value
-
-
-@triton.jit
-def _store(  # type: ignore[no-untyped-def]
-    out, out_rows, values, row, end, n, width, stride, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
-):
-    """Store at columns n of ``width``: whole tiles by descriptor, the others by masked pointers."""
-    if TMA:
-        if row + M <= end:
-            out.store([row, n], values.to(out.dtype))
-        else:
-            store_rows(out_rows, values, row, end, n, width, stride, M, N)
-    else:
-        store_rows(out_rows, values, row, end, n, width, stride, M, N)
 
 
 @triton.jit
@@ -116,12 +102,12 @@ def _up_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 ups += load_bias(up_bias, group, n, width, N)
         if KEEP_PRE:
-            _store(pre, pre_rows, gates, row, end, n, width, parts * width, M, N, TMA_STORE)
+            store_tile(pre, pre_rows, gates, row, end, n, width, parts * width, M, N, TMA_STORE)
             if GATED:
-                _store(pre, pre_rows, ups, row, end, width + n, parts * width, parts * width, M, N, TMA_STORE)
+                store_tile(pre, pre_rows, ups, row, end, width + n, parts * width, parts * width, M, N, TMA_STORE)
         if KEEP_HIDDEN:
             value, _, _ = _units(gates, ups, ACTIVATION, GATED, ALPHA, LIMIT)
-            _store(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
+            store_tile(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
 
 
 @triton.jit

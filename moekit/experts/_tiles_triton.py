@@ -146,6 +146,20 @@ def store_rows(out, values, row, end, n, width, stride, M: tl.constexpr, N: tl.c
 
 
 @triton.jit
+def store_tile(  # type: ignore[no-untyped-def]
+    out, out_rows, values, row, end, n, width, stride, M: tl.constexpr, N: tl.constexpr, TMA: tl.constexpr
+):
+    """Store at columns n of ``width``: whole tiles by descriptor, the others by masked pointers."""
+    if TMA:
+        if row + M <= end:
+            out.store([row, n], values.to(out.dtype))
+        else:
+            store_rows(out_rows, values, row, end, n, width, stride, M, N)
+    else:
+        store_rows(out_rows, values, row, end, n, width, stride, M, N)
+
+
+@triton.jit
 def store_group(out, values, row, end, n, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
     """Store (M, N) values to the rows before ``end`` at columns from ``n`` on, by a descriptor of ``described_groups``.
 

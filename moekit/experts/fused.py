@@ -174,13 +174,14 @@ def _lists_of_tokens(experts: Tensor, tokens: Tensor, num_tokens: int) -> tuple[
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
     expected = (GatedParams, BiasedGatedParams, PackedGatedParams) if activation.gated else (MlpParams, BiasedMlpParams)
-    if not isinstance(params, expected):
-        names = [kind.__name__ for kind in expected]
+    kind = next((each for each in expected if isinstance(params, each)), None)
+    if kind is None:
+        names = [each.__name__ for each in expected]
         raise ValueError(
             f"fused_layer: the parameters are {type(params).__name__}, and the activation {activation}; expected "
             f"{', '.join(names[:-1])} or {names[-1]}. Pass the activation of these experts, or other parameters."
         )
-    axes = _AXES[expected[[isinstance(params, kind) for kind in expected].index(True)]]
+    axes = _AXES[kind]
     hidden = params.down.shape[-1 if isinstance(params, PackedGatedParams) else -2]
     sizes = {"E": routing.num_experts, "D": x.shape[-1], "F": hidden, "2F": 2 * hidden, "1": 1}
     wanted, shapes = [tuple(sizes[axis] for axis in each) for each in axes], [tuple(p.shape) for p in params]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.recipes.bench_rows import Build, Case, Contender
+from moekit.recipes.bench_rows import Build, Case, Contender, need_cuda
 from moekit.routing import linear_gate
 
 
@@ -78,7 +78,7 @@ def _load(gate: Any, inputs: tuple[Tensor, ...], output: Any, *, case: Case) -> 
 
 def _scattermoe(case: Case) -> Contender:
     mlp = importlib.import_module("scattermoe.mlp")
-    _need_cuda(case)
+    need_cuda(case)
     s = case.shape
     layer = mlp.GLUMLP(s.dim, s.hidden, s.experts, s.k, activation=torch.nn.SiLU()).to(case.x)
     return _routed(case, lambda x, weights, experts: layer(x, weights, experts), list(layer.parameters()))
@@ -87,7 +87,7 @@ def _scattermoe(case: Case) -> Contender:
 def _megablocks(case: Case) -> Contender:
     layers = importlib.import_module("megablocks.layers.dmoe")
     arguments = importlib.import_module("megablocks.layers.arguments")
-    _need_cuda(case)
+    need_cuda(case)
     _need_uniform(case)
     s = case.shape
     settings = arguments.Arguments(
@@ -110,7 +110,7 @@ def _megablocks(case: Case) -> Contender:
 def _sonicmoe(case: Case) -> Contender:
     package = importlib.import_module("sonicmoe")
     enums = importlib.import_module("sonicmoe.enums")
-    _need_cuda(case)
+    need_cuda(case)
     _need_uniform(case)
     s = case.shape
     layer = package.MoE(
@@ -136,11 +136,6 @@ def _routed(case: Case, experts: Any, parameters: list[Tensor]) -> Contender:
         return y
 
     return Contender(forward, [x, gate, *parameters], case.grad)
-
-
-def _need_cuda(case: Case) -> None:
-    if not case.x.is_cuda:
-        raise RuntimeError(f"it runs on CUDA devices, not on {case.x.device}")
 
 
 def _need_uniform(case: Case) -> None:

@@ -170,7 +170,7 @@ def _compiled(case: Case, *, build: Build) -> Contender:
 
 
 def _graphed(case: Case, *, build: Build) -> Contender:
-    _need_gpu(case.x, "a CUDA graph")
+    need_cuda(case)
 
     def forward(x: Tensor, gate: Tensor, *experts: Tensor) -> Tensor:
         return build(case._replace(x=x, gate=gate, experts=GatedParams(*experts))).forward()
@@ -198,6 +198,24 @@ def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
 def _need_gpu(x: Tensor, name: str) -> None:
     if not x.is_cuda:
         raise RuntimeError(f"{name} runs on CUDA devices, and on {x.device} only in Triton's interpreter")
+
+
+def need_cuda(case: Case) -> None:
+    """Refuse a case that is not on a CUDA device.
+
+    Args:
+        case: of a row that runs nowhere else.
+
+    Raises:
+        RuntimeError: if its tensors are elsewhere.
+
+    Example:
+        >>> need_cuda(make_case(LayerShape("", 8, 4, 6, 4, 2), "uniform", device="cpu", dtype=torch.float32))
+        Traceback (most recent call last):
+        RuntimeError: it runs on CUDA devices, not on cpu
+    """
+    if not case.x.is_cuda:
+        raise RuntimeError(f"it runs on CUDA devices, not on {case.x.device}")
 
 
 def try_build(build: Build, case: Case) -> Contender | str:
