@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moekit.dispatch import dropless
 from moekit.experts import init_gated, init_mlp, loop
-from moekit.experts.fused import Activation, fused_layer
+from moekit.experts.activations import Activation
+from moekit.experts.fused import fused_layer
 from moekit.experts.tiles import LayerTiles, Tile
 from moekit.recipes import expert_layer
 from moekit.routing import top_k

@@ -11,38 +11,13 @@ import torch
 from torch import Tensor
 
 from moekit.experts._fused_operators import Fused, Layout, Settings, plan_layer
-from moekit.experts.activations import (
-    CLAMPED_SWIGLU,
-    GEGLU,
-    GEGLU_TANH,
-    GELU_MLP,
-    RELU2,
-    RELU_MLP,
-    SWIGLU,
-    Activation,
-)
+from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, layer_tiles
 from moekit.experts.triton_matmul import check_dtypes
 from moekit.types import ExpertLayer, Routing
-
-__all__ = [
-    "fused_layer",
-    "Keep",
-    "EVERYTHING",
-    "PREACTIVATION",
-    "INPUTS",
-    "Activation",
-    "SWIGLU",
-    "GEGLU",
-    "GEGLU_TANH",
-    "CLAMPED_SWIGLU",
-    "GELU_MLP",
-    "RELU_MLP",
-    "RELU2",
-]
 
 
 class Keep(NamedTuple):
@@ -100,6 +75,7 @@ def fused_layer(
             shapes and dtypes each other.
 
     Example:
+        >>> from moekit.experts import GEGLU
         >>> layer = fused_layer(activation=GEGLU, keep=INPUTS)
         >>> layer.keywords["keep"]
         Keep(rows=False, preactivation=False)

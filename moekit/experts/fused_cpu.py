@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from moekit.experts._fused_cpu import fused
+from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.ffns import GatedParams, MlpParams
-from moekit.experts.fused import SWIGLU, Activation
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 from moekit.experts import grouped
-from moekit.experts.fused import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
+from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
 from moekit.recipes.backends import auto
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import Recipe, expert_layer

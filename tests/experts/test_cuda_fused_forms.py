@@ -11,8 +11,9 @@ from fused_cases import reference
 from torch import Tensor
 
 from moekit.experts import GatedParams, clamped_swiglu, init_gated, init_mlp, swiglu
+from moekit.experts.activations import CLAMPED_SWIGLU, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_mlp
-from moekit.experts.fused import CLAMPED_SWIGLU, INPUTS, PREACTIVATION, RELU2, SWIGLU, Activation, Keep, fused_layer
+from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.packed import pack_gated, unpack_gated
 from moekit.routing import expert_choice, top_k
 from moekit.types import ExpertLayer, Routing

@@ -9,20 +9,8 @@ from fused_cases import LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 
 from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu
-from moekit.experts.fused import (
-    EVERYTHING,
-    GEGLU,
-    GEGLU_TANH,
-    GELU_MLP,
-    INPUTS,
-    PREACTIVATION,
-    RELU2,
-    RELU_MLP,
-    SWIGLU,
-    Activation,
-    Keep,
-    fused_layer,
-)
+from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
+from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 

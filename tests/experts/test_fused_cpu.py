@@ -23,7 +23,7 @@ from moekit.experts import (
     relu_mlp,
     swiglu,
 )
-from moekit.experts.fused import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
+from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.recipes import expert_layer
 from moekit.routing import expert_choice, top_k

@@ -12,18 +12,9 @@ from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_int
 from torch import Tensor
 
 from moekit.experts import GatedParams, MlpParams, clamped_swiglu, init_biased_gated, relu2, swiglu
+from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_gated, biased_mlp, init_biased_mlp
-from moekit.experts.fused import (
-    CLAMPED_SWIGLU,
-    GELU_MLP,
-    INPUTS,
-    PREACTIVATION,
-    RELU2,
-    SWIGLU,
-    Activation,
-    Keep,
-    fused_layer,
-)
+from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.packed import PackedGatedParams, pack_gated, unpack_gated
 from moekit.types import ExpertLayer
 

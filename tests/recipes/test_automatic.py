@@ -7,7 +7,7 @@ import torch
 
 from moekit.dispatch import by_weight, dropless, padded
 from moekit.experts import batched, grouped, loop, swiglu
-from moekit.experts.fused import GELU_MLP, RELU_MLP, SWIGLU
+from moekit.experts.activations import GELU_MLP, RELU_MLP, SWIGLU
 from moekit.recipes import MoE, expert_layer, mixtral, olmoe, openlm, switch
 from moekit.recipes.automatic import automatic
 from moekit.recipes.layers import recompute
