@@ -1,0 +1,96 @@
+"""Launches that are decided once: all that a kernel gets but where its tensors lie.
+
+Triton looks at every argument of every launch, to find the code that was compiled for its like, and checks every
+descriptor of a tensor. That takes the host longer than a small layer takes the device, and finds the same each time.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+class Pointer(NamedTuple):
+    """Stands for a tensor that a kernel gets as a pointer."""
+
+
+class Blocks(NamedTuple):
+    """Stands for a tensor that a kernel gets as a descriptor of its blocks.
+
+    Attributes:
+        shape: of the tensor.
+        strides: of the tensor, the last of them 1.
+        block: the shape of a block.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+
+
+POINTER = Pointer()
+
+
+class Launch:
+    """A kernel with its grid and all of its arguments but the tensors.
+
+    The first call with tensors of some dtypes on a device is an ordinary launch, which compiles the kernel; later ones
+    hand their tensors to what was compiled. Tensors that do not begin at 16 bytes are always launched the ordinary
+    way, since other code is compiled for them.
+
+    Args:
+        kernel: a function of ``triton.jit``.
+        grid: of programs, up to three axes.
+        arguments: in the kernel's order; ``POINTER`` or ``Blocks`` for each tensor.
+        constants: the kernel's constants and options, by name.
+    """
+
+    def __init__(self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], **constants: Any) -> None:
+        """Decide a launch."""
+        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
+        self._arguments, self._constants = arguments, constants
+        rest = kernel.arg_names[len(arguments) :]
+        self._values = [*arguments, *(constants[name] for name in rest)]
+        self._places = [i for i, each in enumerate(arguments) if isinstance(each, Pointer | Blocks)]
+        described = [(n, arguments[place]) for n, place in enumerate(self._places) if arguments[place] is not POINTER]
+        self._described = [(self._places[n], n, _fields(blocks)) for n, blocks in described]
+        self._compiled: dict[tuple[Any, ...], Any] = {}
+
+    def __call__(self, *tensors: Tensor) -> None:
+        """Launch the kernel on the current stream of the tensors' device.
+
+        Args:
+            tensors: one for each ``POINTER`` or ``Blocks``, in their order.
+        """
+        device, pointers = tensors[0].get_device(), [each.data_ptr() for each in tensors]
+        if device >= 0 and device != torch.cuda.current_device():
+            with torch.cuda.device(device):
+                self(*tensors)
+            return
+        kind = (device, *[each.dtype for each in tensors])
+        run = self._compiled.get(kind)
+        if run is None or any([each & 15 for each in pointers]):
+            self._launch(kind, tensors)
+            return
+        values = self._values.copy()
+        for place, pointer in zip(self._places, pointers, strict=True):
+            values[place] = pointer
+        for place, n, fields in self._described:
+            values[place] = described = object.__new__(TensorDescriptor)  # unchecked: its like has passed all checks
+            described.__dict__ = {"base": tensors[n], **fields}
+        run(*values)
+
+    def _launch(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
+        values = [*self._arguments]
+        for place, tensor in zip(self._places, tensors, strict=True):
+            blocks = self._arguments[place]
+            values[place] = tensor if blocks is POINTER else TensorDescriptor(tensor, **_fields(blocks))
+        compiled = self._kernel[self._grid](*values, **self._constants)
+        if tensors[0].is_cuda and not any(each.data_ptr() & 15 for each in tensors):  # the interpreter compiles nothing
+            self._compiled[kind] = compiled[self._grid]
+
+
+def _fields(blocks: Blocks) -> dict[str, Any]:
+    return {"shape": [*blocks.shape], "strides": [*blocks.strides], "block_shape": [*blocks.block]}
