@@ -40,17 +40,17 @@ class Launch:
     hand their tensors to what was compiled. Tensors that do not begin at 16 bytes are always launched the ordinary
     way, since other code is compiled for them.
 
-    Args:
+    Attributes:
         kernel: a function of ``triton.jit``.
-        grid: of programs, up to three axes.
+        grid: of programs, on three axes.
         arguments: in the kernel's order; ``POINTER`` or ``Blocks`` for each tensor.
         constants: the kernel's constants and options, by name.
     """
 
     def __init__(self, kernel: Any, grid: Sequence[int], arguments: Sequence[Any], **constants: Any) -> None:
         """Decide a launch."""
-        self._kernel, self._grid = kernel, (*grid, 1, 1)[:3]
-        self._arguments, self._constants = arguments, constants
+        self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
+        self.arguments, self.constants = arguments, constants
         rest = kernel.arg_names[len(arguments) :]
         self._values = [*arguments, *(constants[name] for name in rest)]
         self._places = [i for i, each in enumerate(arguments) if isinstance(each, Pointer | Blocks)]
@@ -71,7 +71,7 @@ class Launch:
             return
         kind = (device, *[each.dtype for each in tensors])
         run = self._compiled.get(kind)
-        if run is None or any([each & 15 for each in pointers]):
+        if run is None or any(each & 15 for each in pointers):
             self._launch(kind, tensors)
             return
         values = self._values.copy()
@@ -83,13 +83,13 @@ class Launch:
         run(*values)
 
     def _launch(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-        values = [*self._arguments]
+        values = [*self.arguments]
         for place, tensor in zip(self._places, tensors, strict=True):
-            blocks = self._arguments[place]
+            blocks = self.arguments[place]
             values[place] = tensor if blocks is POINTER else TensorDescriptor(tensor, **_fields(blocks))
-        compiled = self._kernel[self._grid](*values, **self._constants)
+        compiled = self.kernel[self.grid](*values, **self.constants)
         if tensors[0].is_cuda and not any(each.data_ptr() & 15 for each in tensors):  # the interpreter compiles nothing
-            self._compiled[kind] = compiled[self._grid]
+            self._compiled[kind] = compiled[self.grid]
 
 
 def _fields(blocks: Blocks) -> dict[str, Any]:

@@ -4,6 +4,7 @@ A first kernel adds up the rows of each tile of a schedule, and a second one the
 rows takes as long as many small ones.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit.experts._tiles_triton import Schedule, load_bias
+from moekit._operators_triton import POINTER, Launch
+from moekit.experts._tiles_triton import Schedule, first_tile, group_of, load_bias
 from moekit.operators import blocks_of, power_of_two
 
 
@@ -39,10 +41,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     grad_weights,
     assignments,
     sums,
-    starts,
-    sizes,
-    firsts,
-    owners,
+    schedule,
     num_groups,
     width,
     WEIGHTED: tl.constexpr,
@@ -51,11 +50,10 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 ):
     """Add up the M rows of each tile: (tiles, width)."""
     tile = tl.program_id(0)
-    if tile < tl.load(firsts + num_groups):
-        group = tl.load(owners + tile)
-        start = tl.load(starts + group)
-        rows = start + (tile - tl.load(firsts + group)) * M + tl.arange(0, M)
-        real = rows < start + tl.load(sizes + group)
+    if tile < first_tile(schedule, num_groups, num_groups):
+        group, start, size, first = group_of(schedule, tile, num_groups)
+        rows = start + (tile - first) * M + tl.arange(0, M)
+        real = rows < start + size
         places = rows.to(tl.int64)[:, None] * width
         inner = tl.zeros((M,), tl.float32)
         weight = tl.zeros((M,), tl.float32)
@@ -79,14 +77,14 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _groups_kernel(  # type: ignore[no-untyped-def]
-    sums, out, firsts, num_groups, width, part_width, TILES: tl.constexpr, BLOCK: tl.constexpr
+    sums, out, schedule, num_groups, width, part_width, TILES: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Add up the tiles of each group: (parts, E, part_width)."""
     group = tl.program_id(0)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    last = tl.load(firsts + group + 1)
+    last = first_tile(schedule, group + 1, num_groups)
     total = tl.zeros((TILES, BLOCK), tl.float32)
-    for tile in range(tl.load(firsts + group), last, TILES):
+    for tile in range(first_tile(schedule, group, num_groups), last, TILES):
         tiles = tile + tl.arange(0, TILES)
         inside = (tiles < last)[:, None] & (columns < width)[None, :]
         total += tl.load(sums + tiles.to(tl.int64)[:, None] * width + columns[None, :], mask=inside, other=0.0)
@@ -112,16 +110,27 @@ def bias_gradient(
     Returns:
         (parts, E, 1, F), the dtype of ``grads``; zero for an empty group.
     """
-    num_groups, num_tiles, width = plan.sizes.shape[0], plan.owners.shape[0], grads.shape[1]
-    sums = torch.empty(num_tiles, width, dtype=torch.float32, device=grads.device)
+    num_groups, num_tiles, width = plan.num_groups, plan.most_tiles, grads.shape[1]
+    sums = grads.new_empty(num_tiles, width, dtype=torch.float32)
     out = grads.new_empty(parts, num_groups, 1, width // parts)
-    block = min(8192 // height, power_of_two(width))
-    given = (None, None, None, None) if weighing is None else weighing
-    _tiles_kernel[(num_tiles,)](
-        grads, *given, sums, *plan, num_groups, width,
-        WEIGHTED=weighing is not None, M=height, BLOCK=block, num_warps=4,
-    )  # fmt: skip
-    _groups_kernel[(num_groups, blocks_of(width, 128))](
-        sums, out, plan.firsts, num_groups, width, width // parts, TILES=32, BLOCK=128, num_warps=4
-    )
+    given = () if weighing is None else weighing
+    _tiles_launch(num_groups, num_tiles, width, height, weighing is not None)(grads, *given, sums, plan.table)
+    _groups_launch(num_groups, width, width // parts)(sums, out, plan.table)
     return out
+
+
+@lru_cache(maxsize=512)
+def _tiles_launch(num_groups: int, num_tiles: int, width: int, height: int, weighted: bool) -> Launch:
+    given = [POINTER if weighted else None] * len(Weighing._fields)
+    return Launch(
+        _tiles_kernel, (num_tiles,), (POINTER, *given, POINTER, POINTER, num_groups, width),
+        WEIGHTED=weighted, M=height, BLOCK=min(8192 // height, power_of_two(width)), num_warps=4,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _groups_launch(num_groups: int, width: int, part_width: int) -> Launch:
+    return Launch(
+        _groups_kernel, (num_groups, blocks_of(width, 128)),
+        (POINTER, POINTER, POINTER, num_groups, width, part_width), TILES=32, BLOCK=128, num_warps=4,
+    )  # fmt: skip

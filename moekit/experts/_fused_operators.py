@@ -1,5 +1,6 @@
 """The operators of the fused layer: its plan, and its forward and backward, which compilers leave whole."""
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -27,40 +28,57 @@ class Layout(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What is no tensor.
+    """What is no tensor, and decides which code runs.
 
     Attributes:
         function: of the activation.
-        constants: of the activation.
+        gated: whether experts are.
         precision: of float32 products.
-        tiles: flattened.
         layout: of the parameters.
-        keep_rows: whether the copied tokens live until the backward.
-        keep_pre: whether the pre-activation does.
-        num_plan: how many of the tensors are the plan.
+        tiles: of the kernels.
     """
 
     function: str
-    constants: list[float]
+    gated: bool
     precision: str
-    tiles: list[int]
-    layout: list[bool]
-    keep_rows: bool
-    keep_pre: bool
-    num_plan: int
+    layout: Layout
+    tiles: LayerTiles
+
+    def text(self) -> str:
+        """Write them as operators can take them, by what a compiler can follow."""
+        numbers = [self.gated, *self.layout, *[n for tile in self.tiles for n in tile]]
+        return " ".join([self.function, self.precision, *[str(int(n)) for n in numbers]])
+
+
+@lru_cache(maxsize=512)
+def _settings(text: str) -> Settings:
+    function, precision, *words = text.split()
+    gated, *numbers = [int(word) for word in words]
+    start, width = len(Layout._fields), len(Tile._fields)
+    tiles = [Tile(*numbers[at : at + width]) for at in range(start, len(numbers), width)]  # type: ignore[arg-type]
+    return Settings(function, bool(gated), precision, Layout(*map(bool, numbers[:start])), LayerTiles(*tiles))
 
 
 class Fused(torch.autograd.Function):
-    """(settings, x, weights, *plan, *parameters) -> y."""
+    """(settings, constants, keep_rows, keep_pre, length of the plan, x, weights, *plan, *parameters) -> y."""
 
     @staticmethod
-    def forward(ctx, settings: Settings, x: Tensor, weights: Tensor, *rest: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        """Run the layer, and keep what the settings say if there is to be a gradient."""
-        plan, projections = list(rest[: settings.num_plan]), list(rest[settings.num_plan :])
-        needed = any(ctx.needs_input_grad)
-        kept = settings.keep_rows and needed, settings.keep_pre and needed
-        y, rows, pre = _forward(x, weights, plan, projections, *settings[:5], *kept)
-        ctx.settings = settings
+    def forward(  # type: ignore[no-untyped-def]
+        ctx,
+        settings: str,
+        constants: list[float],
+        keep_rows: bool,
+        keep_pre: bool,
+        num_plan: int,
+        x: Tensor,
+        weights: Tensor,
+        *rest: Tensor,
+    ) -> Tensor:
+        """Run the layer, and keep what is to be kept if there is to be a gradient."""
+        needed, decided = any(ctx.needs_input_grad), (settings, constants)
+        plan, projections = list(rest[:num_plan]), list(rest[num_plan:])
+        y, rows, pre = _forward(x, weights, plan, projections, *decided, keep_rows and needed, keep_pre and needed)
+        ctx.decided, ctx.num_plan = decided, num_plan
         ctx.save_for_backward(x, weights, rows, pre, *rest)
         return y
 
@@ -68,13 +86,13 @@ class Fused(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         """Return the gradients of tokens, routing weights and parameters."""
         x, weights, rows, pre, *rest = ctx.saved_tensors
-        settings = ctx.settings
-        plan, projections = list(rest[: settings.num_plan]), list(rest[settings.num_plan :])
-        grads = _backward(grad, x, weights, plan, projections, rows, pre, *settings[:5])
+        plan, projections = rest[: ctx.num_plan], rest[ctx.num_plan :]
+        grads = _backward(grad, x, weights, plan, projections, rows, pre, *ctx.decided)
         grad_x, grad_weights, grad_ups, grad_down, *grad_biases = grads
         if grad_biases:
             grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
-        return None, grad_x, grad_weights, *[None] * len(plan), *grad_ups.unbind(0), grad_down, *grad_biases
+        none = (None,) * len(plan)
+        return *(None,) * 5, grad_x, grad_weights, *none, *grad_ups.unbind(0), grad_down, *grad_biases
 
 
 def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
@@ -83,11 +101,8 @@ def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> li
     if experts.numel() == 0:
         return [torch.empty_like(experts)]
     num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
-    num_owners = _tiles_triton.most_tiles(num_rows, num_experts, height)
-    schedule = [
-        experts.new_empty(n, dtype=torch.int32) for n in (num_experts, num_experts, num_experts + 1, num_owners)
-    ]
-    return [torch.empty_like(experts), experts.new_empty(num_rows), *schedule]
+    length = 3 * num_experts + 1 + _tiles_triton.most_tiles(num_rows, num_experts, height)
+    return [torch.empty_like(experts), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
 
 
 @operator("fused_plan", _plan_fake)
@@ -98,7 +113,7 @@ def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> li
     if experts.numel() == 0:
         return [experts.clone()]
     rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
-    return [rows, assignments, *schedule]
+    return [rows, assignments, schedule.table]
 
 
 def _forward_fake(
@@ -106,17 +121,14 @@ def _forward_fake(
     weights: Tensor,
     plan: list[Tensor],
     projections: list[Tensor],
-    function: str,
+    settings: str,
     constants: list[float],
-    precision: str,
-    tiles: list[int],
-    layout: list[bool],
     keep_rows: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = plan[1].shape[0] if len(plan) > 1 else 0
     rows = x.new_empty(num_rows if keep_rows else 0, x.shape[1])
-    pre = x.new_empty(num_rows if keep_pre else 0, _preactivations(projections, layout))
+    pre = x.new_empty(num_rows if keep_pre else 0, _preactivations(projections, _settings(settings).layout))
     return x.new_empty(x.shape), rows, pre
 
 
@@ -126,26 +138,20 @@ def _forward(
     weights: Tensor,
     plan: list[Tensor],
     projections: list[Tensor],
-    function: str,
+    settings: str,
     constants: list[float],
-    precision: str,
-    tiles: list[int],
-    layout: list[bool],
     keep_rows: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     from moekit.experts import _fused_triton
 
     if weights.numel() == 0:
-        y, rows, pre = _forward_fake(
-            x, weights, plan, projections, function, constants, precision, tiles, layout, keep_rows, keep_pre
-        )
+        y, rows, pre = _forward_fake(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         return y.zero_(), rows, pre
-    experts = _experts(projections, Layout(*layout))
+    function, gated, precision, layout, tiles = _settings(settings)
     y, rows, pre = _fused_triton.forward(
-        x.contiguous(), weights.contiguous(), _plan_of(plan), experts,
-        activation=Activation(function, len(experts.ups) == 2, *constants), precision=precision,
-        tiles=_layer_tiles(tiles), keep_pre=keep_pre,
+        x.contiguous(), weights.contiguous(), _plan_of(plan, projections), _experts(projections, layout),
+        activation=Activation(function, gated, *constants), precision=precision, tiles=tiles, keep_pre=keep_pre,
     )  # fmt: skip
     return y, rows if keep_rows else rows.new_empty(0, rows.shape[1]), pre
 
@@ -158,13 +164,10 @@ def _backward_fake(
     projections: list[Tensor],
     rows: Tensor,
     pre: Tensor,
-    function: str,
+    settings: str,
     constants: list[float],
-    precision: str,
-    tiles: list[int],
-    layout: list[bool],
 ) -> list[Tensor]:
-    matrices, biases = _matrices(projections, Layout(*layout))
+    matrices, biases = _matrices(projections, _settings(settings).layout)
     *ups, down = matrices
     shapes: list[tuple[int, ...]] = [(len(ups), *ups[0].shape), tuple(down.shape)]
     if biases:
@@ -181,24 +184,19 @@ def _backward(
     projections: list[Tensor],
     rows: Tensor,
     pre: Tensor,
-    function: str,
+    settings: str,
     constants: list[float],
-    precision: str,
-    tiles: list[int],
-    layout: list[bool],
 ) -> list[Tensor]:
     from moekit.experts import _fused_triton
 
     if weights.numel() == 0:
-        zeros = _backward_fake(
-            grad, x, weights, plan, projections, rows, pre, function, constants, precision, tiles, layout
-        )
+        zeros = _backward_fake(grad, x, weights, plan, projections, rows, pre, settings, constants)
         return [each.zero_() for each in zeros]
-    experts = _experts(projections, Layout(*layout))
+    function, gated, precision, layout, tiles = _settings(settings)
     *grads, biases = _fused_triton.backward(
-        grad.contiguous(), x.contiguous(), weights.contiguous(), _plan_of(plan), experts, (rows, pre),
-        activation=Activation(function, len(experts.ups) == 2, *constants), precision=precision,
-        tiles=_layer_tiles(tiles),
+        grad.contiguous(), x.contiguous(), weights.contiguous(), _plan_of(plan, projections),
+        _experts(projections, layout), (rows, pre), activation=Activation(function, gated, *constants),
+        precision=precision, tiles=tiles,
     )  # fmt: skip
     return [*grads, *biases]
 
@@ -210,10 +208,10 @@ def _matrices(projections: list[Tensor], layout: Layout) -> tuple[list[Tensor], 
     return projections[: len(projections) // 2], projections[len(projections) // 2 :]
 
 
-def _preactivations(projections: list[Tensor], layout: list[bool]) -> int:
+def _preactivations(projections: list[Tensor], layout: Layout) -> int:
     """Return P F."""
-    matrices, _ = _matrices(projections, Layout(*layout))
-    axis = 1 if Layout(*layout).up_transposed else 2
+    matrices, _ = _matrices(projections, layout)
+    axis = 1 if layout.up_transposed else 2
     return sum(p.shape[axis] for p in matrices[:-1])
 
 
@@ -240,17 +238,10 @@ def _readable(w: Tensor) -> Tensor:
     return w if column == 1 and row >= w.shape[2] and batch > 0 else w.contiguous()
 
 
-def _plan_of(tensors: list[Tensor]) -> Any:
+def _plan_of(tensors: list[Tensor], projections: list[Tensor]) -> Any:
     from moekit.experts._fused_triton import Plan
     from moekit.experts._lists_triton import TokenLists
     from moekit.experts._tiles_triton import Schedule
 
-    rows, assignments, *rest = tensors
-    lists = TokenLists(*rest[4:]) if len(rest) > 4 else None
-    return Plan(rows, assignments, Schedule(*rest[:4]), lists)
-
-
-def _layer_tiles(numbers: list[int]) -> LayerTiles:
-    """Undo the flattening that operators need; an overlap has become 0 or 1."""
-    width = len(Tile._fields)
-    return LayerTiles(*(Tile(*numbers[at : at + width]) for at in range(0, len(numbers), width)))  # type: ignore[arg-type]
+    rows, assignments, table, *lists = tensors
+    return Plan(rows, assignments, Schedule(table, projections[0].shape[0]), TokenLists(*lists) if lists else None)

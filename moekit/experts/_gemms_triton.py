@@ -1,25 +1,30 @@
 """Grouped GEMM kernels: rows times their group's matrix, and its gradient, whose sum runs over a group's rows."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.experts._tiles_triton import (
+    Matrices,
     Schedule,
-    described,
-    described_groups,
-    described_weight,
+    begins_whole,
+    describable,
+    first_tile,
+    groups,
     has_tma,
-    is_transposed,
     is_whole,
     load_bias,
     load_rows,
     load_weight,
+    matrices,
+    matrix,
     place,
     programs,
     schedule,
-    steps,
     store_group,
     store_rows,
     store_tile,
@@ -36,10 +41,7 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
     bias,
     out,
     out_rows,
-    starts,
-    sizes,
-    firsts,
-    owners,
+    schedule,
     num_groups,
     depth,
     width,
@@ -59,9 +61,9 @@ def _rows_kernel(  # type: ignore[no-untyped-def]
 ):
     """Multiply (R, depth), or (R, 2 depth) if ``TWO``, by w (E, depth, width), or by w over w2, and add the bias."""
     num_n = tl.cdiv(width, N)
-    total = tl.load(firsts + num_groups) * num_n
+    total = first_tile(schedule, num_groups, num_groups) * num_n
     for tile in tl.range(tl.program_id(0), total, tl.num_programs(0), flatten=OVERLAP):
-        group, row, end, column = place(tile, starts, sizes, firsts, owners, num_n, M, BAND)
+        group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
         n = column * N
         sums = tl.zeros((M, N), tl.float32)
         for k in range(0, depth, K):
@@ -86,8 +88,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     a,
     b,
     out,
-    starts,
-    sizes,
+    schedule,
     num_groups,
     height,
     width,
@@ -131,8 +132,8 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
         m, n = row * M, column * N
         a_column = part * height + m if TALL else m
         b_column = n if TALL else part * width + n
-        start = tl.load(starts + group)
-        end = start + tl.load(sizes + group)
+        start = tl.load(schedule + group)
+        end = start + tl.load(schedule + num_groups + group)
         whole = end if ALIGNED else start + (end - start) // K * K
         sums = tl.zeros((M, N), tl.float32)
         for k in range(start, whole, K):
@@ -181,22 +182,45 @@ def grouped_rows(
     Returns:
         (R, F); rows past the last group are not written.
     """
-    num_groups, depth, width = weights[0].shape
-    out = rows.new_empty(rows.shape[0], width)
+    out = rows.new_empty(rows.shape[0], weights[0].shape[2])
     if out.numel() == 0:
         return out
-    tma = has_tma(rows, out, *weights) and (len(weights) == 1 or is_whole(depth, rows.dtype))
-    first, second = (described_weight(w, tile, tma) for w in (weights[0], weights[-1]))
-    overlap = tile.overlap and tma and len(weights) == 1
-    written = described_groups(out, tile, tma) if overlap else described(out, (tile.m, tile.n), tma)
-    _rows_kernel[(programs(rows.device),)](
-        described(rows, (tile.m, tile.k), tma), first, second, bias, written, out,
-        *plan, num_groups, depth, width, rows.shape[1], *steps(weights[0]), M=tile.m, N=tile.n, K=tile.k,
-        BAND=tile.band, TRANSPOSED=is_transposed(weights[0]), TWO=len(weights) == 2, BIASED=bias is not None, TMA=tma,
-        OVERLAP=overlap, PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+    launch = _rows_launch(
+        rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), len(weights) == 2, bias is not None,
+        begins_whole(rows, *weights), precision, tile,
     )  # fmt: skip
+    launch(rows, *weights, *([] if bias is None else [bias]), out, out, plan.table)
     return out
+
+
+@lru_cache(maxsize=512)
+def _rows_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    weights: Matrices,
+    two: bool,
+    biased: bool,
+    whole: bool,
+    precision: str,
+    tile: Tile,
+) -> Launch:
+    num_groups, depth, width = weights.shape
+    tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
+    tma = tma and describable(weights.shape, weights.strides, dtype) and is_whole(width, dtype)
+    tma = tma and (not two or is_whole(depth, dtype))
+    overlap = tile.overlap and tma and not two
+    out, right = (shape[0], width), weights.blocks(tile, tma)
+    return Launch(
+        _rows_kernel, (programs(device),),
+        (
+            matrix(shape, (tile.m, tile.k), tma), right, right if two else None, POINTER if biased else None,
+            groups(out, tile) if overlap else matrix(out, (tile.m, tile.n), tma), POINTER, POINTER,
+            num_groups, depth, width, shape[1], *weights.steps,
+        ),
+        M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TRANSPOSED=weights.transposed, TWO=two, BIASED=biased, TMA=tma,
+        OVERLAP=overlap, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def grouped_weight(
@@ -225,23 +249,49 @@ def grouped_weight(
     Returns:
         (parts, E, D, F); zero for an empty group.
     """
-    num_groups, height, width = plan.sizes.shape[0], rows.shape[1], grad.shape[1]
+    height, width = rows.shape[1], grad.shape[1]
     height, width = (height // parts, width) if tall else (height, width // parts)
-    out = torch.empty(parts, num_groups, height, width, dtype=rows.dtype, device=rows.device)
+    out = rows.new_empty(parts, plan.num_groups, height, width)
     if out.numel() == 0 or rows.shape[0] == 0:
         return out.zero_()
-    tma = has_tma(rows, grad) and (parts == 1 or is_whole(height if tall else width, rows.dtype))
-    matrices = out.view(-1, width)
-    tma_store = tma and has_tma(matrices) and matrices.shape[0] < 2**30
-    tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
-    _weight_kernel[(min(programs(rows.device), tiles),)](
-        described(rows, (tile.k, tile.m), tma), described(grad, (tile.k, tile.n), tma),
-        described_groups(matrices, tile, True) if tma_store else out, plan.starts, plan.sizes,
-        num_groups, height, width, parts, M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall,
-        ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store, OVERLAP=tile.overlap and tma_store and aligned,
-        PRECISION=precision,         num_warps=tile.warps, num_stages=tile.stages,
+    launch = _weight_launch(
+        rows.device, rows.dtype, tuple(rows.shape), tuple(grad.shape), plan.num_groups, parts, tall, aligned,
+        begins_whole(rows, grad), precision, tile,
     )  # fmt: skip
+    launch(rows, grad, out, plan.table)
     return out
+
+
+@lru_cache(maxsize=512)
+def _weight_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    left: tuple[int, int],
+    right: tuple[int, int],
+    num_groups: int,
+    parts: int,
+    tall: bool,
+    aligned: bool,
+    whole: bool,
+    precision: str,
+    tile: Tile,
+) -> Launch:
+    height, width = (left[1] // parts, right[1]) if tall else (left[1], right[1] // parts)
+    tma = whole and has_tma(device) and all(describable(each, (each[1], 1), dtype) for each in (left, right))
+    tma = tma and (parts == 1 or is_whole(height if tall else width, dtype))
+    out = (parts * num_groups * height, width)
+    tma_store = tma and is_whole(width, dtype) and out[0] < 2**30
+    tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
+    return Launch(
+        _weight_kernel, (min(programs(device), tiles),),
+        (
+            matrix(left, (tile.k, tile.m), tma), matrix(right, (tile.k, tile.n), tma),
+            groups(out, tile) if tma_store else POINTER, POINTER, num_groups, height, width, parts,
+        ),
+        M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall, ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store,
+        OVERLAP=tile.overlap and tma_store and aligned, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:

@@ -1,24 +1,29 @@
 """What lies around the hidden axis F: the up-projection with the activation in its epilogue, and the way back."""
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.experts._activations_triton import activated
 from moekit.experts._tiles_triton import (
+    Matrices,
     Schedule,
-    described,
-    described_weight,
+    begins_whole,
+    describable,
+    first_tile,
     has_tma,
-    is_transposed,
     is_whole,
     load_bias,
     load_rows,
     load_weight,
+    matrices,
+    matrix,
     place,
     programs,
-    steps,
     store_tile,
 )
 from moekit.experts.activations import Activation
@@ -57,10 +62,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     pre_rows,
     hidden,
     hidden_rows,
-    starts,
-    sizes,
-    firsts,
-    owners,
+    schedule,
     num_groups,
     depth,
     width,
@@ -84,9 +86,9 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 ):
     num_n = tl.cdiv(width, N)
     parts: tl.constexpr = 2 if GATED else 1
-    total = tl.load(firsts + num_groups) * num_n
+    total = first_tile(schedule, num_groups, num_groups) * num_n
     for tile in range(tl.program_id(0), total, tl.num_programs(0)):
-        group, row, end, column = place(tile, starts, sizes, firsts, owners, num_n, M, BAND)
+        group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
         n = column * N
         gates = tl.zeros((M, N), tl.float32)
         ups = tl.zeros((M, N), tl.float32)
@@ -187,27 +189,55 @@ def up(
     Returns:
         The pre-activation (R, P F) and the hidden rows (R, F); what is not kept has no rows.
     """
-    num_groups, depth, width = weights[0].shape
-    gated = len(weights) == 2
-    pre = rows.new_empty(rows.shape[0] if keep_pre else 0, len(weights) * width)
-    hidden = rows.new_empty(rows.shape[0] if keep_hidden else 0, width)
-    tma = has_tma(rows, *weights)
-    # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
-    tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, rows.dtype))
-    first_bias, last_bias = (biases[0], biases[-1]) if biases else (None, None)
-    block = (tile.m, tile.n)
-    _up_kernel[(programs(rows.device),)](
-        described(rows, (tile.m, tile.k), tma),
-        described_weight(weights[0], tile, tma), described_weight(weights[-1], tile, tma), first_bias, last_bias,
-        described(pre, block, tma_store and keep_pre), pre,
-        described(hidden, block, tma_store and keep_hidden), hidden,
-        *plan, num_groups, depth, width, *steps(weights[0]), M=tile.m, N=tile.n, K=tile.k, BAND=tile.band,
-        ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
-        TRANSPOSED=is_transposed(weights[0]), BIASED=bool(biases), KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden,
-        TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
-        num_warps=tile.warps, num_stages=tile.stages,
+    num_rows, width = rows.shape[0], weights[0].shape[2]
+    pre = rows.new_empty(num_rows if keep_pre else 0, len(weights) * width)
+    hidden = rows.new_empty(num_rows if keep_hidden else 0, width)
+    launch = _up_launch(
+        rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), activation, len(biases) > 0,
+        keep_pre, keep_hidden, begins_whole(rows, *weights), precision, tile,
+    )  # fmt: skip
+    launch(
+        rows, *weights, *biases, *((pre, pre) if keep_pre else ()), *((hidden, hidden) if keep_hidden else ()),
+        plan.table,
     )  # fmt: skip
     return pre, hidden
+
+
+@lru_cache(maxsize=512)
+def _up_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    weights: Matrices,
+    activation: Activation,
+    biased: bool,
+    keep_pre: bool,
+    keep_hidden: bool,
+    whole: bool,
+    precision: str,
+    tile: Tile,
+) -> Launch:
+    num_groups, depth, width = weights.shape
+    gated, num_rows = activation.gated, shape[0]
+    tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
+    tma = tma and describable(weights.shape, weights.strides, dtype)
+    # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
+    tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, dtype))
+    right, block, bias = weights.blocks(tile, tma), (tile.m, tile.n), POINTER if biased else None
+    pre = (matrix((num_rows, (2 if gated else 1) * width), block, tma_store), POINTER)
+    hidden = (matrix((num_rows, width), block, tma_store), POINTER)
+    return Launch(
+        _up_kernel, (programs(device),),
+        (
+            matrix(shape, (tile.m, tile.k), tma), right, right if gated else None, bias, bias if gated else None,
+            *(pre if keep_pre else (None, None)), *(hidden if keep_hidden else (None, None)), POINTER,
+            num_groups, depth, width, *weights.steps,
+        ),
+        M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ACTIVATION=activation.function, GATED=gated,
+        ALPHA=activation.alpha, LIMIT=activation.limit, TRANSPOSED=weights.transposed, BIASED=biased,
+        KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def back(
@@ -232,12 +262,17 @@ def back(
     Returns:
         The gradient of the pre-activation (R, P F); zero for padding rows.
     """
-    (num_rows, width), gated = grads.shape, pre.shape[1] == 2 * grads.shape[1]
     grad_pre = torch.empty_like(pre)
+    launch = _back_launch(*grads.shape, activation)
+    launch(pre, grads, weights, grad_weights, assignments, grad_pre)
+    return grad_pre
+
+
+@lru_cache(maxsize=512)
+def _back_launch(num_rows: int, width: int, activation: Activation) -> Launch:
     block = min(512, power_of_two(width))
-    _back_kernel[(blocks_of(num_rows, 4),)](
-        pre, grads, weights, grad_weights, assignments, grad_pre, num_rows, width,
-        ACTIVATION=activation.function, GATED=gated, ALPHA=activation.alpha, LIMIT=activation.limit,
+    return Launch(
+        _back_kernel, (blocks_of(num_rows, 4),), (*[POINTER] * 6, num_rows, width),
+        ACTIVATION=activation.function, GATED=activation.gated, ALPHA=activation.alpha, LIMIT=activation.limit,
         ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
     )  # fmt: skip
-    return grad_pre

@@ -1,11 +1,13 @@
 """Moving rows of routings that are no (T, K): a row knows its token, and a token the list of its assignments."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, power_of_two
 
 
@@ -71,11 +73,15 @@ def copied(x: Tensor, tokens: Tensor, assignments: Tensor) -> Tensor:
     """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a row of -1 is zero."""
     num_rows, dim = assignments.shape[0], x.shape[1]
     out = x.new_empty(num_rows, dim)
-    block = min(1024, power_of_two(dim))
-    _copy_kernel[(blocks_of(num_rows, 4), blocks_of(dim, block))](
-        x, tokens, assignments, out, num_rows, dim, ROWS=4, BLOCK=block
-    )
+    _copy_launch(num_rows, dim)(x, tokens, assignments, out)
     return out
+
+
+@lru_cache(maxsize=512)
+def _copy_launch(num_rows: int, dim: int) -> Launch:
+    block = min(1024, power_of_two(dim))
+    grid = (blocks_of(num_rows, 4), blocks_of(dim, block))
+    return Launch(_copy_kernel, grid, (*[POINTER] * 4, num_rows, dim), ROWS=4, BLOCK=block)
 
 
 def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor | None) -> Tensor:
@@ -95,17 +101,16 @@ def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor |
     num_tokens, dim = lists.starts.shape[0] - 1, values.shape[1]
     out = values.new_empty(num_tokens, dim)
     if out.numel():
-        block = min(1024, power_of_two(dim))
-        _sum_kernel[(num_tokens, blocks_of(dim, block))](
-            values,
-            rows,
-            weights,
-            lists.order,
-            lists.starts,
-            out,
-            dim,
-            WEIGHTED=weights is not None,
-            UNROLL=4,
-            BLOCK=block,
-        )
+        given = () if weights is None else (weights,)
+        _sum_launch(num_tokens, dim, weights is not None)(values, rows, *given, lists.order, lists.starts, out)
     return out
+
+
+@lru_cache(maxsize=512)
+def _sum_launch(num_tokens: int, dim: int, weighted: bool) -> Launch:
+    block = min(1024, power_of_two(dim))
+    return Launch(
+        _sum_kernel, (num_tokens, blocks_of(dim, block)),
+        (POINTER, POINTER, POINTER if weighted else None, POINTER, POINTER, POINTER, dim),
+        WEIGHTED=weighted, UNROLL=4, BLOCK=block,
+    )  # fmt: skip

@@ -4,11 +4,14 @@ Groups of rows begin at multiples of what one step of a weight gradient adds up.
 counting sort; the third knows all sizes, and writes where assignments go and which group a tile belongs to.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit._segments_triton import BLOCK, counted, keys_of, ranks_in_block
 from moekit.experts._tiles_triton import Schedule, aligned_rows, most_tiles
 from moekit.operators import blocks_of
@@ -23,10 +26,7 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     totals,
     rows,
     assignments,
-    starts,
-    sizes,
-    firsts,
-    owners,
+    schedule,
     num_assignments,
     num_experts,
     num_owners,
@@ -58,11 +58,11 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     numbers = tl.program_id(0) * OWNERS + tl.arange(0, OWNERS)
     if tl.program_id(0) * OWNERS < num_owners:
         owner = tl.sum((last_tiles[None, :] <= numbers[:, None]).to(tl.int32), 1)
-        tl.store(owners + numbers, owner, mask=numbers < num_owners)
+        tl.store(schedule + 3 * num_experts + 1 + numbers, owner, mask=numbers < num_owners)
     if tl.program_id(0) == 0:
-        tl.store(starts + bins, begins, mask=bins < num_experts)
-        tl.store(sizes + bins, whole, mask=bins < num_experts)
-        tl.store(firsts + bins, last_tiles - tiles, mask=bins <= num_experts)
+        tl.store(schedule + bins, begins, mask=bins < num_experts)
+        tl.store(schedule + num_experts + bins, whole, mask=bins < num_experts)
+        tl.store(schedule + 2 * num_experts + bins, last_tiles - tiles, mask=bins <= num_experts)
 
 
 def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> tuple[Tensor, Tensor, Schedule]:
@@ -85,14 +85,19 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
     num_rows = aligned_rows(num_assignments, num_experts, align)  # at most, for sizes are not read
     num_owners = most_tiles(num_rows, num_experts, height)
     earlier, totals, _ = counted(experts.view(-1), num_experts)
-    num_blocks, bins = earlier.shape
     rows, assignments = torch.empty_like(experts), experts.new_full((num_rows,), -1)
-    starts, sizes, firsts, owners = (
-        totals.new_empty(n) for n in (num_experts, num_experts, num_experts + 1, num_owners)
-    )
-    _plan_kernel[(max(num_blocks, blocks_of(num_owners, _OWNERS)),)](
-        experts, earlier, totals, rows, assignments, starts, sizes, firsts, owners,
-        num_assignments, num_experts, num_owners,
+    table = totals.new_empty(3 * num_experts + 1 + num_owners)
+    launch = _plan_launch(*earlier.shape, num_assignments, num_experts, num_owners, height, align)
+    launch(experts, earlier, totals, rows, assignments, table)
+    return rows, assignments, Schedule(table, num_experts)
+
+
+@lru_cache(maxsize=512)
+def _plan_launch(
+    num_blocks: int, bins: int, num_assignments: int, num_experts: int, num_owners: int, height: int, align: int
+) -> Launch:
+    return Launch(
+        _plan_kernel, (max(num_blocks, blocks_of(num_owners, _OWNERS)),),
+        (*[POINTER] * 6, num_assignments, num_experts, num_owners),
         ALIGN=align, M=height, OWNERS=_OWNERS, BLOCK=BLOCK, CHUNK=32, BINS=bins,
     )  # fmt: skip
-    return rows, assignments, Schedule(starts, sizes, firsts, owners)

@@ -4,15 +4,16 @@ A schedule says which group a tile of rows belongs to. It is computed on the dev
 that a launch needs to know an upper bound only: the number of rows.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from functools import cache, lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.ragged_tma import create_ragged_descriptor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
+from moekit._operators_triton import POINTER, Blocks, Launch, Pointer
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of, power_of_two
 
@@ -21,33 +22,56 @@ class Schedule(NamedTuple):
     """Tiles of ``m`` rows, none of which spans two groups.
 
     Attributes:
-        starts: (E,) int32, the first row of each group.
-        sizes: (E,) int32.
-        firsts: (E + 1,) int32, the first tile of each group, and the number of all tiles.
-        owners: (M,) int32, the group of each tile, M >= the number of all tiles.
+        table: (3 E + 1 + M,) int32, M >= the number of all tiles, one after another: the first row of each group; its
+            size; the first tile of each group, and the number of all tiles; the group of each tile.
+        num_groups: E.
     """
 
-    starts: Tensor
-    sizes: Tensor
-    firsts: Tensor
-    owners: Tensor
+    table: Tensor
+    num_groups: int
+
+    @property
+    def sizes(self) -> Tensor:
+        """(E,) int32."""
+        return self.table[self.num_groups : 2 * self.num_groups]
+
+    @property
+    def most_tiles(self) -> int:
+        """Return M."""
+        return self.table.shape[0] - 3 * self.num_groups - 1
+
+
+@triton.jit
+def group_of(schedule, tile, num_groups):  # type: ignore[no-untyped-def]
+    """Return the group of a tile, its first row, its size, and its first tile."""
+    group = tl.load(schedule + 3 * num_groups + 1 + tile)
+    start, size = tl.load(schedule + group), tl.load(schedule + num_groups + group)
+    return group, start, size, tl.load(schedule + 2 * num_groups + group)
+
+
+@triton.jit
+def first_tile(schedule, group, num_groups):  # type: ignore[no-untyped-def]
+    """Return the first tile of a group; of the group past the last one, the number of all tiles."""
+    return tl.load(schedule + 2 * num_groups + group)
 
 
 @triton.jit
 def _schedule_kernel(  # type: ignore[no-untyped-def]
-    sizes, starts, firsts, owners, num_groups, num_owners, M: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    sizes, schedule, num_groups, num_owners, M: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     groups = tl.arange(0, GROUPS)
-    rows = tl.load(sizes + groups, mask=groups < num_groups, other=0)
+    real = groups < num_groups
+    rows = tl.load(sizes + groups, mask=real, other=0)
     tiles = (rows + (M - 1)) // M
     ends = tl.cumsum(tiles, 0)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.sum((ends[None, :] <= places[:, None]).to(tl.int32), 1)
-    tl.store(owners + places, owner, mask=places < num_owners)
+    tl.store(schedule + 3 * num_groups + 1 + places, owner, mask=places < num_owners)
     if tl.program_id(0) == 0:
-        tl.store(starts + groups, tl.cumsum(rows, 0) - rows, mask=groups < num_groups)
-        tl.store(firsts + groups, ends - tiles, mask=groups < num_groups)
-        tl.store(firsts + num_groups, tl.sum(tiles, 0))
+        tl.store(schedule + groups, tl.cumsum(rows, 0) - rows, mask=real)
+        tl.store(schedule + num_groups + groups, rows, mask=real)
+        tl.store(schedule + 2 * num_groups + groups, ends - tiles, mask=real)
+        tl.store(schedule + 3 * num_groups, tl.sum(tiles, 0))
 
 
 def most_tiles(num_rows: int, num_groups: int, m: int) -> int:
@@ -64,27 +88,30 @@ def schedule(sizes: Tensor, num_rows: int, m: int) -> Schedule:
     """Cut the groups of ``sizes`` (E,) int32, of ``num_rows`` rows at most, into tiles of ``m`` rows."""
     num_groups = sizes.shape[0]
     num_owners = most_tiles(num_rows, num_groups, m)
-    starts, firsts, owners = (sizes.new_empty(n) for n in (num_groups, num_groups + 1, num_owners))
-    _schedule_kernel[(blocks_of(num_owners, 64),)](
-        sizes, starts, firsts, owners, num_groups, num_owners,
+    table = sizes.new_empty(3 * num_groups + 1 + num_owners)
+    _schedule_launch(num_groups, num_owners, m)(sizes, table)
+    return Schedule(table, num_groups)
+
+
+@lru_cache(maxsize=512)
+def _schedule_launch(num_groups: int, num_owners: int, m: int) -> Launch:
+    return Launch(
+        _schedule_kernel, (blocks_of(num_owners, 64),), (POINTER, POINTER, num_groups, num_owners),
         M=m, GROUPS=power_of_two(max(num_groups, 1)), BLOCK=64,
     )  # fmt: skip
-    return Schedule(starts, sizes, firsts, owners)
 
 
 @triton.jit
-def place(tile, starts, sizes, firsts, owners, num_n, M: tl.constexpr, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
+def place(tile, schedule, num_groups, num_n, M: tl.constexpr, BAND: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return a tile's group, its first row, the end of the group's rows, and its number along the columns."""
-    group = tl.load(owners + tile // num_n)
-    first = tl.load(firsts + group)
-    num_m = tl.load(firsts + group + 1) - first
+    group, start, size, first = group_of(schedule, tile // num_n, num_groups)
+    num_m = first_tile(schedule, group + 1, num_groups) - first
     local = tile - first * num_n
     band = local // (BAND * num_n)
     height = min(num_m - band * BAND, BAND)
     inside = local - band * BAND * num_n
-    start = tl.load(starts + group)
     row = start + (band * BAND + inside % height) * M
-    return group, row, start + tl.load(sizes + group), inside // height
+    return group, row, start + size, inside // height
 
 
 @triton.jit
@@ -161,7 +188,7 @@ def store_tile(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def store_group(out, values, row, end, n, M: tl.constexpr, N: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Store (M, N) values to the rows before ``end`` at columns from ``n`` on, by a descriptor of ``described_groups``.
+    """Store (M, N) values to the rows before ``end`` at columns from ``n`` on, by a descriptor of ``groups``.
 
     Without a branch, so that the loads of the next tile can begin; in halves, which take half the shared memory.
     """
@@ -172,24 +199,22 @@ def store_group(out, values, row, end, n, M: tl.constexpr, N: tl.constexpr):  # 
     out.store([last, end, place, n + N // 2], second.to(out.dtype).reshape(1, 1, M, N // 2))
 
 
-def has_tma(*tensors: Tensor) -> bool:
-    """Say whether the card has tensor descriptors, and these tensors may have one.
+def describable(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype) -> bool:
+    """Say whether a tensor may have a descriptor, if it begins at a multiple of 16 bytes.
 
-    A tensor may whose every step is of whole 16 bytes, but for that of one axis, whose entries are next to each other.
+    It may if its every step is of whole 16 bytes, but for that of one axis, whose entries are next to each other.
     """
-    device = tensors[0].device
-    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 9:
-        return False
-    return all(map(_may_be_described, tensors))
+    return 0 not in shape and [each for each in strides if each * dtype.itemsize % 16] == [1]
 
 
-def _may_be_described(tensor: Tensor) -> bool:
-    size = tensor.element_size()
-    return (
-        [stride for stride in tensor.stride() if stride * size % 16] == [1]
-        and tensor.data_ptr() % 16 == 0
-        and tensor.numel() > 0
-    )
+def begins_whole(*tensors: Tensor) -> bool:
+    """Say whether all tensors begin at multiples of 16 bytes."""
+    return not any(each.data_ptr() & 15 for each in tensors)
+
+
+def has_tma(device: torch.device) -> bool:
+    """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def is_whole(columns: int, dtype: torch.dtype) -> bool:
@@ -197,37 +222,58 @@ def is_whole(columns: int, dtype: torch.dtype) -> bool:
     return columns * dtype.itemsize % 16 == 0
 
 
-def described(tensor: Tensor, block: tuple[int, ...], tma: bool) -> Any:
-    """Return a descriptor of the tensor's blocks, or the tensor where there are none."""
-    return TensorDescriptor.from_tensor(tensor, list(block)) if tma else tensor
+def matrix(shape: tuple[int, int], block: tuple[int, int], tma: bool) -> Pointer | Blocks:
+    """Return what a contiguous matrix is to a launch: blocks of a descriptor, or a pointer where there are none."""
+    return Blocks(shape, (shape[1], 1), block) if tma else POINTER
 
 
-def described_groups(tensor: Tensor, tile: Tile, tma: bool) -> Any:
-    """Return a descriptor by which ``store_group`` writes up to the end of a group and not beyond, or the tensor."""
-    return create_ragged_descriptor(tensor, [tile.m, tile.n // 2]) if tma else tensor
+def groups(shape: tuple[int, int], tile: Tile) -> Blocks:
+    """Return the descriptor of a contiguous matrix by which ``store_group`` writes up to the end of a group.
+
+    The two axes in front have steps that lead past the end of 64 bits, so that a place can be counted from any row on
+    and what lies beyond the group's end lies outside: see ``create_ragged_descriptor`` of Triton.
+    """
+    most, rows, step = 0x7FFF0000, 0x40000000, shape[1]
+    return Blocks((most, most, rows, step), (2**34 - step, step, step, 1), (1, 1, tile.m, tile.n // 2))
 
 
-def is_transposed(w: Tensor) -> bool:
-    """Say whether matrices (E, K, N) lie in memory as (E, N, K)."""
-    return w.stride(2) != 1
+class Matrices(NamedTuple):
+    """Matrices (E, K, N) as they lie in memory: contiguous there, or (E, N, K) seen transposed.
+
+    Attributes:
+        shape: (E, K, N).
+        strides: of the three axes.
+    """
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    @property
+    def transposed(self) -> bool:
+        """Whether they lie in memory as (E, N, K)."""
+        return self.strides[2] != 1
+
+    @property
+    def steps(self) -> tuple[int, int]:
+        """Return how far apart matrices are, and their rows in memory."""
+        return self.strides[0], self.strides[2 if self.transposed else 1]
+
+    def blocks(self, tile: Tile, tma: bool) -> Pointer | Blocks:
+        """Return what they are to a launch: (K, N) blocks as they lie in memory, or a pointer."""
+        if not tma:
+            return POINTER
+        (experts, depth, width), (batch, step) = self.shape, self.steps
+        if self.transposed:
+            return Blocks((experts, width, depth), (batch, step, 1), (1, tile.n, tile.k))
+        return Blocks((experts, depth, width), (batch, step, 1), (1, tile.k, tile.n))
 
 
-def described_weight(w: Tensor, tile: Tile, tma: bool) -> Any:
-    """Return a descriptor of (K, N) blocks of matrices (E, K, N), as they lie in memory, or the tensor."""
-    if not tma:
-        return w
-    (experts, depth, width), (batch, _, step) = w.shape, w.stride()
-    if is_transposed(w):
-        return TensorDescriptor(w, [experts, width, depth], [batch, step, 1], [1, tile.n, tile.k])
-    return described(w, (1, tile.k, tile.n), True)
+def matrices(w: Tensor) -> Matrices:
+    """Return how matrices lie in memory."""
+    return Matrices(tuple(w.shape), w.stride())
 
 
-def steps(w: Tensor) -> tuple[int, int]:
-    """Return how far apart matrices (E, K, N) are, and their rows in memory."""
-    batch, row, column = w.stride()
-    return batch, column if is_transposed(w) else row
-
-
+@cache
 def programs(device: torch.device) -> int:
     """Return how many programs fill the device when each takes a whole multiprocessor."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3

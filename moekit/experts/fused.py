@@ -4,7 +4,7 @@ Between forward and backward it keeps what its argument ``keep`` says; nothing e
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,28 +101,44 @@ def _fused_layer(
     precision: str,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
-    _check(x, routing, params, activation)
     parameters, layout = _in_memory(params)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
         x, *parameters = (t.to(dtype) for t in (x, *parameters))
     check_dtypes("fused_layer", x, *parameters)
-    experts, tokens = routing.expert_indices, routing.token_indices
+    experts, tokens, weights = routing.expert_indices, routing.token_indices, routing.weights
     if experts.ndim != 2:
-        experts, tokens = experts.flatten(), tokens.flatten()
-    capability = capability_of(x.device)
-    hidden = parameters[0].shape[1 if layout.up_transposed else 2] // (2 if layout.packed else 1)
-    size = LayerSize(x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability)
-    chosen = check_tiles(tiles(size))
-    plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
+        experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
+    _check(x, routing, params, activation)
+    hidden = params.down.shape[2 if layout.packed else 1]
+    size = LayerSize(
+        x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability_of(x.device)
+    )
+    decide = _decided if torch.compiler.is_compiling() else _decided_once
+    settings, height, align = decide(size, layout, activation, precision, tiles)
+    plan = plan_layer(experts, routing.num_experts, height, align)
     if experts.ndim != 2 and experts.numel():
         plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
-    weights = routing.weights.view(experts.shape).to(torch.float32)
-    function, _, *constants = activation
-    flat = [n for tile in chosen for n in tile]
-    settings = Settings(function, constants, precision, flat, [*layout], *keep, len(plan))
-    y: Tensor = Fused.apply(settings, x, weights, *plan, *parameters)
+    y: Tensor = Fused.apply(
+        settings, [*activation[2:]], *keep, len(plan), x, weights.to(torch.float32), *plan, *parameters
+    )
     return y
+
+
+def _decided(
+    size: LayerSize,
+    layout: Layout,
+    activation: Activation,
+    precision: str,
+    tiles: Callable[[LayerSize], LayerTiles],
+) -> tuple[str, int, int]:
+    """Return the settings of a layer, the height of its tiles of rows, and what its groups are aligned to."""
+    chosen = check_tiles(tiles(size))
+    settings = Settings(activation.function, activation.gated, precision, layout, chosen)
+    return settings.text(), chosen.up.m, chosen.grad_up.k
+
+
+_decided_once = lru_cache(maxsize=512)(_decided)
 
 
 def _in_memory(params: Any) -> tuple[list[Tensor], Layout]:

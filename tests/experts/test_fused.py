@@ -232,6 +232,9 @@ def test_a_plan_is_a_stable_sort_into_aligned_groups(
     experts = torch.randint(-1, num_experts, (num_assignments,), device=DEVICE)
     experts[::3] = min(2, num_experts - 1)
     rows, assignments, schedule = make_plan(experts, num_experts, height=height, align=align)
+    lengths = [num_experts, num_experts, num_experts + 1]
+    starts, sizes, firsts, owners = schedule.table.split([*lengths, len(schedule.table) - sum(lengths)])
+    assert torch.equal(schedule.sizes, sizes)
     begin, tile = 0, 0
     for expert in range(num_experts):
         own = (experts == expert).nonzero().flatten()
@@ -239,10 +242,10 @@ def test_a_plan_is_a_stable_sort_into_aligned_groups(
         assert torch.equal(rows[own], begin + torch.arange(len(own), device=DEVICE))
         assert torch.equal(assignments[begin : begin + len(own)], own)
         assert (assignments[begin + len(own) : begin + size] == -1).all()
-        assert [int(each[expert]) for each in schedule[:3]] == [begin, size, tile]
+        assert [int(each[expert]) for each in (starts, sizes, firsts)] == [begin, size, tile]
         tiles = -(-size // height)
-        assert (schedule.owners[tile : tile + tiles] == expert).all()
+        assert (owners[tile : tile + tiles] == expert).all()
         begin, tile = begin + size, tile + tiles
-    assert int(schedule.firsts[-1]) == tile <= len(schedule.owners)
+    assert int(firsts[-1]) == tile <= len(owners) == schedule.most_tiles
     assert (rows[experts < 0] == -1).all()
     assert (assignments[begin:] == -1).all()

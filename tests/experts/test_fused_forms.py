@@ -341,8 +341,10 @@ def test_a_part_is_described_only_if_it_begins_at_whole_16_bytes(
     from moekit.experts.tiles import Tile
 
     chosen: list[bool] = []
-    spied = _gemms_triton.described
-    monkeypatch.setattr(_gemms_triton, "described", lambda t, block, tma: (chosen.append(tma), spied(t, block, tma))[1])
+    spied = _gemms_triton.matrix
+    monkeypatch.setattr(_gemms_triton, "matrix", lambda t, block, tma: (chosen.append(tma), spied(t, block, tma))[1])
+    _gemms_triton._rows_launch.cache_clear()
+    _gemms_triton._weight_launch.cache_clear()
     plan = schedule(torch.tensor([3, 2], dtype=torch.int32, device=DEVICE), 5, 16)
     tile = Tile(m=16, n=16, k=16, warps=4, stages=2)
     wide, narrow = torch.ones(5, 2 * part, device=DEVICE), torch.ones(5, 12, device=DEVICE)

@@ -126,29 +126,13 @@ def test_a_process_beside_this_one_compiles_and_reports() -> None:
         assert compile_jobs([good, bad, good]) == {good: "", bad: "KeyError: 'sideways'"}
 
 
-class Recorder:
-    """Stand in for a kernel: remember how Triton would specialise the arguments, and run nothing."""
-
-    def __init__(self) -> None:
-        self.seen: list[Any] = []
-
-    def __getitem__(self, grid: Any) -> Any:
-        return lambda *args, **settings: self.seen.append(
-            (*map(kind, args), {k: kind(v, k) for k, v in settings.items()})
-        )
-
-
 def kind(value: Any, name: str = "") -> Any:
     """Return what of an argument enters a kernel's code: of a constant, which is in capitals, or a setting, all."""
     if name.isupper() or name.startswith("num_w") or name == "num_stages":
         return value
     if isinstance(value, int):
         return value == 1, value % 16 == 0, value < 2**31
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if value is None:
-        return None
-    return value.base.dtype, tuple(value.block_shape)  # of a descriptor
+    return getattr(value, "block", value)  # of a descriptor
 
 
 @runs_kernels
@@ -157,24 +141,26 @@ def kind(value: Any, name: str = "") -> Any:
     "widths", [(16, 768, 512), (18, 520, 520), (17, 17, 522), (1, 524, 64), (32, 528, 768)], ids=str
 )
 def test_a_miniature_runs_the_same_code(monkeypatch, dtype, widths) -> None:
-    from moekit.experts import _gemms_triton, _hidden_triton
+    from moekit._operators_triton import Launch
+
+    def record(launch: Launch, *tensors: Tensor) -> None:
+        """Remember how Triton would specialise a launch, and run nothing."""
+        of_tensors = [(each.dtype, each.data_ptr() % 16 == 0) for each in tensors]
+        constants = {name: kind(value, name) for name, value in launch.constants.items()}
+        kernels[-1].append((launch.kernel, [*map(kind, launch.arguments)], of_tensors, constants))
 
     experts, dim, hidden = widths
     size = LayerSize(dtype, 80, experts, dim, hidden, gated=True)
     assert miniature(size) != size
-    kernels = []
+    kernels: list[list[Any]] = []
     for each in (size, miniature(size)):
-        recorder = Recorder()
-        for part, name in (
-            (_hidden_triton, "_up_kernel"),
-            (_gemms_triton, "_rows_kernel"),
-            (_gemms_triton, "_weight_kernel"),
-        ):
-            monkeypatch.setattr(part, name, recorder)
+        kernels.append([])
         operands = draw_operands(each, align=64, device=torch.device(DEVICE))
         for product, tile in ruled_tiles(each)._asdict().items():
-            ProductRun(product, tile, operands, schedule_of(operands, tile.m), "ieee")()
-        kernels.append(recorder.seen)
+            run = ProductRun(product, tile, operands, schedule_of(operands, tile.m), "ieee")
+            with monkeypatch.context() as patch:
+                patch.setattr(Launch, "__call__", record)
+                run()
     assert len(kernels[0]) == 6
     assert kernels[0] == kernels[1]
 
