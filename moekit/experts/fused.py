@@ -101,6 +101,7 @@ def _fused_layer(
     precision: str,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
+    _check(x, routing, params, activation)
     parameters, layout = _in_memory(params)
     if torch.is_autocast_enabled(x.device.type):
         dtype = torch.get_autocast_dtype(x.device.type)
@@ -109,7 +110,6 @@ def _fused_layer(
     experts, tokens, weights = routing.expert_indices, routing.token_indices, routing.weights
     if experts.ndim != 2:
         experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
-    _check(x, routing, params, activation)
     hidden = params.down.shape[2 if layout.packed else 1]
     size = LayerSize(
         x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability_of(x.device)
