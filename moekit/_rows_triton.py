@@ -4,6 +4,7 @@ A program reads a token once and writes all its copies, or reads all its copies 
 (T, D) is fetched K times. Nothing is added in memory: no atomics, and the same bits each time.
 """
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
 
@@ -167,6 +169,37 @@ def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
+@lru_cache(maxsize=512)
+def _copy_launch(num_tokens: int, k: int, num_rows: int, dim: int, dtype: torch.dtype, negative: bool) -> Launch:
+    tile = _tile(dim, k, dtype)
+    programs = max(blocks_of(num_tokens, tile.tokens), blocks_of(num_rows, _ROWS))
+    return Launch(
+        _copy_kernel, (programs, blocks_of(dim, tile.columns)), (*(4 * (POINTER,)), num_tokens, num_rows, dim),
+        K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, NEGATIVE=negative, ROWS=_ROWS, BLOCK=tile.columns,
+        num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _sum_launch(num_tokens: int, k: int, dim: int, dtype: torch.dtype, weighted: bool) -> Launch:
+    tile = _tile(dim, k, dtype)
+    return Launch(
+        _sum_kernel, (blocks_of(num_tokens, tile.tokens), blocks_of(dim, tile.columns)),
+        (*(4 * (POINTER,)), num_tokens, dim), K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns,
+        WEIGHTED=weighted, SUM=_sum_dtype(dtype), num_warps=tile.warps,
+    )  # fmt: skip
+
+
+@lru_cache(maxsize=512)
+def _weigh_backward_launch(num_tokens: int, k: int, num_rows: int, dim: int, dtype: torch.dtype) -> Launch:
+    tile = _tile(dim, k, dtype)
+    return Launch(
+        _weigh_backward_kernel, (max(num_tokens, blocks_of(num_rows, _ROWS)),),
+        (*(7 * (POINTER,)), num_tokens, num_rows, dim), K=k, UNROLL=tile.unroll, ROWS=_ROWS, BLOCK=tile.columns,
+        SUM=_sum_dtype(dtype), num_warps=tile.warps,
+    )  # fmt: skip
+
+
 def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
     """Copy each token of x (T, D) to its ``rows`` (T, K), -1 for none; rows of padding are zero.
 
@@ -181,15 +214,9 @@ def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
         (R, D), the dtype of ``x``. Every row is either some token's or padding.
     """
     (num_tokens, dim), k, num_rows = x.shape, rows.shape[1], padding.shape[0]
-    out = x.new_empty(num_rows, dim)
-    if out.numel():
-        tile = _tile(dim, k, x.dtype)
-        programs = max(blocks_of(num_tokens, tile.tokens), blocks_of(num_rows, _ROWS))
-        with torch.cuda.device_of(x):
-            _copy_kernel[(programs, blocks_of(dim, tile.columns))](
-                x, rows, padding, out, num_tokens, num_rows, dim, K=k, UNROLL=tile.unroll, TOKENS=tile.tokens,
-                NEGATIVE=padding.dtype == torch.int64, ROWS=_ROWS, BLOCK=tile.columns, num_warps=tile.warps,
-            )  # fmt: skip
+    out = torch.empty(num_rows, dim, dtype=x.dtype, device=x.device)
+    if num_rows and dim:
+        _copy_launch(num_tokens, k, num_rows, dim, x.dtype, padding.dtype == torch.int64)(x, rows, padding, out)
     return out
 
 
@@ -202,15 +229,10 @@ def add_up(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
         (T, D), the dtype of ``values``; zero for a token without rows.
     """
     (num_tokens, k), dim = rows.shape, values.shape[1]
-    out = values.new_empty(num_tokens, dim)
-    if out.numel():
-        tile = _tile(dim, k, values.dtype)
-        with torch.cuda.device_of(values):
-            _sum_kernel[(blocks_of(num_tokens, tile.tokens), blocks_of(dim, tile.columns))](
-                values, rows, values if weights is None else weights, out, num_tokens, dim,
-                K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns, WEIGHTED=weights is not None,
-                SUM=_sum_dtype(values.dtype), num_warps=tile.warps,
-            )  # fmt: skip
+    out = torch.empty(num_tokens, dim, dtype=values.dtype, device=values.device)
+    if num_tokens and dim:
+        launch = _sum_launch(num_tokens, k, dim, values.dtype, weights is not None)
+        launch(values, rows, values if weights is None else weights, out)
     return out
 
 
@@ -262,13 +284,7 @@ def weigh_backward(
     grad, values, rows, weights, padding = (each.contiguous() for each in (grad, values, rows, weights, padding))
     (num_rows, dim), (num_tokens, k) = values.shape, rows.shape
     grad_values, grad_weights = torch.empty_like(values), torch.empty_like(weights)
-    programs = max(num_tokens, blocks_of(num_rows, _ROWS))
-    if programs:
-        tile = _tile(dim, k, values.dtype)
-        with torch.cuda.device_of(values):
-            _weigh_backward_kernel[(programs,)](
-                grad, values, rows, weights, padding, grad_values, grad_weights, num_tokens, num_rows, dim,
-                K=k, UNROLL=tile.unroll, ROWS=_ROWS, BLOCK=tile.columns, SUM=_sum_dtype(values.dtype),
-                num_warps=tile.warps,
-            )  # fmt: skip
+    if num_tokens or num_rows:
+        launch = _weigh_backward_launch(num_tokens, k, num_rows, dim, values.dtype)
+        launch(grad, values, rows, weights, padding, grad_values, grad_weights)
     return grad_values, grad_weights

@@ -5,17 +5,21 @@ says how many assignments of an expert lie in earlier blocks, and each block the
 integers are added, so the result does not depend on the order in which blocks run.
 """
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
 # Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
 # counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
 BLOCK = 256
 _SCAN_BINS = 16  # experts that one program of the scan carries along
+_INVERTED = 1024  # rows that one program of an inversion writes the places of
 
 
 @triton.jit
@@ -27,18 +31,26 @@ def keys_of(experts, places, num_assignments, num_experts):  # type: ignore[no-u
 
 @triton.jit
 def _count_kernel(  # type: ignore[no-untyped-def]
-    experts, counts, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
+    experts, counts, unowned, num_assignments, num_experts, num_rows, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
+    """Count the experts of a block; and fill the block's share of ``unowned`` (num_rows,), if there is one, with -1."""
     block = tl.program_id(0).to(tl.int64)
     keys = keys_of(experts, block * BLOCK + tl.arange(0, BLOCK), num_assignments, num_experts)
     tl.store(counts + block * BINS + tl.arange(0, BINS), tl.histogram(keys, BINS))
+    if unowned is not None:
+        for start in range(tl.program_id(0) * BLOCK, num_rows, tl.num_programs(0) * BLOCK):
+            rows = start + tl.arange(0, BLOCK)
+            tl.store(unowned + rows, tl.full((BLOCK,), -1, tl.int64), mask=rows < num_rows)
 
 
 @triton.jit
 def _scan_kernel(  # type: ignore[no-untyped-def]
     counts, totals, sizes, num_blocks, num_experts, BINS: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr
 ):
-    """Replace counts (blocks, BINS) by those of all earlier blocks, in place; write the sums over all."""
+    """Replace counts (blocks, BINS) by those of all earlier blocks, in place; write the sums over all.
+
+    They go to ``totals`` (BINS,), and those of experts to ``sizes`` (E,) as well, if there is one.
+    """
     bins = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     carried = tl.zeros((COLUMNS,), tl.int32)
     for start in range(0, num_blocks, ROWS):
@@ -49,7 +61,8 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
         tl.store(places, earlier, mask=blocks[:, None] < num_blocks)
         carried += tl.sum(found, 0)
     tl.store(totals + bins, carried)
-    tl.store(sizes + bins, carried.to(tl.int64), mask=bins < num_experts)
+    if sizes is not None:
+        tl.store(sizes + bins, carried.to(tl.int64), mask=bins < num_experts)
 
 
 @triton.jit
@@ -100,19 +113,90 @@ def _invert_kernel(assignments, rows, num_rows, BLOCK: tl.constexpr):  # type: i
     tl.store(rows + targets, places, mask=targets >= 0)
 
 
-def counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the counts of earlier blocks (blocks, BINS) and of all (BINS,), int32, and sizes (E,) int64."""
+@lru_cache(maxsize=512)
+def _count_launch(num_assignments: int, num_experts: int, bins: int, num_rows: int | None) -> Launch:
+    """Decide the counting kernel; ``num_rows`` of None is that nothing is filled."""
+    unowned = None if num_rows is None else POINTER
+    return Launch(
+        _count_kernel,
+        (blocks_of(num_assignments, BLOCK),),
+        (POINTER, POINTER, unowned, num_assignments, num_experts, num_rows or 0),
+        BLOCK=BLOCK,
+        BINS=bins,
+    )
+
+
+@lru_cache(maxsize=512)
+def _scan_launch(num_blocks: int, num_experts: int, bins: int, sized: bool) -> Launch:
+    return Launch(
+        _scan_kernel,
+        (bins // _SCAN_BINS,),
+        (POINTER, POINTER, POINTER if sized else None, num_blocks, num_experts),
+        BINS=bins,
+        COLUMNS=_SCAN_BINS,
+        ROWS=128,
+    )
+
+
+@lru_cache(maxsize=512)
+def _place_launch(num_assignments: int, num_experts: int, bins: int) -> Launch:
+    return Launch(
+        _place_kernel,
+        (blocks_of(num_assignments, BLOCK),),
+        (POINTER, POINTER, POINTER, POINTER, POINTER, num_assignments, num_experts),
+        BLOCK=BLOCK,
+        CHUNK=32,
+        BINS=bins,
+    )
+
+
+@lru_cache(maxsize=512)
+def _invert_launch(num_rows: int) -> Launch:
+    grid = (blocks_of(num_rows, _INVERTED),)
+    return Launch(_invert_kernel, grid, (POINTER, POINTER, num_rows), BLOCK=_INVERTED)
+
+
+def counted_blocks(
+    experts: Tensor, num_experts: int, *, unowned: Tensor | None = None, sizes: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Count the experts of each block of ``BLOCK`` assignments and of all, and fill what a plan fills with -1.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        experts: (N,) int64 in [0, E), or -1, contiguous.
+        num_experts: E, at most 1024.
+        unowned: (R,) int64, contiguous, or None; every entry becomes -1, for any R, before what is launched next.
+        sizes: (E,) int64, contiguous, or None; becomes the number of assignments of each expert.
+
+    Returns:
+        earlier (blocks, BINS) int32, the counts of all earlier blocks, and totals (BINS,) int32, those of all; entry E
+        counts the missing assignments, and the places past the end.
+    """
     num_assignments = experts.shape[0]
     bins = max(32, power_of_two(num_experts + 1))
     num_blocks = blocks_of(num_assignments, BLOCK)
     earlier = torch.empty(num_blocks, bins, dtype=torch.int32, device=experts.device)
     totals = torch.empty(bins, dtype=torch.int32, device=experts.device)
+    if num_blocks == 0:
+        if unowned is not None:
+            unowned.fill_(-1)
+    elif unowned is None:
+        _count_launch(num_assignments, num_experts, bins, None)(experts, earlier)
+    else:
+        _count_launch(num_assignments, num_experts, bins, unowned.shape[0])(experts, earlier, unowned)
+    scan = _scan_launch(num_blocks, num_experts, bins, sizes is not None)
+    if sizes is None:
+        scan(earlier, totals)
+    else:
+        scan(earlier, totals, sizes)
+    return earlier, totals
+
+
+def counted(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``earlier`` and ``totals`` of ``counted_blocks``, which is for who needs no more, and sizes (E,) int64."""
     sizes = torch.empty(num_experts, dtype=torch.int64, device=experts.device)
-    if num_blocks:
-        _count_kernel[(num_blocks,)](experts, earlier, num_assignments, num_experts, BLOCK=BLOCK, BINS=bins)
-    grid = (bins // _SCAN_BINS,)
-    _scan_kernel[grid](earlier, totals, sizes, num_blocks, num_experts, BINS=bins, COLUMNS=_SCAN_BINS, ROWS=128)
-    return earlier, totals, sizes
+    return *counted_blocks(experts, num_experts, sizes=sizes), sizes
 
 
 def _counting_sort_fake(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -136,13 +220,9 @@ def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
     experts = experts.contiguous()
     num_assignments = experts.shape[0]
     order, rows = torch.empty_like(experts), torch.empty_like(experts)
-    with torch.cuda.device_of(experts):
-        earlier, totals, sizes = counted(experts, num_experts)
-        num_blocks, bins = earlier.shape
-        if num_blocks:
-            _place_kernel[(num_blocks,)](
-                experts, earlier, totals, order, rows, num_assignments, num_experts, BLOCK=BLOCK, CHUNK=32, BINS=bins
-            )
+    earlier, totals, sizes = counted(experts, num_experts)
+    if num_assignments:
+        _place_launch(num_assignments, num_experts, earlier.shape[1])(experts, earlier, totals, order, rows)
     return order, sizes, rows
 
 
@@ -153,9 +233,7 @@ def _tokens_per_expert_fake(experts: Tensor, num_experts: int) -> Tensor:
 @operator("tokens_per_expert", _tokens_per_expert_fake)
 def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
     """Count the assignments of each expert: (N,) int64 to (E,) int64; as ``counting_sort``, without the order."""
-    experts = experts.contiguous()
-    with torch.cuda.device_of(experts):
-        return counted(experts, num_experts)[2]
+    return counted(experts.contiguous(), num_experts)[2]
 
 
 def _rows_of_assignments_fake(assignments: Tensor, num_assignments: int) -> Tensor:
@@ -169,6 +247,5 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
     rows = assignments.new_full((num_assignments,), -1)
     num_rows = assignments.shape[0]
     if num_rows:
-        with torch.cuda.device_of(assignments):
-            _invert_kernel[(blocks_of(num_rows, 1024),)](assignments, rows, num_rows, BLOCK=1024)
+        _invert_launch(num_rows)(assignments, rows)
     return rows

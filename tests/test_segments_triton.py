@@ -78,6 +78,28 @@ def test_the_scan_carries_on_past_the_blocks_it_takes_at_once() -> None:
     assert torch.equal(totals[:4].long(), one_hot.sum(0))
 
 
+@runs_kernels
+@pytest.mark.parametrize("number", [0, 7, 256, 700])
+@pytest.mark.parametrize("num_rows", [0, 1, 256, 700, 2049])
+def test_counting_fills_a_plan_of_any_length(number, num_rows) -> None:
+    experts = draw(number, 5)
+    around = torch.arange(num_rows + 2).to(DEVICE)  # what lies before and behind it stays
+    found = kernels().counted_blocks(experts.to(DEVICE), 5, unowned=around[1:-1])
+    assert around.tolist() == [0, *([-1] * num_rows), num_rows + 1]
+    for each, expected in zip(found, kernels().counted(experts.to(DEVICE), 5), strict=False):
+        assert torch.equal(each, expected)
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("number", [0, 700])
+def test_sizes_are_written_where_they_are_wanted(number) -> None:
+    experts, sizes = draw(number, 5).to(DEVICE), torch.empty(5, dtype=torch.int64, device=DEVICE)
+    _, totals = kernels().counted_blocks(experts, 5, sizes=sizes)
+    assert torch.equal(sizes.cpu(), tokens_per_expert(experts.cpu(), 5))
+    assert torch.equal(totals[:5].long(), sizes)
+
+
 def test_cuda_tensors_take_the_kernels() -> None:
     """Told from fake tensors, which need no GPU."""
     with FakeTensorMode(), Calls() as calls:

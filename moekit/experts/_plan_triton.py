@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit._segments_triton import BLOCK, counted, keys_of, ranks_in_block
+from moekit._segments_triton import BLOCK, counted_blocks, keys_of, ranks_in_block
 from moekit.experts._tiles_triton import Schedule, aligned_rows, most_tiles
 from moekit.operators import blocks_of
 
@@ -84,8 +84,8 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
     num_assignments = experts.numel()
     num_rows = aligned_rows(num_assignments, num_experts, align)  # at most, for sizes are not read
     num_owners = most_tiles(num_rows, num_experts, height)
-    earlier, totals, _ = counted(experts.view(-1), num_experts)
-    rows, assignments = torch.empty_like(experts), experts.new_full((num_rows,), -1)
+    rows, assignments = torch.empty_like(experts), experts.new_empty(num_rows)
+    earlier, totals = counted_blocks(experts.view(-1), num_experts, unowned=assignments)
     table = totals.new_empty(3 * num_experts + 1 + num_owners)
     launch = _plan_launch(*earlier.shape, num_assignments, num_experts, num_owners, height, align)
     launch(experts, earlier, totals, rows, assignments, table)

@@ -17,9 +17,9 @@ from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto
 from moekit.recipes.bench_shapes import LayerShape, load_offsets
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
-from moekit.routing import fused_top_k, linear_gate
+from moekit.routing import fused_top_k, linear_gate, token_rounding
 from moekit.segments import tokens_per_expert
-from moekit.types import ExpertLayer, Groups, Routing
+from moekit.types import ExpertLayer, Groups, Router, Routing
 
 
 class Case(NamedTuple):
@@ -142,15 +142,16 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["batched, padded"] = _batched
     rows["grouped, compiled"] = partial(_compiled, build=rows["grouped"])
     rows["fused_layer"] = _fused
+    rows["fused_layer, tokens rounded"] = _rounded
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
     rows["auto"] = partial(of_layer, layer=auto())
     return rows
 
 
-def of_layer(case: Case, *, layer: ExpertLayer) -> Contender:
-    """Build a whole MoE layer around an expert layer: gate, router, experts, sum."""
-    recipe = Recipe(linear_gate, case.route, layer)
+def of_layer(case: Case, *, layer: ExpertLayer, route: Router | None = None) -> Contender:
+    """Build a whole MoE layer around an expert layer: gate, router (the case's unless given), experts, sum."""
+    recipe = Recipe(linear_gate, case.route if route is None else route, layer)
     params = MoEParams(case.gate, case.experts)
     return Contender(lambda: moe_layer(case.x, params, recipe).y, case.leaves, case.grad)
 
@@ -188,6 +189,12 @@ def _graphed(case: Case, *, build: Build) -> Contender:
 def _fused(case: Case) -> Contender:
     _need_gpu(case.x, "fused_layer")
     return of_layer(case, layer=fused_layer())
+
+
+def _rounded(case: Case) -> Contender:
+    # Another routing than the other rows': every expert's load is a multiple of a tile's rows, so no tile is wasted.
+    _need_gpu(case.x, "fused_layer")
+    return of_layer(case, layer=fused_layer(), route=token_rounding(case.route, tile=128))
 
 
 def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:

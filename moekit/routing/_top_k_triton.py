@@ -4,6 +4,7 @@ One program decides for a few tokens, whose scores stay in registers: it reads e
 weights a token. Counts are added up as integers, in any order the same.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
@@ -61,6 +63,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
     BIASED: tl.constexpr,
+    COUNTED: tl.constexpr,
 ):
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
     bins, choices = tl.arange(0, BINS), tl.arange(0, CHOICES)
@@ -87,8 +90,9 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     places = tokens[:, None] * K + choices[None, :]
     tl.store(experts + places, chosen.to(tl.int64), mask=writes)
     tl.store(weights + places, found * scale, mask=writes)
-    taken = tl.sum(((keys == _TAKEN) & real).to(tl.int32), 0)
-    tl.atomic_add(counts + bins, taken.to(tl.int64), mask=(bins < num_experts) & (taken > 0))
+    if COUNTED:
+        taken = tl.sum(((keys == _TAKEN) & real).to(tl.int32), 0)
+        tl.atomic_add(counts + bins, taken.to(tl.int64), mask=(bins < num_experts) & (taken > 0))
 
 
 @triton.jit
@@ -153,30 +157,52 @@ def _tile(num_experts: int, k: int) -> dict[str, int]:
     }
 
 
+@lru_cache(maxsize=512)
+def _choose_launch(
+    num_tokens: int, num_experts: int, k: int, softmax: bool, normalize: bool, scale: float, biased: bool, counted: bool
+) -> Launch:
+    tile = _tile(num_experts, k)
+    return Launch(
+        _choose_kernel,
+        (blocks_of(num_tokens, tile["TOKENS"]),),
+        (*(5 * (POINTER,)), num_tokens, num_experts, scale),
+        **{"K": k, "SOFTMAX": softmax, "NORMALIZE": normalize, "BIASED": biased, "COUNTED": counted, **tile},
+    )
+
+
+@lru_cache(maxsize=512)
+def _backward_launch(num_tokens: int, num_experts: int, k: int, softmax: bool, normalize: bool, scale: float) -> Launch:
+    tile = _tile(num_experts, k)
+    return Launch(
+        _backward_kernel,
+        (blocks_of(num_tokens, tile["TOKENS"]),),
+        (*(4 * (POINTER,)), num_tokens, num_experts, scale),
+        **{"K": k, "SOFTMAX": softmax, "NORMALIZE": normalize, **tile},
+    )
+
+
 def _fused_top_k_fake(
-    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, counted: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
     experts = logits.new_empty(num_tokens, k, dtype=torch.int64)
-    return logits.new_empty(num_tokens, k), experts, logits.new_empty(num_experts, dtype=torch.int64)
+    counts = logits.new_empty(num_experts if counted else 0, dtype=torch.int64)
+    return logits.new_empty(num_tokens, k), experts, counts
 
 
 @operator("fused_top_k", _fused_top_k_fake)
 def _choose(
-    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, counted: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     logits = logits.contiguous()
     num_tokens, num_experts = logits.shape
-    experts = torch.empty(num_tokens, k, dtype=torch.int64, device=logits.device)
-    weights = logits.new_empty(num_tokens, k)
-    counts = torch.zeros(num_experts, dtype=torch.int64, device=logits.device)
+    device = logits.device
+    experts = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
+    weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=device)
+    counts = torch.zeros(num_experts if counted else 0, dtype=torch.int64, device=device)
     if num_tokens:
-        tile = _tile(num_experts, k)
-        with torch.cuda.device_of(logits):
-            _choose_kernel[(blocks_of(num_tokens, tile["TOKENS"]),)](
-                logits, logits if bias is None else bias.contiguous(), experts, weights, counts, num_tokens,
-                num_experts, scale, K=k, SOFTMAX=softmax, NORMALIZE=normalize, BIASED=bias is not None, **tile,
-            )  # fmt: skip
+        launch = _choose_launch(num_tokens, num_experts, k, softmax, normalize, scale, bias is not None, counted)
+        launch(logits, logits if bias is None else bias.contiguous(), experts, weights, counts)
     return weights, experts, counts
 
 
@@ -193,12 +219,7 @@ def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, n
     (num_tokens, num_experts), k = logits.shape, experts.shape[1]
     grad_logits = torch.empty_like(logits)
     if num_tokens:
-        tile = _tile(num_experts, k)
-        with torch.cuda.device_of(logits):
-            _backward_kernel[(blocks_of(num_tokens, tile["TOKENS"]),)](
-                grad, logits, experts, grad_logits, num_tokens, num_experts, scale,
-                K=k, SOFTMAX=softmax, NORMALIZE=normalize, **tile,
-            )  # fmt: skip
+        _backward_launch(num_tokens, num_experts, k, softmax, normalize, scale)(grad, logits, experts, grad_logits)
     return grad_logits
 
 
@@ -208,16 +229,16 @@ class _FusedTopK(torch.autograd.Function):
         weights, experts, counts = _choose(logits, *options)
         ctx.mark_non_differentiable(experts, counts)
         ctx.save_for_backward(logits, experts)
-        ctx.options = options[2:]
+        ctx.options = options[2:5]  # softmax, normalize, scale
         return weights, experts, counts
 
     @staticmethod
     def backward(ctx, grad: Tensor, *of_integers: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return _grad_logits(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
+        return _grad_logits(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
 
 
 def fused_top_k(
-    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float
+    logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, *, counted: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Choose experts and weigh them, as ``moekit.routing.top_k`` with a softmax or, if not, a sigmoid.
 
@@ -230,9 +251,10 @@ def fused_top_k(
         softmax: False is a sigmoid.
         normalize: divide a token's weights by their sum.
         scale: factor on the weights.
+        counted: whether to count the tokens of each expert.
 
     Returns:
-        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64.
+        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64, or (0,) if they are not counted.
     """
-    weights, experts, counts = _FusedTopK.apply(logits, bias, k, softmax, normalize, scale)
+    weights, experts, counts = _FusedTopK.apply(logits, bias, k, softmax, normalize, scale, counted)
     return weights, experts, counts

@@ -50,7 +50,10 @@ def fused_top_k(
         Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
-    return fused_top_k_and_load(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)[0]
+    _check_kernel(logits, k, score)
+    if not _has_kernel(logits):
+        return top_k(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
+    return _by_kernel(logits, bias, k, score=score, normalize=normalize, scale=scale, counted=False)[0]
 
 
 def fused_top_k_and_load(
@@ -84,21 +87,35 @@ def fused_top_k_and_load(
         >>> fused_top_k_and_load(torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]]), k=1)[1]
         tensor([0, 2, 0])
     """
-    check_choice(logits, k, name="fused_top_k")
     _check_kernel(logits, k, score)
-    if not (logits.is_cuda and logits.dtype == torch.float32):
+    if not _has_kernel(logits):
         routing = top_k(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
         return routing, tokens_per_expert(routing.expert_indices, routing.num_experts)
+    return _by_kernel(logits, bias, k, score=score, normalize=normalize, scale=scale, counted=True)
+
+
+def _has_kernel(logits: Tensor) -> bool:
+    return logits.is_cuda and logits.dtype == torch.float32
+
+
+def _by_kernel(
+    logits: Tensor, bias: Tensor | None, k: int, *, score: Score, normalize: bool, scale: float, counted: bool
+) -> tuple[Routing, Tensor]:
+    """Choose in one pass; the load is empty if it is not counted, which saves memory that has to be zero before."""
     from moekit.routing import _top_k_triton
 
     if bias is not None:
-        shifted(logits.narrow(0, 0, 0), bias)  # says so if its shape does not fit
+        if bias.shape != logits.shape[1:]:
+            shifted(logits, bias)  # says what does not fit
         bias = bias.detach().float()
-    weights, experts, load = _top_k_triton.fused_top_k(logits, bias, k, score is softmax, normalize, scale)
+    weights, experts, load = _top_k_triton.fused_top_k(
+        logits, bias, k, score is softmax, normalize, scale, counted=counted
+    )
     return token_choice(experts, weights, logits), load
 
 
 def _check_kernel(logits: Tensor, k: int, score: Score) -> None:
+    check_choice(logits, k, name="fused_top_k")
     if score is not softmax and score is not sigmoid:
         raise ValueError(
             f"fused_top_k: score = {score} is no function that the kernel knows; expected softmax or sigmoid of "

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing import _half_gates
+from moekit.routing._autocast import outside_autocast
 from moekit.types import Logits, NoisyLogits
 
 
@@ -41,10 +42,10 @@ def linear_gate(x: Tensor, w: Tensor) -> Tensor:
             f"linear_gate: x has shape {tuple(x.shape)} and w {tuple(w.shape)}; expected (T, D) and (D, E) with the "
             f"same D. Flatten x to (tokens, model dimension) first, and store the gate as (D, E)."
         )
-    dtype = torch.promote_types(x.dtype, torch.float32)
     if _half_gates.takes(x, w):
         return _half_gates.logits(x, w)
-    with torch.autocast(x.device.type, enabled=False):
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    with outside_autocast(x.device.type):
         return x.to(dtype) @ w.to(dtype)
 
 

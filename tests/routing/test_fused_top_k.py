@@ -122,12 +122,27 @@ def test_memory_in_any_order_is_read_right() -> None:
 
 
 @runs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("num_tokens", [0, 9])
+def test_without_the_load_the_choice_is_the_same(num_tokens) -> None:
+    from moekit.routing import _top_k_triton
+
+    logits = torch.randn(num_tokens, 6).to(DEVICE)
+    expected = _top_k_triton.fused_top_k(logits, None, 2, True, True, 1.0)
+    found = _top_k_triton.fused_top_k(logits, None, 2, True, True, 1.0, counted=False)
+    assert torch.equal(found[0], expected[0])
+    assert torch.equal(found[1], expected[1])
+    assert (expected[2].shape, found[2].shape, found[2].dtype) == ((6,), (0,), torch.int64)
+
+
+@runs_kernels
 def test_the_operator_is_well_formed() -> None:
     from moekit.routing import _top_k_triton
 
     logits, bias = torch.randn(6, 5, device=DEVICE), torch.randn(5, device=DEVICE)
     torch.library.opcheck(_top_k_triton._choose, (logits, bias, 2, True, True, 2.0))
     torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0))
+    torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0, False))
     _, experts, _ = _top_k_triton._choose(logits, None, 2, False, False, 1.0)
     grad = torch.randn(6, 2, device=DEVICE)
     torch.library.opcheck(_top_k_triton._grad_logits, (grad, logits, experts, False, False, 1.0))
@@ -139,8 +154,29 @@ def test_float32_on_cuda_takes_the_kernel() -> None:
         routing, load = fused_top_k_and_load(logits, k=2, score=sigmoid, bias=torch.zeros(5, device="cuda"))
         assert routing.expert_indices.shape == routing.weights.shape == routing.token_indices.shape == (6, 2)
         assert (load.shape, routing.num_tokens, routing.num_experts, routing.pool) == ((5,), 6, 5, 12)
+        assert fused_top_k(logits, k=2).weights.shape == (6, 2)
+        assert fused_top_k_and_load(logits.double(), k=2)[0].weights.dtype == torch.float64
+        own, calls.names = calls.own(), []
         assert fused_top_k(logits.double(), k=2).weights.dtype == torch.float64
-    assert calls.own() == ["fused_top_k", "tokens_per_expert"]  # float64 is left to torch, but for the counting
+    assert own == ["fused_top_k", "fused_top_k", "tokens_per_expert"]  # float64 is left to torch, but for the counting
+    assert calls.own() == []
+
+
+def test_the_load_is_counted_only_where_it_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    from moekit.routing import _top_k_triton
+
+    loads, choose = [], _top_k_triton._choose
+
+    def chosen(*given):
+        loads.append(choose(*given)[2].shape)
+        return choose(*given)
+
+    monkeypatch.setattr(_top_k_triton, "_choose", chosen)
+    with FakeTensorMode():
+        logits = torch.zeros(6, 5, device="cuda")
+        fused_top_k(logits, k=2)
+        fused_top_k_and_load(logits, k=2)
+    assert loads == [(0,), (5,)]
 
 
 def same(found: Routing, expected: Routing) -> None:
@@ -171,8 +207,21 @@ def test_without_a_gpu_it_is_top_k(score, dtype) -> None:
         ((3, 4), {"k": 1, "score": sqrt_softplus}, r"sqrt_softplus.*expected softmax or sigmoid.*Use top_k"),
         ((3, 4), {"k": 1, "score": partial(softmax)}, r"expected softmax or sigmoid"),
         ((3, 4), {"k": 1, "bias": torch.zeros(3)}, r"selection bias has shape \(3,\); expected .* \(4,\)"),
+        ((3, 4), {"k": 1, "bias": torch.zeros(1)}, r"selection bias has shape \(1,\); expected .* \(4,\)"),
     ],
 )
 def test_errors_say_what_to_do(shape, options, words, device) -> None:
-    with pytest.raises(ValueError, match=words):
-        fused_top_k(torch.zeros(shape, device=device), **options)
+    for function in (fused_top_k, fused_top_k_and_load):
+        with pytest.raises(ValueError, match=words):
+            function(torch.zeros(shape, device=device), **options)
+
+
+def test_a_bias_that_does_not_fit_is_refused_before_the_kernel() -> None:
+    with FakeTensorMode(), Calls() as calls:
+        logits = torch.zeros(6, 5, device="cuda")
+        for shape in ((4,), (1,), (6, 5), ()):
+            with pytest.raises(
+                ValueError, match=r"selection bias has shape .*; expected one number per expert, \(5,\)"
+            ):
+                fused_top_k(logits, k=2, bias=torch.zeros(shape, device="cuda"))
+    assert calls.own() == []

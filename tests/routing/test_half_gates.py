@@ -56,3 +56,44 @@ def test_a_linear_gate_takes_it_on_cuda_alone(autocast: torch.dtype | None) -> N
     assert (found - expected).norm() < 2e-6 * expected.norm()
     assert not _half_gates.takes(x.cpu(), w.cpu())
     assert not _half_gates.takes(x.float(), w)
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_no_tokens_make_no_logits_and_no_gradient(dtype: torch.dtype, device: str) -> None:
+    found = run(torch.zeros(0, 16).bfloat16(), torch.randn(16, 3).to(dtype), torch.zeros(0, 3), device)
+    assert (found["z"].shape, found["x"].shape) == ((0, 3), (0, 16))
+    assert torch.equal(found["w"].cpu(), torch.zeros(16, 3, dtype=dtype))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_autocast_changes_no_bit(dtype: torch.dtype, device: str) -> None:
+    given = torch.randn(50, 32).bfloat16(), torch.randn(32, 5).to(dtype), torch.randn(50, 5)
+    expected = run(*given, device)
+    with torch.autocast(device, dtype=torch.float16):
+        found = run(*given, device)
+    for name, want in expected.items():
+        assert torch.equal(found[name], want), name
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_the_operators_are_well_formed(dtype: torch.dtype, device: str) -> None:
+    x, w = torch.randn(6, 8, device=device).bfloat16(), torch.randn(8, 3, device=device).to(dtype)
+    torch.library.opcheck(_half_gates._product, (x, w))
+    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("shape", [(50, 96, 8), (333, 40, 5), (4096, 768, 64), (0, 16, 3)])
+def test_kernels_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_tokens, dim, num_experts = shape
+    x, w = torch.randn(num_tokens, dim).bfloat16(), torch.randn(dim, num_experts).to(dtype)
+    grad = torch.randn(num_tokens, num_experts)
+    found = run(x, w, grad, "cuda")
+    monkeypatch.setattr(_half_gates, "_steps", lambda x: _half_gates.PLAIN)
+    for name, want in run(x, w, grad, "cuda").items():
+        assert torch.equal(found[name], want), name
