@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
+from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 
@@ -64,14 +66,16 @@ class Launch:
         Args:
             tensors: one for each ``POINTER`` or ``Blocks``, in their order.
         """
-        device, pointers = tensors[0].get_device(), [each.data_ptr() for each in tensors]
+        device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(*tensors)
             return
         kind = (device, *[each.dtype for each in tensors])
-        run = self._compiled.get(kind)
-        if run is None or any(each & 15 for each in pointers):
+        compiled, pointers, bits = self._compiled.get(kind), [each.data_ptr() for each in tensors], 0
+        for pointer in pointers:
+            bits |= pointer
+        if compiled is None or bits & 15 or _is_watched():
             self._launch(kind, tensors)
             return
         values = self._values.copy()
@@ -80,7 +84,8 @@ class Launch:
         for place, n, fields in self._described:
             values[place] = described = object.__new__(TensorDescriptor)  # unchecked: its like has passed all checks
             described.__dict__ = {"base": tensors[n], **fields}
-        run(*values)
+        run, *code = compiled
+        run(*self.grid, driver.active.get_current_stream(device), *code, None, None, None, *values)
 
     def _launch(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
         values = [*self.arguments]
@@ -89,7 +94,12 @@ class Launch:
             values[place] = tensor if blocks is POINTER else TensorDescriptor(tensor, **_fields(blocks))
         compiled = self.kernel[self.grid](*values, **self.constants)
         if tensors[0].is_cuda and not any(each.data_ptr() & 15 for each in tensors):  # the interpreter compiles nothing
-            self._compiled[kind] = compiled[self.grid]
+            self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata
+
+
+def _is_watched() -> bool:
+    """Say whether somebody, as a profiler, wants to be told of launches."""
+    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
 
 
 def _fields(blocks: Blocks) -> dict[str, Any]:

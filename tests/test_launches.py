@@ -2,6 +2,7 @@
 
 import dataclasses
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -135,10 +136,13 @@ class Recorded:
 
 
 @runs_kernels
-def test_compiled_code_gets_the_places_of_tensors_and_every_number() -> None:
+def test_compiled_code_gets_the_places_of_tensors_and_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way that only calls on CUDA take, with nothing compiled."""
+    from moekit import _operators_triton
     from moekit._operators_triton import POINTER, Blocks, Launch
 
+    streams = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
+    monkeypatch.setattr(_operators_triton, "driver", SimpleNamespace(active=streams))
     blocks, kernel, seen = Blocks((5, 4), (4, 1), (2, 4)), Recorded(), []
     launch = Launch(kernel, (7,), (POINTER, None, blocks, 5, 0.5), num_warps=2, BLOCK=64)
     x, out = torch.zeros(8), torch.zeros(5, 4)
@@ -149,18 +153,21 @@ def test_compiled_code_gets_the_places_of_tensors_and_every_number() -> None:
     assert values[1] is None
     checked = values[2]  # a descriptor that Triton itself has checked
     assert (checked.base is out, checked.shape, checked.strides, checked.block_shape) == (True, [5, 4], [4, 1], [2, 4])
-    launch._compiled[-1, torch.float32, torch.float32] = lambda *given: seen.append(given)
+    run = lambda *given: seen.append(given)  # noqa: E731
+    launch._compiled[-1, torch.float32, torch.float32] = run, "function", "metadata"
     for _ in range(2):
         x, out = torch.zeros(8), torch.zeros(5, 4)
         launch(x, out)
-        place, shift, described, *rest = seen.pop()
+        given = seen.pop()
+        assert given[:9] == (7, 1, 1, "stream of -1", "function", "metadata", None, None, None)
+        place, shift, described, *rest = given[9:]
         assert (place, shift, rest) == (x.data_ptr(), None, [5, 0.5, 64])
         assert described.base is out
         for field in dataclasses.fields(checked):
             if field.name != "base":
                 assert getattr(described, field.name) == getattr(checked, field.name), field.name
         held = weakref.ref(out)
-        del out, described
+        del out, described, given
         assert held() is None, "the launch keeps a tensor of its last call"
     out = torch.zeros(5, 4)
     launch(x[1:], out)
@@ -174,13 +181,28 @@ class TestOnCuda:
     def test_only_the_first_call_of_its_kind_asks_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         launch, x, out = decided(), drawn(LENGTH + 4), torch.zeros(LENGTH + 4, device=DEVICE)
         launch(x, out)
-        monkeypatch.setattr(launch, "_kernel", None)
+        monkeypatch.setattr(launch, "kernel", None)
         launch(x[4:], out[4:])
         assert torch.equal(out[4:], 2 * x[4:])
         with pytest.raises(TypeError):
             launch(x.double(), out)
         with pytest.raises(TypeError):
             launch(x[1:], out)
+
+    def test_who_watches_launches_is_told_of_each(self) -> None:
+        from triton import knobs
+
+        launch, x, told = decided(), drawn(), []
+        hook = lambda metadata: told.append(metadata.get()["name"])  # noqa: E731
+        out = torch.zeros(LENGTH, device=DEVICE)
+        launch(x, out)
+        knobs.runtime.launch_enter_hook.add(hook)
+        try:
+            launch(x, out)
+        finally:
+            knobs.runtime.launch_enter_hook.remove(hook)
+        launch(x, out)
+        assert told == ["scale"]
 
     def test_it_runs_on_the_current_stream(self) -> None:
         launch, x, side = decided(), drawn(), torch.cuda.Stream()
