@@ -17,6 +17,13 @@ from moekit.operators import blocks_of, operator, power_of_two
 
 
 @triton.jit
+def _place(dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return a program's block of tokens and its columns; programs beside each other move what lies side by side."""
+    program, num_blocks = tl.program_id(0), tl.cdiv(dim, BLOCK)
+    return (program // num_blocks).to(tl.int64), program % num_blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
 def _clear_padding(  # type: ignore[no-untyped-def]
     out, padding, block, columns, num_rows, dim, NEGATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -46,8 +53,7 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    block = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, columns = _place(dim, BLOCK)
     tokens = block * TOKENS + tl.arange(0, TOKENS)
     inside = (tokens < num_tokens)[:, None] & (columns < dim)[None, :]
     values = tl.load(x + tokens[:, None] * dim + columns[None, :], mask=inside, other=0.0)
@@ -75,8 +81,8 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
 ):
-    tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    block, columns = _place(dim, BLOCK)
+    tokens = block * TOKENS + tl.arange(0, TOKENS)
     sums = tl.zeros((TOKENS, BLOCK), SUM)
     for start in range(0, K, UNROLL):
         for i in tl.static_range(UNROLL):
@@ -174,7 +180,7 @@ def _copy_launch(num_tokens: int, k: int, num_rows: int, dim: int, dtype: torch.
     tile = _tile(dim, k, dtype)
     programs = max(blocks_of(num_tokens, tile.tokens), blocks_of(num_rows, _ROWS))
     return Launch(
-        _copy_kernel, (programs, blocks_of(dim, tile.columns)), (*(4 * (POINTER,)), num_tokens, num_rows, dim),
+        _copy_kernel, (programs * blocks_of(dim, tile.columns),), (*(4 * (POINTER,)), num_tokens, num_rows, dim),
         K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, NEGATIVE=negative, ROWS=_ROWS, BLOCK=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -184,7 +190,7 @@ def _copy_launch(num_tokens: int, k: int, num_rows: int, dim: int, dtype: torch.
 def _sum_launch(num_tokens: int, k: int, dim: int, dtype: torch.dtype, weighted: bool) -> Launch:
     tile = _tile(dim, k, dtype)
     return Launch(
-        _sum_kernel, (blocks_of(num_tokens, tile.tokens), blocks_of(dim, tile.columns)),
+        _sum_kernel, (blocks_of(num_tokens, tile.tokens) * blocks_of(dim, tile.columns),),
         (*(4 * (POINTER,)), num_tokens, dim), K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns,
         WEIGHTED=weighted, SUM=_sum_dtype(dtype), num_warps=tile.warps,
     )  # fmt: skip
