@@ -142,6 +142,7 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["batched, padded"] = _batched
     rows["grouped, compiled"] = partial(_compiled, build=rows["grouped"])
     rows["fused_layer"] = _fused
+    rows["fused_layer, compiled"] = partial(_compiled, build=_fused)
     rows["fused_layer, tokens rounded"] = _rounded
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
