@@ -45,8 +45,9 @@ class Settings(NamedTuple):
     tiles: LayerTiles
 
     def text(self) -> str:
-        """Write them as operators can take them, by what a compiler can follow."""
-        numbers = [self.gated, *self.layout, *[n for tile in self.tiles for n in tile]]
+        """Write them as operators can take them; by names, for Dynamo (torch 2.11) cannot loop over a constant tile."""
+        tiles = [getattr(self.tiles, product) for product in LayerTiles._fields]
+        numbers = [self.gated, *self.layout, *[getattr(tile, name) for tile in tiles for name in Tile._fields]]
         return " ".join([self.function, self.precision, *[str(int(n)) for n in numbers]])
 
 

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless
 from moekit.experts import fused_layer, init_gated, loop, swiglu
-from moekit.experts.tiles import LayerSize, layer_tiles
+from moekit.experts.tiles import LayerSize, layer_tiles, ruled_tiles
 from moekit.recipes import MoE, auto, expert_layer, mixtral, moe_layer, recompute
 from moekit.recipes.layers import MoEParams, Recipe
 from moekit.routing import fused_top_k, linear_gate, top_k
@@ -88,6 +88,26 @@ def test_auto_compiles_whole_and_is_the_fused_layer() -> None:
     expected = moe_layer(x, params, recipe._replace(layer=fused_layer())).y
     assert torch.equal(run(x), expected)
     assert torch.equal(torch.compile(run, fullgraph=True)(x), expected)
+
+
+def test_a_layer_of_the_shipped_table_compiles_whole_with_its_gradients() -> None:
+    num_experts, dim, hidden, tokens = 8, 768, 2048, 8192
+    size = LayerSize(torch.bfloat16, 2 * tokens, num_experts, dim, hidden, gated=True, capability=9)
+    assert layer_tiles(size) != ruled_tiles(size)
+    x = torch.randn(tokens, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    gate = torch.randn(dim, num_experts, device="cuda", dtype=torch.bfloat16).div(28).requires_grad_()
+    experts = init_gated(num_experts, dim, hidden, device="cuda", dtype=torch.bfloat16)
+    experts = type(experts)(*(p.requires_grad_() for p in experts))
+    recipe = Recipe(linear_gate, partial(fused_top_k, k=2), fused_layer())
+    run = lambda: moe_layer(x, MoEParams(gate, experts), recipe).y  # noqa: E731
+    leaves, grad = (x, gate, *experts), torch.randn_like(x)
+    expected = [run(), *torch.autograd.grad(run(), leaves, grad)]
+    compiled = torch.compile(run, fullgraph=True)
+    y = compiled()
+    for name, found, want in zip(
+        ("y", "x", "gate", *experts._fields), (y, *torch.autograd.grad(y, leaves, grad)), expected, strict=True
+    ):
+        close(found, want, name)
 
 
 @pytest.mark.parametrize("load", ["one expert", "most are empty"])

@@ -1,5 +1,6 @@
 """The fused layer against the loop over experts in float64: output and every gradient by name."""
 
+import sys
 from functools import partial
 from typing import Any
 
@@ -8,9 +9,11 @@ import torch
 from fused_cases import LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 
-from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu
+from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu, tile_files
 from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.tile_tables import entry_of
+from moekit.experts.tiles import LayerSize, layer_tiles
 from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
@@ -79,6 +82,19 @@ def test_float16_equals_the_loop(shape: str) -> None:
     found = run(fused(), case, device=DEVICE)
     assert {value.dtype for name, value in found.items() if name != "routing.weights"} == {torch.float16}
     compare(found, run(reference(swiglu), case, torch.float64), TOLERANCE[torch.float16])
+
+
+@runs_kernels
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
+def test_it_compiles_whole_with_tiles_of_the_shipped_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = draw(SHAPES["usual"], SWIGLU)
+    size = LayerSize(torch.float32, case[1].expert_indices.numel(), 2, 24, 32, gated=True, capability=9)
+    monkeypatch.setattr(tile_files, "_shipped", lambda: (entry_of(size, LOW, origin="a test"),))
+    monkeypatch.setattr(sys.modules["moekit.experts.fused"], "capability_of", lambda device: 9)
+    assert layer_tiles(size) == LOW
+    compiled = torch.compile(fused_layer(), fullgraph=True, backend="aot_eager")
+    found, expected = run(compiled, case, device=DEVICE), run(fused(), case, device=DEVICE)
+    compare(found, {name: value.detach().cpu().double() for name, value in expected.items()}, 1e-6)
 
 
 @runs_kernels
