@@ -240,7 +240,7 @@ def bench(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if there is nothing of that name to measure, or a package is missing.
     """
-    _program("moekit.recipes.bench_program", "moekit bench")(arguments, prog="moekit bench")
+    _program("moekit.recipes.bench.program", "moekit bench")(arguments, prog="moekit bench")
 
 
 def tune(arguments: list[str]) -> None:
@@ -252,7 +252,7 @@ def tune(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if there is no CUDA device, it cannot go on, or a package is missing.
     """
-    _program("moekit.recipes.tune_program", "moekit tune")(arguments, prog="moekit tune")
+    _program("moekit.recipes.tuning.program", "moekit tune")(arguments, prog="moekit tune")
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {

@@ -5,14 +5,14 @@ import sys
 import pytest
 import torch
 
-from moekit.recipes import bench_layer as module
-from moekit.recipes.bench_layer import Report, bench_layer, row_of
-from moekit.recipes.bench_peers import peer_rows
-from moekit.recipes.bench_rows import dense, loads_of, make_case, moekit_rows, try_build
-from moekit.recipes.bench_shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
-from moekit.recipes.bench_stages import shares
-from moekit.recipes.bench_tables import as_json, as_markdown, rows_of
-from moekit.recipes.bench_times import Memory, Round, measure_memory
+from moekit.recipes.bench import layer as module
+from moekit.recipes.bench.layer import Report, bench_layer, row_of
+from moekit.recipes.bench.peers import peer_rows
+from moekit.recipes.bench.rows import dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
+from moekit.recipes.bench.stages import shares
+from moekit.recipes.bench.tables import as_json, as_markdown, rows_of
+from moekit.recipes.bench.times import Memory, Round, measure_memory
 from moekit.recipes.cli import main
 
 SMALL = LayerShape("small", 64, 16, 24, 8, 2)
@@ -219,9 +219,9 @@ WITHOUT = """
 import sys
 for name in ("rich", "tyro", "triton", "transformers", "torchdata"):
     sys.modules[name] = None
-from moekit.recipes.bench_layer import bench_layer
-from moekit.recipes.bench_shapes import shape_of
-from moekit.recipes.bench_tables import as_json, as_markdown
+from moekit.recipes.bench.layer import bench_layer
+from moekit.recipes.bench.shapes import shape_of
+from moekit.recipes.bench.tables import as_json, as_markdown
 report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["auto", "transformers eager"])
 print([row.skipped for row in report.tables[0].rows], len(as_json(report)) > 100, len(as_markdown(report)) > 100)
 """

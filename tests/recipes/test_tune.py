@@ -9,13 +9,13 @@ from moekit.experts import init_gated
 from moekit.experts.tile_files import read_tiles
 from moekit.experts.tile_tables import entry_of, from_table
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, layer_tiles, ruled_tiles
-from moekit.recipes import backends, tune_program
-from moekit.recipes import tune as module
+from moekit.recipes import backends
 from moekit.recipes.backends import Choice
-from moekit.recipes.bench_shapes import GPU_SHAPES
+from moekit.recipes.bench.shapes import GPU_SHAPES
 from moekit.recipes.cli import main
-from moekit.recipes.tune import layer_size, tune
-from moekit.recipes.tune_candidates import (
+from moekit.recipes.tuning import program as tune_program
+from moekit.recipes.tuning import tune as module
+from moekit.recipes.tuning.candidates import (
     BANDS,
     ROW_PRODUCTS,
     WEIGHT_PRODUCTS,
@@ -25,11 +25,12 @@ from moekit.recipes.tune_candidates import (
     with_bands,
     with_rule,
 )
-from moekit.recipes.tune_compile import Job, compiling
-from moekit.recipes.tune_files import write_tiles
-from moekit.recipes.tune_products import differs, miniature, products_flops
-from moekit.recipes.tune_report import Comparison, Tuned, lines_of
-from moekit.recipes.tune_times import cuda_seconds
+from moekit.recipes.tuning.compiling import Job, compiling
+from moekit.recipes.tuning.files import write_tiles
+from moekit.recipes.tuning.products import differs, miniature, products_flops
+from moekit.recipes.tuning.report import Comparison, Tuned, lines_of
+from moekit.recipes.tuning.times import cuda_seconds
+from moekit.recipes.tuning.tune import layer_size, tune
 from moekit.routing import top_k
 
 SIZE = LayerSize(torch.bfloat16, 64, 4, 32, 48, gated=True, capability=9)
@@ -191,7 +192,7 @@ def test_compiling_here_reports_what_fails(monkeypatch) -> None:
     def fail(*_, **__):
         raise OutOfResources("out of resource: shared memory, Required: 300000\nmore")
 
-    monkeypatch.setattr("moekit.recipes.tune_compile.draw_operands", fail)
+    monkeypatch.setattr("moekit.recipes.tuning.compiling.draw_operands", fail)
     job = Job(SIZE, "down", TILE, "cpu", "ieee")
     with compiling(0) as compile_jobs:
         found = compile_jobs([job, job])
@@ -199,7 +200,7 @@ def test_compiling_here_reports_what_fails(monkeypatch) -> None:
 
 
 def test_a_rule_that_does_not_run_is_an_error(monkeypatch) -> None:
-    monkeypatch.setattr("moekit.recipes.tune_compile.try_job", lambda job: "PTXASError: registers")
+    monkeypatch.setattr("moekit.recipes.tuning.compiling.try_job", lambda job: "PTXASError: registers")
     with pytest.raises(RuntimeError, match=r"the rule's tile of up, 64x128x64 warps 4 .*, does not run: PTXASE"):
         tune([SIZE], device="cpu", timer=lambda runs, rounds: {}, workers=0, tell=lambda line: None)
 
@@ -332,13 +333,13 @@ def test_the_program_refuses_what_it_could_not_write_before_it_measures(tmp_path
 
 
 def test_the_program_without_its_packages_says_which(monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "moekit.recipes.tune_program", None)
+    monkeypatch.setitem(sys.modules, "moekit.recipes.tuning.program", None)
     with pytest.raises(SystemExit, match=r"moekit tune: .*it needs rich, tyro and torchdata"):
         main(["tune"])
 
 
 def test_tuning_needs_no_package_of_the_program() -> None:
-    code = "import sys; sys.modules['tyro'] = sys.modules['rich'] = None; from moekit.recipes.tune import tune"
+    code = "import sys; sys.modules['tyro'] = sys.modules['rich'] = None; from moekit.recipes.tuning.tune import tune"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
 

@@ -8,10 +8,9 @@ from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interprete
 from torch import Tensor
 
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, ruled_tiles
-from moekit.recipes import tune as module
-from moekit.recipes.tune import tune
-from moekit.recipes.tune_compile import Job, compiling, try_job
-from moekit.recipes.tune_products import (
+from moekit.recipes.tuning import tune as module
+from moekit.recipes.tuning.compiling import Job, compiling, try_job
+from moekit.recipes.tuning.products import (
     Operands,
     ProductRun,
     draw_operands,
@@ -19,6 +18,7 @@ from moekit.recipes.tune_products import (
     on_device,
     schedule_of,
 )
+from moekit.recipes.tuning.tune import tune
 
 SMALL = Tile(m=16, n=16, k=16, warps=4, stages=2)
 SIZE = LayerSize(torch.float32, 20, 3, 16, 24, gated=True)
@@ -94,8 +94,8 @@ def test_the_fastest_tile_that_is_right_is_chosen(monkeypatch) -> None:
 
     monkeypatch.setattr(ProductRun, "__call__", fake_call)
     monkeypatch.setattr(module, "ruled_tiles", lambda size: RULED)
-    monkeypatch.setattr("moekit.recipes.tune_candidates.ruled_tiles", lambda size: RULED)
-    monkeypatch.setattr("moekit.recipes.tune_candidates.BANDS", (8,))
+    monkeypatch.setattr("moekit.recipes.tuning.candidates.ruled_tiles", lambda size: RULED)
+    monkeypatch.setattr("moekit.recipes.tuning.candidates.BANDS", (8,))
     tried = {**dict.fromkeys(LayerTiles._fields, ()), "down": (right, wrong, failing)}
     (tuned,) = tune(
         [SIZE], device=DEVICE, candidates=lambda size: tried, rounds=2, workers=0, timer=timer, tell=told.append

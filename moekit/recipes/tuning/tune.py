@@ -10,10 +10,10 @@ import torch
 
 from moekit.experts.tile_tables import entry_of
 from moekit.experts.tiles import LayerSize, Tile, capability_of, ruled_tiles
-from moekit.recipes.bench_shapes import LayerShape
-from moekit.recipes.tune_candidates import WEIGHT_PRODUCTS, candidates, fitting, shortlist, with_bands, with_rule
-from moekit.recipes.tune_compile import Compile, Job, compiling
-from moekit.recipes.tune_products import (
+from moekit.recipes.bench.shapes import LayerShape
+from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS, candidates, fitting, shortlist, with_bands, with_rule
+from moekit.recipes.tuning.compiling import Compile, Job, compiling
+from moekit.recipes.tuning.products import (
     Operands,
     ProductRun,
     differs,
@@ -23,8 +23,8 @@ from moekit.recipes.tune_products import (
     products_flops,
     schedule_of,
 )
-from moekit.recipes.tune_report import Comparison, Tuned, lines_of, tile_words
-from moekit.recipes.tune_times import Timer, cuda_seconds
+from moekit.recipes.tuning.report import Comparison, Tuned, lines_of, tile_words
+from moekit.recipes.tuning.times import Timer, cuda_seconds
 
 Failures = dict[tuple[str, Tile], str]
 """Why tiles of products are not to be taken."""

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import torch
 
 from moekit.recipes.backends import choose_backend
-from moekit.recipes.bench_peers import peer_rows
-from moekit.recipes.bench_rows import Build, Case, Contender, dense, loads_of, make_case, moekit_rows, try_build
-from moekit.recipes.bench_shapes import LayerShape
-from moekit.recipes.bench_stages import Stage, measure_stages
-from moekit.recipes.bench_times import Memory, Round, measure_memory, run_once
+from moekit.recipes.bench.peers import peer_rows
+from moekit.recipes.bench.rows import Build, Case, Contender, dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.shapes import LayerShape
+from moekit.recipes.bench.stages import Stage, measure_stages
+from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 
 BOUND = "dense bound"
 
@@ -107,7 +107,7 @@ def bench_layer(
         ValueError: if there are no rounds, or ``only`` names no row.
 
     Example:
-        >>> from moekit.recipes.bench_shapes import shape_of
+        >>> from moekit.recipes.bench.shapes import shape_of
         >>> report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["loop", "scattermoe"])
         >>> [(row.name, row.skipped) for row in report.tables[0].rows]
         [('dense bound', ''), ('loop', ''), ('scattermoe', "No module named 'scattermoe'")]

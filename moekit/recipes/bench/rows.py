@@ -15,7 +15,7 @@ from moekit.experts.fused import fused_layer
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto
-from moekit.recipes.bench_shapes import LayerShape, load_offsets
+from moekit.recipes.bench.shapes import LayerShape, load_offsets
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
 from moekit.routing import fused_top_k, linear_gate, token_rounding
 from moekit.segments import tokens_per_expert

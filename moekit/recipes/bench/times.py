@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.recipes.bench_rows import Contender
+from moekit.recipes.bench.rows import Contender
 
 
 class Round(NamedTuple):

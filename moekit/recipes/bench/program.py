@@ -10,9 +10,9 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.files import write_whole
-from moekit.recipes.bench_layer import bench_layer
-from moekit.recipes.bench_shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
-from moekit.recipes.bench_tables import as_json, as_markdown, print_report
+from moekit.recipes.bench.layer import bench_layer
+from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
+from moekit.recipes.bench.tables import as_json, as_markdown, print_report
 
 _WIDTH = 120
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moekit.recipes.bench_rows import Build, Case, Contender, need_cuda
+from moekit.recipes.bench.rows import Build, Case, Contender, need_cuda
 from moekit.routing import linear_gate
 
 

@@ -4,8 +4,8 @@ import json
 from statistics import median
 from typing import Any
 
-from moekit.recipes.bench_layer import Report, Row, Table
-from moekit.recipes.bench_stages import shares
+from moekit.recipes.bench.layer import Report, Row, Table
+from moekit.recipes.bench.stages import shares
 
 HEADINGS = (
     "", "forward ms", "best", "fwd + bwd ms", "best", "TFLOP/s", "of the bound", "forward", "held MiB", "peak MiB",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.experts.activations import GELU_MLP, SWIGLU
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile
-from moekit.recipes.tune_candidates import ROW_PRODUCTS
+from moekit.recipes.tuning.candidates import ROW_PRODUCTS
 
 _TOKENS = 4096  # rows are copies of that many; more would change nothing but the memory
 

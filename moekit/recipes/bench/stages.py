@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moekit.dispatch import dropless
 from moekit.experts import grouped, swiglu
-from moekit.recipes.bench_rows import Case
+from moekit.recipes.bench.rows import Case
 from moekit.routing import linear_gate
 
 

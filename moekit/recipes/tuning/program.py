@@ -11,10 +11,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
-from moekit.recipes.bench_shapes import GPU_SHAPES, shape_of
-from moekit.recipes.tune import layer_size, tune
-from moekit.recipes.tune_files import write_tiles
-from moekit.recipes.tune_report import Tuned, size_words, tile_words
+from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
+from moekit.recipes.tuning.files import write_tiles
+from moekit.recipes.tuning.report import Tuned, size_words, tile_words
+from moekit.recipes.tuning.tune import layer_size, tune
 
 _WIDTH = 120
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
