@@ -14,8 +14,7 @@ from moekit.recipes.bench.layer import bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
 
-_WIDTH = 120
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -59,11 +58,21 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit bench") -> N
         raise SystemExit(f"{prog}: nothing to measure is called {what!r}; expected: layer")
     settings = tyro.cli(BenchLayerSettings, args=words, prog=f"{prog} layer")
     try:
-        console = Console()
-        console.width = max(console.width, _WIDTH)  # a row of numbers that is cut says nothing
-        run(settings, console)
+        run(settings, wide_console())
     except (ValueError, OSError) as error:
         raise SystemExit(f"{prog} layer: {error}") from error
+
+
+def wide_console() -> Console:
+    """Return a console of at least 120 columns, for a row of numbers that is cut says nothing.
+
+    Example:
+        >>> wide_console().width >= 120
+        True
+    """
+    console = Console()
+    console.width = max(console.width, 120)
+    return console
 
 
 def run(settings: BenchLayerSettings, console: Console) -> None:
@@ -94,7 +103,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     report = bench_layer(
         shapes,
         device=device,
-        dtype=_DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
+        dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
         loads=settings.load,
         rounds=settings.rounds,
         only=settings.only,

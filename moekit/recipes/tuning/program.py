@@ -5,19 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
+from moekit.recipes.bench.program import DTYPES, wide_console
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.report import Tuned, size_words, tile_words
 from moekit.recipes.tuning.tune import layer_size, tune
-
-_WIDTH = 120
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,9 +52,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit tune") -> No
     """
     settings = tyro.cli(TuneSettings, args=arguments, prog=prog)
     try:
-        console = Console()
-        console.width = max(console.width, _WIDTH)  # a row of numbers that is cut says nothing
-        run(settings, console)
+        run(settings, wide_console())
     except (ValueError, OSError, RuntimeError) as error:
         raise SystemExit(f"{prog}: {error}") from error
 
@@ -80,7 +75,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
     shapes = [shape_of(name) for names in settings.shape for name in names] or list(GPU_SHAPES.values())
     if settings.write is not None:  # before a minute of measuring, not after
         _check_file(settings.write)
-    sizes = [layer_size(shape, _DTYPES[settings.dtype], gated=not settings.mlp) for shape in shapes]
+    sizes = [layer_size(shape, DTYPES[settings.dtype], gated=not settings.mlp) for shape in shapes]
     say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
     found = tune(
         sizes,
