@@ -7,7 +7,6 @@ What is done beside the products has a plain version in torch, ``PLAIN``, and on
 """
 
 from collections.abc import Callable
-from functools import reduce
 from importlib.util import find_spec
 from typing import NamedTuple
 
@@ -58,7 +57,8 @@ def grad_parts(grad: Tensor, terms: int, *, half: torch.dtype = HALF) -> tuple[T
 
 def folded(sums: Tensor, terms: int) -> Tensor:
     """Add up blocks of columns: (N, terms * M) float32 to (N, M), from the first to the last."""
-    return reduce(torch.add, sums.unflatten(1, (terms, -1)).unbind(1))
+    total: Tensor = sum(sums.unflatten(1, (terms, -1)).unbind(1))
+    return total
 
 
 def gate_gradient(sums: Tensor, w: Tensor, *, half: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
