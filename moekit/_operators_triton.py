@@ -75,7 +75,8 @@ class Launch:
         compiled, pointers, bits = self._compiled.get(kind), [each.data_ptr() for each in tensors], 0
         for pointer in pointers:
             bits |= pointer
-        if compiled is None or bits & 15 or _is_watched():
+        together = len({each.get_device() for each in tensors}) == 1  # else Triton has a word to say
+        if compiled is None or bits & 15 or not together or _is_watched():
             self._launch(kind, tensors)
             return
         values = self._values.copy()
@@ -93,13 +94,16 @@ class Launch:
             blocks = self.arguments[place]
             values[place] = tensor if blocks is POINTER else TensorDescriptor(tensor, **_fields(blocks))
         compiled = self.kernel[self.grid](*values, **self.constants)
-        if tensors[0].is_cuda and not any(each.data_ptr() & 15 for each in tensors):  # the interpreter compiles nothing
+        whole = not any(each.data_ptr() & 15 for each in tensors)
+        if tensors[0].is_cuda and whole and not _is_watched():  # the interpreter compiles nothing
             self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata
 
 
 def _is_watched() -> bool:
-    """Say whether somebody, as a profiler, wants to be told of launches."""
-    return bool(knobs.runtime.launch_enter_hook.calls or knobs.runtime.launch_exit_hook.calls)
+    """Say whether somebody wants to be told of launches, as a profiler, or wants code for debugging."""
+    runtime = knobs.runtime
+    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
+    return runtime.debug or any(hooks)
 
 
 def _fields(blocks: Blocks) -> dict[str, Any]:

@@ -166,7 +166,7 @@ def counted_blocks(
     Args:
         experts: (N,) int64 in [0, E), or -1, contiguous.
         num_experts: E, at most 1024.
-        unowned: (R,) int64, contiguous, or None; every entry becomes -1, for any R, before what is launched next.
+        unowned: (R,) int64, contiguous, R < 2^30, or None; every entry becomes -1, before what is launched next.
         sizes: (E,) int64, contiguous, or None; becomes the number of assignments of each expert.
 
     Returns:

@@ -175,6 +175,32 @@ def test_compiled_code_gets_the_places_of_tensors_and_every_number(monkeypatch: 
     assert kernel.launched[1][1][0].data_ptr() == x.data_ptr() + 4
 
 
+@runs_kernels
+@pytest.mark.parametrize("hook", [None, print])
+def test_a_hook_may_be_nothing_or_a_function(hook: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from triton import knobs
+
+    from moekit._operators_triton import _is_watched
+
+    assert not _is_watched()
+    monkeypatch.setattr(knobs.runtime, "launch_exit_hook", hook)
+    assert _is_watched() is (hook is not None)
+    monkeypatch.undo()
+    monkeypatch.setattr(knobs.runtime, "debug", True)
+    assert _is_watched()
+
+
+@runs_kernels
+def test_tensors_on_several_devices_are_launched_the_ordinary_way() -> None:
+    from moekit._operators_triton import POINTER, Launch
+
+    kernel, x = Recorded(), torch.zeros(4)
+    launch = Launch(kernel, (1,), (POINTER, None, POINTER, 4, 0.5), BLOCK=64)
+    launch._compiled[-1, torch.float32, torch.float32] = None, "function", "metadata"
+    launch(x, SimpleNamespace(dtype=torch.float32, data_ptr=lambda: 64, get_device=lambda: 1))
+    assert len(kernel.launched) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 class TestOnCuda:

@@ -32,6 +32,8 @@ from moekit.experts._tiles_triton import (
 from moekit.experts.tiles import Tile, row_tile, weight_tile
 from moekit.operators import blocks_of
 
+_MOST_ROWS = 2**30  # that ``store_group`` can count
+
 
 @triton.jit
 def _rows_kernel(  # type: ignore[no-untyped-def]
@@ -209,7 +211,7 @@ def _rows_launch(
     tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
     tma = tma and describable(weights.shape, weights.strides, dtype) and is_whole(width, dtype)
     tma = tma and (not two or is_whole(depth, dtype))
-    overlap = tile.overlap and tma and not two
+    overlap = tile.overlap and tma and not two and shape[0] < _MOST_ROWS
     out, right = (shape[0], width), weights.blocks(tile, tma)
     return Launch(
         _rows_kernel, (programs(device),),
@@ -280,7 +282,7 @@ def _weight_launch(
     tma = whole and has_tma(device) and all(describable(each, (each[1], 1), dtype) for each in (left, right))
     tma = tma and (parts == 1 or is_whole(height if tall else width, dtype))
     out = (parts * num_groups * height, width)
-    tma_store = tma and is_whole(width, dtype) and out[0] < 2**30
+    tma_store = tma and is_whole(width, dtype) and out[0] < _MOST_ROWS
     tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
     return Launch(
         _weight_kernel, (min(programs(device), tiles),),

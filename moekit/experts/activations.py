@@ -21,6 +21,8 @@ class Activation(NamedTuple):
     limit: float = float("inf")
 
 
+FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
+
 SWIGLU = Activation("silu", gated=True)
 GEGLU = Activation("gelu", gated=True)
 GEGLU_TANH = Activation("gelu_tanh", gated=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts._fused_operators import Fused, Layout, Settings, plan_layer
-from moekit.experts.activations import SWIGLU, Activation
+from moekit.experts.activations import FUNCTIONS, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
@@ -71,8 +71,8 @@ def fused_layer(
         A function (x (T, D), routing, params) -> (T, D), of float32, bfloat16 or float16; sums are taken in float32.
 
     Raises:
-        ValueError: if ``precision`` is neither; from the layer, if ``params`` do not fit the activation, or their
-            shapes and dtypes each other.
+        ValueError: if ``precision`` is neither, or the kernels do not know the activation; from the layer, if
+            ``params`` do not fit the activation, the parts of the routing each other, or shapes and dtypes each other.
 
     Example:
         >>> from moekit.experts import GEGLU
@@ -88,6 +88,8 @@ def fused_layer(
     """
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"fused_layer: precision = {precision!r}; expected 'ieee' or 'tf32'.")
+    if activation.function not in FUNCTIONS:
+        raise ValueError(f"fused_layer: {activation}; expected a function of {', '.join(FUNCTIONS)}.")
     return partial(_fused_layer, activation=activation, keep=keep, precision=precision, tiles=tiles)
 
 
@@ -114,9 +116,10 @@ def _fused_layer(
     size = LayerSize(
         x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability_of(x.device)
     )
-    decide = _decided if torch.compiler.is_compiling() else _decided_once
-    settings, height, align = decide(size, layout, activation, precision, tiles)
-    plan = plan_layer(experts, routing.num_experts, height, align)
+    chosen = tiles(size)
+    write = _text if torch.compiler.is_compiling() else _text_once
+    settings = write(chosen, layout, activation.function, activation.gated, precision)
+    plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
     if experts.ndim != 2 and experts.numel():
         plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
     y: Tensor = Fused.apply(
@@ -125,20 +128,11 @@ def _fused_layer(
     return y
 
 
-def _decided(
-    size: LayerSize,
-    layout: Layout,
-    activation: Activation,
-    precision: str,
-    tiles: Callable[[LayerSize], LayerTiles],
-) -> tuple[str, int, int]:
-    """Return the settings of a layer, the height of its tiles of rows, and what its groups are aligned to."""
-    chosen = check_tiles(tiles(size))
-    settings = Settings(activation.function, activation.gated, precision, layout, chosen)
-    return settings.text(), chosen.up.m, chosen.grad_up.k
+def _text(tiles: LayerTiles, layout: Layout, function: str, gated: bool, precision: str) -> str:
+    return Settings(function, gated, precision, layout, check_tiles(tiles)).text()
 
 
-_decided_once = lru_cache(maxsize=512)(_decided)
+_text_once = lru_cache(maxsize=512)(_text)
 
 
 def _in_memory(params: Any) -> tuple[list[Tensor], Layout]:
@@ -183,6 +177,12 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
             f"fused_layer: x {tuple(x.shape)} and parameters {shapes} do not fit a routing of {routing.num_tokens} "
             f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}. Packed halves are the "
             f"rows of gate, then those of up; pass interleaved ones as GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .)."
+        )
+    if not routing.weights.shape == routing.expert_indices.shape == routing.token_indices.shape:
+        raise ValueError(
+            f"fused_layer: the routing has weights {tuple(routing.weights.shape)}, experts "
+            f"{tuple(routing.expert_indices.shape)} and tokens {tuple(routing.token_indices.shape)}; expected "
+            f"one shape. Give every assignment a weight, an expert and a token."
         )
 
 

@@ -1,5 +1,6 @@
 """Tile sizes of the Triton kernels: what one program computes at a time, chosen by shape class before anything runs."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -138,10 +139,18 @@ def layer_tiles(size: LayerSize) -> LayerTiles:
         >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
         Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False)
     """
+    known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
+    return _layer_tiles_once(size) if known else _layer_tiles(size)
+
+
+def _layer_tiles(size: LayerSize) -> LayerTiles:
     from moekit.experts.tile_files import shipped  # here, for tables are made of this module's types
     from moekit.experts.tile_tables import choose
 
     return choose(shipped(), ruled_tiles, size)
+
+
+_layer_tiles_once = lru_cache(maxsize=512)(_layer_tiles)
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:

@@ -224,6 +224,11 @@ def test_errors_say_what_was_given_and_expected() -> None:
         layer(x, routing, params._replace(down=params.up))
     with pytest.raises(ValueError, match=r"float64.*expected one of float32, bfloat16 and float16"):
         layer(x.double(), routing, params)
+    for short in ({"weights": routing.weights[:, :1]}, {"token_indices": routing.token_indices[:, :1]}):
+        with pytest.raises(ValueError, match=r"the routing has weights .*\(5, 1\).*; expected one shape\. Give every"):
+            layer(x, routing._replace(**short), params)
+    with pytest.raises(ValueError, match=r"Activation.function='my gelu'.*; expected a function of silu, gelu,"):
+        fused_layer(activation=Activation("my gelu", gated=True))
     with pytest.raises(ValueError, match="precision = 'fp8'; expected 'ieee' or 'tf32'"):
         fused(precision="fp8")
 
