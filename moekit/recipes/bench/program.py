@@ -1,6 +1,8 @@
 """The program ``moekit bench``: the layer benchmark from the command line."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -75,6 +77,35 @@ def wide_console() -> Console:
     return console
 
 
+def whole_lines(console: Console) -> Callable[[str], None]:
+    """Return a function that prints a line as it is: neither wrapped, coloured nor read as markup.
+
+    Args:
+        console: to print to.
+
+    Example:
+        >>> whole_lines(Console(width=8))("as [it] is, whole")
+        as [it] is, whole
+    """
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def check_folder(path: Path) -> None:
+    """Raise unless the folder of a file to write is there.
+
+    Args:
+        path: of the file.
+
+    Raises:
+        ValueError: if there is no such folder.
+
+    Example:
+        >>> check_folder(Path("report.json"))
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+
+
 def run(settings: BenchLayerSettings, console: Console) -> None:
     """Measure, print and write.
 
@@ -98,8 +129,8 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     if unknown:
         raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
     for path in (settings.json, settings.markdown):  # before an hour of measuring, not after
-        if path is not None and not path.parent.is_dir():
-            raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+        if path is not None:
+            check_folder(path)
     report = bench_layer(
         shapes,
         device=device,
@@ -107,7 +138,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         loads=settings.load,
         rounds=settings.rounds,
         only=settings.only,
-        tell=lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True),
+        tell=whole_lines(console),
     )
     print_report(report, console)
     if settings.json is not None:

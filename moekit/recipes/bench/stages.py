@@ -12,6 +12,7 @@ from torch import Tensor
 from moekit.dispatch import dropless
 from moekit.experts import grouped, swiglu
 from moekit.recipes.bench.rows import Case
+from moekit.recipes.bench.times import queue_launches
 from moekit.routing import linear_gate
 
 
@@ -100,18 +101,9 @@ _QUEUED = 20  # runs on CUDA, so that the host is ahead of all but the shortest
 
 def _seconds(run: Callable[[], object], like: Tensor) -> float:
     if like.is_cuda:
-        return _device_seconds(run)
+        seconds = queue_launches(run, _QUEUED)
+        torch.cuda.synchronize()
+        return seconds()
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def _device_seconds(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
-    start.record()
-    for _ in range(_QUEUED):
-        run()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / _QUEUED

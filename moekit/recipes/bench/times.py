@@ -1,6 +1,7 @@
-"""Measuring one row of the layer benchmark: a round's seconds, and the bytes between forward and backward."""
+"""Measuring: a row's seconds of a round and its bytes between forward and backward, and launches on CUDA alone."""
 
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,27 @@ def _on_cuda(contender: Contender) -> Round:
     torch.cuda.synchronize()
     del grads
     return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3)
+
+
+def queue_launches(run: Callable[[], object], count: int) -> Callable[[], float]:
+    """Queue runs on the current CUDA device between two events, behind one that is not measured.
+
+    Does not wait for them, so that others can be queued behind.
+
+    Args:
+        run: to launch.
+        count: how many runs are measured together.
+
+    Returns:
+        A function () -> seconds of one run, to be called after ``torch.cuda.synchronize()``.
+    """
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    return lambda: start.elapsed_time(end) / 1e3 / count
 
 
 def measure_memory(contender: Contender) -> Memory:

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
-from moekit.recipes.bench.program import DTYPES, wide_console
+from moekit.recipes.bench.program import DTYPES, check_folder, whole_lines, wide_console
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.report import Tuned, size_words, tile_words
@@ -76,7 +76,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
     if settings.write is not None:  # before a minute of measuring, not after
         _check_file(settings.write)
     sizes = [layer_size(shape, DTYPES[settings.dtype], gated=not settings.mlp) for shape in shapes]
-    say = lambda line: console.print(line, highlight=False, markup=False, soft_wrap=True)  # noqa: E731
+    say = whole_lines(console)
     found = tune(
         sizes,
         device=settings.device,
@@ -119,8 +119,7 @@ def comparison_table(tuned: Tuned) -> Table:
 
 
 def _check_file(path: Path) -> None:
-    if not path.parent.is_dir():
-        raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+    check_folder(path)
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"{path}: it cannot be written; give a place that can.")
     if path.exists():

@@ -6,6 +6,7 @@ from statistics import median
 import torch
 
 from moekit.experts.tiles import Tile
+from moekit.recipes.bench.times import queue_launches
 
 Timer = Callable[[Mapping[Tile, Callable[[], object]], int], dict[Tile, float]]
 
@@ -25,16 +26,9 @@ def cuda_seconds(runs: Mapping[Tile, Callable[[], object]], rounds: int) -> dict
     """
     seconds: dict[Tile, list[float]] = {tile: [] for tile in runs}
     for turn in range(rounds):
-        events = {}
-        for tile in list(runs)[:: -1 if turn % 2 else 1]:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            runs[tile]()
-            start.record()
-            runs[tile]()
-            runs[tile]()
-            end.record()
-            events[tile] = start, end
+        order = list(runs)[:: -1 if turn % 2 else 1]
+        queued = {tile: queue_launches(runs[tile], 2) for tile in order}
         torch.cuda.synchronize()
-        for tile, (start, end) in events.items():
-            seconds[tile].append(start.elapsed_time(end) / 2e3)
+        for tile, read in queued.items():
+            seconds[tile].append(read())
     return {tile: median(each) for tile, each in seconds.items()}
