@@ -1,7 +1,8 @@
 """What every test gets: no network, one thread or two, a fixed seed; and, on request, poisoned memory."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -24,3 +25,16 @@ def poison() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture
+def ship(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Return a function of entries that become the table of tiles that comes with the package."""
+    from moekit.experts import tile_files
+
+    def replace(*entries: Any) -> None:
+        tile_files._layer_tiles_once.cache_clear()
+        monkeypatch.setattr(tile_files, "_shipped", lambda: entries)
+
+    yield replace
+    tile_files._layer_tiles_once.cache_clear()

@@ -35,9 +35,9 @@ from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.matmuls import batched, grouped, loop
 from moekit.experts.packed import PackedGatedParams, pack_gated, unpack_gated
 from moekit.experts.simple import init_simple, simple, simple_experts
-from moekit.experts.tile_files import read_tiles
+from moekit.experts.tile_files import layer_tiles, read_tiles
 from moekit.experts.tile_tables import from_table
-from moekit.experts.tiles import LayerSize, LayerTiles, Tile, layer_tiles, ruled_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, ruled_tiles
 from moekit.experts.triton_matmul import triton
 
 __all__ = [

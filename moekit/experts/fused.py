@@ -15,7 +15,8 @@ from moekit.experts.activations import FUNCTIONS, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
-from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, layer_tiles
+from moekit.experts.tile_files import layer_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles
 from moekit.experts.triton_matmul import check_dtypes
 from moekit.types import ExpertLayer, Routing
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from moekit.experts.tile_tables import Table, TileEntry
-from moekit.experts.tiles import LayerTiles, Tile, check_tiles
+from moekit.experts.tile_tables import Table, TileEntry, choose
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 
 FORMAT = "moekit tiles 1"
 _MEND = "Correct it, or write the file again: moekit tune --write."
@@ -33,6 +33,31 @@ def shipped() -> Table:
 @functools.cache
 def _shipped() -> Table:
     return read_tiles(Path(__file__).with_name("tiles.json"))
+
+
+def layer_tiles(size: LayerSize) -> LayerTiles:
+    """Choose the tiles of a layer: by the shipped table if it has an entry near enough, else by rule.
+
+    Args:
+        size: of the layer.
+
+    Returns:
+        LayerTiles.
+
+    Example:
+        >>> from moekit.experts.tiles import LayerSize
+        >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
+        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False)
+    """
+    known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
+    return _layer_tiles_once(size) if known else _layer_tiles(size)
+
+
+def _layer_tiles(size: LayerSize) -> LayerTiles:
+    return choose(shipped(), ruled_tiles, size)
+
+
+_layer_tiles_once = functools.lru_cache(maxsize=512)(_layer_tiles)
 
 
 def table_text(table: Iterable[TileEntry]) -> str:

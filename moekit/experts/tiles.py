@@ -1,6 +1,5 @@
 """Tile sizes of the Triton kernels: what one program computes at a time, chosen by shape class before anything runs."""
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -124,33 +123,6 @@ def ruled_tiles(size: LayerSize) -> LayerTiles:
     alone = rows._replace(overlap=False)  # two matrices are two loops, which cannot overlap with the next tile's
     up, grad_rows = alone._replace(n=rows.n // 2), alone._replace(stages=3) if size.gated else rows
     return LayerTiles(up, rows, rows, grad_rows, weight, weight)
-
-
-def layer_tiles(size: LayerSize) -> LayerTiles:
-    """Choose the tiles of a layer: by the shipped table if it has an entry near enough, else by rule.
-
-    Args:
-        size: of the layer.
-
-    Returns:
-        LayerTiles.
-
-    Example:
-        >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
-        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False)
-    """
-    known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
-    return _layer_tiles_once(size) if known else _layer_tiles(size)
-
-
-def _layer_tiles(size: LayerSize) -> LayerTiles:
-    from moekit.experts.tile_files import shipped  # here, for tables are made of this module's types
-    from moekit.experts.tile_tables import choose
-
-    return choose(shipped(), ruled_tiles, size)
-
-
-_layer_tiles_once = lru_cache(maxsize=512)(_layer_tiles)
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:

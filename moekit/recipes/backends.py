@@ -22,7 +22,8 @@ from moekit.experts import (
     grouped,
     loop,
 )
-from moekit.experts.tiles import LayerSize, LayerTiles, layer_tiles
+from moekit.experts.tile_files import layer_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing

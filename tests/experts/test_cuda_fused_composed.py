@@ -12,7 +12,8 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless
 from moekit.experts import fused_layer, init_gated, loop, swiglu
-from moekit.experts.tiles import LayerSize, layer_tiles, ruled_tiles
+from moekit.experts.tile_files import layer_tiles
+from moekit.experts.tiles import LayerSize, ruled_tiles
 from moekit.recipes import MoE, auto, expert_layer, mixtral, moe_layer, recompute
 from moekit.recipes.layers import MoEParams, Recipe
 from moekit.routing import fused_top_k, linear_gate, top_k

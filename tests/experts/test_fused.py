@@ -9,11 +9,12 @@ import torch
 from fused_cases import LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 
-from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu, tile_files
+from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu
 from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tile_tables import entry_of
-from moekit.experts.tiles import LayerSize, layer_tiles
+from moekit.experts.tiles import LayerSize
 from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
@@ -86,10 +87,10 @@ def test_float16_equals_the_loop(shape: str) -> None:
 
 @runs_kernels
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
-def test_it_compiles_whole_with_tiles_of_the_shipped_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_compiles_whole_with_tiles_of_the_shipped_table(ship: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(SHAPES["usual"], SWIGLU)
     size = LayerSize(torch.float32, case[1].expert_indices.numel(), 2, 24, 32, gated=True, capability=9)
-    monkeypatch.setattr(tile_files, "_shipped", lambda: (entry_of(size, LOW, origin="a test"),))
+    ship(entry_of(size, LOW, origin="a test"))
     monkeypatch.setattr(sys.modules["moekit.experts.fused"], "capability_of", lambda device: 9)
     assert layer_tiles(size) == LOW
     compiled = torch.compile(fused_layer(), fullgraph=True, backend="aot_eager")

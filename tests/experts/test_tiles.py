@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from moekit.experts import tile_files
-from moekit.experts.tile_files import FORMAT, parse_tiles, read_tiles, shipped, table_text
+from moekit.experts.tile_files import FORMAT, layer_tiles, parse_tiles, read_tiles, shipped, table_text
 from moekit.experts.tile_tables import FARTHEST, TileEntry, entry_of, from_table, merged
 from moekit.experts.tiles import (
     LayerSize,
@@ -14,7 +13,6 @@ from moekit.experts.tiles import (
     Tile,
     capability_of,
     check_tiles,
-    layer_tiles,
     ruled_tiles,
 )
 
@@ -53,8 +51,8 @@ def test_the_shipped_table_is_read_once_and_has_entries_that_fit() -> None:
         assert entry.origin
 
 
-def test_what_is_shipped_is_the_default_and_the_rule_takes_the_rest(monkeypatch) -> None:
-    monkeypatch.setattr(tile_files, "_shipped", lambda: (marked(3),))
+def test_what_is_shipped_is_the_default_and_the_rule_takes_the_rest(ship) -> None:
+    ship(marked(3))
     assert layer_tiles(SIZE) == marked(3).tiles
     assert layer_tiles(SIZE._replace(capability=0)) == ruled_tiles(SIZE)
 
@@ -127,8 +125,8 @@ def test_only_cuda_has_a_capability(monkeypatch) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_choosing_compiles_to_one_graph(monkeypatch, dynamic: bool) -> None:
-    monkeypatch.setattr(tile_files, "_shipped", lambda: (marked(2, SIZE._replace(assignments=1024)),))
+def test_choosing_compiles_to_one_graph(ship, dynamic: bool) -> None:
+    ship(marked(2, SIZE._replace(assignments=1024)))
 
     def run(x, tiles):
         size = SIZE._replace(assignments=x.numel(), capability=9 + capability_of(x.device))

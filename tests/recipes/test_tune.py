@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from moekit.experts import init_gated
-from moekit.experts.tile_files import read_tiles
+from moekit.experts.tile_files import layer_tiles, read_tiles
 from moekit.experts.tile_tables import entry_of, from_table
-from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, layer_tiles, ruled_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 from moekit.recipes import backends
 from moekit.recipes.backends import Choice
 from moekit.recipes.bench.shapes import GPU_SHAPES

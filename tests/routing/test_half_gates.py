@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.routing import _half_gates, linear_gate
+from moekit.routing import _half_gates, _half_steps, linear_gate
 
 ON_CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")])
 # Relative to the norm: 40 roundings of a float32 sum, or one of the result
@@ -14,7 +14,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3}
 @pytest.mark.parametrize(("terms", "error"), [(1, 2.0**-8), (2, 2.0**-16), (3, 2.0**-23)])
 def test_terms_add_up_to_what_was_split(terms: int, error: float) -> None:
     values = torch.randn(7, 5) * torch.logspace(-20, 20, 5)
-    parts = _half_gates.split(values, terms)
+    parts = _half_steps.split(values, terms)
     assert parts.dtype == torch.bfloat16
     found = parts.double().unflatten(1, (terms, 5)).sum(1)
     assert ((found - values).abs() <= error * values.abs()).all()
@@ -94,6 +94,6 @@ def test_kernels_change_no_bit(shape: tuple[int, ...], dtype: torch.dtype, monke
     x, w = torch.randn(num_tokens, dim).bfloat16(), torch.randn(dim, num_experts).to(dtype)
     grad = torch.randn(num_tokens, num_experts)
     found = run(x, w, grad, "cuda")
-    monkeypatch.setattr(_half_gates, "_steps", lambda x: _half_gates.PLAIN)
+    monkeypatch.setattr(_half_gates, "_steps", lambda x: _half_steps.PLAIN)
     for name, want in run(x, w, grad, "cuda").items():
         assert torch.equal(found[name], want), name

@@ -1,4 +1,4 @@
-"""The steps of ``_half_gates`` beside its products, as Triton kernels: each tensor is read once and written once."""
+"""The steps of ``_half_steps``, as Triton kernels: each tensor is read once and written once."""
 
 from functools import lru_cache
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, power_of_two
-from moekit.routing._half_gates import HALF, Steps
+from moekit.routing._half_steps import HALF, Steps
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def _fold_launch(num_rows: int, width: int, terms: int, halves: int) -> Launch:
 
 
 def split(values: Tensor, terms: int, *, half: torch.dtype = HALF) -> Tensor:
-    """Do what ``_half_gates.split`` does."""
+    """Do what ``_half_steps.split`` does."""
     values = values.contiguous()
     num_rows, width = values.shape
     parts = torch.empty(num_rows, terms * width, dtype=half, device=values.device)
@@ -99,7 +99,7 @@ def split(values: Tensor, terms: int, *, half: torch.dtype = HALF) -> Tensor:
 
 
 def grad_parts(grad: Tensor, terms: int, *, half: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
-    """Do what ``_half_gates.grad_parts`` does."""
+    """Do what ``_half_steps.grad_parts`` does."""
     if terms == 2:
         parts = split(grad, terms, half=half)
         return parts, parts
@@ -113,7 +113,7 @@ def grad_parts(grad: Tensor, terms: int, *, half: torch.dtype = HALF) -> tuple[T
 
 
 def folded(sums: Tensor, terms: int) -> Tensor:
-    """Do what ``_half_gates.folded`` does."""
+    """Do what ``_half_steps.folded`` does."""
     num_rows, width = sums.shape[0], sums.shape[1] // terms
     out = torch.empty(num_rows, width, dtype=torch.float32, device=sums.device)
     if num_rows and width:
@@ -122,7 +122,7 @@ def folded(sums: Tensor, terms: int) -> Tensor:
 
 
 def gate_gradient(sums: Tensor, w: Tensor, *, half: torch.dtype = HALF) -> tuple[Tensor, Tensor]:
-    """Do what ``_half_gates.gate_gradient`` does."""
+    """Do what ``_half_steps.gate_gradient`` does."""
     w = w.contiguous()
     num_rows, width = w.shape
     halves = 1 if w.dtype == half else 2

@@ -5,7 +5,7 @@ import torch
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
 
-from moekit.routing._half_gates import HALF, PLAIN
+from moekit.routing._half_steps import HALF, PLAIN
 
 # rows, columns: none, one, around and past a tile of either axis
 SHAPES = [(0, 8), (1, 1), (7, 3), (130, 8), (65, 16), (3, 1024), (2, 1100)]
@@ -22,7 +22,7 @@ def test_under_the_interpreter() -> None:
 
 
 def kernels():
-    from moekit.routing._half_gates_triton import KERNELS
+    from moekit.routing._half_steps_triton import KERNELS
 
     return KERNELS
 
