@@ -1,6 +1,6 @@
 """What does a whole MoE layer cost beside its arithmetic? Gate, route, dispatch, experts, combine; forward + backward.
 
-The reference row ``dense`` does the same useful arithmetic with no routing at all: one SwiGLU expert fed T * K rows.
+The reference row ``dense bound`` is the six products of one SwiGLU expert fed T * K rows, ``dense expert`` all of it.
 The load is balanced, so that ``batched`` at capacity factor 1 neither drops nor pads and all rows do equal work.
 """
 
@@ -9,15 +9,18 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 from shapes import EVERY_SHAPE, Shape
 
 from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu
 from moekit.recipes import MoEParams, Recipe, expert_layer, moe_layer
+from moekit.recipes.bench.dense import dense_bound, dense_expert
+from moekit.recipes.bench.rows import Build, make_case
+from moekit.recipes.bench.shapes import LayerShape
 from moekit.routing import linear_gate, round_robin, top_k
 from moekit.types import Dispatcher, GroupedMatmul
 
+DENSE: dict[str, Build] = {"dense bound": dense_bound, "dense expert": dense_expert}
 BACKENDS: dict[str, tuple[Dispatcher, GroupedMatmul]] = {
     "loop": (dropless(), loop),
     "batched": (padded(capacity_factor=1.0), batched),
@@ -26,24 +29,20 @@ BACKENDS: dict[str, tuple[Dispatcher, GroupedMatmul]] = {
 
 
 @pytest.mark.benchmark(max_time=2.0)
-@pytest.mark.parametrize("name", ["dense", *BACKENDS])
+@pytest.mark.parametrize("name", [*DENSE, *BACKENDS])
 @pytest.mark.parametrize("shape", EVERY_SHAPE, indirect=True)
 def test_layer(measure, shape, name):
-    body = dense(shape) if name == "dense" else layer(shape, *BACKENDS[name])
+    body = dense(shape, DENSE[name]) if name in DENSE else layer(shape, *BACKENDS[name])
     flops = 18 * shape.rows * shape.dim * shape.hidden  # 3 matrices, 2 operations, 1 product forward and 2 backward
-    measure(body, shape, stage="layer forward + backward", name=name, reference="dense", work=flops, unit="TFLOP/s")
+    measure(
+        body, shape, stage="layer forward + backward", name=name, reference="dense bound", work=flops, unit="TFLOP/s"
+    )
 
 
-def dense(shape: Shape) -> Callable[[], object]:
-    rows, grad = shape.random(shape.rows, shape.dim), shape.random(shape.rows, shape.dim).detach()
-    gate, up = shape.random(shape.dim, shape.hidden), shape.random(shape.dim, shape.hidden)
-    down = shape.random(shape.hidden, shape.dim)
-
-    def body() -> object:
-        y = (F.silu(rows @ gate) * (rows @ up)) @ down
-        return torch.autograd.grad(y, (rows, gate, up, down), grad)
-
-    return body
+def dense(shape: Shape, build: Build) -> Callable[[], object]:
+    sizes = LayerShape("", shape.tokens, shape.dim, shape.hidden, shape.experts, shape.k)
+    row = build(make_case(sizes, "uniform", device=shape.device, dtype=shape.dtype))
+    return lambda: torch.autograd.grad(row.forward(), row.leaves, row.grad)
 
 
 def layer(shape: Shape, dispatcher: Dispatcher, matmul: GroupedMatmul) -> Callable[[], object]:

@@ -8,7 +8,7 @@ import torch
 from moekit.recipes.bench import layer as module
 from moekit.recipes.bench.layer import Report, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
-from moekit.recipes.bench.rows import dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.rows import loads_of, make_case, moekit_rows, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import shares
 from moekit.recipes.bench.tables import as_json, as_markdown, rows_of
@@ -103,13 +103,6 @@ def test_moekits_row_inside_transformers_is_run_by_moekit(monkeypatch) -> None:
     assert len(row.leaves) == 4  # tokens, router, gate and up in one, down
 
 
-def test_the_bound_does_the_arithmetic_of_one_expert() -> None:
-    bound = dense(case())
-    shapes = [tuple(leaf.shape) for leaf in bound.leaves]
-    assert shapes == [(128, 16), (16, 24), (16, 24), (24, 16)]
-    assert bound.forward().shape == bound.grad.shape == (128, 16)
-
-
 def test_held_bytes_are_counted_once_and_without_leaves() -> None:
     given = case()
     fused = measure_memory(try_build(moekit_rows()["fused_cpu"], given))
@@ -140,9 +133,9 @@ def test_rows_are_measured_in_turn(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def report() -> Report:
     lines = []
-    only = ["loop", "auto", "megablocks"]
+    only = ["loop", "auto", "megablocks", "dense"]
     found = bench_layer([SMALL], loads=("uniform", "hot"), rounds=2, only=only, tell=lines.append)
-    assert lines[0] == "small, uniform: 4 rows, 2 rounds"
+    assert lines[0] == "small, uniform: 5 rows, 2 rounds"
     assert "  megablocks: skipped, No module named 'megablocks'" in lines
     return found
 
@@ -150,9 +143,9 @@ def report() -> Report:
 def test_a_report_has_a_table_for_each_load(report: Report) -> None:
     assert [(table.load, table.imbalance) for table in report.tables][1] == ("hot", 4.0)
     for table in report.tables:
-        assert [row.name for row in table.rows] == ["dense bound", "loop", "auto", "megablocks"]
+        assert [row.name for row in table.rows] == ["dense bound", "dense expert", "loop", "auto", "megablocks"]
         assert table.rows[0].fraction == 1.0
-        assert all(0 < f < b for row in table.rows[:3] for f, b in zip(row.forward, row.both, strict=True))
+        assert all(0 < f < b for row in table.rows[:4] for f, b in zip(row.forward, row.both, strict=True))
         assert [stage.name for stage in table.stages] == ["gate", "route", "plan", "dispatch", "experts", "combine"]
         assert sum(shares(table.stages)) == pytest.approx(1)
         experts = table.stages[4]
@@ -162,14 +155,14 @@ def test_a_report_has_a_table_for_each_load(report: Report) -> None:
 def test_json_and_markdown_say_the_same(report: Report) -> None:
     read = json.loads(as_json(report))
     assert read["machine"]["auto"].startswith("fused_cpu (the CPU")
-    row = read["tables"][0]["rows"][2]
+    row = read["tables"][0]["rows"][3]
     assert row["name"] == "auto"
     assert len(row["both"]) == 2
     assert row["memory"]["held"] > 0
     text = as_markdown(report)
     assert "## small (T 64, D 16, F 24, E 8, K 2), cpu float32, hot: largest load 4.00 of the mean" in text
     assert "- megablocks: No module named 'megablocks'" in text
-    assert f"| auto | {' | '.join(rows_of(report.tables[0])[2][1:])} |" in text
+    assert f"| auto | {' | '.join(rows_of(report.tables[0])[3][1:])} |" in text
     table = [line for line in text.splitlines() if line.startswith("|")]
     assert {line.count("|") for line in table} == {11, 5}
 
@@ -201,7 +194,10 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
-        ("bench layer --only moe --shape 8,8,8,2,1", r"only = \['moe'\] is the beginning of no row; rows are loop"),
+        (
+            "bench layer --only moe --shape 8,8,8,2,1",
+            r"only = \['moe'\] is the beginning of no row; rows are dense expert, loop",
+        ),
         ("bench layer --rounds 0 --shape 8,8,8,2,1", r"rounds = 0; expected at least 1"),
         ("bench layer --json nowhere/a.json", r"nowhere/a.json: there is no folder nowhere; make it first"),
     ],

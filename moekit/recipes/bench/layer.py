@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 
 from moekit.recipes.backends import choose_backend
+from moekit.recipes.bench.dense import dense_bound, dense_expert
 from moekit.recipes.bench.peers import peer_rows
-from moekit.recipes.bench.rows import Build, Case, Contender, dense, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.rows import Build, Case, Contender, loads_of, make_case, moekit_rows, try_build
 from moekit.recipes.bench.shapes import LayerShape
 from moekit.recipes.bench.stages import Stage, measure_stages
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
@@ -151,7 +152,7 @@ def describe_machine(device: str, dtype: torch.dtype) -> dict[str, str]:
 
 
 def _chosen(only: Sequence[str]) -> dict[str, Build]:
-    builds = {**moekit_rows(), **peer_rows()}
+    builds = {"dense expert": dense_expert, **moekit_rows(), **peer_rows()}
     chosen = {name: build for name, build in builds.items() if not only or name.startswith(tuple(only))}
     if not chosen:
         raise ValueError(f"bench_layer: only = {list(only)} is the beginning of no row; rows are {', '.join(builds)}.")
@@ -161,7 +162,7 @@ def _chosen(only: Sequence[str]) -> dict[str, Build]:
 def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[[str], object]) -> Table:
     contenders: dict[str, Contender] = {}
     skipped: dict[str, str] = {}
-    for name, build in {BOUND: dense, **builds}.items():
+    for name, build in {BOUND: dense_bound, **builds}.items():
         built = try_build(build, case)
         if isinstance(built, str):
             skipped[name] = built

@@ -1,4 +1,4 @@
-"""The rows of the layer benchmark: whole MoE layers by backend, and the dense bound that has no routing at all."""
+"""The rows of the layer benchmark: whole MoE layers by backend."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -6,7 +6,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.dispatch import dropless, padded
@@ -114,14 +113,6 @@ def loads_of(case: Case) -> tuple[float, int]:
     routing = case.route(linear_gate(case.x, case.gate))
     counts = tokens_per_expert(routing.expert_indices, case.shape.experts)
     return float(counts.max() / counts.double().mean()), int((counts == 0).sum())
-
-
-def dense(case: Case) -> Contender:
-    """Build the bound: one SwiGLU expert fed T K rows; the same useful arithmetic, no gate, no dispatch, no sum."""
-    rows = case.x.detach().repeat_interleave(case.shape.k, 0).requires_grad_()
-    gate, up, down = (w[0].detach().clone().requires_grad_() for w in case.experts)
-    grad = case.grad.repeat_interleave(case.shape.k, 0)
-    return Contender(lambda: (F.silu(rows @ gate) * (rows @ up)) @ down, [rows, gate, up, down], grad)
 
 
 def moekit_rows() -> Mapping[str, Build]:
