@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from triton import knobs
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,11 +26,13 @@ class Blocks(NamedTuple):
         shape: of the tensor.
         strides: of the tensor, the last of them 1.
         block: the shape of a block.
+        layout: how a block lies in shared memory, for kernels in Gluon; the others find one themselves.
     """
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
     block: tuple[int, ...]
+    layout: Any = None
 
 
 POINTER = Pointer()
@@ -57,7 +60,7 @@ class Launch:
         self._values = [*arguments, *(constants[name] for name in rest)]
         self._places = [i for i, each in enumerate(arguments) if isinstance(each, Pointer | Blocks)]
         described = [(n, arguments[place]) for n, place in enumerate(self._places) if arguments[place] is not POINTER]
-        self._described = [(self._places[n], n, _fields(blocks)) for n, blocks in described]
+        self._described = [(self._places[n], n, *_descriptor(blocks)) for n, blocks in described]
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
@@ -82,8 +85,9 @@ class Launch:
         values = self._values.copy()
         for place, pointer in zip(self._places, pointers, strict=True):
             values[place] = pointer
-        for place, n, fields in self._described:
-            values[place] = described = object.__new__(TensorDescriptor)  # unchecked: its like has passed all checks
+        for place, n, kind_of, fields in self._described:
+            described: Any = object.__new__(kind_of)  # unchecked: its like has passed all checks
+            values[place] = described
             described.__dict__ = {"base": tensors[n], **fields}
         run, *code = compiled
         run(*self.grid, driver.active.get_current_stream(device), *code, None, None, None, *values)
@@ -92,7 +96,10 @@ class Launch:
         values = [*self.arguments]
         for place, tensor in zip(self._places, tensors, strict=True):
             blocks = self.arguments[place]
-            values[place] = tensor if blocks is POINTER else TensorDescriptor(tensor, **_fields(blocks))
+            if blocks is not POINTER:
+                kind_of, fields = _descriptor(blocks)
+                tensor = kind_of(tensor, **fields)
+            values[place] = tensor
         compiled = self.kernel[self.grid](*values, **self.constants)
         whole = not any(each.data_ptr() & 15 for each in tensors)
         if tensors[0].is_cuda and whole and not _is_watched():  # the interpreter compiles nothing
@@ -106,5 +113,9 @@ def _is_watched() -> bool:
     return runtime.debug or any(hooks)
 
 
-def _fields(blocks: Blocks) -> dict[str, Any]:
-    return {"shape": [*blocks.shape], "strides": [*blocks.strides], "block_shape": [*blocks.block]}
+def _descriptor(blocks: Blocks) -> tuple[type, dict[str, Any]]:
+    """Return the class of a descriptor, and what it is made of beside its tensor."""
+    fields = {"shape": [*blocks.shape], "strides": [*blocks.strides], "block_shape": [*blocks.block]}
+    if blocks.layout is None:
+        return TensorDescriptor, fields
+    return GluonDescriptor, {**fields, "layout": blocks.layout}

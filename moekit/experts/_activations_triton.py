@@ -1,11 +1,11 @@
-"""Activations inside kernels: value and derivative, by a name known when a kernel is compiled."""
+"""Activations inside kernels: values and derivatives, by a name known when a kernel is compiled."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def activated(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activated(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return f(x) and f'(x), float32."""
     if NAME == "silu":
         gate = tl.sigmoid(x)
@@ -26,3 +26,23 @@ def activated(x, NAME: tl.constexpr):  # type: ignore[no-untyped-def]
         tl.static_assert(NAME == "relu2", "unknown activation")
         positive = tl.where(x > 0.0, x, 0.0)
         return positive * positive, 2.0 * positive
+
+
+@triton.jit
+def units(  # type: ignore[no-untyped-def]
+    gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
+):
+    """Return hidden units and their derivatives by ``gate`` and by ``up``, which counts only if ``GATED``."""
+    if ACTIVATION == "clamped_swiglu":
+        clamped = tl.where(gate > LIMIT, LIMIT, gate)
+        share = tl.sigmoid(ALPHA * clamped)
+        value = clamped * share
+        slope = tl.where(gate > LIMIT, 0.0, share + ALPHA * value * (1.0 - share))
+        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
+        return value * factor, slope * factor, tl.where((up > LIMIT) | (up < -LIMIT), 0.0, value)
+    else:
+        value, slope = _activated(gate, ACTIVATION)
+        if GATED:
+            return value * up, slope * up, value
+        else:
+            return value, slope, value

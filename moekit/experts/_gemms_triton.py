@@ -8,7 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
+from moekit.experts._parts_triton import part_of
 from moekit.experts._tiles_triton import (
+    MOST_ROWS,
     Matrices,
     Schedule,
     begins_whole,
@@ -16,6 +18,7 @@ from moekit.experts._tiles_triton import (
     first_tile,
     groups,
     has_tma,
+    is_specialized,
     is_whole,
     load_bias,
     load_rows,
@@ -31,8 +34,6 @@ from moekit.experts._tiles_triton import (
 )
 from moekit.experts.tiles import Tile, row_tile, weight_tile
 from moekit.operators import blocks_of
-
-_MOST_ROWS = 2**30  # that ``store_group`` can count
 
 
 @triton.jit
@@ -110,32 +111,13 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 
     If ``TALL``, a is (R, parts * height) and b (R, width).
     """
-    num_m, num_n = tl.cdiv(height, M), tl.cdiv(width, N)
-    num_of_part = num_m if TALL else num_n
-    a_width, b_width = height, width
-    if TALL:
-        num_m *= parts
-        a_width *= parts
-    else:
-        num_n *= parts
-        b_width *= parts
-    for tile in tl.range(tl.program_id(0), num_groups * num_m * num_n, tl.num_programs(0), flatten=OVERLAP):
-        group = tile // (num_m * num_n)
-        local = tile % (num_m * num_n)
-        band = local // (BAND * num_n)
-        tall = min(num_m - band * BAND, BAND)
-        inside = local - band * BAND * num_n
-        row, column = band * BAND + inside % tall, inside // tall
-        part = (row if TALL else column) // num_of_part
-        if TALL:
-            row -= part * num_of_part
-        else:
-            column -= part * num_of_part
-        m, n = row * M, column * N
-        a_column = part * height + m if TALL else m
-        b_column = n if TALL else part * width + n
-        start = tl.load(schedule + group)
-        end = start + tl.load(schedule + num_groups + group)
+    num_tiles = tl.cdiv(height, M) * tl.cdiv(width, N) * parts
+    a_width = height * parts if TALL else height
+    b_width = width if TALL else width * parts
+    for tile in tl.range(tl.program_id(0), num_groups * num_tiles, tl.num_programs(0), flatten=OVERLAP):
+        group, start, end, part, m, n, a_column, b_column = part_of(
+            tile, schedule, num_groups, height, width, parts, M, N, BAND, TALL
+        )
         whole = end if ALIGNED else start + (end - start) // K * K
         sums = tl.zeros((M, N), tl.float32)
         for k in range(start, whole, K):
@@ -187,12 +169,48 @@ def grouped_rows(
     out = rows.new_empty(rows.shape[0], weights[0].shape[2])
     if out.numel() == 0:
         return out
-    launch = _rows_launch(
+    decided = (
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), len(weights) == 2, bias is not None,
-        begins_whole(rows, *weights), precision, tile,
+        begins_whole(rows, *weights), tile,
     )  # fmt: skip
-    launch(rows, *weights, *([] if bias is None else [bias]), out, out, plan.table)
+    operands = (rows, *weights, *([] if bias is None else [bias]))
+    special = _special_rows_launch(*decided) if tile.specialized else None
+    if special is not None:
+        special(*operands, out, plan.table)
+    else:
+        _rows_launch(*decided, precision)(*operands, out, out, plan.table)
     return out
+
+
+def _are_rows_describable(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], weights: Matrices, two: bool, whole: bool
+) -> bool:
+    """Say whether operands and result can be read and written by descriptors."""
+    _, depth, width = weights.shape
+    described = describable(shape, (shape[1], 1), dtype) and describable(weights.shape, weights.strides, dtype)
+    return whole and has_tma(device) and described and is_whole(width, dtype) and (not two or is_whole(depth, dtype))
+
+
+@lru_cache(maxsize=512)
+def _special_rows_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    weights: Matrices,
+    two: bool,
+    biased: bool,
+    whole: bool,
+    tile: Tile,
+) -> Launch | None:
+    """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
+    described = _are_rows_describable(device, dtype, shape, weights, two, whole)
+    if not (described and is_specialized(device, dtype, shape[0], tile)):
+        return None
+    from moekit.experts import _ring_rows_triton
+
+    if not _ring_rows_triton.takes(weights, shape[1], halved=False):
+        return None
+    return _ring_rows_triton.rows_launch(device, shape, weights, two=two, biased=biased, tile=tile)
 
 
 @lru_cache(maxsize=512)
@@ -204,14 +222,12 @@ def _rows_launch(
     two: bool,
     biased: bool,
     whole: bool,
-    precision: str,
     tile: Tile,
+    precision: str,
 ) -> Launch:
     num_groups, depth, width = weights.shape
-    tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
-    tma = tma and describable(weights.shape, weights.strides, dtype) and is_whole(width, dtype)
-    tma = tma and (not two or is_whole(depth, dtype))
-    overlap = tile.overlap and tma and not two and shape[0] < _MOST_ROWS
+    tma = _are_rows_describable(device, dtype, shape, weights, two, whole)
+    overlap = tile.overlap and tma and not two and shape[0] < MOST_ROWS
     out, right = (shape[0], width), weights.blocks(tile, tma)
     return Launch(
         _rows_kernel, (programs(device),),
@@ -282,7 +298,13 @@ def _weight_launch(
     tma = whole and has_tma(device) and all(describable(each, (each[1], 1), dtype) for each in (left, right))
     tma = tma and (parts == 1 or is_whole(height if tall else width, dtype))
     out = (parts * num_groups * height, width)
-    tma_store = tma and is_whole(width, dtype) and out[0] < _MOST_ROWS
+    tma_store = tma and is_whole(width, dtype) and out[0] < MOST_ROWS
+    if tma_store and aligned and is_specialized(device, dtype, left[0], tile):
+        from moekit.experts import _ring_weights_triton
+
+        return _ring_weights_triton.weight_launch(
+            device, left, right, num_groups, size=(height, width), parts=parts, tall=tall, tile=tile
+        )
     tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
     return Launch(
         _weight_kernel, (min(programs(device), tiles),),

@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._activations_triton import activated
+from moekit.experts._activations_triton import units
 from moekit.experts._tiles_triton import (
     Matrices,
     Schedule,
@@ -16,6 +16,7 @@ from moekit.experts._tiles_triton import (
     describable,
     first_tile,
     has_tma,
+    is_specialized,
     is_whole,
     load_bias,
     load_rows,
@@ -29,26 +30,6 @@ from moekit.experts._tiles_triton import (
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of, power_of_two
-
-
-@triton.jit
-def _units(  # type: ignore[no-untyped-def]
-    gate, up, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ALPHA: tl.constexpr, LIMIT: tl.constexpr
-):
-    """Return hidden units and their derivatives by ``gate`` and by ``up``, which counts only if ``GATED``."""
-    if ACTIVATION == "clamped_swiglu":
-        clamped = tl.where(gate > LIMIT, LIMIT, gate)
-        share = tl.sigmoid(ALPHA * clamped)
-        value = clamped * share
-        slope = tl.where(gate > LIMIT, 0.0, share + ALPHA * value * (1.0 - share))
-        factor = tl.where(up > LIMIT, LIMIT, tl.where(up < -LIMIT, -LIMIT, up)) + 1.0
-        return value * factor, slope * factor, tl.where((up > LIMIT) | (up < -LIMIT), 0.0, value)
-    else:
-        value, slope = activated(gate, ACTIVATION)
-        if GATED:
-            return value * up, slope * up, value
-        else:
-            return value, slope, value
 
 
 @triton.jit
@@ -108,7 +89,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
             if GATED:
                 store_tile(pre, pre_rows, ups, row, end, width + n, parts * width, parts * width, M, N, TMA_STORE)
         if KEEP_HIDDEN:
-            value, _, _ = _units(gates, ups, ACTIVATION, GATED, ALPHA, LIMIT)
+            value, _, _ = units(gates, ups, ACTIVATION, GATED, ALPHA, LIMIT)
             store_tile(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
 
 
@@ -148,7 +129,7 @@ def _back_kernel(  # type: ignore[no-untyped-def]
         up = gate
         if GATED:
             up = tl.load(pre + pre_places + width, mask=inside, other=0.0).to(tl.float32)
-        value, slope, slope_up = _units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
+        value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
         weighted = grad * weight
         if GATED:
             grad_up = (weighted * slope_up).to(grad_pre.dtype.element_ty)
@@ -192,15 +173,52 @@ def up(
     num_rows, width = rows.shape[0], weights[0].shape[2]
     pre = rows.new_empty(num_rows if keep_pre else 0, len(weights) * width)
     hidden = rows.new_empty(num_rows if keep_hidden else 0, width)
-    launch = _up_launch(
+    decided = (
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), activation, len(biases) > 0,
-        keep_pre, keep_hidden, begins_whole(rows, *weights), precision, tile,
+        keep_pre, keep_hidden, begins_whole(rows, *weights), tile,
     )  # fmt: skip
-    launch(
-        rows, *weights, *biases, *((pre, pre) if keep_pre else ()), *((hidden, hidden) if keep_hidden else ()),
-        plan.table,
-    )  # fmt: skip
+    operands, kept = (rows, *weights, *biases), ((pre,) if keep_pre else ()) + ((hidden,) if keep_hidden else ())
+    special = _special_launch(*decided) if tile.specialized else None
+    if special is not None:
+        special(*operands, *kept, plan.table)
+        return pre, hidden
+    launch = _up_launch(*decided, precision)
+    launch(*operands, *[each for out in kept for each in (out, out)], plan.table)
     return pre, hidden
+
+
+@lru_cache(maxsize=512)
+def _special_launch(
+    device: torch.device,
+    dtype: torch.dtype,
+    shape: tuple[int, int],
+    weights: Matrices,
+    activation: Activation,
+    biased: bool,
+    keep_pre: bool,
+    keep_hidden: bool,
+    whole: bool,
+    tile: Tile,
+) -> Launch | None:
+    """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
+    if not (is_specialized(device, dtype, shape[0], tile) and _is_describable(device, dtype, shape, weights, whole)):
+        return None
+    from moekit.experts import _ring_rows_triton
+
+    if not _ring_rows_triton.takes(weights, shape[1], halved=activation.gated):
+        return None
+    return _ring_rows_triton.up_launch(
+        device, shape, weights,
+        activation=activation, biased=biased, keep_pre=keep_pre, keep_hidden=keep_hidden, tile=tile,
+    )  # fmt: skip
+
+
+def _is_describable(
+    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], weights: Matrices, whole: bool
+) -> bool:
+    """Say whether rows and matrices can be read by descriptors."""
+    described = describable(shape, (shape[1], 1), dtype) and describable(weights.shape, weights.strides, dtype)
+    return whole and has_tma(device) and described
 
 
 @lru_cache(maxsize=512)
@@ -214,13 +232,12 @@ def _up_launch(
     keep_pre: bool,
     keep_hidden: bool,
     whole: bool,
-    precision: str,
     tile: Tile,
+    precision: str,
 ) -> Launch:
     num_groups, depth, width = weights.shape
     gated, num_rows = activation.gated, shape[0]
-    tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
-    tma = tma and describable(weights.shape, weights.strides, dtype)
+    tma = _is_describable(device, dtype, shape, weights, whole)
     # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
     tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, dtype))
     right, block, bias = weights.blocks(tile, tma), (tile.m, tile.n), POINTER if biased else None

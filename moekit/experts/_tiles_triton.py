@@ -41,6 +41,9 @@ class Schedule(NamedTuple):
         return self.table.shape[0] - 3 * self.num_groups - 1
 
 
+MOST_ROWS = 2**30  # that a store up to the end of a group can count
+
+
 @triton.jit
 def group_of(schedule, tile, num_groups):  # type: ignore[no-untyped-def]
     """Return the group of a tile, its first row, its size, and its first tile."""
@@ -215,6 +218,12 @@ def begins_whole(*tensors: Tensor) -> bool:
 def has_tma(device: torch.device) -> bool:
     """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def is_specialized(device: torch.device, dtype: torch.dtype, num_rows: int, tile: Tile) -> bool:
+    """Say whether a product is for the kernels whose warps either load or multiply, if its operands are."""
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    return tile.specialized and hopper and dtype.itemsize == 2 and num_rows < MOST_ROWS
 
 
 def is_whole(columns: int, dtype: torch.dtype) -> bool:

@@ -12,7 +12,7 @@ import torch
 from moekit.experts.tile_tables import Table, TileEntry, choose
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 
-FORMAT = "moekit tiles 1"
+FORMAT = "moekit tiles 2"
 _MEND = "Correct it, or write the file again: moekit tune --write."
 
 
@@ -47,7 +47,7 @@ def layer_tiles(size: LayerSize) -> LayerTiles:
     Example:
         >>> from moekit.experts.tiles import LayerSize
         >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
-        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False)
+        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False, specialized=False)
     """
     known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
     return _layer_tiles_once(size) if known else _layer_tiles(size)
@@ -71,7 +71,7 @@ def table_text(table: Iterable[TileEntry]) -> str:
 
     Example:
         >>> print(table_text([]), end="")
-        {"format": "moekit tiles 1", "entries": [
+        {"format": "moekit tiles 2", "entries": [
         ]}
     """
     lines = []
@@ -149,7 +149,8 @@ def _tile(content: Any, where: str) -> Tile:
     fields = _fields(content, Tile._fields, where)
     for field, least in {"m": 16, "n": 16, "k": 16, "warps": 1, "stages": 1, "band": 1}.items():
         _expect_whole(fields[field], f"{where}.{field}", least, power=field not in ("stages", "band"))
-    _expect(isinstance(fields["overlap"], bool), f"{where}.overlap", fields["overlap"], "true or false")
+    for field in ("overlap", "specialized"):
+        _expect(isinstance(fields[field], bool), f"{where}.{field}", fields[field], "true or false")
     return Tile(**fields)
 
 

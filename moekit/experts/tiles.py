@@ -16,6 +16,9 @@ class Tile(NamedTuple):
         stages: loads of ``k`` entries in flight.
         band: tiles of rows that are walked before the next tile of columns, so that both operands stay in the L2 cache.
         overlap: whether the loads of the next tile begin while this one is written.
+        specialized: whether some warps load and the others multiply, on Hopper, for 16-bit numbers. Such kernels have
+            tiles of 128 x 256 x 64, two times 128 columns for gate and up, and look at ``band`` alone; the rest is for
+            operands that they do not take.
     """
 
     m: int
@@ -25,6 +28,7 @@ class Tile(NamedTuple):
     stages: int
     band: int = 16
     overlap: bool = False
+    specialized: bool = False
 
 
 class LayerTiles(NamedTuple):
@@ -122,14 +126,18 @@ def ruled_tiles(size: LayerSize) -> LayerTiles:
     rows, weight = row_tile(size.dtype, size.assignments, size.experts), weight_tile(size.dtype)
     alone = rows._replace(overlap=False)  # two matrices are two loops, which cannot overlap with the next tile's
     up, grad_rows = alone._replace(n=rows.n // 2), alone._replace(stages=3) if size.gated else rows
-    return LayerTiles(up, rows, rows, grad_rows, weight, weight)
+    tiles = LayerTiles(up, rows, rows, grad_rows, weight, weight)
+    if size.capability == 9 and size.dtype.itemsize == 2 and rows.m == 128:
+        return LayerTiles(*(tile._replace(band=32, specialized=True) for tile in tiles))
+    return tiles
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:
     """Return tiles that fit each other.
 
     Raises:
-        ValueError: if those over grouped rows differ in ``m``, or those of weights in ``k``.
+        ValueError: if those over grouped rows differ in ``m``, or those of weights in ``k``; or if specialized ones are
+            not of 128 rows, or gradients of matrices not of 64.
     """
     heights, depths = {tile.m for tile in tiles[:4]}, {tile.k for tile in tiles[4:]}
     if len(heights) > 1 or len(depths) > 1:
@@ -137,4 +145,8 @@ def check_tiles(tiles: LayerTiles) -> LayerTiles:
             f"the tiles of a layer: m = {sorted(heights)} of those over grouped rows, k = {sorted(depths)} of grad_up "
             f"and grad_down; expected one each. Take the same m in the first four, and the same k in the last two."
         )
+    if any(tile.specialized for tile in tiles[:4]) and heights != {128}:
+        raise ValueError(f"the tiles of a layer: m = {heights.pop()}, specialized; expected m = 128, or no such tile.")
+    if any(tile.specialized for tile in tiles[4:]) and depths != {64}:
+        raise ValueError(f"the tiles of a layer: k = {depths.pop()}, specialized; expected k = 64, or no such tile.")
     return tiles

@@ -20,9 +20,12 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# T, D, F, E, K: full groups, widths past whole tiles, widths without descriptors, groups of few rows
+# T, D, F, E, K: full groups; on Hopper tails of every tile, and more tiles than programs; widths past whole tiles,
+# widths without descriptors, groups of few rows
 SHAPES = {
     "full": (700, 256, 512, 8, 2),
+    "tails": (900, 320, 384, 6, 2),
+    "many": (6000, 512, 1024, 4, 2),
     "odd": (333, 200, 104, 5, 3),
     "by pointers": (333, 204, 102, 5, 3),
     "few rows": (100, 256, 128, 64, 4),
@@ -68,6 +71,21 @@ def test_the_layer_equals_the_loop_and_itself(shape: tuple[int, ...], dtype: tor
         assert torch.equal(found[name], again[name]), name
         error = (found[name] - want).norm() / want.norm()
         assert error < TOLERANCE[dtype], f"{name}: {error}"
+
+
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper card"
+)
+def test_on_hopper_some_warps_load_and_the_others_multiply() -> None:
+    case = draw(SHAPES["tails"], torch.bfloat16)
+    run(fused_layer(), case, case[0].detach())  # compiled
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        run(fused_layer(), case, case[0].detach())
+    kernels = [event.name for event in profile.events() if event.name.startswith("_")]
+    assert sum(name == "_special_up_kernel" for name in kernels) == 1
+    assert sum(name == "_special_rows_kernel" for name in kernels) == 3
+    assert sum(name == "_special_weight_kernel" for name in kernels) == 2
+    assert not {"_up_kernel", "_rows_kernel", "_weight_kernel"} & set(kernels)
 
 
 def test_nothing_waits_for_the_device_and_the_forward_captures() -> None:

@@ -23,9 +23,11 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-# T, D, F, E, K: whole tiles; widths past them; descriptors for one order of memory alone; for none; groups of few rows
+# T, D, F, E, K: whole tiles; on Hopper tails of every tile; widths past them; descriptors for one order of memory
+# alone; for none; groups of few rows
 SHAPES = {
     "full": (700, 256, 512, 8, 2),
+    "tails": (900, 320, 384, 6, 2),
     "odd": (333, 200, 104, 5, 3),
     "dim by descriptors": (333, 200, 102, 5, 3),
     "by pointers": (333, 204, 102, 5, 3),

@@ -34,6 +34,14 @@ def test_the_rule_gives_tiles_that_fit(dtype: torch.dtype, rows: int) -> None:
     assert 2 * tiles.up.n == tiles.down.n
 
 
+@pytest.mark.parametrize(("capability", "dtype", "rows"), [(9, torch.bfloat16, 4096), (9, torch.float16, 49)])
+def test_the_rule_parts_the_warps_on_hopper_alone(capability: int, dtype: torch.dtype, rows: int) -> None:
+    size = SIZE._replace(capability=capability, dtype=dtype, assignments=64 * rows)
+    assert all(tile.specialized for tile in check_tiles(ruled_tiles(size)))
+    for other in ({"capability": 8}, {"capability": 10}, {"dtype": torch.float32}, {"assignments": 64 * 48}):
+        assert not any(tile.specialized for tile in ruled_tiles(size._replace(**other))), other
+
+
 def test_a_table_comes_back_from_its_text(tmp_path) -> None:
     overlapping = SIZE._replace(dtype=torch.float32, capability=8, gated=False)
     table = (marked(4), marked(8, overlapping), marked(2, SIZE._replace(dim=100)))
@@ -54,7 +62,8 @@ def test_the_shipped_table_is_read_once_and_has_entries_that_fit() -> None:
 def test_what_is_shipped_is_the_default_and_the_rule_takes_the_rest(ship) -> None:
     ship(marked(3))
     assert layer_tiles(SIZE) == marked(3).tiles
-    assert layer_tiles(SIZE._replace(capability=0)) == ruled_tiles(SIZE)
+    elsewhere = SIZE._replace(capability=0)
+    assert layer_tiles(elsewhere) == ruled_tiles(elsewhere)
 
 
 def test_the_nearest_entry_is_taken() -> None:
@@ -185,6 +194,10 @@ MEND = r"Correct it, or write the file again: moekit tune --write\."
             lambda e: e["tiles"]["up"].update(overlap="no"),
             r't\.json, entry 2, tiles\.up\.overlap: "no"; expected true or false\.',
         ),
+        (
+            lambda e: e["tiles"]["grad_up"].update(specialized=1),
+            r"t\.json, entry 2, tiles\.grad_up\.specialized: 1; expected true or false\.",
+        ),
         (lambda e: e["tiles"]["up"].pop("m"), r"t\.json, entry 2, tiles\.up: no field 'm'; expected the fields m, n, "),
     ],
 )
@@ -198,6 +211,12 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
         parse_tiles(broken(lambda e: e["tiles"]["up"].update(m=64)), name="t.json")
     with pytest.raises(ValueError, match=r"t\.json, entry 2: .*k = \[32, 64\].*the same k in the last two"):
         parse_tiles(broken(lambda e: e["tiles"]["grad_down"].update(k=32)), name="t.json")
+    tiles = ruled_tiles(SIZE._replace(capability=9))
+    low, shallow = ([tile._replace(**change) for tile in tiles] for change in ({"m": 64}, {"k": 32}))
+    with pytest.raises(ValueError, match=r"m = 64, specialized; expected m = 128, or no such tile"):
+        check_tiles(LayerTiles(*low))
+    with pytest.raises(ValueError, match=r"k = 32, specialized; expected k = 64, or no such tile"):
+        check_tiles(LayerTiles(*shallow))
 
 
 def test_what_is_no_table_is_refused(tmp_path) -> None:

@@ -1,0 +1,164 @@
+"""A ring of tiles in shared memory: some warps of a program fill it, the others multiply what they find there.
+
+For Hopper, in Gluon. Loads never wait for arithmetic, nor the other way round. A tile of sums is written while the next
+one is added up: in quarters, each behind a product that runs meanwhile. Else a program would do nothing but write for a
+tenth of its time.
+
+All tiles are 128 rows times 256 columns, 64 deep, of 16-bit numbers; that is what registers and shared memory hold.
+"""
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moekit._operators_triton import Blocks
+
+ROWS, COLUMNS, DEPTH = 128, 256, 64
+STAGES = 4  # tiles in the ring, as many as shared memory holds
+QUARTER = 64
+# By their names since Triton 3.9, and before.
+load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
+_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+LOADERS, LOADER_REGISTERS = 4, 40  # warps that load, and the registers of each of their threads
+MULTIPLIERS = 8  # warps that multiply
+OPTIONS = {"num_warps": MULTIPLIERS}
+
+_ROWS, _COLUMNS, _QUARTER = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(QUARTER)
+_STAGES = gl.constexpr(STAGES)
+
+
+def blocks(shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Blocks:
+    """Return what a tensor of 16-bit numbers is to a launch of these kernels."""
+    return Blocks(
+        shape, strides, block, gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=len(block))
+    )
+
+
+def quarters(shape: tuple[int, int]) -> Blocks:
+    """Return the descriptor of a contiguous matrix by which ``emit`` writes up to the end of a group.
+
+    The two axes in front have steps that lead past the end of 64 bits: see ``groups`` of the plain kernels.
+    """
+    most, rows, step = 0x7FFF0000, 0x40000000, shape[1]
+    return blocks((most, most, rows, step), (2**34 - step, step, step, 1), (1, 1, ROWS, QUARTER))
+
+
+@gluon.jit
+def make_ring(dtype: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return tiles of both operands, barriers that say that they are full and empty, and two buffers of quarters."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
+    of_quarters: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    left = gl.allocate_shared_memory(dtype, [_STAGES, LEFT[0], LEFT[1]], layout)
+    right = gl.allocate_shared_memory(dtype, [_STAGES, RIGHT[0], RIGHT[1]], layout)
+    buffers = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _QUARTER], of_quarters)
+    full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    return (left, right, full, empty), buffers
+
+
+@gluon.jit
+def following(slot, phase):  # type: ignore[no-untyped-def]
+    """Return the next place of the ring, and the phase that its barrier has there."""
+    slot += 1
+    if slot == _STAGES:
+        slot = 0
+        phase ^= 1
+    return slot, phase
+
+
+@gluon.jit
+def claim(ring, slot, phase):  # type: ignore[no-untyped-def]
+    """Wait until a place is empty, and return its tiles and the barrier that counts their bytes."""
+    left, right, full, empty = ring
+    mbarrier.wait(empty.index(slot), phase)
+    to_left, to_right, bar = left.index(slot), right.index(slot), full.index(slot)
+    mbarrier.expect(bar, (to_left.numel + to_right.numel) * 2)
+    return to_left, to_right, bar
+
+
+@gluon.jit
+def multiply(  # type: ignore[no-untyped-def]
+    ring, slot, phase, before, sums, again, LEFT_TRANSPOSED: gl.constexpr, RIGHT_TRANSPOSED: gl.constexpr
+):
+    """Begin to add the product of the next tiles to the sums, when the product before is done.
+
+    Whose place ``before`` is then empty, if this is not the first of a tile. Returns the sums, and the ring's state.
+    """
+    left, right, full, empty = ring
+    mbarrier.wait(full.index(slot), phase)
+    a, b = left.index(slot), right.index(slot)
+    if LEFT_TRANSPOSED:
+        a = a.permute((1, 0))
+    if RIGHT_TRANSPOSED:
+        b = b.permute((1, 0))
+    sums = warpgroup_mma(a, b, sums, is_async=True)
+    sums = warpgroup_mma_wait(1, deps=(sums,))
+    mbarrier.arrive(empty.index(before), count=1, pred=again)
+    before = slot
+    slot, phase = following(slot, phase)
+    return sums, slot, phase, before
+
+
+@gluon.jit
+def finish(ring, before, sums, some):  # type: ignore[no-untyped-def]
+    """Wait for the last product of a tile, if there was some, and return the sums."""
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    mbarrier.arrive(ring[3].index(before), count=1, pred=some)
+    return sums
+
+
+@gluon.jit
+def zeros():  # type: ignore[no-untyped-def]
+    """Return the sums of a tile before the first product."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _COLUMNS, 16])
+    return gl.zeros([_ROWS, _COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def _halves(values, N: gl.constexpr):  # type: ignore[no-untyped-def]
+    return gl.split(gl.permute(gl.reshape(values, (_ROWS, 2, N // 2)), (0, 2, 1)))
+
+
+@gluon.jit
+def split(sums):  # type: ignore[no-untyped-def]
+    """Return the four quarters of a tile's columns, which stay in the registers that they are in."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _QUARTER, 16])
+    first, second = _halves(sums, _COLUMNS)
+    a, b = _halves(first, _COLUMNS // 2)
+    c, d = _halves(second, _COLUMNS // 2)
+    return (
+        gl.convert_layout(a, layout),
+        gl.convert_layout(b, layout),
+        gl.convert_layout(c, layout),
+        gl.convert_layout(d, layout),
+    )
+
+
+@gluon.jit
+def rounded(four, dtype: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return four quarters in the dtype of memory, which take half the registers."""
+    return four[0].to(dtype), four[1].to(dtype), four[2].to(dtype), four[3].to(dtype)
+
+
+@gluon.jit
+def emit(out, buffers, turn: gl.constexpr, values, row, end, n):  # type: ignore[no-untyped-def]
+    """Begin to store a quarter to the rows before ``end``, at columns from ``n`` on, by a descriptor of ``quarters``.
+
+    Through buffer ``turn`` of two, 0 and 1 in turns.
+    """
+    last: gl.constexpr = 0x40000000  # of a group's rows, wherever in memory they end
+    tma.store_wait(1)
+    buffer = buffers.index(turn)
+    buffer.store(values.to(out.dtype).reshape(buffer.shape))
+    fence_async_shared()
+    _store(out, [last, end, last + row - end, n], buffer)
