@@ -14,7 +14,7 @@ from moekit.experts.tiles import LayerSize, ruled_tiles
 
 NAMES = (
     "up", "up, clamped, with biases", "up, not gated, with bias", "up, hidden rows alone", "up, pre-activation alone",
-    "rows, with bias", "rows, two matrices", "weights", "weights, tall",
+    "rows, with bias", "rows, two matrices", "weights", "weights, tall", "back", "back, not gated",
 )  # fmt: skip
 E, D, F = 8, 512, 1024
 NOWHERE = torch.device("cpu")
@@ -22,6 +22,7 @@ TILE = ruled_tiles(LayerSize(torch.bfloat16, 4096, E, D, F, gated=True, capabili
 
 
 def launches() -> dict[str, tuple[Any, list[str]]]:
+    from moekit.experts._ring_back_triton import back_launch
     from moekit.experts._ring_rows_triton import rows_launch, up_launch
     from moekit.experts._ring_weights_triton import weight_launch
     from moekit.experts._tiles_triton import matrices
@@ -35,7 +36,13 @@ def launches() -> dict[str, tuple[Any, list[str]]]:
             activation=activation, biased=biased, keep_pre=pre, keep_hidden=hidden, tile=TILE,
         )  # fmt: skip
 
+    def back(activation: Activation, weights: Any) -> tuple[Any, list[str]]:
+        launch, _ = back_launch(NOWHERE, rows, weights, activation=activation, num_assignments=4000, tile=TILE)
+        return launch, ["*fp32", "*fp32", "*i64", "*i32"]
+
     return {
+        "back": back(SWIGLU, turned),
+        "back, not gated": back(GELU_MLP, plain),
         "up": (up(SWIGLU, plain, biased=False), ["*i32"]),
         "up, clamped, with biases": (up(CLAMPED_SWIGLU, turned, biased=True), ["*bf16", "*bf16", "*i32"]),
         "up, not gated, with bias": (up(GELU_MLP, plain, biased=True), ["*bf16", "*i32"]),

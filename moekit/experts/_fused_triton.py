@@ -7,11 +7,11 @@ no step needs a mask, and every operand can be read by tensor descriptors.
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from moekit import _rows_triton
 from moekit.experts import _gemms_triton, _hidden_triton, _lists_triton
+from moekit.experts._back_triton import back_through
 from moekit.experts._biases_triton import Weighing, bias_gradient
 from moekit.experts._lists_triton import TokenLists
 from moekit.experts._tiles_triton import Schedule
@@ -152,11 +152,10 @@ def backward(
             activation=activation, keep_hidden=False, precision=precision, tile=tiles.up,
         )  # fmt: skip
     grad_rows = dispatched(grad, plan)
-    hidden = _gemms_triton.grouped_rows(
-        grad_rows, schedule, (down.transpose(1, 2),), precision=precision, tile=tiles.grad_hidden
-    )
-    grad_weights = torch.zeros_like(weights)
-    grad_pre = _hidden_triton.back(hidden, pre, weights, grad_weights, plan.assignments, activation=activation)
+    hidden, grad_pre, grad_weights = back_through(
+        grad_rows, schedule, down, pre, weights, plan.assignments,
+        activation=activation, precision=precision, tile=tiles.grad_hidden,
+    )  # fmt: skip
     grad_biases: tuple[Tensor, ...] = ()
     if experts.down_bias is not None:
         add_up = partial(bias_gradient, plan=schedule, height=tiles.up.m)

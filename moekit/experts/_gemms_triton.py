@@ -182,7 +182,7 @@ def grouped_rows(
     return out
 
 
-def _are_rows_describable(
+def are_rows_describable(
     device: torch.device, dtype: torch.dtype, shape: tuple[int, int], weights: Matrices, two: bool, whole: bool
 ) -> bool:
     """Say whether operands and result can be read and written by descriptors."""
@@ -203,7 +203,7 @@ def _special_rows_launch(
     tile: Tile,
 ) -> Launch | None:
     """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
-    described = _are_rows_describable(device, dtype, shape, weights, two, whole)
+    described = are_rows_describable(device, dtype, shape, weights, two, whole)
     if not (described and is_specialized(device, dtype, shape[0], tile)):
         return None
     from moekit.experts import _ring_rows_triton
@@ -226,7 +226,7 @@ def _rows_launch(
     precision: str,
 ) -> Launch:
     num_groups, depth, width = weights.shape
-    tma = _are_rows_describable(device, dtype, shape, weights, two, whole)
+    tma = are_rows_describable(device, dtype, shape, weights, two, whole)
     overlap = tile.overlap and tma and not two and shape[0] < MOST_ROWS
     out, right = (shape[0], width), weights.blocks(tile, tma)
     return Launch(

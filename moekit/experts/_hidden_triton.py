@@ -1,4 +1,4 @@
-"""What lies around the hidden axis F: the up-projection with the activation in its epilogue, and the way back."""
+"""The up-projection with the activation in its epilogue."""
 
 from functools import lru_cache
 
@@ -29,7 +29,6 @@ from moekit.experts._tiles_triton import (
 )
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
-from moekit.operators import blocks_of, power_of_two
 
 
 @triton.jit
@@ -91,53 +90,6 @@ def _up_kernel(  # type: ignore[no-untyped-def]
         if KEEP_HIDDEN:
             value, _, _ = units(gates, ups, ACTIVATION, GATED, ALPHA, LIMIT)
             store_tile(hidden, hidden_rows, value, row, end, n, width, width, M, N, TMA_STORE)
-
-
-@triton.jit
-def _back_kernel(  # type: ignore[no-untyped-def]
-    pre,
-    grads,
-    weights,
-    grad_weights,
-    assignments,
-    grad_pre,
-    num_rows,
-    width,
-    ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
-    ALPHA: tl.constexpr,
-    LIMIT: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Take gradients (R, width) of the hidden rows through the activation, and overwrite them by the hidden rows."""
-    parts: tl.constexpr = 2 if GATED else 1
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    exists = rows < num_rows
-    assignment = tl.load(assignments + rows, mask=exists, other=-1)
-    used = assignment >= 0  # padding rows are not read, and become zero
-    weight = tl.load(weights + assignment, mask=used, other=0.0)[:, None]
-    product = tl.zeros((ROWS, BLOCK), tl.float32)
-    for n in range(0, width, BLOCK):
-        columns = n + tl.arange(0, BLOCK)
-        inside = used[:, None] & (columns < width)[None, :]
-        written = exists[:, None] & (columns < width)[None, :]
-        places = rows[:, None] * width + columns[None, :]
-        pre_places = rows[:, None] * (parts * width) + columns[None, :]
-        grad = tl.load(grads + places, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(pre + pre_places, mask=inside, other=0.0).to(tl.float32)
-        up = gate
-        if GATED:
-            up = tl.load(pre + pre_places + width, mask=inside, other=0.0).to(tl.float32)
-        value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
-        weighted = grad * weight
-        if GATED:
-            grad_up = (weighted * slope_up).to(grad_pre.dtype.element_ty)
-            tl.store(grad_pre + pre_places + width, grad_up, mask=written)
-        tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=written)
-        tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=written)
-        product += value * grad
-    tl.store(grad_weights + assignment, tl.sum(product, 1), mask=used)
 
 
 def up(
@@ -254,42 +206,4 @@ def _up_launch(
         ALPHA=activation.alpha, LIMIT=activation.limit, TRANSPOSED=weights.transposed, BIASED=biased,
         KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
-def back(
-    grads: Tensor,
-    pre: Tensor,
-    weights: Tensor,
-    grad_weights: Tensor,
-    assignments: Tensor,
-    *,
-    activation: Activation,
-) -> Tensor:
-    """Take the gradient of the hidden rows through the activation; ``grads`` becomes the hidden rows, weighted.
-
-    Args:
-        grads: (R, F), of the hidden rows, before the router's weights; overwritten.
-        pre: (R, P F), the pre-activation; P is 2 for gated experts.
-        weights: (*A) float32, the router's.
-        grad_weights: (*A) float32, which gets the gradients of the weights whose assignments have a row.
-        assignments: (R,) int64, of each row; -1 for a padding row.
-        activation: gated if P is 2.
-
-    Returns:
-        The gradient of the pre-activation (R, P F); zero for padding rows.
-    """
-    grad_pre = torch.empty_like(pre)
-    launch = _back_launch(*grads.shape, activation)
-    launch(pre, grads, weights, grad_weights, assignments, grad_pre)
-    return grad_pre
-
-
-@lru_cache(maxsize=512)
-def _back_launch(num_rows: int, width: int, activation: Activation) -> Launch:
-    block = min(512, power_of_two(width))
-    return Launch(
-        _back_kernel, (blocks_of(num_rows, 4),), (*[POINTER] * 6, num_rows, width),
-        ACTIVATION=activation.function, GATED=activation.gated, ALPHA=activation.alpha, LIMIT=activation.limit,
-        ROWS=4, BLOCK=block, num_warps=8 if block == 512 else 4,
     )  # fmt: skip

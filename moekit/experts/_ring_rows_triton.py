@@ -44,7 +44,7 @@ def _load_matrix(w, tile, bar, group, k, n, apart, TRANSPOSED: gl.constexpr):  #
 
 
 @gluon.jit
-def _load(  # type: ignore[no-untyped-def]
+def load_step(  # type: ignore[no-untyped-def]
     rows, w, w2, column, ring, slot, phase, row, group, k, n, apart, SIDE: gl.constexpr, TRANSPOSED: gl.constexpr
 ):
     """Fill the next place of the ring: with rows, and one matrix, or two beside each other."""
@@ -86,10 +86,10 @@ def _load_all(  # type: ignore[no-untyped-def]
         group, row, _end, column = place(tile, schedule, num_groups, num_n, M, BAND)
         n = column * N
         for k in range(0, depth, K):
-            slot, phase = _load(rows, w, w2, k, ring, slot, phase, row, group, k, n, apart, SIDE, TRANSPOSED)
+            slot, phase = load_step(rows, w, w2, k, ring, slot, phase, row, group, k, n, apart, SIDE, TRANSPOSED)
         if TWO:
             for k in range(0, depth, K):
-                slot, phase = _load(
+                slot, phase = load_step(
                     rows, w2, w2, depth + k, ring, slot, phase, row, group, k, n, apart, SIDE, TRANSPOSED
                 )
 
@@ -336,7 +336,7 @@ def rows_launch(
 ) -> Launch:
     """Return the launch of rows, one or two matrices, bias if there is one, output and schedule."""
     num_groups, depth, width = weights.shape
-    right = _descriptor(weights, COLUMNS)
+    right = matrices_as_one(weights, COLUMNS)
     return Launch(
         _special_rows_kernel, (programs(device),),
         (
@@ -362,7 +362,7 @@ def up_launch(
     num_groups, depth, width = weights.shape
     gated = activation.gated
     columns = COLUMNS // 2 if gated else COLUMNS
-    right, bias = _descriptor(weights, columns), POINTER if biased else None
+    right, bias = matrices_as_one(weights, columns), POINTER if biased else None
     return Launch(
         _special_up_kernel, (programs(device),),
         (
@@ -377,7 +377,7 @@ def up_launch(
     )  # fmt: skip
 
 
-def _descriptor(weights: Matrices, columns: int) -> Blocks:
+def matrices_as_one(weights: Matrices, columns: int) -> Blocks:
     """Return the descriptor of matrices as one, of all their rows in memory one below the other."""
     num_groups, depth, width = weights.shape
     batch, step = weights.steps

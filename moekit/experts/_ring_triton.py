@@ -22,9 +22,11 @@ from moekit._operators_triton import Blocks
 ROWS, COLUMNS, DEPTH = 128, 256, 64
 STAGES = 4  # tiles in the ring, as many as shared memory holds
 QUARTER = 64
-# By their names since Triton 3.9, and before.
+# By their names in newer and older releases of Triton.
 load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+_begin_to_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+_tile = gl.shared_memory_descriptor
+seen_as = _tile.reinterpret if hasattr(_tile, "reinterpret") else _tile._reinterpret
 LOADERS, LOADER_REGISTERS = 4, 40  # warps that load, and the registers of each of their threads
 MULTIPLIERS = 8  # warps that multiply
 OPTIONS = {"num_warps": MULTIPLIERS}
@@ -151,14 +153,17 @@ def rounded(four, dtype: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def emit(out, buffers, turn: gl.constexpr, values, row, end, n):  # type: ignore[no-untyped-def]
-    """Begin to store a quarter to the rows before ``end``, at columns from ``n`` on, by a descriptor of ``quarters``.
-
-    Through buffer ``turn`` of two, 0 and 1 in turns.
-    """
+def store(out, buffer, row, end, n):  # type: ignore[no-untyped-def]
+    """Begin to store a buffer to the rows before ``end``, at columns from ``n`` on, by a descriptor of ``quarters``."""
     last: gl.constexpr = 0x40000000  # of a group's rows, wherever in memory they end
+    _begin_to_store(out, [last, end, last + row - end, n], buffer)
+
+
+@gluon.jit
+def emit(out, buffers, turn: gl.constexpr, values, row, end, n):  # type: ignore[no-untyped-def]
+    """Begin to store a quarter through buffer ``turn`` of two, 0 and 1 in turns."""
     tma.store_wait(1)
     buffer = buffers.index(turn)
     buffer.store(values.to(out.dtype).reshape(buffer.shape))
     fence_async_shared()
-    _store(out, [last, end, last + row - end, n], buffer)
+    store(out, buffer, row, end, n)

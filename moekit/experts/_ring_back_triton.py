@@ -1,0 +1,256 @@
+"""The way back over the hidden axis on Hopper, in one kernel: the gradient of the hidden rows is never written.
+
+Behind the steps of a tile's product come its pre-activations, a quarter of the columns at a place of the ring. Their
+gradients take their place there, and are stored from it.
+"""
+
+import torch
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+
+from moekit._operators_triton import POINTER, Launch
+from moekit.experts._activations_triton import units
+from moekit.experts._ring_rows_triton import load_step, matrices_as_one
+from moekit.experts._ring_rows_triton import takes as takes_rows
+from moekit.experts._ring_triton import (
+    COLUMNS,
+    DEPTH,
+    LOADER_REGISTERS,
+    LOADERS,
+    OPTIONS,
+    QUARTER,
+    ROWS,
+    blocks,
+    finish,
+    following,
+    load,
+    make_ring,
+    multiply,
+    quarters,
+    seen_as,
+    split,
+    store,
+    zeros,
+)
+from moekit.experts._tiles_triton import Matrices, first_tile, place, programs
+from moekit.experts.activations import Activation
+from moekit.experts.tiles import Tile
+from moekit.operators import blocks_of
+
+_LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
+_QUARTER = gl.constexpr(QUARTER)
+
+
+@gluon.jit
+def _beside(ring, slot):  # type: ignore[no-untyped-def]
+    """Return the second tile of pre-activations at a place of the ring, where else a matrix lies."""
+    left = ring[0]
+    return seen_as(ring[1].index(slot), left.dtype, [left.shape[1], left.shape[2]], left.layout)
+
+
+@gluon.jit
+def _load_quarter(pre, ring, slot, phase, row, n, width, GATED: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Fill the next place of the ring with a quarter of the gates, and of what stands beside them."""
+    left, _right, full, empty = ring
+    mbarrier.wait(empty.index(slot), phase)
+    bar, gates = full.index(slot), left.index(slot)
+    mbarrier.expect(bar, gates.numel * (4 if GATED else 2))
+    load(pre, [row, n], bar, gates)
+    if GATED:
+        load(pre, [row, width + n], bar, _beside(ring, slot))
+    return following(slot, phase)
+
+
+@gluon.jit
+def _load_all(  # type: ignore[no-untyped-def]
+    grads,
+    down,
+    pre,
+    schedule,
+    num_groups,
+    depth,
+    width,
+    apart,
+    ring,
+    N: gl.constexpr,
+    BAND: gl.constexpr,
+    GATED: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    M: gl.constexpr = ring[0].shape[1]
+    K: gl.constexpr = ring[0].shape[2]
+    num_n = gl.cdiv(width, N)
+    slot = 0
+    phase = 1  # of a barrier that nobody has arrived at: the ring is empty
+    for tile in range(gl.program_id(0), first_tile(schedule, num_groups, num_groups) * num_n, gl.num_programs(0)):
+        group, row, _end, column = place(tile, schedule, num_groups, num_n, M, BAND)
+        n = column * N
+        for k in range(0, depth, K):
+            slot, phase = load_step(grads, down, down, k, ring, slot, phase, row, group, k, n, apart, False, TRANSPOSED)
+        for q in gl.static_range(0, N, _QUARTER):
+            if n + q < width:
+                slot, phase = _load_quarter(pre, ring, slot, phase, row, n + q, width, GATED)
+
+
+@gluon.jit
+def _begin_to_store(out, tile, row, end, n):  # type: ignore[no-untyped-def]
+    """Begin to store a quarter from shared memory, by a descriptor of ``quarters``."""
+    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
+    store(out, seen_as(tile, tile.dtype, [1, 1, tile.shape[0], tile.shape[1]], layout), row, end, n)
+
+
+@gluon.jit
+def _multiply_all(  # type: ignore[no-untyped-def]
+    out,
+    hidden,
+    parts,
+    weights,
+    assignments,
+    schedule,
+    num_groups,
+    num_assignments,
+    depth,
+    width,
+    ring,
+    buffers,
+    N: gl.constexpr,
+    BAND: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    M: gl.constexpr = ring[0].shape[1]
+    K: gl.constexpr = ring[0].shape[2]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _QUARTER, 16])
+    dtype: gl.constexpr = ring[0].dtype
+    STORES: gl.constexpr = 3 if GATED else 2  # of a quarter
+    left, _right, full, empty = ring
+    num_n = gl.cdiv(width, N)
+    first = gl.program_id(0)
+    slot, phase, before, held = 0, 0, 0, 0
+    for tile in range(first, first_tile(schedule, num_groups, num_groups) * num_n, gl.num_programs(0)):
+        _group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
+        rows = row + gl.arange(0, M, gl.SliceLayout(1, layout))
+        assignment = gl.load(assignments + rows, mask=rows < end, other=-1)
+        used = assignment >= 0
+        weight = gl.load(weights + assignment, mask=used, other=0.0)[:, None]
+        sums, slot, phase, before = multiply(ring, slot, phase, before, zeros(), False, False, TRANSPOSED)
+        if tile > first:  # what the last quarter of the tile before was stored from, is empty now
+            tma.store_wait(0)
+            mbarrier.arrive(empty.index(held), count=1)
+        for _ in range(K, depth, K):
+            sums, slot, phase, before = multiply(ring, slot, phase, before, sums, True, False, TRANSPOSED)
+        four = split(finish(ring, before, sums, True))
+        product = gl.zeros([M], gl.float32, gl.SliceLayout(1, layout))
+        for q in gl.static_range(4):
+            n = column * N + q * _QUARTER
+            if n < width:
+                mbarrier.wait(full.index(slot), phase)
+                gates, ups = left.index(slot), _beside(ring, slot)
+                gate = gates.load(layout).to(gl.float32)
+                up = gate
+                if GATED:
+                    up = ups.load(layout).to(gl.float32)
+                value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
+                product += gl.sum(value * four[q], 1)
+                weighted = four[q] * weight
+                buffer = buffers.index(q % 2)
+                buffer.store((value * weight).to(dtype).reshape(buffer.shape))
+                gates.store((weighted * slope).to(dtype))
+                if GATED:
+                    ups.store((weighted * slope_up).to(dtype))
+                fence_async_shared()
+                store(hidden, buffer, row, end, n)
+                _begin_to_store(out, gates, row, end, n)
+                if GATED:
+                    _begin_to_store(out, ups, row, end, width + n)
+                if q > 0:
+                    tma.store_wait(STORES)
+                    mbarrier.arrive(empty.index(held), count=1)
+                held = slot
+                slot, phase = following(slot, phase)
+        gl.store(parts + column.to(gl.int64) * num_assignments + assignment, product, mask=used)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _special_back_kernel(  # type: ignore[no-untyped-def]
+    grads,
+    down,
+    pre,
+    out,
+    hidden,
+    parts,
+    weights,
+    assignments,
+    schedule,
+    num_groups,
+    num_assignments,
+    depth,
+    width,
+    apart,
+    M: gl.constexpr,
+    N: gl.constexpr,
+    K: gl.constexpr,
+    BAND: gl.constexpr,
+    ACTIVATION: gl.constexpr,
+    GATED: gl.constexpr,
+    ALPHA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    TRANSPOSED: gl.constexpr,
+):
+    """Multiply gradients (R, depth) by down, transposed, and take them through the activation and its weight."""
+    ring, buffers = make_ring(grads.dtype, (M, K), (N, K) if TRANSPOSED else (K, N))
+    gl.warp_specialize(
+        [
+            (
+                _multiply_all,
+                (
+                    out, hidden, parts, weights, assignments, schedule, num_groups, num_assignments, depth, width,
+                    ring, buffers, N, BAND, ACTIVATION, GATED, ALPHA, LIMIT, TRANSPOSED,
+                ),
+            ),
+            (
+                _load_all,
+                (grads, down, pre, schedule, num_groups, depth, width, apart, ring, N, BAND, GATED, TRANSPOSED),
+            ),
+        ],
+        [_LOADERS],
+        [_REGISTERS],
+    )  # fmt: skip
+
+
+def takes(weights: Matrices, depth: int) -> bool:
+    """Say whether the kernel multiplies by such matrices (E, D, F), which have descriptors; F in whole quarters."""
+    return takes_rows(weights, depth, halved=False) and weights.shape[2] % QUARTER == 0
+
+
+def back_launch(
+    device: torch.device,
+    shape: tuple[int, int],
+    weights: Matrices,
+    *,
+    activation: Activation,
+    num_assignments: int,
+    tile: Tile,
+) -> tuple[Launch, int]:
+    """Return the launch of gradients, matrices, pre-activation, its gradients, hidden rows, parts, weights, assignments
+    and schedule; and of how many parts the gradients of the weights are sums.
+    """
+    num_groups, depth, width = weights.shape
+    num_rows, preactivations = shape[0], (2 if activation.gated else 1) * width
+    launch = Launch(
+        _special_back_kernel, (programs(device),),
+        (
+            blocks(shape, (shape[1], 1), (ROWS, DEPTH)), matrices_as_one(weights, COLUMNS),
+            blocks((num_rows, preactivations), (preactivations, 1), (ROWS, QUARTER)),
+            quarters((num_rows, preactivations)), quarters((num_rows, width)), *[POINTER] * 4,
+            num_groups, num_assignments, depth, width, weights.steps[0] // weights.steps[1],
+        ),
+        M=ROWS, N=COLUMNS, K=DEPTH, BAND=tile.band, ACTIVATION=activation.function, GATED=activation.gated,
+        ALPHA=activation.alpha, LIMIT=activation.limit, TRANSPOSED=weights.transposed, **OPTIONS,
+    )  # fmt: skip
+    return launch, blocks_of(width, COLUMNS)
