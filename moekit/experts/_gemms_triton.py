@@ -206,9 +206,9 @@ def _special_rows_launch(
     described = are_rows_describable(device, dtype, shape, weights, two, whole)
     if not (described and is_specialized(device, dtype, shape[0], tile)):
         return None
-    from moekit.experts import _ring_rows_triton
+    from moekit.experts import _ring_loads_triton, _ring_rows_triton
 
-    if not _ring_rows_triton.takes(weights, shape[1], halved=False):
+    if not _ring_loads_triton.takes(weights, shape[1], halved=False):
         return None
     return _ring_rows_triton.rows_launch(device, shape, weights, two=two, biased=biased, tile=tile)
 

@@ -155,11 +155,11 @@ def _special_launch(
     """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
     if not (is_specialized(device, dtype, shape[0], tile) and _is_describable(device, dtype, shape, weights, whole)):
         return None
-    from moekit.experts import _ring_rows_triton
+    from moekit.experts import _ring_loads_triton, _ring_up_triton
 
-    if not _ring_rows_triton.takes(weights, shape[1], halved=activation.gated):
+    if not _ring_loads_triton.takes(weights, shape[1], halved=activation.gated):
         return None
-    return _ring_rows_triton.up_launch(
+    return _ring_up_triton.up_launch(
         device, shape, weights,
         activation=activation, biased=biased, keep_pre=keep_pre, keep_hidden=keep_hidden, tile=tile,
     )  # fmt: skip

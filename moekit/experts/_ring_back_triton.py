@@ -11,8 +11,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.experts._activations_triton import units
-from moekit.experts._ring_rows_triton import load_step, matrices_as_one
-from moekit.experts._ring_rows_triton import takes as takes_rows
+from moekit.experts._ring_loads_triton import load_tiles, matrices_as_one, second_of
+from moekit.experts._ring_loads_triton import takes as takes_matrices
 from moekit.experts._ring_triton import (
     COLUMNS,
     DEPTH,
@@ -24,7 +24,6 @@ from moekit.experts._ring_triton import (
     blocks,
     finish,
     following,
-    load,
     make_ring,
     multiply,
     quarters,
@@ -40,57 +39,6 @@ from moekit.operators import blocks_of
 
 _LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
 _QUARTER = gl.constexpr(QUARTER)
-
-
-@gluon.jit
-def _beside(ring, slot):  # type: ignore[no-untyped-def]
-    """Return the second tile of pre-activations at a place of the ring, where else a matrix lies."""
-    left = ring[0]
-    return seen_as(ring[1].index(slot), left.dtype, [left.shape[1], left.shape[2]], left.layout)
-
-
-@gluon.jit
-def _load_quarter(pre, ring, slot, phase, row, n, width, GATED: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Fill the next place of the ring with a quarter of the gates, and of what stands beside them."""
-    left, _right, full, empty = ring
-    mbarrier.wait(empty.index(slot), phase)
-    bar, gates = full.index(slot), left.index(slot)
-    mbarrier.expect(bar, gates.numel * (4 if GATED else 2))
-    load(pre, [row, n], bar, gates)
-    if GATED:
-        load(pre, [row, width + n], bar, _beside(ring, slot))
-    return following(slot, phase)
-
-
-@gluon.jit
-def _load_all(  # type: ignore[no-untyped-def]
-    grads,
-    down,
-    pre,
-    schedule,
-    num_groups,
-    depth,
-    width,
-    apart,
-    ring,
-    N: gl.constexpr,
-    BAND: gl.constexpr,
-    GATED: gl.constexpr,
-    TRANSPOSED: gl.constexpr,
-):
-    M: gl.constexpr = ring[0].shape[1]
-    K: gl.constexpr = ring[0].shape[2]
-    num_n = gl.cdiv(width, N)
-    slot = 0
-    phase = 1  # of a barrier that nobody has arrived at: the ring is empty
-    for tile in range(gl.program_id(0), first_tile(schedule, num_groups, num_groups) * num_n, gl.num_programs(0)):
-        group, row, _end, column = place(tile, schedule, num_groups, num_n, M, BAND)
-        n = column * N
-        for k in range(0, depth, K):
-            slot, phase = load_step(grads, down, down, k, ring, slot, phase, row, group, k, n, apart, False, TRANSPOSED)
-        for q in gl.static_range(0, N, _QUARTER):
-            if n + q < width:
-                slot, phase = _load_quarter(pre, ring, slot, phase, row, n + q, width, GATED)
 
 
 @gluon.jit
@@ -149,7 +97,7 @@ def _multiply_all(  # type: ignore[no-untyped-def]
             n = column * N + q * _QUARTER
             if n < width:
                 mbarrier.wait(full.index(slot), phase)
-                gates, ups = left.index(slot), _beside(ring, slot)
+                gates, ups = left.index(slot), second_of(ring, slot)
                 gate = gates.load(layout).to(gl.float32)
                 up = gate
                 if GATED:
@@ -214,8 +162,11 @@ def _special_back_kernel(  # type: ignore[no-untyped-def]
                 ),
             ),
             (
-                _load_all,
-                (grads, down, pre, schedule, num_groups, depth, width, apart, ring, N, BAND, GATED, TRANSPOSED),
+                load_tiles,
+                (
+                    grads, down, down, pre, schedule, num_groups, depth, width, apart, ring, N, BAND,
+                    False, False, 2 if GATED else 1, TRANSPOSED,
+                ),
             ),
         ],
         [_LOADERS],
@@ -225,7 +176,7 @@ def _special_back_kernel(  # type: ignore[no-untyped-def]
 
 def takes(weights: Matrices, depth: int) -> bool:
     """Say whether the kernel multiplies by such matrices (E, D, F), which have descriptors; F in whole quarters."""
-    return takes_rows(weights, depth, halved=False) and weights.shape[2] % QUARTER == 0
+    return takes_matrices(weights, depth, halved=False) and weights.shape[2] % QUARTER == 0
 
 
 def back_launch(

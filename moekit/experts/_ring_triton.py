@@ -167,3 +167,19 @@ def emit(out, buffers, turn: gl.constexpr, values, row, end, n):  # type: ignore
     buffer.store(values.to(out.dtype).reshape(buffer.shape))
     fence_async_shared()
     store(out, buffer, row, end, n)
+
+
+@gluon.jit
+def emit_all(out, buffers, four, row, end, n):  # type: ignore[no-untyped-def]
+    """Begin to store the quarters of a tile, beside each other."""
+    for q in gl.static_range(4):
+        emit(out, buffers, q % 2, four[q], row, end, n + q * _QUARTER)
+
+
+@gluon.jit
+def with_bias(values, bias, n, width, BIASED: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Add a group's bias at columns from ``n`` on to a quarter."""
+    if BIASED:
+        columns = n + gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
+        values += gl.load(bias + columns, mask=columns < width, other=0.0).to(gl.float32)[None, :]
+    return values

@@ -17,6 +17,7 @@ from moekit.experts._ring_triton import (
     blocks,
     claim,
     emit,
+    emit_all,
     finish,
     following,
     load,
@@ -82,8 +83,7 @@ def _multiply_all(  # type: ignore[no-untyped-def]
         row = (part * num_groups + group) * height
         late_row, late_end, late_n = row + m, row + height, n
     if first < total:
-        for q in gl.static_range(4):
-            emit(out, buffers, q % 2, late[q], late_row, late_end, late_n + q * Q)
+        emit_all(out, buffers, late, late_row, late_end, late_n)
     tma.store_wait(0)
 
 

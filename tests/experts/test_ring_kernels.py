@@ -50,7 +50,7 @@ def test_a_kernel_compiles_for_hopper_and_holds_all_in_registers(name: str, comp
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    from moekit.experts._ring_rows_triton import takes
+    from moekit.experts._ring_loads_triton import takes
     from moekit.experts._tiles_triton import matrices
 
     def of(dim: int, hidden: int, *, turned: bool = False) -> Any:
