@@ -35,7 +35,11 @@ class Blocks(NamedTuple):
     layout: Any = None
 
 
-POINTER = Pointer()
+class Again(NamedTuple):
+    """Stands for the tensor of the argument before, as a pointer; it is given once."""
+
+
+POINTER, AGAIN = Pointer(), Again()
 
 
 class Launch:
@@ -48,7 +52,7 @@ class Launch:
     Attributes:
         kernel: a function of ``triton.jit``.
         grid: of programs, on three axes.
-        arguments: in the kernel's order; ``POINTER`` or ``Blocks`` for each tensor.
+        arguments: in the kernel's order; ``POINTER`` or ``Blocks`` for each tensor, ``AGAIN`` for the one before it.
         constants: the kernel's constants and options, by name.
     """
 
@@ -60,6 +64,7 @@ class Launch:
         self._values = [*arguments, *(constants[name] for name in rest)]
         self._places = [i for i, each in enumerate(arguments) if isinstance(each, Pointer | Blocks)]
         described = [(n, arguments[place]) for n, place in enumerate(self._places) if arguments[place] is not POINTER]
+        self._again = [place for place, each in enumerate(arguments) if isinstance(each, Again)]
         self._described = [(self._places[n], n, *_descriptor(blocks)) for n, blocks in described]
         self._compiled: dict[tuple[Any, ...], Any] = {}
 
@@ -85,6 +90,8 @@ class Launch:
         values = self._values.copy()
         for place, pointer in zip(self._places, pointers, strict=True):
             values[place] = pointer
+        for place in self._again:
+            values[place] = values[place - 1]
         for place, n, kind_of, fields in self._described:
             described: Any = object.__new__(kind_of)  # unchecked: its like has passed all checks
             values[place] = described
@@ -95,11 +102,11 @@ class Launch:
     def _launch(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
         values = [*self.arguments]
         for place, tensor in zip(self._places, tensors, strict=True):
-            blocks = self.arguments[place]
-            if blocks is not POINTER:
-                kind_of, fields = _descriptor(blocks)
-                tensor = kind_of(tensor, **fields)
             values[place] = tensor
+        for place in self._again:
+            values[place] = values[place - 1]
+        for place, _, kind_of, fields in self._described:
+            values[place] = kind_of(values[place], **fields)
         compiled = self.kernel[self.grid](*values, **self.constants)
         whole = not any(each.data_ptr() & 15 for each in tensors)
         if tensors[0].is_cuda and whole and not _is_watched():  # the interpreter compiles nothing

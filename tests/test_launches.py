@@ -112,6 +112,22 @@ def test_tensors_may_be_given_as_blocks(dtype: torch.dtype) -> None:
 
 
 @runs_kernels
+@has_descriptors
+def test_a_tensor_may_be_given_as_blocks_and_again_as_a_pointer() -> None:
+    import launched_kernels
+
+    from moekit._operators_triton import AGAIN, Blocks, Launch
+
+    blocks = Blocks((32, 48), (48, 1), (16, 16))
+    launch = Launch(launched_kernels.scale_in_place, (2, 3), (blocks, AGAIN, 48, 3.0), M=16, N=16)
+    for _ in range(3):
+        x = drawn(32 * 48).view(32, 48)
+        expected = 3 * x
+        launch(x)
+        assert torch.equal(x, expected)
+
+
+@runs_kernels
 @pytest.mark.parametrize("calls_before", [0, 2])
 @pytest.mark.parametrize("number", [1, 3, 4])
 def test_a_wrong_number_of_tensors_is_refused_before_anything_runs(number: int, calls_before: int) -> None:
@@ -136,21 +152,27 @@ class Recorded:
 
 
 @runs_kernels
-def test_compiled_code_gets_the_places_of_tensors_and_every_number(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("gluon", [False, True])
+def test_compiled_code_gets_the_places_of_tensors_and_every_number(
+    monkeypatch: pytest.MonkeyPatch, gluon: bool
+) -> None:
     """The way that only calls on CUDA take, with nothing compiled."""
+    from triton.experimental.gluon.language import NVMMASharedLayout
+
     from moekit import _operators_triton
-    from moekit._operators_triton import POINTER, Blocks, Launch
+    from moekit._operators_triton import AGAIN, POINTER, Blocks, Launch
+
+    layout = NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2) if gluon else None
 
     streams = SimpleNamespace(get_current_stream=lambda device: f"stream of {device}")
     monkeypatch.setattr(_operators_triton, "driver", SimpleNamespace(active=streams))
-    blocks, kernel, seen = Blocks((5, 4), (4, 1), (2, 4)), Recorded(), []
-    launch = Launch(kernel, (7,), (POINTER, None, blocks, 5, 0.5), num_warps=2, BLOCK=64)
+    blocks, kernel, seen = Blocks((5, 4), (4, 1), (2, 4), layout), Recorded(), []
+    launch = Launch(kernel, (7,), (POINTER, AGAIN, blocks, 5, 0.5), num_warps=2, BLOCK=64)
     x, out = torch.zeros(8), torch.zeros(5, 4)
     launch(x, out)
     [(grid, values, constants)] = kernel.launched
     assert (grid, constants) == ((7, 1, 1), {"num_warps": 2, "BLOCK": 64})
-    assert values[0] is x
-    assert values[1] is None
+    assert values[0] is values[1] is x
     checked = values[2]  # a descriptor that Triton itself has checked
     assert (checked.base is out, checked.shape, checked.strides, checked.block_shape) == (True, [5, 4], [4, 1], [2, 4])
     run = lambda *given: seen.append(given)  # noqa: E731
@@ -160,8 +182,9 @@ def test_compiled_code_gets_the_places_of_tensors_and_every_number(monkeypatch: 
         launch(x, out)
         given = seen.pop()
         assert given[:9] == (7, 1, 1, "stream of -1", "function", "metadata", None, None, None)
-        place, shift, described, *rest = given[9:]
-        assert (place, shift, rest) == (x.data_ptr(), None, [5, 0.5, 64])
+        place, again, described, *rest = given[9:]
+        assert (place, again, rest) == (x.data_ptr(), x.data_ptr(), [5, 0.5, 64])
+        assert type(described) is type(checked)
         assert described.base is out
         for field in dataclasses.fields(checked):
             if field.name != "base":

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import POINTER, Launch
+from moekit._operators_triton import AGAIN, POINTER, Launch
 from moekit.experts._parts_triton import part_of
 from moekit.experts._tiles_triton import (
     MOST_ROWS,
@@ -169,16 +169,11 @@ def grouped_rows(
     out = rows.new_empty(rows.shape[0], weights[0].shape[2])
     if out.numel() == 0:
         return out
-    decided = (
+    launch = _rows_launch(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), len(weights) == 2, bias is not None,
-        begins_whole(rows, *weights), tile,
+        begins_whole(rows, *weights), precision, tile,
     )  # fmt: skip
-    operands = (rows, *weights, *([] if bias is None else [bias]))
-    special = _special_rows_launch(*decided) if tile.specialized else None
-    if special is not None:
-        special(*operands, out, plan.table)
-    else:
-        _rows_launch(*decided, precision)(*operands, out, out, plan.table)
+    launch(rows, *weights, *([] if bias is None else [bias]), out, plan.table)
     return out
 
 
@@ -192,28 +187,6 @@ def are_rows_describable(
 
 
 @lru_cache(maxsize=512)
-def _special_rows_launch(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    weights: Matrices,
-    two: bool,
-    biased: bool,
-    whole: bool,
-    tile: Tile,
-) -> Launch | None:
-    """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
-    described = are_rows_describable(device, dtype, shape, weights, two, whole)
-    if not (described and is_specialized(device, dtype, shape[0], tile)):
-        return None
-    from moekit.experts import _ring_loads_triton, _ring_rows_triton
-
-    if not _ring_loads_triton.takes(weights, shape[1], halved=False):
-        return None
-    return _ring_rows_triton.rows_launch(device, shape, weights, two=two, biased=biased, tile=tile)
-
-
-@lru_cache(maxsize=512)
 def _rows_launch(
     device: torch.device,
     dtype: torch.dtype,
@@ -222,18 +195,23 @@ def _rows_launch(
     two: bool,
     biased: bool,
     whole: bool,
-    tile: Tile,
     precision: str,
+    tile: Tile,
 ) -> Launch:
     num_groups, depth, width = weights.shape
     tma = are_rows_describable(device, dtype, shape, weights, two, whole)
+    if tma and is_specialized(device, dtype, shape[0], tile):
+        from moekit.experts import _ring_loads_triton, _ring_rows_triton
+
+        if _ring_loads_triton.takes(weights, shape[1], halved=False):
+            return _ring_rows_triton.rows_launch(device, shape, weights, two=two, biased=biased, tile=tile)
     overlap = tile.overlap and tma and not two and shape[0] < MOST_ROWS
     out, right = (shape[0], width), weights.blocks(tile, tma)
     return Launch(
         _rows_kernel, (programs(device),),
         (
             matrix(shape, (tile.m, tile.k), tma), right, right if two else None, POINTER if biased else None,
-            groups(out, tile) if overlap else matrix(out, (tile.m, tile.n), tma), POINTER, POINTER,
+            groups(out, tile) if overlap else matrix(out, (tile.m, tile.n), tma), AGAIN, POINTER,
             num_groups, depth, width, shape[1], *weights.steps,
         ),
         M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TRANSPOSED=weights.transposed, TWO=two, BIASED=biased, TMA=tma,

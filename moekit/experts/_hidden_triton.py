@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import POINTER, Launch
+from moekit._operators_triton import AGAIN, POINTER, Launch
 from moekit.experts._activations_triton import units
 from moekit.experts._tiles_triton import (
     Matrices,
@@ -125,52 +125,12 @@ def up(
     num_rows, width = rows.shape[0], weights[0].shape[2]
     pre = rows.new_empty(num_rows if keep_pre else 0, len(weights) * width)
     hidden = rows.new_empty(num_rows if keep_hidden else 0, width)
-    decided = (
+    launch = _up_launch(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), activation, len(biases) > 0,
-        keep_pre, keep_hidden, begins_whole(rows, *weights), tile,
+        keep_pre, keep_hidden, begins_whole(rows, *weights), precision, tile,
     )  # fmt: skip
-    operands, kept = (rows, *weights, *biases), ((pre,) if keep_pre else ()) + ((hidden,) if keep_hidden else ())
-    special = _special_launch(*decided) if tile.specialized else None
-    if special is not None:
-        special(*operands, *kept, plan.table)
-        return pre, hidden
-    launch = _up_launch(*decided, precision)
-    launch(*operands, *[each for out in kept for each in (out, out)], plan.table)
+    launch(rows, *weights, *biases, *((pre,) if keep_pre else ()), *((hidden,) if keep_hidden else ()), plan.table)
     return pre, hidden
-
-
-@lru_cache(maxsize=512)
-def _special_launch(
-    device: torch.device,
-    dtype: torch.dtype,
-    shape: tuple[int, int],
-    weights: Matrices,
-    activation: Activation,
-    biased: bool,
-    keep_pre: bool,
-    keep_hidden: bool,
-    whole: bool,
-    tile: Tile,
-) -> Launch | None:
-    """Return the launch of the kernel whose warps load or multiply; None if it does not take these operands."""
-    if not (is_specialized(device, dtype, shape[0], tile) and _is_describable(device, dtype, shape, weights, whole)):
-        return None
-    from moekit.experts import _ring_loads_triton, _ring_up_triton
-
-    if not _ring_loads_triton.takes(weights, shape[1], halved=activation.gated):
-        return None
-    return _ring_up_triton.up_launch(
-        device, shape, weights,
-        activation=activation, biased=biased, keep_pre=keep_pre, keep_hidden=keep_hidden, tile=tile,
-    )  # fmt: skip
-
-
-def _is_describable(
-    device: torch.device, dtype: torch.dtype, shape: tuple[int, int], weights: Matrices, whole: bool
-) -> bool:
-    """Say whether rows and matrices can be read by descriptors."""
-    described = describable(shape, (shape[1], 1), dtype) and describable(weights.shape, weights.strides, dtype)
-    return whole and has_tma(device) and described
 
 
 @lru_cache(maxsize=512)
@@ -184,17 +144,26 @@ def _up_launch(
     keep_pre: bool,
     keep_hidden: bool,
     whole: bool,
-    tile: Tile,
     precision: str,
+    tile: Tile,
 ) -> Launch:
     num_groups, depth, width = weights.shape
     gated, num_rows = activation.gated, shape[0]
-    tma = _is_describable(device, dtype, shape, weights, whole)
+    tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
+    tma = tma and describable(weights.shape, weights.strides, dtype)
+    if tma and is_specialized(device, dtype, num_rows, tile):
+        from moekit.experts import _ring_loads_triton, _ring_up_triton
+
+        if _ring_loads_triton.takes(weights, depth, halved=gated):
+            return _ring_up_triton.up_launch(
+                device, shape, weights,
+                activation=activation, biased=biased, keep_pre=keep_pre, keep_hidden=keep_hidden, tile=tile,
+            )  # fmt: skip
     # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
     tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, dtype))
     right, block, bias = weights.blocks(tile, tma), (tile.m, tile.n), POINTER if biased else None
-    pre = (matrix((num_rows, (2 if gated else 1) * width), block, tma_store), POINTER)
-    hidden = (matrix((num_rows, width), block, tma_store), POINTER)
+    pre = (matrix((num_rows, (2 if gated else 1) * width), block, tma_store), AGAIN)
+    hidden = (matrix((num_rows, width), block, tma_store), AGAIN)
     return Launch(
         _up_kernel, (programs(device),),
         (
