@@ -22,11 +22,11 @@ TILE = ruled_tiles(LayerSize(torch.bfloat16, 4096, E, D, F, gated=True, capabili
 
 
 def launches() -> dict[str, tuple[Any, list[str]]]:
-    from moekit.experts._ring_back_triton import back_launch
-    from moekit.experts._ring_rows_triton import rows_launch
-    from moekit.experts._ring_up_triton import up_launch
-    from moekit.experts._ring_weights_triton import weight_launch
-    from moekit.experts._tiles_triton import matrices
+    from moekit.experts.kernels._ring_back_triton import back_launch
+    from moekit.experts.kernels._ring_rows_triton import rows_launch
+    from moekit.experts.kernels._ring_up_triton import up_launch
+    from moekit.experts.kernels._ring_weights_triton import weight_launch
+    from moekit.experts.kernels._tiles_triton import matrices
 
     plain, turned = matrices(torch.empty(E, D, F)), matrices(torch.empty(E, F, D).transpose(1, 2))
     rows = (4096, D)

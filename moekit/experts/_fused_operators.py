@@ -97,7 +97,7 @@ class Fused(torch.autograd.Function):
 
 
 def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
-    from moekit.experts import _tiles_triton
+    from moekit.experts.kernels import _tiles_triton
 
     if experts.numel() == 0:
         return [torch.empty_like(experts)]
@@ -109,7 +109,7 @@ def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> li
 @operator("fused_plan", _plan_fake)
 def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
     """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
-    from moekit.experts import _plan_triton
+    from moekit.experts.kernels import _plan_triton
 
     if experts.numel() == 0:
         return [experts.clone()]
@@ -144,7 +144,7 @@ def _forward(
     keep_rows: bool,
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from moekit.experts import _fused_triton
+    from moekit.experts.kernels import _fused_triton
 
     if weights.numel() == 0:
         y, rows, pre = _forward_fake(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
@@ -188,7 +188,7 @@ def _backward(
     settings: str,
     constants: list[float],
 ) -> list[Tensor]:
-    from moekit.experts import _fused_triton
+    from moekit.experts.kernels import _fused_triton
 
     if weights.numel() == 0:
         zeros = _backward_fake(grad, x, weights, plan, projections, rows, pre, settings, constants)
@@ -218,7 +218,7 @@ def _preactivations(projections: list[Tensor], layout: Layout) -> int:
 
 def _experts(projections: list[Tensor], layout: Layout) -> Any:
     """View parameters as (E, D, F) and (E, F, D), whatever their order in memory."""
-    from moekit.experts._fused_triton import Experts
+    from moekit.experts.kernels._fused_triton import Experts
 
     matrices, biases = _matrices(projections, layout)
     *ups, down = (_readable(p) for p in matrices)
@@ -240,9 +240,9 @@ def _readable(w: Tensor) -> Tensor:
 
 
 def _plan_of(tensors: list[Tensor], projections: list[Tensor]) -> Any:
-    from moekit.experts._fused_triton import Plan
-    from moekit.experts._lists_triton import TokenLists
-    from moekit.experts._tiles_triton import Schedule
+    from moekit.experts.kernels._fused_triton import Plan
+    from moekit.experts.kernels._lists_triton import TokenLists
+    from moekit.experts.kernels._tiles_triton import Schedule
 
     rows, assignments, table, *lists = tensors
     return Plan(rows, assignments, Schedule(table, projections[0].shape[0]), TokenLists(*lists) if lists else None)

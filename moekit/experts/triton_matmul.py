@@ -58,7 +58,7 @@ def _grouped_mm_triton_fake(rows: Tensor, sizes: Tensor, w: Tensor, precision: s
 
 @operator("grouped_mm_triton", _grouped_mm_triton_fake)
 def _product(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
-    from moekit.experts import _gemms_triton
+    from moekit.experts.kernels import _gemms_triton
 
     return _gemms_triton.multiply(rows.contiguous(), sizes, *_stored(w), precision)
 
@@ -69,7 +69,7 @@ def _grouped_mm_triton_grad_w_fake(rows: Tensor, sizes: Tensor, grad: Tensor, pr
 
 @operator("grouped_mm_triton_grad_w", _grouped_mm_triton_grad_w_fake)
 def _grad_w(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
-    from moekit.experts import _gemms_triton
+    from moekit.experts.kernels import _gemms_triton
 
     return _gemms_triton.multiply_transposed(rows.contiguous(), sizes, grad.contiguous(), precision)
 

@@ -135,7 +135,7 @@ def test_an_empty_list_of_assignments_gives_zero() -> None:
 @runs_kernels
 @pytest.mark.usefixtures("poison")
 def test_rows_of_nobody_are_zero() -> None:
-    from moekit.experts._lists_triton import copied
+    from moekit.experts.kernels._lists_triton import copied
 
     x, tokens = torch.randn(3, 21, device=DEVICE), torch.tensor([2, 0, 1, 2, 0], device=DEVICE)
     assignments = torch.tensor([4, -1, 0, 3, -1], device=DEVICE)
@@ -145,8 +145,8 @@ def test_rows_of_nobody_are_zero() -> None:
 
 @runs_kernels
 def test_rows_of_a_token_are_added_in_their_order() -> None:
-    from moekit.experts._lists_triton import TokenLists, summed
     from moekit.experts.fused import _lists_of_tokens
+    from moekit.experts.kernels._lists_triton import TokenLists, summed
 
     tokens, experts = torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, -1, 0, 0])
     lists = TokenLists(tokens, *_lists_of_tokens(experts, tokens, 3))
@@ -249,7 +249,7 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
 def test_a_plan_is_a_stable_sort_into_aligned_groups(
     num_experts: int, num_assignments: int, align: int, height: int
 ) -> None:
-    from moekit.experts._plan_triton import make_plan
+    from moekit.experts.kernels._plan_triton import make_plan
 
     experts = torch.randint(-1, num_experts, (num_assignments,), device=DEVICE)
     experts[::3] = min(2, num_experts - 1)

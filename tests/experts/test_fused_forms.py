@@ -275,8 +275,8 @@ def test_the_clamped_activation_has_the_constants_of_gpt_oss() -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_group_of_many_tiles_is_added_up(weighted: bool) -> None:
-    from moekit.experts._biases_triton import Weighing, bias_gradient
-    from moekit.experts._tiles_triton import schedule
+    from moekit.experts.kernels._biases_triton import Weighing, bias_gradient
+    from moekit.experts.kernels._tiles_triton import schedule
 
     sizes, parts, width = torch.tensor([3, 0, 1100, 16], dtype=torch.int32), 2, 5
     used, owners = int(sizes.sum()), torch.arange(4).repeat_interleave(sizes)
@@ -336,8 +336,8 @@ def test_autocast_reads_packed_and_biased_parameters() -> None:
 def test_a_part_is_described_only_if_it_begins_at_whole_16_bytes(
     part: int, described: bool, tall: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from moekit.experts import _gemms_triton
-    from moekit.experts._tiles_triton import schedule
+    from moekit.experts.kernels import _gemms_triton
+    from moekit.experts.kernels._tiles_triton import schedule
     from moekit.experts.tiles import Tile
 
     chosen: list[bool] = []

@@ -50,8 +50,8 @@ def test_a_kernel_compiles_for_hopper_and_holds_all_in_registers(name: str, comp
 
 
 def test_what_the_kernels_do_not_take() -> None:
-    from moekit.experts._ring_loads_triton import takes
-    from moekit.experts._tiles_triton import matrices
+    from moekit.experts.kernels._ring_loads_triton import takes
+    from moekit.experts.kernels._tiles_triton import matrices
 
     def of(dim: int, hidden: int, *, turned: bool = False) -> Any:
         return matrices(torch.empty(2, hidden, dim).transpose(1, 2) if turned else torch.empty(2, dim, hidden))

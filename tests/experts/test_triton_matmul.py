@@ -29,7 +29,7 @@ def test_under_the_interpreter() -> None:
 def _low_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Take tiles so low that a group has several, in every direction."""
     if INTERPRETED or DEVICE == "cuda":
-        from moekit.experts import _gemms_triton
+        from moekit.experts.kernels import _gemms_triton
         from moekit.experts.tiles import Tile
 
         small = Tile(m=16, n=16, k=16, warps=4, stages=2, band=2, overlap=True)

@@ -77,7 +77,7 @@ def draw_operands(size: LayerSize, *, align: int, device: torch.device, like: Op
 
 def _aligned(experts: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, int]:
     """Return aligned sizes (E,), the row of each assignment (N,), and how many rows the layer allocates."""
-    from moekit.experts import _tiles_triton
+    from moekit.experts.kernels import _tiles_triton
 
     counts = experts.bincount(minlength=num_experts)
     sizes = (counts + align - 1) // align * align
@@ -115,7 +115,7 @@ def schedule_of(operands: Operands, height: int) -> Any:
     Returns:
         A ``Schedule`` of the kernels.
     """
-    from moekit.experts import _tiles_triton
+    from moekit.experts.kernels import _tiles_triton
 
     return _tiles_triton.schedule(operands.sizes, operands.rows.shape[0], height)
 
@@ -140,7 +140,7 @@ class ProductRun:
 
     def __call__(self) -> Tensor:
         """Compute rows (R, ...), of which those from ``operands.total`` on are anything; or gradients of matrices."""
-        from moekit.experts import _gemms_triton, _hidden_triton
+        from moekit.experts.kernels import _gemms_triton, _hidden_triton
 
         o, parts = self.operands, len(self.operands.ups)
         if self.product == "up":

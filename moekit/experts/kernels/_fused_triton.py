@@ -10,12 +10,12 @@ from typing import NamedTuple
 from torch import Tensor
 
 from moekit import _rows_triton
-from moekit.experts import _gemms_triton, _hidden_triton, _lists_triton
-from moekit.experts._back_triton import back_through
-from moekit.experts._biases_triton import Weighing, bias_gradient
-from moekit.experts._lists_triton import TokenLists
-from moekit.experts._tiles_triton import Schedule
 from moekit.experts.activations import Activation
+from moekit.experts.kernels import _gemms_triton, _hidden_triton, _lists_triton
+from moekit.experts.kernels._back_triton import back_through
+from moekit.experts.kernels._biases_triton import Weighing, bias_gradient
+from moekit.experts.kernels._lists_triton import TokenLists
+from moekit.experts.kernels._tiles_triton import Schedule
 from moekit.experts.tiles import LayerTiles, Tile
 
 

@@ -8,8 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import AGAIN, POINTER, Launch
-from moekit.experts._activations_triton import units
-from moekit.experts._tiles_triton import (
+from moekit.experts.activations import Activation
+from moekit.experts.kernels._activations_triton import units
+from moekit.experts.kernels._tiles_triton import (
     Matrices,
     Schedule,
     begins_whole,
@@ -27,7 +28,6 @@ from moekit.experts._tiles_triton import (
     programs,
     store_tile,
 )
-from moekit.experts.activations import Activation
 from moekit.experts.tiles import Tile
 
 
@@ -152,7 +152,7 @@ def _up_launch(
     tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
     tma = tma and describable(weights.shape, weights.strides, dtype)
     if tma and is_specialized(device, dtype, num_rows, tile):
-        from moekit.experts import _ring_loads_triton, _ring_up_triton
+        from moekit.experts.kernels import _ring_loads_triton, _ring_up_triton
 
         if _ring_loads_triton.takes(weights, depth, halved=gated):
             return _ring_up_triton.up_launch(

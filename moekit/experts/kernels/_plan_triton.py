@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
 from moekit._segments_triton import BLOCK, counted_blocks, keys_of, ranks_in_block
-from moekit.experts._tiles_triton import Schedule, aligned_rows, most_tiles
+from moekit.experts.kernels._tiles_triton import Schedule, aligned_rows, most_tiles
 from moekit.operators import blocks_of
 
 _OWNERS = 64  # tiles of rows that one program finds the groups of

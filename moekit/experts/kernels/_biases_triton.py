@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._tiles_triton import Schedule, first_tile, group_of, load_bias
+from moekit.experts.kernels._tiles_triton import Schedule, first_tile, group_of, load_bias
 from moekit.operators import blocks_of, power_of_two
 
 

@@ -6,9 +6,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._activations_triton import units
-from moekit.experts._ring_loads_triton import load_tiles, matrices_as_one
-from moekit.experts._ring_triton import (
+from moekit.experts.activations import Activation
+from moekit.experts.kernels._activations_triton import units
+from moekit.experts.kernels._ring_loads_triton import load_tiles, matrices_as_one
+from moekit.experts.kernels._ring_triton import (
     COLUMNS,
     DEPTH,
     LOADER_REGISTERS,
@@ -26,8 +27,7 @@ from moekit.experts._ring_triton import (
     with_bias,
     zeros,
 )
-from moekit.experts._tiles_triton import Matrices, first_tile, place, programs
-from moekit.experts.activations import Activation
+from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
 from moekit.experts.tiles import Tile
 
 _LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)

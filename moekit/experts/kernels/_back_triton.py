@@ -8,10 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._activations_triton import units
-from moekit.experts._gemms_triton import are_rows_describable, grouped_rows
-from moekit.experts._tiles_triton import Matrices, Schedule, begins_whole, is_specialized, matrices
 from moekit.experts.activations import Activation
+from moekit.experts.kernels._activations_triton import units
+from moekit.experts.kernels._gemms_triton import are_rows_describable, grouped_rows
+from moekit.experts.kernels._tiles_triton import Matrices, Schedule, begins_whole, is_specialized, matrices
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of, power_of_two
 
@@ -165,7 +165,7 @@ def _special_launch(
     described = are_rows_describable(device, dtype, shape, weights, False, whole)
     if not (described and is_specialized(device, dtype, shape[0], tile)):
         return None
-    from moekit.experts import _ring_back_triton
+    from moekit.experts.kernels import _ring_back_triton
 
     if not _ring_back_triton.takes(weights, shape[1]):
         return None

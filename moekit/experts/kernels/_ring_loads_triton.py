@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moekit._operators_triton import Blocks
-from moekit.experts._ring_triton import COLUMNS, DEPTH, QUARTER, blocks, claim, following, load, seen_as
-from moekit.experts._tiles_triton import Matrices, first_tile, is_whole, place
+from moekit.experts.kernels._ring_triton import COLUMNS, DEPTH, QUARTER, blocks, claim, following, load, seen_as
+from moekit.experts.kernels._tiles_triton import Matrices, first_tile, is_whole, place
 
 _QUARTER = gl.constexpr(QUARTER)
 

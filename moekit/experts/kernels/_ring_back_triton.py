@@ -10,10 +10,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._activations_triton import units
-from moekit.experts._ring_loads_triton import load_tiles, matrices_as_one, second_of
-from moekit.experts._ring_loads_triton import takes as takes_matrices
-from moekit.experts._ring_triton import (
+from moekit.experts.activations import Activation
+from moekit.experts.kernels._activations_triton import units
+from moekit.experts.kernels._ring_loads_triton import load_tiles, matrices_as_one, second_of
+from moekit.experts.kernels._ring_loads_triton import takes as takes_matrices
+from moekit.experts.kernels._ring_triton import (
     COLUMNS,
     DEPTH,
     LOADER_REGISTERS,
@@ -32,8 +33,7 @@ from moekit.experts._ring_triton import (
     store,
     zeros,
 )
-from moekit.experts._tiles_triton import Matrices, first_tile, place, programs
-from moekit.experts.activations import Activation
+from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of
 

@@ -6,8 +6,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.experts._parts_triton import part_of
-from moekit.experts._ring_triton import (
+from moekit.experts.kernels._parts_triton import part_of
+from moekit.experts.kernels._ring_triton import (
     COLUMNS,
     DEPTH,
     LOADER_REGISTERS,
@@ -28,7 +28,7 @@ from moekit.experts._ring_triton import (
     split,
     zeros,
 )
-from moekit.experts._tiles_triton import programs
+from moekit.experts.kernels._tiles_triton import programs
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of
 

@@ -8,8 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import AGAIN, POINTER, Launch
-from moekit.experts._parts_triton import part_of
-from moekit.experts._tiles_triton import (
+from moekit.experts.kernels._parts_triton import part_of
+from moekit.experts.kernels._tiles_triton import (
     MOST_ROWS,
     Matrices,
     Schedule,
@@ -201,7 +201,7 @@ def _rows_launch(
     num_groups, depth, width = weights.shape
     tma = are_rows_describable(device, dtype, shape, weights, two, whole)
     if tma and is_specialized(device, dtype, shape[0], tile):
-        from moekit.experts import _ring_loads_triton, _ring_rows_triton
+        from moekit.experts.kernels import _ring_loads_triton, _ring_rows_triton
 
         if _ring_loads_triton.takes(weights, shape[1], halved=False):
             return _ring_rows_triton.rows_launch(device, shape, weights, two=two, biased=biased, tile=tile)
@@ -278,7 +278,7 @@ def _weight_launch(
     out = (parts * num_groups * height, width)
     tma_store = tma and is_whole(width, dtype) and out[0] < MOST_ROWS
     if tma_store and aligned and is_specialized(device, dtype, left[0], tile):
-        from moekit.experts import _ring_weights_triton
+        from moekit.experts.kernels import _ring_weights_triton
 
         return _ring_weights_triton.weight_launch(
             device, left, right, num_groups, size=(height, width), parts=parts, tall=tall, tile=tile
