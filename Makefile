@@ -10,7 +10,7 @@ train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
 test: setup check  ## environment, checks, then all tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile $(FLAGS)
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
 test-distributed: setup  ## all cases of the matrices over ranks, about twelve minutes
 	$(BIN)/python -m pytest tests/distributed tests/parallel --full --kills 20 $(FLAGS)

@@ -11,6 +11,12 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE":
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that hold long tests, so that no worker has one left when the other has nothing."""
+    long = {item.path for item in items if any(item.iter_markers("distributed")) or any(item.iter_markers("slow"))}
+    items.sort(key=lambda item: item.path not in long)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.default_generator.manual_seed(0)  # torch.manual_seed formats a stack for each absent device: slow
