@@ -132,12 +132,10 @@ def back_through(
         The hidden rows (R, F), weighted, and the gradients of the pre-activation (R, P F) and of the weights (*A).
     """
     matrix = down.transpose(1, 2)
-    special = None
-    if tile.specialized:
-        special = _special_launch(
-            grads.device, grads.dtype, tuple(grads.shape), matrices(matrix), activation, weights.numel(),
-            begins_whole(grads, matrix, pre), tile,
-        )  # fmt: skip
+    special = _special_launch(
+        grads.device, grads.dtype, tuple(grads.shape), matrices(matrix), activation, weights.numel(),
+        begins_whole(grads, matrix, pre), tile,
+    )  # fmt: skip
     if special is None:
         hidden = grouped_rows(grads, plan, (matrix,), precision=precision, tile=tile)
         grad_weights = torch.zeros_like(weights)

@@ -21,6 +21,8 @@ from moekit.experts.kernels._ring_triton import (
     LOADERS,
     OPTIONS,
     QUARTER,
+    QUARTER_HELD,
+    QUARTER_LAID,
     ROWS,
     blocks,
     finish,
@@ -37,15 +39,13 @@ from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, pr
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of
 
-_LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
 _QUARTER = gl.constexpr(QUARTER)
 
 
 @gluon.jit
 def _begin_to_store(out, tile, row, end, n):  # type: ignore[no-untyped-def]
     """Begin to store a quarter from shared memory, by a descriptor of ``quarters``."""
-    layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
-    store(out, seen_as(tile, tile.dtype, [1, 1, tile.shape[0], tile.shape[1]], layout), row, end, n)
+    store(out, seen_as(tile, tile.dtype, [1, 1, tile.shape[0], tile.shape[1]], QUARTER_LAID), row, end, n)
 
 
 @gluon.jit
@@ -72,7 +72,6 @@ def _multiply_all(  # type: ignore[no-untyped-def]
 ):
     M: gl.constexpr = ring[0].shape[1]
     K: gl.constexpr = ring[0].shape[2]
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _QUARTER, 16])
     dtype: gl.constexpr = ring[0].dtype
     STORES: gl.constexpr = 3 if GATED else 2  # of a quarter
     left, _right, full, empty = ring
@@ -81,7 +80,7 @@ def _multiply_all(  # type: ignore[no-untyped-def]
     slot, phase, before, held = 0, 0, 0, 0
     for tile in range(first, first_tile(schedule, num_groups, num_groups) * num_n, gl.num_programs(0)):
         _group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
-        rows = row + gl.arange(0, M, gl.SliceLayout(1, layout))
+        rows = row + gl.arange(0, M, gl.SliceLayout(1, QUARTER_HELD))
         assignment = gl.load(assignments + rows, mask=rows < end, other=-1)
         used = assignment >= 0
         weight = gl.load(weights + assignment, mask=used, other=0.0)[:, None]
@@ -92,16 +91,16 @@ def _multiply_all(  # type: ignore[no-untyped-def]
         for _ in range(K, depth, K):
             sums, slot, phase, before = multiply(ring, slot, phase, before, sums, True, False, TRANSPOSED)
         four = split(finish(ring, before, sums, True))
-        product = gl.zeros([M], gl.float32, gl.SliceLayout(1, layout))
+        product = gl.zeros([M], gl.float32, gl.SliceLayout(1, QUARTER_HELD))
         for q in gl.static_range(4):
             n = column * N + q * _QUARTER
             if n < width:
                 mbarrier.wait(full.index(slot), phase)
                 gates, ups = left.index(slot), second_of(ring, slot)
-                gate = gates.load(layout).to(gl.float32)
+                gate = gates.load(QUARTER_HELD).to(gl.float32)
                 up = gate
                 if GATED:
-                    up = ups.load(layout).to(gl.float32)
+                    up = ups.load(QUARTER_HELD).to(gl.float32)
                 value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
                 product += gl.sum(value * four[q], 1)
                 weighted = four[q] * weight
@@ -169,8 +168,8 @@ def _special_back_kernel(  # type: ignore[no-untyped-def]
                 ),
             ),
         ],
-        [_LOADERS],
-        [_REGISTERS],
+        [LOADERS],
+        [LOADER_REGISTERS],
     )  # fmt: skip
 
 

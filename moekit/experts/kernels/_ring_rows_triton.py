@@ -29,8 +29,6 @@ from moekit.experts.kernels._ring_triton import (
 from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
 from moekit.experts.tiles import Tile
 
-_LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
-
 
 @gluon.jit
 def _multiply_rows(  # type: ignore[no-untyped-def]
@@ -121,8 +119,8 @@ def _special_rows_kernel(  # type: ignore[no-untyped-def]
                 ),
             ),
         ],
-        [_LOADERS],
-        [_REGISTERS],
+        [LOADERS],
+        [LOADER_REGISTERS],
     )  # fmt: skip
 
 

@@ -27,12 +27,14 @@ load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _begin_to_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
 _tile = gl.shared_memory_descriptor
 seen_as = _tile.reinterpret if hasattr(_tile, "reinterpret") else _tile._reinterpret
-LOADERS, LOADER_REGISTERS = 4, 40  # warps that load, and the registers of each of their threads
-MULTIPLIERS = 8  # warps that multiply
-OPTIONS = {"num_warps": MULTIPLIERS}
+LOADERS, LOADER_REGISTERS = gl.constexpr(4), gl.constexpr(40)  # warps that load, and registers of their threads
+OPTIONS = {"num_warps": 8}  # that multiply
 
 _ROWS, _COLUMNS, _QUARTER = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(QUARTER)
 _STAGES = gl.constexpr(STAGES)
+# How the threads hold a quarter, and how one lies in shared memory.
+QUARTER_HELD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUARTER, 16]))
+QUARTER_LAID = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
 
 
 def blocks(shape: tuple[int, ...], strides: tuple[int, ...], block: tuple[int, ...]) -> Blocks:
@@ -55,10 +57,9 @@ def quarters(shape: tuple[int, int]) -> Blocks:
 def make_ring(dtype: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):  # type: ignore[no-untyped-def]
     """Return tiles of both operands, barriers that say that they are full and empty, and two buffers of quarters."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    of_quarters: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4)
     left = gl.allocate_shared_memory(dtype, [_STAGES, LEFT[0], LEFT[1]], layout)
     right = gl.allocate_shared_memory(dtype, [_STAGES, RIGHT[0], RIGHT[1]], layout)
-    buffers = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _QUARTER], of_quarters)
+    buffers = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _QUARTER], QUARTER_LAID)
     full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_STAGES):
@@ -134,15 +135,14 @@ def _halves(values, N: gl.constexpr):  # type: ignore[no-untyped-def]
 @gluon.jit
 def split(sums):  # type: ignore[no-untyped-def]
     """Return the four quarters of a tile's columns, which stay in the registers that they are in."""
-    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _QUARTER, 16])
     first, second = _halves(sums, _COLUMNS)
     a, b = _halves(first, _COLUMNS // 2)
     c, d = _halves(second, _COLUMNS // 2)
     return (
-        gl.convert_layout(a, layout),
-        gl.convert_layout(b, layout),
-        gl.convert_layout(c, layout),
-        gl.convert_layout(d, layout),
+        gl.convert_layout(a, QUARTER_HELD),
+        gl.convert_layout(b, QUARTER_HELD),
+        gl.convert_layout(c, QUARTER_HELD),
+        gl.convert_layout(d, QUARTER_HELD),
     )
 
 

@@ -30,8 +30,6 @@ from moekit.experts.kernels._ring_triton import (
 from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
 from moekit.experts.tiles import Tile
 
-_LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
-
 
 @gluon.jit
 def _multiply_up(  # type: ignore[no-untyped-def]
@@ -153,8 +151,8 @@ def _special_up_kernel(  # type: ignore[no-untyped-def]
                 ),
             ),
         ],
-        [_LOADERS],
-        [_REGISTERS],
+        [LOADERS],
+        [LOADER_REGISTERS],
     )  # fmt: skip
 
 

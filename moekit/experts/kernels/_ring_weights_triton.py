@@ -32,8 +32,6 @@ from moekit.experts.kernels._tiles_triton import programs
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of
 
-_LOADERS, _REGISTERS = gl.constexpr(LOADERS), gl.constexpr(LOADER_REGISTERS)
-
 
 @gluon.jit
 def _load_all(  # type: ignore[no-untyped-def]
@@ -114,8 +112,8 @@ def _special_weight_kernel(  # type: ignore[no-untyped-def]
             (_multiply_all, (out, schedule, num_groups, height, width, parts, total, ring, buffers, BAND, TALL)),
             (_load_all, (a, b, schedule, num_groups, height, width, parts, total, ring, BAND, TALL)),
         ],
-        [_LOADERS],
-        [_REGISTERS],
+        [LOADERS],
+        [LOADER_REGISTERS],
     )
 
 
