@@ -101,7 +101,7 @@ def _multiply_all(  # type: ignore[no-untyped-def]
                 up = gate
                 if GATED:
                     up = ups.load(QUARTER_HELD).to(gl.float32)
-                value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT)
+                value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT, QUICK=True)
                 product += gl.sum(value * four[q], 1)
                 weighted = four[q] * weight
                 buffer = buffers.index(q % 2)

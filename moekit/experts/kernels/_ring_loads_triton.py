@@ -1,4 +1,4 @@
-"""What the warps that load do for products over grouped rows: the order in which tiles come to the ring."""
+"""What the warp that loads does for products over grouped rows: the order in which tiles come to the ring."""
 
 import torch
 import triton.experimental.gluon.language as gl

@@ -1,4 +1,4 @@
-"""A ring of tiles in shared memory: some warps of a program fill it, the others multiply what they find there.
+"""A ring of tiles in shared memory: one warp of a program fills it, the others multiply what they find there.
 
 For Hopper, in Gluon. Loads never wait for arithmetic, nor the other way round. A tile of sums is written while the next
 one is added up: in quarters, each behind a product that runs meanwhile. Else a program would do nothing but write for a
@@ -27,7 +27,7 @@ load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
 _begin_to_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
 _tile = gl.shared_memory_descriptor
 seen_as = _tile.reinterpret if hasattr(_tile, "reinterpret") else _tile._reinterpret
-LOADERS, LOADER_REGISTERS = gl.constexpr(4), gl.constexpr(40)  # warps that load, and registers of their threads
+LOADERS, LOADER_REGISTERS = gl.constexpr(1), gl.constexpr(40)  # warps that load, and registers of their threads
 OPTIONS = {"num_warps": 8}  # that multiply
 
 _ROWS, _COLUMNS, _QUARTER = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(QUARTER)

@@ -92,7 +92,7 @@ def _multiply_up(  # type: ignore[no-untyped-def]
         four = (a, b, c, d)
         if KEEP_HIDDEN:
             for q in gl.static_range(HALF):
-                value, _slope, _other = units(four[q], four[(q + 2) % 4], ACTIVATION, GATED, ALPHA, LIMIT)
+                value, _slope, _other = units(four[q], four[(q + 2) % 4], ACTIVATION, GATED, ALPHA, LIMIT, QUICK=True)
                 emit(hidden, buffers, q % 2, value, row, end, n + q * Q)
         if KEEP_PRE:
             late = rounded(four, ring[0].dtype)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu
-from moekit.experts.fused import fused_layer
+from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto
@@ -133,6 +133,8 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["batched, padded"] = _batched
     rows["grouped, compiled"] = partial(_compiled, build=rows["grouped"])
     rows["fused_layer"] = _fused
+    rows["fused_layer, everything kept"] = partial(_fused, keep=EVERYTHING)
+    rows["fused_layer, inputs kept"] = partial(_fused, keep=INPUTS)
     rows["fused_layer, compiled"] = partial(_compiled, build=_fused)
     rows["fused_layer, tokens rounded"] = _rounded
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
@@ -178,9 +180,9 @@ def _graphed(case: Case, *, build: Build) -> Contender:
     return Contender(replay, case.leaves, case.grad)
 
 
-def _fused(case: Case) -> Contender:
+def _fused(case: Case, *, keep: Keep = PREACTIVATION) -> Contender:
     _need_gpu(case.x, "fused_layer")
-    return of_layer(case, layer=fused_layer())
+    return of_layer(case, layer=fused_layer(keep=keep))
 
 
 def _rounded(case: Case) -> Contender:
