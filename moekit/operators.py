@@ -1,7 +1,7 @@
 """What a launch needs beside its kernel, at the least cost of a call: operators, and the numbers of blocks."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,33 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         return registered
 
     return register
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def constant_in_graphs(function: _F) -> _F:
+    """Let compiled code call a function when it is compiled, and never again: for what a process does not change.
+
+    Does what ``torch.compiler.assume_constant_result`` does, which imports the compiler: that takes as long as the rest
+    of an import of moekit.
+
+    Args:
+        function: of constants, with a constant result.
+
+    Returns:
+        The function.
+
+    Example:
+        >>> @constant_in_graphs
+        ... def has_triton() -> bool:
+        ...     return find_spec("triton") is not None  # Dynamo could not trace this
+        >>> from importlib.util import find_spec
+        >>> has_triton()
+        True
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def blocks_of(length: int, size: int) -> int:

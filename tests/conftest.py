@@ -1,4 +1,4 @@
-"""What every test gets: no network, one thread or two, a fixed seed; and, on request, poisoned memory."""
+"""What every test gets: no network, few threads, a wide screen, a fixed seed; and, on request, poisoned memory."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -8,6 +8,7 @@ import pytest
 import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
+os.environ["COLUMNS"] = "160"  # of what programs print, so that the path of a temporary folder is not broken
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 

@@ -11,12 +11,13 @@ import torch
 
 from moekit.experts.tile_tables import Table, TileEntry, choose
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
+from moekit.operators import constant_in_graphs
 
 FORMAT = "moekit tiles 2"
 _MEND = "Correct it, or write the file again: moekit tune --write."
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def shipped() -> Table:
     """Return the table that comes with the package, which is read once.
 

@@ -4,6 +4,8 @@ from typing import NamedTuple
 
 import torch
 
+from moekit.operators import constant_in_graphs
+
 
 class Tile(NamedTuple):
     """Which part of a product one program computes at a time, and how.
@@ -89,7 +91,7 @@ def capability_of(device: torch.device) -> int:
     return _major(device) if device.type == "cuda" else 0
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 

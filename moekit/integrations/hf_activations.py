@@ -8,11 +8,11 @@ from collections.abc import Callable
 from types import MappingProxyType
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import nn
 
 from moekit.experts import Activation
+from moekit.operators import constant_in_graphs
 
 _FUNCTIONS = MappingProxyType(
     {
@@ -50,7 +50,7 @@ def activation_of(experts: nn.Module) -> Activation | None:
     return None if read is None or "_apply_gate" in module.__dict__ else read(module)
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _gate_of(kind: Any) -> str:
     """Say where a class has its gate function from; Dynamo does not read a function's names right."""
     gate = kind._apply_gate

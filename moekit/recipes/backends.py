@@ -24,6 +24,7 @@ from moekit.experts import (
 )
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles
+from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
@@ -178,7 +179,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
     return "it drops nothing, and the dispatcher has a capacity" if drops else ""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def float32_products() -> str:
     """Say what torch's own setting means for float32 products in kernels.
 
@@ -199,12 +200,12 @@ def _why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
     return "it does not know clamped_swiglu" if activation.function == CLAMPED_SWIGLU.function else ""
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
