@@ -246,7 +246,7 @@ def group_is_gone(process):
 def test_processes_killed_interrupted_and_gone_on_with(tmp_path):
     corpus, output = tmp_path / "corpus", tmp_path / "out"
     corpus.mkdir()
-    (corpus / "a.jsonl").write_text(json_lines(LINES * 60))
+    (corpus / "a.jsonl").write_text(json_lines(LINES * 240))  # some seconds of work to be stopped in
     parts = output / ".parts"
     first = start(corpus, output, "--workers", "2")
     wait_for(lambda: (parts / "00000001.part").exists())
@@ -274,7 +274,7 @@ def test_processes_killed_interrupted_and_gone_on_with(tmp_path):
     assert (third.returncode, err) == (0, "")
     assert re.search(r"tokenizing 100%.*writing shards 100%.*manifest.jsonl is done", out, re.DOTALL)
     assert re.search(
-        r"3,600 documents, [\d,]+ tokens, [\d,]+ sequences of 64, \d+ shards\npadding \d+ tokens, 0.\d+%; ", out
+        r"14,400 documents, [\d,]+ tokens, [\d,]+ sequences of 64, \d+ shards\npadding \d+ tokens, 0.\d+%; ", out
     )
     run(command(corpus, tmp_path / "unbroken", sequences_per_shard=200, piece_bytes=2000))
     assert content(output) == content(tmp_path / "unbroken")
