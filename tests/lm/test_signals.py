@@ -11,8 +11,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @pytest.fixture
 def handlers():
+    """Return the handlers that a program has in a terminal; in the background, a shell lets it ignore Ctrl-C."""
     before = [signal.getsignal(number) for number in SIGNALS]
-    yield before
+    usual = [signal.default_int_handler, signal.SIG_DFL]
+    for number, handler in zip(SIGNALS, usual, strict=True):
+        signal.signal(number, handler)
+    yield usual
     for number, handler in zip(SIGNALS, before, strict=True):
         signal.signal(number, handler)
 
