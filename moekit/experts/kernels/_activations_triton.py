@@ -54,7 +54,7 @@ def units(  # type: ignore[no-untyped-def]
 ):
     """Return hidden units and their derivatives by ``gate`` and by ``up``, which counts only if ``GATED``.
 
-    ``QUICK`` is for results of 16 bits on CUDA: a sigmoid is then right to about 22 bits.
+    ``QUICK`` is for results of 16 bits on CUDA: a sigmoid is then right to about 20 bits.
     """
     if ACTIVATION == "clamped_swiglu":
         clamped = tl.where(gate > LIMIT, LIMIT, gate)
