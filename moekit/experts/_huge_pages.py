@@ -10,10 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# What malloc hands out from 32 MiB on is always freshly mapped, and given back when it is freed (glibc's
-# DEFAULT_MMAP_THRESHOLD_MAX); below, it depends on what was freed before, and lies in small pages. Measured: from 4 MiB
-# on pages that are there are worth more than malloc's ways.
-_LARGE = 4 * 2**20
+# What malloc hands out from this size on is always freshly mapped, and given back when it is freed (glibc's
+# DEFAULT_MMAP_THRESHOLD_MAX): every gradient of a stacked weight then pays for cleared pages, each step.
+_ALWAYS_MAPPED = 32 * 2**20
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -36,7 +35,7 @@ def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """
     size = math.prod(shape) * dtype.itemsize
     # What should be poisoned goes through torch, which poisons it.
-    if size < _LARGE or not hasattr(mmap, "MADV_HUGEPAGE") or torch.are_deterministic_algorithms_enabled():
+    if size < _ALWAYS_MAPPED or not hasattr(mmap, "MADV_HUGEPAGE") or torch.are_deterministic_algorithms_enabled():
         return torch.empty(shape, dtype=dtype, device="cpu")
     memory = _take(size) or _map(size)
     lease = (ctypes.c_char * size).from_buffer(memory)  # lives as long as the tensor's storage
