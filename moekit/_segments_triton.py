@@ -15,10 +15,10 @@ from torch import Tensor
 from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
-# Assignments of a block, each compared with all the others; larger ones do not pay at any N up to 2^22 (H100). The
-# counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte below E = 32).
+# Assignments of a block. The counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte
+# below E = 32).
 BLOCK = 256
-_SCAN_BINS = 16  # experts that one program of the scan carries along
+_SCAN_BINS, _SCAN_BLOCKS = 4, 512  # experts that one program of the scan carries along, and blocks that it adds at once
 _INVERTED = 1024  # rows that one program of an inversion writes the places of
 
 
@@ -66,19 +66,21 @@ def _scan_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def ranks_in_block(  # type: ignore[no-untyped-def]
-    experts, keys, block, num_assignments, num_experts, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+def sorted_block(  # type: ignore[no-untyped-def]
+    experts, earlier, begins, block, num_assignments, num_experts, BLOCK: tl.constexpr, BINS: tl.constexpr
 ):
-    """Count those of a block's assignments that come before each and have its expert."""
-    # Comparing all pairs of a block costs the same for any E. The sum goes over the axis that no threads share.
-    local = tl.arange(0, BLOCK)
-    ranks = tl.zeros((BLOCK,), tl.int32)
-    for start in range(0, BLOCK, CHUNK):
-        others = start + tl.arange(0, CHUNK)
-        other_keys = keys_of(experts, block * BLOCK + others, num_assignments, num_experts)
-        before = (other_keys[:, None] == keys[None, :]) & (others[:, None] < local[None, :])
-        ranks += tl.sum(before.to(tl.int32), 0)
-    return ranks
+    """Sort a block's assignments by expert, stably; the groups of all blocks together begin at ``begins`` (BINS,).
+
+    Returns the places of the assignments, which may be past the end, their experts, and their rows.
+    """
+    bins, local = tl.arange(0, BINS), tl.arange(0, BLOCK)
+    keys = keys_of(experts, block * BLOCK + local, num_assignments, num_experts)
+    sizes = tl.histogram(keys, BINS)
+    # A row is where the block's share of the group begins, and how many of the block's share come before.
+    bases = begins + tl.load(earlier + block * BINS + bins) - (tl.cumsum(sizes, 0) - sizes)
+    ordered = tl.sort(keys * BLOCK + local)
+    keys = ordered // BLOCK
+    return block * BLOCK + ordered % BLOCK, keys, tl.gather(bases, keys, 0) + local
 
 
 @triton.jit
@@ -91,16 +93,12 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     num_assignments,
     num_experts,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     block = tl.program_id(0).to(tl.int64)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    keys = keys_of(experts, places, num_assignments, num_experts)
-    ranks = ranks_in_block(experts, keys, block, num_assignments, num_experts, BLOCK, CHUNK)
     sizes = tl.load(totals + tl.arange(0, BINS))
-    starts = tl.cumsum(sizes, 0) - sizes
-    targets = tl.gather(starts, keys, 0) + tl.load(earlier + block * BINS + keys) + ranks
+    begins = tl.cumsum(sizes, 0) - sizes
+    places, keys, targets = sorted_block(experts, earlier, begins, block, num_assignments, num_experts, BLOCK, BINS)
     real = places < num_assignments
     tl.store(order + targets, places, mask=real)
     tl.store(rows + places, tl.where(keys < num_experts, targets, -1).to(tl.int64), mask=real)
@@ -134,7 +132,7 @@ def _scan_launch(num_blocks: int, num_experts: int, bins: int, sized: bool) -> L
         (POINTER, POINTER, POINTER if sized else None, num_blocks, num_experts),
         BINS=bins,
         COLUMNS=_SCAN_BINS,
-        ROWS=128,
+        ROWS=_SCAN_BLOCKS,
     )
 
 
@@ -145,7 +143,6 @@ def _place_launch(num_assignments: int, num_experts: int, bins: int) -> Launch:
         (blocks_of(num_assignments, BLOCK),),
         (POINTER, POINTER, POINTER, POINTER, POINTER, num_assignments, num_experts),
         BLOCK=BLOCK,
-        CHUNK=32,
         BINS=bins,
     )
 

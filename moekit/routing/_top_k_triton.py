@@ -16,7 +16,7 @@ from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
-_TAKEN = tl.constexpr(-(2**63))
+_TAKEN = tl.constexpr(-(2**31))  # below the bits of every score
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
 
@@ -36,14 +36,13 @@ def _scores(z, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _sortable(scores, bins, BINS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Pack float32 scores and expert numbers into int64: larger scores first, then NaN before all, then lower numbers.
+def _sortable(scores):  # type: ignore[no-untyped-def]
+    """Return int32 in the order of float32 scores, NaN before all.
 
     The bits of a float32 without its sign are in the order of its values; those of a negative one are turned round.
     """
     bits = tl.where(scores != scores, _NAN_BITS, scores.to(tl.int32, bitcast=True))
-    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return (ordered.to(tl.int64) << 32) + (BINS - 1 - bins).to(tl.int64)[None, :]
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -52,6 +51,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     bias,
     experts,
     weights,
+    numbers,
     counts,
     num_tokens,
     num_experts,
@@ -74,13 +74,13 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     scores, top, total = _scores(z, SOFTMAX)
     if BIASED:
         scores += tl.load(bias + bins, mask=bins < num_experts, other=0.0)[None, :]
-    keys = tl.where(known, _sortable(scores, bins, BINS), _TAKEN)
+    keys = tl.where(known, _sortable(scores), _TAKEN)
     chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
     for choice in range(K):
-        best = tl.max(keys, 1)  # all keys differ, so one expert has it
-        expert = BINS - 1 - (best & 0xFFFFFFFF).to(tl.int32)
+        best = tl.max(keys, 1)
+        expert = tl.min(tl.where(keys == best[:, None], bins[None, :], BINS), 1)  # the first of those that have it
         chosen = tl.where(choices[None, :] == choice, expert[:, None], chosen)
-        keys = tl.where(keys == best[:, None], _TAKEN, keys)
+        keys = tl.where(bins[None, :] == expert[:, None], _TAKEN, keys)
     writes = real & (choices < K)[None, :]
     picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=writes, other=0.0)
     found = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
@@ -90,6 +90,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     places = tokens[:, None] * K + choices[None, :]
     tl.store(experts + places, chosen.to(tl.int64), mask=writes)
     tl.store(weights + places, found * scale, mask=writes)
+    tl.store(numbers + tokens, tokens, mask=tokens < num_tokens)
     if COUNTED:
         taken = tl.sum(((keys == _TAKEN) & real).to(tl.int32), 0)
         tl.atomic_add(counts + bins, taken.to(tl.int64), mask=(bins < num_experts) & (taken > 0))
@@ -142,13 +143,19 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(grad_logits + tokens[:, None] * num_experts + bins[None, :], result, mask=real & known)
 
 
-def _tile(num_experts: int, k: int) -> dict[str, int]:
+def _tile(num_experts: int, k: int, *, counted: bool = False) -> dict[str, int]:
     """Choose by shape class: few experts share a program with many tokens, many have a warp to themselves.
 
-    A maximum over one warp's scores needs no shared memory, and there are K of them.
+    A maximum over one warp's scores needs no shared memory, and there are K of them. Programs that count are fewer,
+    since all of them add to the same numbers.
     """
     bins = max(16, power_of_two(num_experts))
-    scores, warps = (1024, 4) if bins < 32 else (1024, 2) if bins < 256 else (512, 1)
+    if bins < 32:
+        scores, warps = 1024, 4
+    elif bins < 256:
+        scores, warps = (2048, 4) if counted else (1024, 2)
+    else:
+        scores, warps = 512, 1
     return {
         "BINS": bins,
         "TOKENS": max(1, scores // bins),
@@ -161,11 +168,11 @@ def _tile(num_experts: int, k: int) -> dict[str, int]:
 def _choose_launch(
     num_tokens: int, num_experts: int, k: int, softmax: bool, normalize: bool, scale: float, biased: bool, counted: bool
 ) -> Launch:
-    tile = _tile(num_experts, k)
+    tile = _tile(num_experts, k, counted=counted)
     return Launch(
         _choose_kernel,
         (blocks_of(num_tokens, tile["TOKENS"]),),
-        (*(5 * (POINTER,)), num_tokens, num_experts, scale),
+        (*(6 * (POINTER,)), num_tokens, num_experts, scale),
         **{"K": k, "SOFTMAX": softmax, "NORMALIZE": normalize, "BIASED": biased, "COUNTED": counted, **tile},
     )
 
@@ -183,27 +190,30 @@ def _backward_launch(num_tokens: int, num_experts: int, k: int, softmax: bool, n
 
 def _fused_top_k_fake(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, counted: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_tokens, num_experts = logits.shape
-    experts = logits.new_empty(num_tokens, k, dtype=torch.int64)
-    counts = logits.new_empty(num_experts if counted else 0, dtype=torch.int64)
-    return logits.new_empty(num_tokens, k), experts, counts
+    experts, counts, numbers = (
+        logits.new_empty(size, dtype=torch.int64)
+        for size in ((num_tokens, k), (num_experts if counted else 0,), (num_tokens,))
+    )
+    return logits.new_empty(num_tokens, k), experts, counts, numbers
 
 
 @operator("fused_top_k", _fused_top_k_fake)
 def _choose(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, counted: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = logits.contiguous()
     num_tokens, num_experts = logits.shape
     device = logits.device
     experts = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
     weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=device)
+    numbers = torch.empty(num_tokens, dtype=torch.int64, device=device)
     counts = torch.zeros(num_experts if counted else 0, dtype=torch.int64, device=device)
     if num_tokens:
         launch = _choose_launch(num_tokens, num_experts, k, softmax, normalize, scale, bias is not None, counted)
-        launch(logits, logits if bias is None else bias.contiguous(), experts, weights, counts)
-    return weights, experts, counts
+        launch(logits, logits if bias is None else bias.contiguous(), experts, weights, numbers, counts)
+    return weights, experts, counts, numbers
 
 
 def _fused_top_k_backward_fake(
@@ -225,21 +235,23 @@ def _grad_logits(grad: Tensor, logits: Tensor, experts: Tensor, softmax: bool, n
 
 class _FusedTopK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        weights, experts, counts = _choose(logits, *options)
-        ctx.mark_non_differentiable(experts, counts)
-        ctx.save_for_backward(logits, experts)
+    def forward(ctx, logits: Tensor, *options: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        weights, *integers = _choose(logits, *options)
+        ctx.mark_non_differentiable(*integers)
+        ctx.set_materialize_grads(False)  # integers would get zeros, each by a kernel
+        ctx.save_for_backward(logits, integers[0])
         ctx.options = options[2:5]  # softmax, normalize, scale
-        return weights, experts, counts
+        return weights, *integers
 
     @staticmethod
-    def backward(ctx, grad: Tensor, *of_integers: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return _grad_logits(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None, None
+    def backward(ctx, grad: Tensor | None, *of_integers: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        of_logits = None if grad is None else _grad_logits(grad, *ctx.saved_tensors, *ctx.options)
+        return of_logits, None, None, None, None, None, None
 
 
 def fused_top_k(
     logits: Tensor, bias: Tensor | None, k: int, softmax: bool, normalize: bool, scale: float, *, counted: bool = True
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Choose experts and weigh them, as ``moekit.routing.top_k`` with a softmax or, if not, a sigmoid.
 
     No host synchronisation. Deterministic.
@@ -254,7 +266,8 @@ def fused_top_k(
         counted: whether to count the tokens of each expert.
 
     Returns:
-        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64, or (0,) if they are not counted.
+        weights (T, K) float32; experts (T, K) int64; tokens per expert (E,) int64, or (0,) if they are not counted; and
+        the numbers of the tokens (T,) int64, from 0 on.
     """
-    weights, experts, counts = _FusedTopK.apply(logits, bias, k, softmax, normalize, scale, counted)
-    return weights, experts, counts
+    weights, experts, counts, numbers = _FusedTopK.apply(logits, bias, k, softmax, normalize, scale, counted)
+    return weights, experts, counts, numbers

@@ -108,10 +108,10 @@ def _by_kernel(
         if bias.shape != logits.shape[1:]:
             shifted(logits, bias)  # says what does not fit
         bias = bias.detach().float()
-    weights, experts, load = _top_k_triton.fused_top_k(
+    weights, experts, load, tokens = _top_k_triton.fused_top_k(
         logits, bias, k, score is softmax, normalize, scale, counted=counted
     )
-    return token_choice(experts, weights, logits), load
+    return token_choice(experts, weights, logits, tokens=tokens), load
 
 
 def _check_kernel(logits: Tensor, k: int, score: Score) -> None:

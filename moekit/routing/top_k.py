@@ -140,13 +140,14 @@ def normalized(weights: Tensor) -> Tensor:
     return weights / weights.sum(-1, keepdim=True).clamp_min(_SMALLEST_SUM)
 
 
-def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor) -> Routing:
+def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor, *, tokens: Tensor | None = None) -> Routing:
     """Assemble the routing of a token-choice router.
 
     Args:
         expert_indices: (T, K) int64 in [0, E), or -1.
         weights: (T, K).
         logits: (T, E), whose shape gives T and E.
+        tokens: (T,) int64, the numbers from 0 to T - 1, where they are at hand.
 
     Returns:
         Routing of shape (T, K); token t owns row t.
@@ -157,9 +158,10 @@ def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor) -> Rou
                 [1]])
     """
     num_tokens, num_experts = logits.shape
-    tokens = torch.arange(num_tokens, device=logits.device).unsqueeze(-1)
+    if tokens is None:
+        tokens = torch.arange(num_tokens, device=logits.device)
     return Routing(
-        token_indices=tokens.expand_as(expert_indices),
+        token_indices=tokens.unsqueeze(-1).expand_as(expert_indices),
         expert_indices=expert_indices,
         weights=weights,
         num_tokens=num_tokens,

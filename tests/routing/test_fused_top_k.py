@@ -28,7 +28,9 @@ def test_under_the_interpreter() -> None:
 def by_kernel(logits: Tensor, *, k: int, score=softmax, normalize=False, scale=1.0, bias=None) -> tuple[Tensor, ...]:
     from moekit.routing import _top_k_triton
 
-    return _top_k_triton.fused_top_k(logits, bias, k, score is softmax, normalize, scale)
+    *found, numbers = _top_k_triton.fused_top_k(logits, bias, k, score is softmax, normalize, scale)
+    assert numbers.tolist() == [*range(logits.shape[0])]
+    return tuple(found)
 
 
 def agree(found: Tensor, expected: Tensor, name: str) -> None:
@@ -135,6 +137,26 @@ def test_without_the_load_the_choice_is_the_same(num_tokens) -> None:
     assert (expected[2].shape, found[2].shape, found[2].dtype) == ((6,), (0,), torch.int64)
 
 
+class Silent(torch.autograd.Function):
+    """A sum that sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor) -> Tensor:
+        return values.sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> None:
+        return None
+
+
+@runs_kernels
+def test_weights_that_get_no_gradient_send_none() -> None:
+    logits = torch.randn(5, 4, device=DEVICE, requires_grad=True)
+    weights, _, _ = by_kernel(logits, k=2)
+    [found] = torch.autograd.grad(logits.sum() + Silent.apply(weights), logits)
+    assert torch.equal(found, torch.ones_like(logits))
+
+
 @runs_kernels
 def test_the_operator_is_well_formed() -> None:
     from moekit.routing import _top_k_triton
@@ -143,7 +165,7 @@ def test_the_operator_is_well_formed() -> None:
     torch.library.opcheck(_top_k_triton._choose, (logits, bias, 2, True, True, 2.0))
     torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0))
     torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0, False))
-    _, experts, _ = _top_k_triton._choose(logits, None, 2, False, False, 1.0)
+    _, experts, _, _ = _top_k_triton._choose(logits, None, 2, False, False, 1.0)
     grad = torch.randn(6, 2, device=DEVICE)
     torch.library.opcheck(_top_k_triton._grad_logits, (grad, logits, experts, False, False, 1.0))
 

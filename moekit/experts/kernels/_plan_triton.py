@@ -12,11 +12,11 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit._segments_triton import BLOCK, counted_blocks, keys_of, ranks_in_block
+from moekit._segments_triton import BLOCK, counted_blocks, sorted_block
 from moekit.experts.kernels._tiles_triton import Schedule, aligned_rows, most_tiles
 from moekit.operators import blocks_of
 
-_OWNERS = 64  # tiles of rows that one program finds the groups of
+_COMPARED = 8192  # numbers of groups and of tiles, multiplied, that one program compares to find the tiles' groups
 
 
 @triton.jit
@@ -34,35 +34,31 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     M: tl.constexpr,
     OWNERS: tl.constexpr,
     BLOCK: tl.constexpr,
-    CHUNK: tl.constexpr,
     BINS: tl.constexpr,
 ):
     bins = tl.arange(0, BINS)
     found = tl.load(totals + bins)
     whole = tl.where(bins < num_experts, (found + (ALIGN - 1)) // ALIGN * ALIGN, 0)
     begins = tl.cumsum(whole, 0) - whole
-    tiles = (whole + (M - 1)) // M
-    last_tiles = tl.cumsum(tiles, 0)
 
     block = tl.program_id(0).to(tl.int64)
-    places = block * BLOCK + tl.arange(0, BLOCK)
-    keys = keys_of(experts, places, num_assignments, num_experts)
-    ranks = ranks_in_block(experts, keys, block, num_assignments, num_experts, BLOCK, CHUNK)
+    places, keys, row = sorted_block(experts, earlier, begins, block, num_assignments, num_experts, BLOCK, BINS)
+    row = row.to(tl.int64)
     inside = places < num_assignments
-    before = tl.load(earlier + block * BINS + keys, mask=inside, other=0)
-    row = (tl.gather(begins, keys, 0) + before + ranks).to(tl.int64)
     real = inside & (keys < num_experts)
     tl.store(rows + places, tl.where(real, row, -1), mask=inside)
     tl.store(assignments + row, places, mask=real)
 
     numbers = tl.program_id(0) * OWNERS + tl.arange(0, OWNERS)
     if tl.program_id(0) * OWNERS < num_owners:
+        tiles = (whole + (M - 1)) // M
+        last_tiles = tl.cumsum(tiles, 0)
         owner = tl.sum((last_tiles[None, :] <= numbers[:, None]).to(tl.int32), 1)
         tl.store(schedule + 3 * num_experts + 1 + numbers, owner, mask=numbers < num_owners)
-    if tl.program_id(0) == 0:
-        tl.store(schedule + bins, begins, mask=bins < num_experts)
-        tl.store(schedule + num_experts + bins, whole, mask=bins < num_experts)
-        tl.store(schedule + 2 * num_experts + bins, last_tiles - tiles, mask=bins <= num_experts)
+        if tl.program_id(0) == 0:
+            tl.store(schedule + bins, begins, mask=bins < num_experts)
+            tl.store(schedule + num_experts + bins, whole, mask=bins < num_experts)
+            tl.store(schedule + 2 * num_experts + bins, last_tiles - tiles, mask=bins <= num_experts)
 
 
 def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> tuple[Tensor, Tensor, Schedule]:
@@ -96,8 +92,9 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
 def _plan_launch(
     num_blocks: int, bins: int, num_assignments: int, num_experts: int, num_owners: int, height: int, align: int
 ) -> Launch:
+    owners = max(1, min(64, _COMPARED // bins))
     return Launch(
-        _plan_kernel, (max(num_blocks, blocks_of(num_owners, _OWNERS)),),
+        _plan_kernel, (max(num_blocks, blocks_of(num_owners, owners)),),
         (*[POINTER] * 6, num_assignments, num_experts, num_owners),
-        ALIGN=align, M=height, OWNERS=_OWNERS, BLOCK=BLOCK, CHUNK=32, BINS=bins,
+        ALIGN=align, M=height, OWNERS=owners, BLOCK=BLOCK, BINS=bins,
     )  # fmt: skip
