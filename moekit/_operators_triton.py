@@ -42,6 +42,16 @@ class Again(NamedTuple):
 POINTER, AGAIN = Pointer(), Again()
 
 
+def has_tma(device: torch.device) -> bool:
+    """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def matrix(shape: tuple[int, int], block: tuple[int, int], tma: bool) -> Pointer | Blocks:
+    """Return what a contiguous matrix is to a launch: blocks of a descriptor, or a pointer where there are none."""
+    return Blocks(shape, (shape[1], 1), block) if tma else POINTER
+
+
 class Launch:
     """A kernel with its grid and all of its arguments but the tensors.
 

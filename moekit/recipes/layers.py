@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots
 from moekit.experts import init_gated
-from moekit.routing import init_linear_gate, mask_soft, mask_tokens, without_simple
+from moekit.routing import init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
 from moekit.types import (
     Dispatcher,
     DispatchPlan,
@@ -178,7 +178,7 @@ def moe_layer(
     """
     tokens = x.reshape(-1, x.shape[-1])  # (T, D)
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
-    logits = recipe.gate(tokens, params.gate)  # (T, E)
+    logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)
     remembered = "bias" if recipe.state is None else recipe.state.name
     given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, "token_mask": token_mask}
     given[remembered] = state

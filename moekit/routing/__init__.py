@@ -8,7 +8,7 @@ from moekit.routing.dynamic_k import threshold, top_p
 from moekit.routing.expert_choice import expert_capacity, expert_choice
 from moekit.routing.fixed import hash_choice, hash_table, random_choice, round_robin
 from moekit.routing.fused_top_k import fused_top_k, fused_top_k_and_load
-from moekit.routing.gates import clean, init_linear_gate, linear_gate, noisy
+from moekit.routing.gates import clean, init_linear_gate, linear_gate, noisy, score_and_pass
 from moekit.routing.group_limited import group_limited
 from moekit.routing.heterogeneous import heterogeneous_balance_loss
 from moekit.routing.importance_losses import importance_loss, load_loss
@@ -43,6 +43,7 @@ __all__ = [
     # gates
     "linear_gate",
     "init_linear_gate",
+    "score_and_pass",
     "biased_gate",
     "init_biased_gate",
     "BiasedGateParams",

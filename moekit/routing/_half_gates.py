@@ -52,33 +52,49 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
         return steps.folded(product(x, steps.split(w, 3)), 3)
 
 
-def _grad_fake(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _grad_fake(grad: Tensor, x: Tensor, w: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), w.new_empty(w.shape)
 
 
 @operator("half_gate_backward", _grad_fake)
-def _grad(grad: Tensor, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients of tokens and gate; as many terms as their dtypes have bits for."""
+def _grad(grad: Tensor, x: Tensor, w: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the gradients of tokens, with what is ``beside`` it, and of the gate; more terms for a gate of more bits."""
     steps = _steps(x)
     with outside_autocast(x.device.type):
         parts, left = steps.grad_parts(grad, 2 if w.dtype == HALF else 3)
         grad_w, pairs = steps.gate_gradient(product(x.T, parts), w)
-        return torch.mm(left, pairs.T), grad_w
+        grad_x = torch.mm(left, pairs.T) if beside is None else steps.add_product(left, pairs, beside)
+        return grad_x, grad_w
 
 
 class _Logits(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, w)
-        return _product(x, w)
+    """(x, w) -> logits, and x for what comes after the gate, whose gradient is added to the gate's own."""
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        grad_x, grad_w = _grad(grad, *ctx.saved_tensors)
+    def forward(ctx, x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, w)
+        ctx.set_materialize_grads(False)
+        return _product(x, w), x.view_as(x)
+
+    @staticmethod
+    def backward(  # type: ignore[no-untyped-def]
+        ctx, grad: Tensor | None, beside: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if grad is None:
+            return beside, None
+        grad_x, grad_w = _grad(grad, *ctx.saved_tensors, beside)
         return grad_x, grad_w
 
 
 def logits(x: Tensor, w: Tensor) -> Tensor:
     """Multiply tokens (T, D) bfloat16 by a gate (D, E), bfloat16 or float32, to (T, E) float32."""
-    z: Tensor = _Logits.apply(x, w)
-    return z
+    return logits_and_tokens(x, w)[0]
+
+
+def logits_and_tokens(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """Do what ``logits`` does, and return the tokens as well.
+
+    Who goes on with these sends their gradient through the gate, which adds its own in the same pass.
+    """
+    z, tokens = _Logits.apply(x, w)
+    return z, tokens if x.requires_grad else x

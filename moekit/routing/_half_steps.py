@@ -1,4 +1,4 @@
-"""What a gate in bfloat16 takes beside its products, in torch: numbers into parts that add up to them, and back."""
+"""What a gate in bfloat16 takes beside torch's products, in torch: numbers into parts that add up to them, and back."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -64,6 +64,11 @@ def gate_gradient(sums: Tensor, w: Tensor, *, half: torch.dtype = HALF) -> tuple
     return grad, torch.cat([halves[:, i] for i in (0, 0, 1, 1)], 1)
 
 
+def add_product(left: Tensor, right: Tensor, beside: Tensor) -> Tensor:
+    """Return left (T, M) times right (D, M), transposed, plus beside (T, D), summed in float32; one dtype for all."""
+    return (left.float() @ right.float().T + beside.float()).to(beside.dtype)
+
+
 class Steps(NamedTuple):
     """What is done beside the products, by one means: functions with the signatures of this module's.
 
@@ -72,12 +77,14 @@ class Steps(NamedTuple):
         grad_parts: the gradient of logits into parts.
         folded: the terms of a product added up.
         gate_gradient: the same for a gradient, and the gate as pairs.
+        add_product: the gradient of tokens added to another.
     """
 
     split: Callable[..., Tensor]
     grad_parts: Callable[..., tuple[Tensor, Tensor]]
     folded: Callable[..., Tensor]
     gate_gradient: Callable[..., tuple[Tensor, Tensor]]
+    add_product: Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-PLAIN = Steps(split, grad_parts, folded, gate_gradient)
+PLAIN = Steps(split, grad_parts, folded, gate_gradient, add_product)

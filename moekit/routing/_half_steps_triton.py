@@ -1,4 +1,4 @@
-"""The steps of ``_half_steps``, as Triton kernels: each tensor is read once and written once."""
+"""The steps of ``_half_steps``, as Triton kernels; but for the product each tensor is read once and written once."""
 
 from functools import lru_cache
 
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import POINTER, Launch
+from moekit._operators_triton import POINTER, Launch, has_tma, matrix
 from moekit.operators import blocks_of, power_of_two
 from moekit.routing._half_steps import HALF, Steps
 
@@ -65,6 +65,43 @@ def _fold_kernel(  # type: ignore[no-untyped-def]
             tl.store(place + width, half, mask=inside)
 
 
+@triton.jit
+def _add_product_kernel(  # type: ignore[no-untyped-def]
+    left,
+    right,
+    beside,
+    out,
+    num_tokens,
+    depth,
+    dim,
+    TOKENS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+    TMA: tl.constexpr,
+):
+    """Multiply left (T, depth) by right (D, depth), transposed, and add beside (T, D)."""
+    blocks = tl.cdiv(dim, COLUMNS)
+    first, column = tl.program_id(0) // blocks * TOKENS, tl.program_id(0) % blocks * COLUMNS
+    tokens, columns = first.to(tl.int64) + tl.arange(0, TOKENS), column + tl.arange(0, COLUMNS)
+    sums = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for start in range(0, depth, STEP):
+        if TMA:
+            a = left.load([first, start])
+            b = right.load([column, start])
+        else:
+            terms = start + tl.arange(0, STEP)
+            real = (terms < depth)[None, :]
+            places = tokens[:, None] * depth + terms[None, :]
+            a = tl.load(left + places, mask=(tokens < num_tokens)[:, None] & real, other=0.0)
+            places = columns[:, None].to(tl.int64) * depth + terms[None, :]
+            b = tl.load(right + places, mask=(columns < dim)[:, None] & real, other=0.0)
+        sums = tl.dot(a, b.T, sums)
+    inside = (tokens < num_tokens)[:, None] & (columns < dim)[None, :]
+    places = tokens[:, None] * dim + columns[None, :]
+    sums += tl.load(beside + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + places, sums.to(out.dtype.element_ty), mask=inside)
+
+
 def _blocks(num_rows: int, width: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Cut (N, width) into tiles of 1024 numbers, which two warps move; return the grid, and the tile."""
     columns = min(power_of_two(width), 1024)
@@ -86,6 +123,23 @@ def _fold_launch(num_rows: int, width: int, terms: int, halves: int) -> Launch:
     gate = POINTER if halves else None
     arguments = (POINTER, POINTER, gate, gate, num_rows, width)
     return Launch(_fold_kernel, grid, arguments, **{"TERMS": terms, "HALVES": halves, **tile})
+
+
+@lru_cache(maxsize=512)
+def _add_product_launch(
+    device: torch.device, dtype: torch.dtype, num_tokens: int, depth: int, dim: int, whole: bool
+) -> Launch:
+    tokens, columns = (64 if depth < 128 else 128), 128
+    step = max(16, min(64, power_of_two(depth)))
+    tma = has_tma(device) and whole and depth * dtype.itemsize % 16 == 0
+    return Launch(
+        _add_product_kernel, (blocks_of(num_tokens, tokens) * blocks_of(dim, columns),),
+        (
+            matrix((num_tokens, depth), (tokens, step), tma), matrix((dim, depth), (columns, step), tma),
+            POINTER, POINTER, num_tokens, depth, dim,
+        ),
+        TOKENS=tokens, COLUMNS=columns, STEP=step, TMA=tma, num_warps=4, num_stages=3,
+    )  # fmt: skip
 
 
 def split(values: Tensor, terms: int, *, half: torch.dtype = HALF) -> Tensor:
@@ -133,4 +187,16 @@ def gate_gradient(sums: Tensor, w: Tensor, *, half: torch.dtype = HALF) -> tuple
     return grad, pairs
 
 
-KERNELS = Steps(split, grad_parts, folded, gate_gradient)
+def add_product(left: Tensor, right: Tensor, beside: Tensor) -> Tensor:
+    """Do what ``_half_steps.add_product`` does."""
+    left, right, beside = left.contiguous(), right.contiguous(), beside.contiguous()
+    (num_tokens, depth), dim = left.shape, right.shape[0]
+    out = torch.empty_like(beside)
+    if not out.numel():
+        return out
+    whole = not any(each.data_ptr() & 15 for each in (left, right))
+    _add_product_launch(left.device, left.dtype, num_tokens, depth, dim, whole)(left, right, beside, out)
+    return out
+
+
+KERNELS = Steps(split, grad_parts, folded, gate_gradient, add_product)

@@ -1,11 +1,13 @@
 """Gates: tokens to router logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from moekit.routing import _half_gates
 from moekit.routing._autocast import outside_autocast
-from moekit.types import Logits, NoisyLogits
+from moekit.types import Gate, Logits, NoisyLogits
 
 
 def linear_gate(x: Tensor, w: Tensor) -> Tensor:
@@ -37,16 +39,41 @@ def linear_gate(x: Tensor, w: Tensor) -> Tensor:
         Shazeer et al., Outrageously Large Neural Networks, 2017, section 2, https://arxiv.org/abs/1701.06538
         Fedus et al., Switch Transformers, 2021, section 2.4 (selective precision), https://arxiv.org/abs/2101.03961
     """
-    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
-        raise ValueError(
-            f"linear_gate: x has shape {tuple(x.shape)} and w {tuple(w.shape)}; expected (T, D) and (D, E) with the "
-            f"same D. Flatten x to (tokens, model dimension) first, and store the gate as (D, E)."
-        )
+    _check_gate(x, w)
     if _half_gates.takes(x, w):
         return _half_gates.logits(x, w)
     dtype = torch.promote_types(x.dtype, torch.float32)
     with outside_autocast(x.device.type):
         return x.to(dtype) @ w.to(dtype)
+
+
+def score_and_pass(gate: Gate, x: Tensor, params: Any) -> tuple[Logits, Tensor]:
+    """Score tokens by a gate, and return the tokens for what comes after it.
+
+    These are ``x``, but where ``gate`` is ``linear_gate`` and bfloat16 tokens on CUDA want a gradient they come out of
+    it in the graph: the gate's backward gets the gradient of what follows, and adds its own in the same kernel. Who
+    reads ``x`` twice has autograd add the two, which takes a pass of its own.
+
+    Causal if the gate is. No host synchronisation.
+
+    Args:
+        gate: as of a recipe.
+        x: (T, D).
+        params: of the gate.
+
+    Returns:
+        What the gate returns; and (T, D), equal to ``x``.
+
+    Example:
+        >>> x = torch.ones(2, 3)
+        >>> logits, tokens = score_and_pass(linear_gate, x, torch.ones(3, 4))
+        >>> logits.shape, torch.equal(tokens, x)
+        (torch.Size([2, 4]), True)
+    """
+    if gate is linear_gate and _half_gates.takes(x, params) and x.requires_grad:
+        _check_gate(x, params)
+        return _half_gates.logits_and_tokens(x, params)
+    return gate(x, params), x
 
 
 def init_linear_gate(
@@ -77,6 +104,14 @@ def init_linear_gate(
     """
     w = torch.empty(dim, num_experts, device=device, dtype=dtype)
     return w.normal_(std=dim**-0.5 if std is None else std, generator=generator)
+
+
+def _check_gate(x: Tensor, w: Tensor) -> None:
+    if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
+        raise ValueError(
+            f"linear_gate: x has shape {tuple(x.shape)} and w {tuple(w.shape)}; expected (T, D) and (D, E) with the "
+            f"same D. Flatten x to (tokens, model dimension) first, and store the gate as (D, E)."
+        )
 
 
 def noisy(logits: Logits) -> Tensor:

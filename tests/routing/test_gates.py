@@ -1,7 +1,9 @@
+from functools import partial
+
 import pytest
 import torch
 
-from moekit.routing import linear_gate
+from moekit.routing import linear_gate, score_and_pass
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -35,5 +37,6 @@ def test_no_tokens() -> None:
 
 @pytest.mark.parametrize(("x", "w"), [((4, 3), (2, 5)), ((2, 2, 3), (3, 5)), ((4, 3), (3,)), ((4, 3), (5, 3))])
 def test_shapes_that_do_not_fit(x: tuple[int, ...], w: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"x has shape .* and w .*; expected \(T, D\) and \(D, E\).*Flatten x"):
-        linear_gate(torch.zeros(x), torch.zeros(w))
+    for call in (linear_gate, partial(score_and_pass, linear_gate)):
+        with pytest.raises(ValueError, match=r"x has shape .* and w .*; expected \(T, D\) and \(D, E\).*Flatten x"):
+            call(torch.zeros(x), torch.zeros(w))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.routing import _half_gates, _half_steps, linear_gate
+from moekit.routing import _half_gates, _half_steps, linear_gate, score_and_pass
 
 ON_CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")])
 # Relative to the norm: 40 roundings of a float32 sum, or one of the result
@@ -82,7 +82,66 @@ def test_autocast_changes_no_bit(dtype: torch.dtype, device: str) -> None:
 def test_the_operators_are_well_formed(dtype: torch.dtype, device: str) -> None:
     x, w = torch.randn(6, 8, device=device).bfloat16(), torch.randn(8, 3, device=device).to(dtype)
     torch.library.opcheck(_half_gates._product, (x, w))
-    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w))
+    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w, None))
+    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w, torch.ones_like(x)))
+
+
+def following(tokens: Tensor, z: Tensor) -> Tensor:
+    """Stand for what comes after a gate, and reads tokens as well as logits."""
+    return (tokens.to(z.dtype).square() * z.sum(1, keepdim=True)).sum()
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_tokens_that_go_through_the_gate(dtype: torch.dtype, device: str, compiled: bool) -> None:
+    x = torch.randn(50, 96, device=device).bfloat16().requires_grad_()
+    w = torch.randn(96, 8, device=device).to(dtype).requires_grad_()
+
+    def run(x: Tensor, w: Tensor) -> Tensor:
+        z, tokens = _half_gates.logits_and_tokens(x, w)
+        return following(tokens, z)
+
+    if compiled:
+        torch._dynamo.reset()
+        run = torch.compile(run, fullgraph=True, backend="aot_eager")
+    found = torch.autograd.grad(run(x, w), (x, w))
+    wide = x.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    expected = torch.autograd.grad(following(wide[0], wide[0] @ wide[1]), wide)
+    for name, one, want in zip("xw", found, expected, strict=True):
+        error = (one.double() - want).norm() / want.norm()
+        assert error < 2 * TOLERANCE[one.dtype], f"{name}: {error}"
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_either_way_through_the_gate_alone(device: str) -> None:
+    x, w = torch.randn(5, 16, device=device).bfloat16().requires_grad_(), torch.randn(16, 3, device=device)
+    w.requires_grad_()
+    z, tokens = _half_gates.logits_and_tokens(x, w)
+    assert torch.equal(tokens, x)
+    of_x, of_w = torch.autograd.grad(2 * tokens.sum(), (x, w), allow_unused=True, retain_graph=True)
+    assert torch.equal(of_x, torch.full_like(x, 2))
+    assert of_w is None
+    alone = torch.autograd.grad(_half_gates.logits(x, w).sum(), (x, w))
+    assert all(map(torch.equal, torch.autograd.grad(z.sum(), (x, w)), alone))
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+def test_tokens_that_want_no_gradient_get_none_from_the_gate(device: str) -> None:
+    x, w = torch.randn(5, 16, device=device).bfloat16(), torch.randn(16, 3, device=device, requires_grad=True)
+    z, tokens = _half_gates.logits_and_tokens(x, w)
+    assert (z.requires_grad, tokens.requires_grad) == (True, False)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_scoring_passes_tokens_through_a_linear_gate_on_cuda() -> None:
+    x, w = torch.randn(5, 16, device="cuda").bfloat16().requires_grad_(), torch.randn(16, 3, device="cuda")
+    _, tokens = score_and_pass(linear_gate, x, w)
+    assert type(tokens.grad_fn).__name__ == "_LogitsBackward"
+    assert score_and_pass(linear_gate, x.float(), w)[1].grad_fn.name() == "ToCopyBackward0"
+    assert score_and_pass(lambda x, w: linear_gate(x, w), x, w)[1] is x
 
 
 @pytest.mark.gpu

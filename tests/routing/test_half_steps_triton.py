@@ -91,6 +91,24 @@ def test_the_gradient_of_a_gate_and_its_pairs(rows, width, wide, half) -> None:
 
 
 @runs_kernels
+@pytest.mark.usefixtures("poison")
+@halves
+@pytest.mark.parametrize(
+    ("num_tokens", "depth", "dim"), [(0, 16, 8), (1, 6, 3), (70, 16, 130), (65, 100, 24), (130, 256, 136)]
+)
+def test_a_product_is_added_to_what_is_beside_it(num_tokens, depth, dim, half) -> None:
+    left, right, beside = (drawn(*each).to(half) for each in ((num_tokens, depth), (dim, depth), (num_tokens, dim)))
+    expected = left.double() @ right.double().T + beside.double()
+    for steps in (kernels(), PLAIN):
+        found = steps.add_product(left, right, beside)
+        assert (found.dtype, found.shape) == (half, (num_tokens, dim))
+        error = torch.finfo(half).eps * expected.abs() + 1e-5 * (1 + depth**0.5)
+        assert ((found.double() - expected).abs() <= error).all()
+    spread = beside.T.contiguous().T  # another order of memory
+    assert torch.equal(kernels().add_product(left, right, spread), kernels().add_product(left, right, beside))
+
+
+@runs_kernels
 @halves
 def test_memory_in_any_order_is_read_right(half) -> None:
     values, sums = drawn(5, 12).T, drawn(12, 15)

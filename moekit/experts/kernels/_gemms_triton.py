@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import AGAIN, POINTER, Launch
+from moekit._operators_triton import AGAIN, POINTER, Launch, has_tma, matrix
 from moekit.experts.kernels._parts_triton import part_of
 from moekit.experts.kernels._tiles_triton import (
     MOST_ROWS,
@@ -17,14 +17,12 @@ from moekit.experts.kernels._tiles_triton import (
     describable,
     first_tile,
     groups,
-    has_tma,
     is_specialized,
     is_whole,
     load_bias,
     load_rows,
     load_weight,
     matrices,
-    matrix,
     place,
     programs,
     schedule,

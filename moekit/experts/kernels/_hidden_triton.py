@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import AGAIN, POINTER, Launch
+from moekit._operators_triton import AGAIN, POINTER, Launch, has_tma, matrix
 from moekit.experts.activations import Activation
 from moekit.experts.kernels._activations_triton import units
 from moekit.experts.kernels._tiles_triton import (
@@ -16,14 +16,12 @@ from moekit.experts.kernels._tiles_triton import (
     begins_whole,
     describable,
     first_tile,
-    has_tma,
     is_specialized,
     is_whole,
     load_bias,
     load_rows,
     load_weight,
     matrices,
-    matrix,
     place,
     programs,
     store_tile,

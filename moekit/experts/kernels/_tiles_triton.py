@@ -215,11 +215,6 @@ def begins_whole(*tensors: Tensor) -> bool:
     return not any(each.data_ptr() & 15 for each in tensors)
 
 
-def has_tma(device: torch.device) -> bool:
-    """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
-
-
 def is_specialized(device: torch.device, dtype: torch.dtype, num_rows: int, tile: Tile) -> bool:
     """Say whether a product is for the kernels whose warps either load or multiply, if its operands are."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
@@ -229,11 +224,6 @@ def is_specialized(device: torch.device, dtype: torch.dtype, num_rows: int, tile
 def is_whole(columns: int, dtype: torch.dtype) -> bool:
     """Say whether a descriptor may be read from this column on: whether what lies before it is of whole 16 bytes."""
     return columns * dtype.itemsize % 16 == 0
-
-
-def matrix(shape: tuple[int, int], block: tuple[int, int], tma: bool) -> Pointer | Blocks:
-    """Return what a contiguous matrix is to a launch: blocks of a descriptor, or a pointer where there are none."""
-    return Blocks(shape, (shape[1], 1), block) if tma else POINTER
 
 
 def groups(shape: tuple[int, int], tile: Tile) -> Blocks:
