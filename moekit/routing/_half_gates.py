@@ -58,7 +58,7 @@ def _grad_fake(grad: Tensor, x: Tensor, w: Tensor, beside: Tensor | None) -> tup
 
 @operator("half_gate_backward", _grad_fake)
 def _grad(grad: Tensor, x: Tensor, w: Tensor, beside: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the gradients of tokens, with what is ``beside`` it, and of the gate; more terms for a gate of more bits."""
+    """Return the gradients of tokens, with what is ``beside`` it, and of the gate; finer for a gate of more bits."""
     steps = _steps(x)
     with outside_autocast(x.device.type):
         parts, left = steps.grad_parts(grad, 2 if w.dtype == HALF else 3)
