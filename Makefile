@@ -4,13 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-distributed setup check bench clean
+.PHONY: train test test-distributed setup lint check bench clean
 
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
-test: setup check  ## environment, checks, then all tests, two files at a time
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
+# Types are checked by one core while tests wait for processes to start; what was found comes after the tests.
+test: setup lint  ## environment, checks, and all tests, two files at a time
+	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
+	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
 test-distributed: setup  ## all cases of the matrices over ranks, about twelve minutes
 	$(BIN)/python -m pytest tests/distributed tests/parallel --full --kills 20 $(FLAGS)
@@ -20,12 +23,15 @@ setup: $(STAMP)  ## the environment
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # by all cores, where pip takes one; some packages hold templates
 	touch $(STAMP)
 
-check: setup  ## format, lint, types
+lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+
+check: lint  ## format, lint, types
 	$(BIN)/mypy
 
 bench: setup  ## measured benchmarks, about two minutes

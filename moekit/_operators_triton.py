@@ -126,8 +126,8 @@ class Launch:
 def _is_watched() -> bool:
     """Say whether somebody wants to be told of launches, as a profiler, or wants code for debugging."""
     runtime = knobs.runtime
-    hooks = (getattr(hook, "calls", hook) for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook))
-    return runtime.debug or any(hooks)
+    before, after = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(runtime.debug or getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
 def _descriptor(blocks: Blocks) -> tuple[type, dict[str, Any]]:

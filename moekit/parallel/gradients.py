@@ -5,11 +5,10 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
 
 from moekit.parallel.grids import Grid
 from moekit.parallel.processes import World
-from moekit.parallel.spread_tensors import local
+from moekit.parallel.spread_tensors import is_spread, local
 
 
 def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
@@ -28,7 +27,7 @@ def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
     if grid.experts is None:
         return
     mine = [p for p in parameters if p.requires_grad]
-    _sum([p for p in mine if not isinstance(p, DTensor)], [None])
+    _sum([p for p in mine if not is_spread(p)], [None])
     axes = [name for name in ("copies", "shards") if grid.experts[name].size() > 1]
     _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
 
@@ -75,10 +74,10 @@ def holders(tensor: Tensor, world_size: int) -> int:
         >>> holders(torch.ones(2), 4)
         4
     """
-    if not isinstance(tensor, DTensor):
+    if not is_spread(tensor):
         return world_size
     mesh = tensor.device_mesh
-    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not isinstance(placement, Replicate)]
+    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
     return world_size // torch.Size(cut).numel()
 
 
@@ -95,7 +94,7 @@ def is_part(tensor: Tensor) -> bool:
         >>> is_part(torch.ones(2))
         False
     """
-    return isinstance(tensor, DTensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
+    return is_spread(tensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
 
 
 def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
@@ -117,6 +116,8 @@ def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None
 
 
 def _set_gradient(parameter: Tensor, value: Tensor) -> None:
-    if isinstance(parameter, DTensor):
+    if is_spread(parameter):
+        from torch.distributed.tensor import DTensor
+
         value = DTensor.from_local(value, parameter.device_mesh, parameter.placements, run_check=False)
     parameter.grad = value

@@ -10,15 +10,19 @@ References:
     Zhao et al., PyTorch FSDP, 2023, https://arxiv.org/abs/2304.11277; FSDP2 is ``torch.distributed.fsdp.fully_shard``.
 """
 
+import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from moekit.parallel.grids import Grid
+from moekit.parallel.spread_tensors import is_spread
+
+if TYPE_CHECKING:
+    from torch.distributed.fsdp import FSDPModule
 
 
 def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, int]) -> None:
@@ -31,6 +35,8 @@ def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, 
     """
     if grid.experts is None or not grid.layout.exchanges:
         return
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
     mesh = grid.experts["hidden", "blocks"]
     for name, parameter in list(module.named_parameters(recurse=False)):
         hidden = Shard(hidden_axes[name]) if grid.layout.hidden > 1 else Replicate()
@@ -68,7 +74,7 @@ def shard_model(
     if grid.dense is None:
         return
     shard_experts(experts, grid, reduce_dtype=reduce_dtype, keep_gathered=keep_gathered)
-    left = {p for module in experts if not isinstance(module, FSDPModule) for p in module.parameters()}
+    left = {p for module in experts if not _is_sharded(module) for p in module.parameters()}
     for module in (*units, model):
         _shard(module, grid.dense, _policy(reduce_dtype), keep_gathered, ignored=left)
 
@@ -132,29 +138,38 @@ def gradient_sync(model: nn.Module, *, last: bool) -> None:
         >>> gradient_sync(nn.Linear(2, 2), last=True)
     """
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if _is_sharded(module):
             module.set_requires_gradient_sync(last, recurse=False)
 
 
+def _is_sharded(module: nn.Module) -> "TypeGuard[FSDPModule]":
+    loaded = sys.modules.get("torch.distributed.fsdp")
+    return loaded is not None and isinstance(module, loaded.FSDPModule)
+
+
 def _axis(parameter: Tensor, shards: int) -> int | None:
-    taken = [p.dim for p in parameter.placements if isinstance(p, Shard)] if isinstance(parameter, DTensor) else []
+    placements: Sequence[Any] = parameter.placements if is_spread(parameter) else ()
+    taken = [p.dim for p in placements if p.is_shard()]
     return shard_axis(parameter.shape, shards, taken=taken)
 
 
 def _shard(
     module: nn.Module,
     mesh: DeviceMesh,
-    policy: MixedPrecisionPolicy,
+    policy: Mapping[str, Any],
     keep_gathered: bool,
     *,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.tensor import Shard
+
     shards = mesh["shards"].size()
     own = {p for p in module.parameters() if p.ndim == 3}
     fully_shard(
         module,
         mesh=mesh if mesh["copies"].size() > 1 else mesh["shards"],
-        mp_policy=policy,
+        mp_policy=MixedPrecisionPolicy(**policy),
         reshard_after_forward=not keep_gathered,
         shard_placement_fn=lambda p: Shard(_axis(p, shards) or 0) if p in own else None,
         ignored_params=ignored,
@@ -164,7 +179,6 @@ def _shard(
     module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> MixedPrecisionPolicy:
-    if reduce_dtype is None:
-        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
-    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs)
+def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> Mapping[str, Any]:
+    mixed = {} if reduce_dtype is None else {"param_dtype": torch.bfloat16, "reduce_dtype": reduce_dtype}
+    return {**mixed, "cast_forward_inputs": cast_inputs}

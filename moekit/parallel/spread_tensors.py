@@ -1,8 +1,32 @@
 """Tensors that may be spread over ranks: this rank's part, the whole, and filling them."""
 
+import sys
+from typing import TYPE_CHECKING, Any, TypeGuard
+
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def is_spread(value: Any) -> "TypeGuard[DTensor]":
+    """Say whether a value is a sharded tensor (DTensor).
+
+    Where nobody has loaded ``torch.distributed.tensor`` there is none; loading that is a quarter of ``import moekit``.
+
+    Args:
+        value: any.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> is_spread(torch.ones(2))
+        False
+    """
+    loaded = sys.modules.get("torch.distributed.tensor")
+    return loaded is not None and isinstance(value, loaded.DTensor)
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -18,7 +42,7 @@ def local(tensor: Tensor) -> Tensor:
         >>> local(torch.ones(2))
         tensor([1., 1.])
     """
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_spread(tensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -34,7 +58,7 @@ def whole(tensor: Tensor) -> Tensor:
         >>> whole(torch.ones(2))
         tensor([1., 1.])
     """
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_spread(tensor) else tensor
 
 
 @torch.no_grad()
@@ -51,7 +75,9 @@ def fill(tensor: Tensor, value: Tensor) -> None:
         >>> x
         tensor([1., 2.])
     """
-    if isinstance(tensor, DTensor):
+    if is_spread(tensor):
+        from torch.distributed.tensor import distribute_tensor
+
         value = value.to(tensor.device, tensor.dtype)
         tensor.copy_(distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None))
     else:
@@ -71,7 +97,7 @@ def mesh_names(tensor: Tensor) -> tuple[str, ...]:
         >>> mesh_names(torch.ones(2))
         ()
     """
-    if not isinstance(tensor, DTensor):
+    if not is_spread(tensor):
         return ()
     mesh = tensor.device_mesh
     return tuple(f"{name} {ranks}" for name, ranks in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
