@@ -11,7 +11,7 @@ train: setup  ## environment, then the main job on the embedded data
 
 # Types are checked by one core while tests wait for processes to start; what was found comes after the tests.
 test: setup lint  ## environment, checks, and all tests, two files at a time
-	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; \
+	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true  # by all cores, where pip takes one; some packages hold templates
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib moekit || true  # by all cores, where pip takes one; some packages hold templates
 	touch $(STAMP)
 
 lint: setup

@@ -71,6 +71,8 @@ def sorted_block(  # type: ignore[no-untyped-def]
 ):
     """Sort a block's assignments by expert, stably; the groups of all blocks together begin at ``begins`` (BINS,).
 
+    The block must have at least one assignment, for the counts of any other are not there.
+
     Returns the places of the assignments, which may be past the end, their experts, and their rows.
     """
     bins, local = tl.arange(0, BINS), tl.arange(0, BLOCK)

@@ -143,8 +143,8 @@ def gradient_sync(model: nn.Module, *, last: bool) -> None:
 
 
 def _is_sharded(module: nn.Module) -> "TypeGuard[FSDPModule]":
-    loaded = sys.modules.get("torch.distributed.fsdp")
-    return loaded is not None and isinstance(module, loaded.FSDPModule)
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return kind is not None and isinstance(module, kind)
 
 
 def _axis(parameter: Tensor, shards: int) -> int | None:

@@ -25,8 +25,8 @@ def is_spread(value: Any) -> "TypeGuard[DTensor]":
         >>> is_spread(torch.ones(2))
         False
     """
-    loaded = sys.modules.get("torch.distributed.tensor")
-    return loaded is not None and isinstance(value, loaded.DTensor)
+    kind = getattr(sys.modules.get("torch.distributed.tensor"), "DTensor", None)  # None while that is being loaded
+    return kind is not None and isinstance(value, kind)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ A product of two bfloat16 numbers is exact in float32, where the units sum; and 
 bfloat16 numbers to its last bit, of two to 2^-17 of it. So no token is ever written as float32.
 
 What is done beside the products has a plain version in torch, ``_half_steps``, and one in Triton that gives the same
-bits.
+bits, but for a product that is added to something: its sums are taken in another order.
 """
 
 from importlib.util import find_spec
@@ -68,6 +68,18 @@ def _grad(grad: Tensor, x: Tensor, w: Tensor, beside: Tensor | None) -> tuple[Te
 
 
 class _Logits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, w)
+        return _product(x, w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
+        grad_x, grad_w = _grad(grad, *ctx.saved_tensors, None)
+        return grad_x, grad_w
+
+
+class _LogitsAndTokens(torch.autograd.Function):
     """(x, w) -> logits, and x for what comes after the gate, whose gradient is added to the gate's own."""
 
     @staticmethod
@@ -88,7 +100,8 @@ class _Logits(torch.autograd.Function):
 
 def logits(x: Tensor, w: Tensor) -> Tensor:
     """Multiply tokens (T, D) bfloat16 by a gate (D, E), bfloat16 or float32, to (T, E) float32."""
-    return logits_and_tokens(x, w)[0]
+    z: Tensor = _Logits.apply(x, w)
+    return z
 
 
 def logits_and_tokens(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,5 +109,7 @@ def logits_and_tokens(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
 
     Who goes on with these sends their gradient through the gate, which adds its own in the same pass.
     """
-    z, tokens = _Logits.apply(x, w)
-    return z, tokens if x.requires_grad else x
+    if not x.requires_grad:
+        return logits(x, w), x
+    z, tokens = _LogitsAndTokens.apply(x, w)
+    return z, tokens

@@ -244,7 +244,7 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize(
     ("num_experts", "num_assignments", "align", "height"),
-    [(5, 700, 16, 32), (3, 1, 16, 16), (40, 300, 64, 128), (1, 1000, 64, 64), (7, 90, 32, 32)],
+    [(5, 700, 16, 32), (3, 1, 16, 16), (40, 300, 64, 128), (1, 1000, 64, 64), (7, 90, 32, 32), (1000, 8, 64, 128)],
 )
 def test_a_plan_is_a_stable_sort_into_aligned_groups(
     num_experts: int, num_assignments: int, align: int, height: int

@@ -42,12 +42,13 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
     begins = tl.cumsum(whole, 0) - whole
 
     block = tl.program_id(0).to(tl.int64)
-    places, keys, row = sorted_block(experts, earlier, begins, block, num_assignments, num_experts, BLOCK, BINS)
-    row = row.to(tl.int64)
-    inside = places < num_assignments
-    real = inside & (keys < num_experts)
-    tl.store(rows + places, tl.where(real, row, -1), mask=inside)
-    tl.store(assignments + row, places, mask=real)
+    if block * BLOCK < num_assignments:  # there may be more programs: many experts have more tiles than blocks
+        places, keys, row = sorted_block(experts, earlier, begins, block, num_assignments, num_experts, BLOCK, BINS)
+        row = row.to(tl.int64)
+        inside = places < num_assignments
+        real = inside & (keys < num_experts)
+        tl.store(rows + places, tl.where(real, row, -1), mask=inside)
+        tl.store(assignments + row, places, mask=real)
 
     numbers = tl.program_id(0) * OWNERS + tl.arange(0, OWNERS)
     if tl.program_id(0) * OWNERS < num_owners:
