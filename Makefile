@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib moekit || true  # by all cores, where pip takes one; some packages hold templates
+	$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib moekit || true  # by all cores, where pip takes one; some packages hold templates
 	touch $(STAMP)
 
 lint: setup
