@@ -47,6 +47,16 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def begins_whole(*tensors: Tensor) -> bool:
+    """Say whether all tensors begin at multiples of 16 bytes."""
+    return not any(each.data_ptr() & 15 for each in tensors)
+
+
+def is_whole(columns: int, dtype: torch.dtype) -> bool:
+    """Say whether a descriptor may be read from this column on: whether what lies before it is of whole 16 bytes."""
+    return columns * dtype.itemsize % 16 == 0
+
+
 def matrix(shape: tuple[int, int], block: tuple[int, int], tma: bool) -> Pointer | Blocks:
     """Return what a contiguous matrix is to a launch: blocks of a descriptor, or a pointer where there are none."""
     return Blocks(shape, (shape[1], 1), block) if tma else POINTER
@@ -118,8 +128,7 @@ class Launch:
         for place, _, kind_of, fields in self._described:
             values[place] = kind_of(values[place], **fields)
         compiled = self.kernel[self.grid](*values, **self.constants)
-        whole = not any(each.data_ptr() & 15 for each in tensors)
-        if tensors[0].is_cuda and whole and not _is_watched():  # the interpreter compiles nothing
+        if tensors[0].is_cuda and begins_whole(*tensors) and not _is_watched():  # the interpreter compiles nothing
             self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata
 
 

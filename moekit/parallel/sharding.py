@@ -22,7 +22,7 @@ from moekit.parallel.grids import Grid
 from moekit.parallel.spread_tensors import is_spread
 
 if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 
 def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, int]) -> None:
@@ -156,12 +156,12 @@ def _axis(parameter: Tensor, shards: int) -> int | None:
 def _shard(
     module: nn.Module,
     mesh: DeviceMesh,
-    policy: Mapping[str, Any],
+    policy: "MixedPrecisionPolicy",
     keep_gathered: bool,
     *,
     ignored: set[nn.Parameter] | None = None,
 ) -> None:
-    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, fully_shard
     from torch.distributed.tensor import Shard
 
     shards = mesh["shards"].size()
@@ -169,7 +169,7 @@ def _shard(
     fully_shard(
         module,
         mesh=mesh if mesh["copies"].size() > 1 else mesh["shards"],
-        mp_policy=MixedPrecisionPolicy(**policy),
+        mp_policy=policy,
         reshard_after_forward=not keep_gathered,
         shard_placement_fn=lambda p: Shard(_axis(p, shards) or 0) if p in own else None,
         ignored_params=ignored,
@@ -179,6 +179,9 @@ def _shard(
     module.set_force_sum_reduction_for_comms(True)  # gloo has no scaled sum
 
 
-def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> Mapping[str, Any]:
-    mixed = {} if reduce_dtype is None else {"param_dtype": torch.bfloat16, "reduce_dtype": reduce_dtype}
-    return {**mixed, "cast_forward_inputs": cast_inputs}
+def _policy(reduce_dtype: torch.dtype | None, *, cast_inputs: bool = True) -> "MixedPrecisionPolicy":
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    if reduce_dtype is None:
+        return MixedPrecisionPolicy(cast_forward_inputs=cast_inputs)
+    return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce_dtype, cast_forward_inputs=cast_inputs)

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import POINTER, Launch, has_tma, matrix
+from moekit._operators_triton import POINTER, Launch, begins_whole, has_tma, is_whole, matrix
 from moekit.operators import blocks_of, power_of_two
 from moekit.routing._half_steps import HALF, Steps
 
@@ -131,7 +131,7 @@ def _add_product_launch(
 ) -> Launch:
     tokens, columns = (64 if depth < 128 else 128), 128
     step = max(16, min(64, power_of_two(depth)))
-    tma = has_tma(device) and whole and depth * dtype.itemsize % 16 == 0
+    tma = has_tma(device) and whole and is_whole(depth, dtype)
     return Launch(
         _add_product_kernel, (blocks_of(num_tokens, tokens) * blocks_of(dim, columns),),
         (
@@ -194,8 +194,8 @@ def add_product(left: Tensor, right: Tensor, beside: Tensor) -> Tensor:
     out = torch.empty_like(beside)
     if not out.numel():
         return out
-    whole = not any(each.data_ptr() & 15 for each in (left, right))
-    _add_product_launch(left.device, left.dtype, num_tokens, depth, dim, whole)(left, right, beside, out)
+    launch = _add_product_launch(left.device, left.dtype, num_tokens, depth, dim, begins_whole(left, right))
+    launch(left, right, beside, out)
     return out
 
 

@@ -71,7 +71,7 @@ def score_and_pass(gate: Gate, x: Tensor, params: Any) -> tuple[Logits, Tensor]:
         >>> logits.shape, torch.equal(tokens, x)
         (torch.Size([2, 4]), True)
     """
-    if gate is linear_gate and _half_gates.takes(x, params) and x.requires_grad:
+    if gate is linear_gate and _half_gates.takes(x, params):
         _check_gate(x, params)
         return _half_gates.logits_and_tokens(x, params)
     return gate(x, params), x

@@ -7,11 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import POINTER, Launch
+from moekit._operators_triton import POINTER, Launch, begins_whole
 from moekit.experts.activations import Activation
 from moekit.experts.kernels._activations_triton import units
 from moekit.experts.kernels._gemms_triton import are_rows_describable, grouped_rows
-from moekit.experts.kernels._tiles_triton import Matrices, Schedule, begins_whole, is_specialized, matrices
+from moekit.experts.kernels._tiles_triton import Matrices, Schedule, is_specialized, matrices
 from moekit.experts.tiles import Tile
 from moekit.operators import blocks_of, power_of_two
 

@@ -7,18 +7,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import AGAIN, POINTER, Launch, has_tma, matrix
+from moekit._operators_triton import AGAIN, POINTER, Launch, begins_whole, has_tma, is_whole, matrix
 from moekit.experts.kernels._parts_triton import part_of
 from moekit.experts.kernels._tiles_triton import (
     MOST_ROWS,
     Matrices,
     Schedule,
-    begins_whole,
     describable,
     first_tile,
     groups,
     is_specialized,
-    is_whole,
     load_bias,
     load_rows,
     load_weight,

@@ -7,17 +7,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moekit._operators_triton import AGAIN, POINTER, Launch, has_tma, matrix
+from moekit._operators_triton import AGAIN, POINTER, Launch, begins_whole, has_tma, is_whole, matrix
 from moekit.experts.activations import Activation
 from moekit.experts.kernels._activations_triton import units
 from moekit.experts.kernels._tiles_triton import (
     Matrices,
     Schedule,
-    begins_whole,
     describable,
     first_tile,
     is_specialized,
-    is_whole,
     load_bias,
     load_rows,
     load_weight,

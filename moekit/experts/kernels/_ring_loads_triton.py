@@ -5,9 +5,9 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from moekit._operators_triton import Blocks
+from moekit._operators_triton import Blocks, is_whole
 from moekit.experts.kernels._ring_triton import COLUMNS, DEPTH, QUARTER, blocks, claim, following, load, seen_as
-from moekit.experts.kernels._tiles_triton import Matrices, first_tile, is_whole, place
+from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place
 
 _QUARTER = gl.constexpr(QUARTER)
 

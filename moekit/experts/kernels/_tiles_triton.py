@@ -210,20 +210,10 @@ def describable(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
     return 0 not in shape and [each for each in strides if each * dtype.itemsize % 16] == [1]
 
 
-def begins_whole(*tensors: Tensor) -> bool:
-    """Say whether all tensors begin at multiples of 16 bytes."""
-    return not any(each.data_ptr() & 15 for each in tensors)
-
-
 def is_specialized(device: torch.device, dtype: torch.dtype, num_rows: int, tile: Tile) -> bool:
     """Say whether a product is for the kernels whose warps either load or multiply, if its operands are."""
     hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
     return tile.specialized and hopper and dtype.itemsize == 2 and num_rows < MOST_ROWS
-
-
-def is_whole(columns: int, dtype: torch.dtype) -> bool:
-    """Say whether a descriptor may be read from this column on: whether what lies before it is of whole 16 bytes."""
-    return columns * dtype.itemsize % 16 == 0
 
 
 def groups(shape: tuple[int, int], tile: Tile) -> Blocks:
