@@ -5,7 +5,7 @@ descriptor of a tensor. That takes the host longer than a small layer takes the 
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,30 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-
-class Pointer(NamedTuple):
-    """Stands for a tensor that a kernel gets as a pointer."""
-
-
-class Blocks(NamedTuple):
-    """Stands for a tensor that a kernel gets as a descriptor of its blocks.
-
-    Attributes:
-        shape: of the tensor.
-        strides: of the tensor, the last of them 1.
-        block: the shape of a block.
-        layout: how a block lies in shared memory, for kernels in Gluon; the others find one themselves.
-    """
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    block: tuple[int, ...]
-    layout: Any = None
-
-
-class Again(NamedTuple):
-    """Stands for the tensor of the argument before, as a pointer; it is given once."""
-
+from moekit._driver_triton import Again, Blocks, Pointer, Prepared, cuda_driver, prepare
 
 POINTER, AGAIN = Pointer(), Again()
 
@@ -66,8 +43,8 @@ class Launch:
     """A kernel with its grid and all of its arguments but the tensors.
 
     The first call with tensors of some dtypes on a device is an ordinary launch, which compiles the kernel; later ones
-    hand their tensors to what was compiled. Tensors that do not begin at 16 bytes are always launched the ordinary
-    way, since other code is compiled for them.
+    hand the addresses of their tensors to what was compiled. Tensors that do not begin at 16 bytes are always launched
+    the ordinary way, since other code is compiled for them.
 
     Attributes:
         kernel: a function of ``triton.jit``.
@@ -80,56 +57,55 @@ class Launch:
         """Decide a launch."""
         self.kernel, self.grid = kernel, (*grid, 1, 1)[:3]
         self.arguments, self.constants = arguments, constants
-        rest = kernel.arg_names[len(arguments) :]
-        self._values = [*arguments, *(constants[name] for name in rest)]
-        self._places = [i for i, each in enumerate(arguments) if isinstance(each, Pointer | Blocks)]
-        described = [(n, arguments[place]) for n, place in enumerate(self._places) if arguments[place] is not POINTER]
-        self._again = [place for place, each in enumerate(arguments) if isinstance(each, Again)]
-        self._described = [(self._places[n], n, *_descriptor(blocks)) for n, blocks in described]
-        self._compiled: dict[tuple[Any, ...], Any] = {}
+        self._num_tensors = sum(isinstance(each, Pointer | Blocks) for each in arguments)
+        self._prepared: dict[tuple[Any, ...], Prepared | None] = {}
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch the kernel on the current stream of the tensors' device.
 
         Args:
             tensors: one for each ``POINTER`` or ``Blocks``, in their order.
+
+        Raises:
+            ValueError: if there are more or fewer.
         """
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
             with torch.cuda.device(device):
                 self(*tensors)
             return
-        kind = (device, *[each.dtype for each in tensors])
-        compiled, pointers, bits = self._compiled.get(kind), [each.data_ptr() for each in tensors], 0
-        for pointer in pointers:
-            bits |= pointer
-        together = len({each.get_device() for each in tensors}) == 1  # else Triton has a word to say
-        if compiled is None or bits & 15 or not together or _is_watched():
-            self._launch(kind, tensors)
+        kind: list[Any] = [device]
+        addresses, odd = [], 0
+        for each in tensors:
+            address = each.data_ptr()
+            kind.append(each.dtype)
+            addresses.append(address)
+            odd |= address & 15 | (each.get_device() != device)  # of which Triton has a word to say
+        if odd or _is_watched():
+            self._launch(tensors)
             return
-        values = self._values.copy()
-        for place, pointer in zip(self._places, pointers, strict=True):
-            values[place] = pointer
-        for place in self._again:
-            values[place] = values[place - 1]
-        for place, n, kind_of, fields in self._described:
-            described: Any = object.__new__(kind_of)  # unchecked: its like has passed all checks
-            values[place] = described
-            described.__dict__ = {"base": tensors[n], **fields}
-        run, *code = compiled
-        run(*self.grid, driver.active.get_current_stream(device), *code, None, None, None, *values)
+        prepared = self._prepared.get(tuple(kind))
+        if prepared is None or not prepared(addresses, driver.active.get_current_stream(device)):
+            compiled = self._launch(tensors)
+            if device >= 0 and tuple(kind) not in self._prepared:  # the interpreter compiles nothing
+                self._prepared[tuple(kind)] = self._prepare(compiled, addresses)
 
-    def _launch(self, kind: tuple[Any, ...], tensors: Sequence[Tensor]) -> None:
-        values = [*self.arguments]
-        for place, tensor in zip(self._places, tensors, strict=True):
-            values[place] = tensor
-        for place in self._again:
-            values[place] = values[place - 1]
-        for place, _, kind_of, fields in self._described:
-            values[place] = kind_of(values[place], **fields)
-        compiled = self.kernel[self.grid](*values, **self.constants)
-        if tensors[0].is_cuda and begins_whole(*tensors) and not _is_watched():  # the interpreter compiles nothing
-            self._compiled[kind] = compiled.run, compiled.function, compiled.packed_metadata
+    def _launch(self, tensors: Sequence[Tensor]) -> Any:
+        if len(tensors) != self._num_tensors:
+            raise ValueError(f"{self.kernel}: {len(tensors)} tensors; expected {self._num_tensors}.")
+        values, number = [], -1
+        for each in self.arguments:
+            number += isinstance(each, Pointer | Blocks)
+            if isinstance(each, Blocks):
+                values.append(_descriptor(tensors[number], each))
+            else:
+                values.append(tensors[number] if isinstance(each, Pointer | Again) else each)
+        return self.kernel[self.grid](*values, **self.constants)
+
+    def _prepare(self, compiled: Any, addresses: Sequence[int]) -> Prepared | None:
+        rest = self.kernel.arg_names[len(self.arguments) :]
+        values = [*self.arguments, *(self.constants[name] for name in rest)]
+        return prepare(compiled, self.grid, values, addresses, cuda_driver())
 
 
 def _is_watched() -> bool:
@@ -139,9 +115,8 @@ def _is_watched() -> bool:
     return bool(runtime.debug or getattr(before, "calls", before) or getattr(after, "calls", after))
 
 
-def _descriptor(blocks: Blocks) -> tuple[type, dict[str, Any]]:
-    """Return the class of a descriptor, and what it is made of beside its tensor."""
+def _descriptor(tensor: Tensor, blocks: Blocks) -> Any:
     fields = {"shape": [*blocks.shape], "strides": [*blocks.strides], "block_shape": [*blocks.block]}
     if blocks.layout is None:
-        return TensorDescriptor, fields
-    return GluonDescriptor, {**fields, "layout": blocks.layout}
+        return TensorDescriptor(tensor, **fields)
+    return GluonDescriptor(tensor, **fields, layout=blocks.layout)

@@ -16,7 +16,8 @@ ALLOWED = {
     "types": set(),
     "segments": {"types", "segments", "operators"},
     "rows": {"rows", "operators"},
-    "operators": set(),
+    "driver": set(),
+    "operators": {"driver"},
     **{stage: GROUND | {stage} for stage in STAGES},
     "recipes": GROUND | STAGES | {"recipes", ""},
     "integrations": GROUND | STAGES | {"recipes", "integrations", ""},
@@ -71,7 +72,7 @@ def imports_of(file: Path) -> set[str]:
 
 def parts_of_moekit(names: set[str]) -> set[str]:
     parts = {owner(name.split(".")[1]) for name in names if name.startswith("moekit.")}
-    known = {path.stem for path in PACKAGE.iterdir() if not path.name.startswith("_")}
+    known = {owner(path.stem) for path in PACKAGE.iterdir() if not path.name.startswith("__")}
     bare = {""} if "moekit" in names and not parts & known else set()
     return {part if part in known else "" for part in parts} | bare
 
