@@ -42,7 +42,8 @@ def run_once(contender: Contender) -> Round:
     """Run forward and backward once, and measure.
 
     On CUDA it is the device's time of the last of several runs that are queued together, as the layers of a model are:
-    the host's time hides behind the runs before, unless the host takes longer for a run than the device.
+    the host's time hides behind the runs before, unless the host takes longer for a run than the device. And autograd
+    stays in this thread: a model's backward wakes another once, not once a layer.
 
     Args:
         contender: to run; it has run before.
@@ -64,14 +65,15 @@ def _on_cpu(contender: Contender) -> Round:
 def _on_cuda(contender: Contender) -> Round:
     start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
     torch.cuda.synchronize()
-    for _ in range(_AHEAD):
-        torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
-    start.record()
-    y = contender.forward()
-    between.record()
-    grads = torch.autograd.grad(y, contender.leaves, contender.grad)
-    end.record()
-    torch.cuda.synchronize()
+    with torch.autograd.set_multithreading_enabled(False):
+        for _ in range(_AHEAD):
+            torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+        start.record()
+        y = contender.forward()
+        between.record()
+        grads = torch.autograd.grad(y, contender.leaves, contender.grad)
+        end.record()
+        torch.cuda.synchronize()
     del grads
     return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3)
 
