@@ -12,8 +12,6 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, NamedTuple
 
-from triton.backends.nvidia.driver import TMA_DTYPE_DEVICE_TO_HOST
-
 
 class Pointer(NamedTuple):
     """Stands for a tensor that a kernel gets as a pointer."""
@@ -85,9 +83,10 @@ class _Config(ctypes.Structure):
     )
 
 
-_NUMBERS = {"i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f"}
-_APART = 64  # bytes from parameter to parameter in memory; a descriptor has to begin at a multiple of them
+_NUMBERS = {"u1": "<B", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f"}
+_APART = 128  # bytes from parameter to parameter in memory; a descriptor has to begin at a multiple of them
 _DESCRIPTOR, _ADDRESS = 128, 8  # bytes of them
+_NOWHERE = -1  # the address in a descriptor that is being written
 
 
 class Prepared:
@@ -147,6 +146,7 @@ class Prepared:
                 place, tensor, before = each
                 address = addresses[tensor]
                 if address != before:
+                    each[2] = _NOWHERE  # until it is written: an interrupt may come in between
                     if self._driver.move(place, address):
                         return False
                     each[2] = address
@@ -171,9 +171,9 @@ def prepare(
     Returns:
         The kernel; None if there is no driver, or the kernel takes something that is not known here.
     """
-    if driver is None or not _is_plain(compiled.metadata):
+    if driver is None or not _is_plain(compiled.metadata, described=any(isinstance(v, Blocks) for v in values)):
         return None
-    described = iter(getattr(compiled.metadata, "tensordesc_meta", None) or ())
+    described = iter(compiled.metadata.tensordesc_meta or ())
     parameters: list[bytes] = []
     pointers, descriptors, tensor = [], [], -1
     for kind, value in zip(compiled.src.signature.values(), values, strict=True):
@@ -201,10 +201,14 @@ def prepare(
     return Prepared(driver, compiled, grid, parameters, pointers, descriptors)
 
 
-def _is_plain(metadata: Any) -> bool:
-    """Say whether a launch needs nothing but a grid, shared memory and parameters."""
+def _is_plain(metadata: Any, *, described: bool) -> bool:
+    """Say whether a launch needs nothing but a grid, shared memory and parameters; ``described`` ones only on Hopper.
+
+    For cards after that Triton mends small descriptors of some drivers, behind the driver's back.
+    """
     special = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
-    return metadata.num_ctas == 1 and not any(getattr(metadata, name, False) for name in special)
+    plain = metadata.num_ctas == 1 and not any(getattr(metadata, name, False) for name in special)
+    return plain and not (described and metadata.target.arch >= 100)
 
 
 def _sizes(driver: Driver, function: int, most: int) -> list[int]:
@@ -221,18 +225,19 @@ def _descriptor(driver: Driver, blocks: Blocks, described: dict[str, Any] | None
     """Return the descriptor of a tensor as Triton makes it, or None if this one is of another kind, or refused."""
     if described is None or described["fp4_padded"] or described.get("is_im2col", False):
         return None
-    rank, bytes_each = len(blocks.shape), described["elem_size"]
+    rank, bytes_each, kind = len(blocks.shape), described["elem_size"], described["elem_type"]
     _memory, place = _aligned(_DESCRIPTOR)
     long, short = ctypes.c_uint64 * rank, ctypes.c_uint32 * rank
     steps = [step * bytes_each for step in reversed(blocks.strides[:-1])]
     failed = driver.describe(
-        place, TMA_DTYPE_DEVICE_TO_HOST[described["elem_type"]], rank, address,
+        place, _DTYPES.get(kind, kind), rank, address,
         long(*reversed(blocks.shape)), long(*steps), short(*reversed(described["block_size"])), short(*[1] * rank),
         _NOT_INTERLEAVED, described["swizzle"], _L2_BY_128_BYTES, _ZEROS_OUTSIDE,
     )  # fmt: skip
     return None if failed else ctypes.string_at(place, _DESCRIPTOR)
 
 
+_DTYPES = {8: 10, 9: 8, 10: 9}  # the driver's numbers of Triton's, where they differ
 _NOT_INTERLEAVED, _L2_BY_128_BYTES, _ZEROS_OUTSIDE = 0, 2, 0  # of CUtensorMapInterleave, L2promotion, FloatOOBfill
 
 

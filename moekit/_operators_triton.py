@@ -87,7 +87,7 @@ class Launch:
         prepared = self._prepared.get(tuple(kind))
         if prepared is None or not prepared(addresses, driver.active.get_current_stream(device)):
             compiled = self._launch(tensors)
-            if device >= 0 and tuple(kind) not in self._prepared:  # the interpreter compiles nothing
+            if compiled is not None and tuple(kind) not in self._prepared:  # the interpreter compiles nothing
                 self._prepared[tuple(kind)] = self._prepare(compiled, addresses)
 
     def _launch(self, tensors: Sequence[Tensor]) -> Any:
@@ -105,7 +105,12 @@ class Launch:
     def _prepare(self, compiled: Any, addresses: Sequence[int]) -> Prepared | None:
         rest = self.kernel.arg_names[len(self.arguments) :]
         values = [*self.arguments, *(self.constants[name] for name in rest)]
-        return prepare(compiled, self.grid, values, addresses, cuda_driver())
+        if 0 in self.grid:  # Triton launches nothing, and the driver refuses
+            return None
+        try:
+            return prepare(compiled, self.grid, values, addresses, cuda_driver())
+        except (AttributeError, KeyError, ValueError):  # this Triton tells of its kernels in another way
+            return None
 
 
 def _is_watched() -> bool:

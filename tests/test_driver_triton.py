@@ -13,7 +13,7 @@ from moekit._driver_triton import Again, Blocks, Driver, Pointer, _Config, cuda_
 
 SIGNATURE = {
     "x": "*fp32", "again": "*fp32", "out": "tensordesc<fp32[2, 4]>", "one": "constexpr", "n": "i32", "far": "i64",
-    "factor": "fp32", "on": "i1", "BLOCK": "constexpr",
+    "factor": "fp32", "on": "u1", "BLOCK": "constexpr",
 }  # fmt: skip
 VALUES = (Pointer(), Again(), Blocks((5, 4), (12, 1), (2, 4)), 1, 5, -(2**40), 0.5, True, 64)
 SIZES = [8, 8, 128, 4, 4, 8, 8, 4, 8, 4, 1, 8, 8]  # x, again; out with its shape and strides; numbers; two scratch
@@ -35,7 +35,7 @@ class Recorder:
         given = _Config.from_address(config)
         places = (ctypes.c_void_p * len(self.sizes)).from_address(parameters)
         contents = [ctypes.string_at(place, size) for place, size in zip(places, self.sizes, strict=True)]
-        assert all(place % 64 == 0 for place, size in zip(places, self.sizes, strict=True) if size == 128)
+        assert all(place % 128 == 0 for place, size in zip(places, self.sizes, strict=True) if size == 128)
         shape = (*given.grid,), (*given.block,), given.shared, given.stream, given.attributes, given.num_attributes
         self.launched.append((shape, function, contents, extra))
         return self.answer
@@ -62,6 +62,7 @@ class Recorder:
 
 def compiled(signature: dict[str, str] | None = None, described: Any = (DESCRIBED,), **metadata: Any) -> Any:
     usual = {"num_warps": 8, "num_ctas": 1, "shared": 4096, "global_scratch_size": 0, "launch_pdl": False}
+    usual["target"] = SimpleNamespace(arch=90)
     return SimpleNamespace(
         src=SimpleNamespace(signature=SIGNATURE if signature is None else signature),
         metadata=SimpleNamespace(**{**usual, "tensordesc_meta": described, **metadata}),
@@ -82,7 +83,7 @@ def test_parameters_are_as_triton_orders_them_and_addresses_those_of_the_call() 
         assert (function, extra) == (77, None)
         place, again, descriptor, *rest = contents
         assert struct.unpack("<3Q", place + again + descriptor[:8]) == (x, x, out)
-        numbers = struct.unpack("<iiqqiqfbQQ", b"".join(rest))
+        numbers = struct.unpack("<iiqqiqfBQQ", b"".join(rest))
         assert numbers == (5, 4, 12, 1, 5, -(2**40), 0.5, 1, 0, 0)
     assert recorder.moved == [2**46], "a descriptor is written when its tensor lies elsewhere, and only then"
 
@@ -105,9 +106,21 @@ def test_a_kernel_with_other_parameters_is_left_to_triton(sizes: list[int]) -> N
         compiled(described=None),
         compiled(described=({**DESCRIBED, "fp4_padded": True},)),
         compiled(described=({**DESCRIBED, "is_im2col": True},)),
-        compiled({**SIGNATURE, "n": "fp64"}),
+        compiled({**SIGNATURE, "n": "u32"}),
+        compiled(target=SimpleNamespace(arch=100)),
     ],
-    ids=["cluster", "scratch", "profile", "cooperative", "pdl", "undescribed", "fp4", "im2col", "double"],
+    ids=[
+        "cluster",
+        "scratch",
+        "profile",
+        "cooperative",
+        "pdl",
+        "undescribed",
+        "fp4",
+        "im2col",
+        "unknown type",
+        "Blackwell",
+    ],
 )
 def test_a_kernel_of_another_kind_is_left_to_triton(given: Any) -> None:
     assert prepare(given, (1, 1, 1), VALUES, [64, 128], Recorder(SIZES).driver()) is None
@@ -141,6 +154,33 @@ def test_it_says_when_nothing_was_launched() -> None:
     assert recorder.moved == [256, 256], "a descriptor that was not written was taken for written"
 
 
+def test_a_descriptor_whose_writing_was_interrupted_is_written_again() -> None:
+    recorder = Recorder(SIZES)
+    prepared = prepare(compiled(), (1, 1, 1), VALUES, [64, 128], recorder.driver())
+    assert prepared is not None
+    write = recorder.write
+
+    def interrupted(place: int, address: int) -> None:
+        write(place, address)
+        recorder.write = write  # type: ignore[method-assign]
+        raise KeyboardInterrupt
+
+    recorder.write = interrupted  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        prepared([64, 256], STREAM)
+    assert prepared([64, 128], STREAM)
+    assert struct.unpack("<Q", recorder.launched.pop()[2][2][:8]) == (128,)
+
+
+def test_pointers_alone_are_prepared_on_any_card() -> None:
+    recorder = Recorder([8, 4, 8, 8])
+    given = compiled({"x": "*fp32", "n": "i32"}, None, target=SimpleNamespace(arch=100))
+    prepared = prepare(given, (1, 1, 1), (Pointer(), 5), [64], recorder.driver())
+    assert prepared is not None
+    assert prepared([192], STREAM)
+    assert recorder.launched[0][2][0] == struct.pack("<Q", 192)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(cuda_driver() is None, reason="needs a CUDA driver")
 class TestOnCuda:
@@ -166,7 +206,7 @@ class TestOnCuda:
         of_x, of_elsewhere = (ctypes.string_at(id(each) + at, size) for each in expected)
         assert _descriptor(driver, blocks, described, x.data_ptr()) == of_x
         memory = (ctypes.c_uint64 * 32)()
-        place = -(-ctypes.addressof(memory) // 64) * 64
+        place = -(-ctypes.addressof(memory) // 128) * 128
         ctypes.memmove(place, of_x, size)
         assert driver.move(place, elsewhere.data_ptr()) == 0
         assert ctypes.string_at(place, size) == of_elsewhere

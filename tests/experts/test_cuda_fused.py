@@ -73,9 +73,12 @@ def test_the_layer_equals_the_loop_and_itself(shape: tuple[int, ...], dtype: tor
         assert error < TOLERANCE[dtype], f"{name}: {error}"
 
 
-@pytest.mark.skipif(
+on_hopper = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != 9, reason="needs a Hopper card"
 )
+
+
+@on_hopper
 def test_on_hopper_some_warps_load_and_the_others_multiply() -> None:
     case = draw(SHAPES["tails"], torch.bfloat16)
     run(fused_layer(), case, case[0].detach())  # compiled
@@ -87,6 +90,21 @@ def test_on_hopper_some_warps_load_and_the_others_multiply() -> None:
     assert sum(name == "_special_back_kernel" for name in kernels) == 1
     assert sum(name == "_special_weight_kernel" for name in kernels) == 2
     assert not {"_up_kernel", "_rows_kernel", "_back_kernel", "_weight_kernel"} & set(kernels)
+
+
+@on_hopper
+@pytest.mark.parametrize("shape", ["full", "tails"])
+def test_on_hopper_what_was_launched_before_is_launched_without_triton(
+    shape: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from moekit._operators_triton import Launch
+
+    case = draw(SHAPES[shape], torch.bfloat16)
+    for _ in range(2):
+        expected = run(fused_layer(), case, case[0].detach())
+    monkeypatch.setattr(Launch, "_launch", lambda launch, tensors: pytest.fail(f"{launch.kernel} by Triton"))
+    for name, found in run(fused_layer(), case, case[0].detach()).items():
+        assert torch.equal(found, expected[name]), name
 
 
 def test_nothing_waits_for_the_device_and_the_forward_captures() -> None:
