@@ -86,6 +86,7 @@ class _Config(ctypes.Structure):
 _NUMBERS = {"u1": "<B", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f"}
 _APART = 128  # bytes from parameter to parameter in memory; a descriptor has to begin at a multiple of them
 _DESCRIPTOR, _ADDRESS = 128, 8  # bytes of them
+LAST_DESCRIBED = 9  # major compute capability of the last cards whose descriptors are written here: Hopper
 _NOWHERE = -1  # the address in a descriptor that is being written
 
 
@@ -202,13 +203,13 @@ def prepare(
 
 
 def _is_plain(metadata: Any, *, described: bool) -> bool:
-    """Say whether a launch needs nothing but a grid, shared memory and parameters; ``described`` ones only on Hopper.
+    """Say whether a launch needs nothing but a grid, shared memory and parameters; with descriptors only up to Hopper.
 
-    For cards after that Triton mends small descriptors of some drivers, behind the driver's back.
+    For later cards Triton mends small descriptors of some drivers, behind the driver's back.
     """
     special = ("global_scratch_size", "profile_scratch_size", "launch_cooperative_grid", "launch_pdl")
     plain = metadata.num_ctas == 1 and not any(getattr(metadata, name, False) for name in special)
-    return plain and not (described and metadata.target.arch >= 100)
+    return plain and not (described and metadata.target.arch // 10 > LAST_DESCRIBED)
 
 
 def _sizes(driver: Driver, function: int, most: int) -> list[int]:

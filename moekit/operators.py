@@ -65,6 +65,26 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
+def launched_by(major: int) -> str:
+    """Say what launches moekit's kernels on a CUDA device; the first launch of each is Triton's in any case.
+
+    Args:
+        major: compute capability of the device.
+
+    Returns:
+        A few words. Needs Triton.
+
+    Example:
+        >>> launched_by(9).split()[0] in ("Triton,", "the")
+        True
+    """
+    from moekit._driver_triton import LAST_DESCRIBED, cuda_driver
+
+    if cuda_driver() is None:
+        return "Triton, for the CUDA driver is older than 12.4"
+    return "the CUDA driver" if major <= LAST_DESCRIBED else "the CUDA driver, or Triton if they take descriptors"
+
+
 def blocks_of(length: int, size: int) -> int:
     """Return how many blocks of a size cover a length. ``triton.cdiv`` takes microseconds for it, outside a kernel.
 

@@ -6,12 +6,14 @@ import os
 import platform
 import warnings
 from collections.abc import Iterator
+from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 
 from moekit import __version__
-from moekit.experts import batched, grouped, loop
+from moekit.experts import batched, grouped, loop, triton
+from moekit.operators import launched_by
 from moekit.recipes.backends import choose_backend
 from moekit.types import GroupedMatmul, Groups
 
@@ -42,10 +44,11 @@ PACKAGES = (
     Package("wandb", "--report-to wandb", "'moekit[trackers]'"),
     Package("tensorboard", "--report-to tensorboard", "'moekit[trackers]'"),
     Package("safetensors", "moekit export to .safetensors", "'moekit[export]'"),
-    Package("triton", "torch.compile on CUDA devices", "triton"),
+    Package("triton", "moekit's kernels and torch.compile on CUDA devices", "triton"),
     Package("tensordict", "routing traces of transformers' models", "tensordict"),
 )
 BACKENDS: dict[str, GroupedMatmul] = {"loop": loop, "batched": batched, "grouped": grouped}
+ON_CUDA: dict[str, GroupedMatmul] = {**BACKENDS, "triton": triton}
 
 
 def diagnose() -> Iterator[str]:
@@ -69,7 +72,7 @@ def diagnose() -> Iterator[str]:
     yield ""
     yield "grouped matmul, forward + backward"
     for device, dtype, where in _places():
-        for name, matmul in BACKENDS.items():
+        for name, matmul in (ON_CUDA if device.startswith("cuda") else BACKENDS).items():
             yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
     yield ""
     yield "expert layer that auto chooses"
@@ -104,6 +107,8 @@ def describe_devices() -> Iterator[str]:
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
         yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
+        if find_spec("triton") is not None:
+            yield f"  moekit's kernels are launched by {launched_by(device.major)}"
 
 
 def describe_package(package: Package) -> str:

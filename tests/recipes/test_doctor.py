@@ -66,6 +66,15 @@ def test_cuda_devices_are_listed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     assert list(describe_devices())[1] == "cuda:0: H100, 80 GiB, compute capability 9.0"
+    for driver, major, expected in (
+        (None, 9, "Triton, for the CUDA driver is older than 12.4"),
+        ("driver", 9, "the CUDA driver"),
+        ("driver", 8, "the CUDA driver"),
+        ("driver", 10, "the CUDA driver, or Triton if they take descriptors"),
+    ):
+        monkeypatch.setattr("moekit._driver_triton.cuda_driver", lambda driver=driver: driver)
+        properties.major = major
+        assert list(describe_devices())[2] == f"  moekit's kernels are launched by {expected}"
 
 
 def test_the_diagnosis_names_every_package_and_backend():
