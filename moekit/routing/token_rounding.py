@@ -88,8 +88,9 @@ def round_tokens(
         score: (T, E) logits -> (T, E) scores.
 
     Returns:
-        Routing of shape (N,), N = T * K + E * min(tile - 1, T): first the assignments of ``routing`` in their order,
-        then those besides by expert; -1 for those that do not exist.
+        Routing of shape (N,): first the assignments of ``routing`` in their order, then those besides by expert; -1 for
+        those that do not exist. N = T * K + E * min(b, T), where b is as many as ``rounding`` may add to a load:
+        tile // 2 for ``torch.round``, 0 for ``torch.floor``, tile - 1 for any other.
 
     Raises:
         ValueError: if the tile is not positive, or the routing is not (T, K).
@@ -112,7 +113,7 @@ def round_tokens(
     loads = tokens_per_expert(experts, num_experts)  # (E,)
     rounded = (rounding(loads.double() / tile) * tile).to(torch.int64).clamp(0, routing.num_tokens)
     kept = _ranks(routing) < torch.cat([rounded, rounded.new_zeros(1)])[experts]  # -1 takes the last entry, 0
-    num_besides = min(tile - 1, routing.num_tokens)
+    num_besides = min(_most_besides(tile, rounding), routing.num_tokens)
     tokens, weights = _besides(logits, routing, num_besides, score=score)  # (E, num_besides)
     wanted = torch.arange(num_besides, device=logits.device) < (rounded - loads).unsqueeze(-1)
     others = torch.arange(num_experts, device=logits.device).unsqueeze(-1).where(wanted, -1)
@@ -190,6 +191,12 @@ def _ranks(routing: Routing) -> Tensor:
     firsts = torch.cat([exclusive_cumsum(sizes), sizes.sum().view(1)])  # -1 takes the last entry
     places = torch.arange(order.shape[0], device=order.device) - firsts[experts[order]]
     return torch.empty_like(places).scatter_(0, order, places)
+
+
+def _most_besides(tile: int, rounding: Callable[[Tensor], Tensor]) -> int:
+    if rounding is torch.floor:
+        return 0
+    return tile // 2 if rounding is torch.round else tile - 1
 
 
 def _besides(logits: Tensor, routing: Routing, count: int, *, score: Score) -> tuple[Tensor, Tensor]:

@@ -90,11 +90,17 @@ def test_a_tile_of_one_is_the_identity(route, rounding) -> None:
     assert (moved.dropped.item(), moved.added.item()) == (0, 0)
 
 
-def test_shape_is_known_without_the_loads() -> None:
-    for num_tokens, tile in ((T, 8), (3, 8), (0, 8)):
+@pytest.mark.parametrize(
+    ("rounding", "most"),
+    [(torch.round, 4), (torch.ceil, 7), (torch.floor, 0), (lambda tiles: tiles.ceil(), 7)],
+    ids=["round", "ceil", "floor", "any other"],
+)
+@pytest.mark.parametrize("num_tokens", [T, 5, 3, 0])
+def test_shape_is_known_without_the_loads(num_tokens: int, rounding, most: int) -> None:
+    for tile, besides in ((8, most), (1, 0)):
         logits = torch.randn(num_tokens, E)
-        rounded = token_rounding(partial(top_k, k=K), tile=tile)(logits)
-        size = num_tokens * K + E * min(tile - 1, num_tokens)
+        rounded = token_rounding(partial(top_k, k=K), tile=tile, rounding=rounding)(logits)
+        size = num_tokens * K + E * min(besides, num_tokens)
         assert rounded.expert_indices.shape == rounded.token_indices.shape == rounded.weights.shape == (size,)
         assert (rounded.num_tokens, rounded.num_experts, rounded.pool) == (num_tokens, E, size)
         assert rounded.expert_indices.dtype == rounded.token_indices.dtype == torch.int64
