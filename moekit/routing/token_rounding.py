@@ -101,7 +101,7 @@ def round_tokens(
         >>> round_tokens(logits, top_k(logits, k=1), tile=2).expert_indices
         tensor([ 0, 0, 0, -1, -1])
         >>> round_tokens(logits, top_k(logits, k=1), tile=2, rounding=torch.floor).expert_indices
-        tensor([-1, 0, 0, -1, -1])
+        tensor([-1,  0,  0])
 
     References:
         Guo et al., SonicMoE, 2025 (token rounding), https://arxiv.org/abs/2512.14080
