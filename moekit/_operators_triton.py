@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from triton import knobs
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
-from triton.runtime import driver
+from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moekit._driver_triton import Again, Blocks, Pointer, Prepared, cuda_driver, prepare
@@ -67,7 +67,7 @@ class Launch:
             tensors: one for each ``POINTER`` or ``Blocks``, in their order.
 
         Raises:
-            ValueError: if there are more or fewer.
+            ValueError: if there are more or fewer, or they are on no CUDA device and Triton interprets nothing.
         """
         device = tensors[0].get_device()
         if device >= 0 and device != torch.cuda.current_device():
@@ -93,6 +93,12 @@ class Launch:
     def _launch(self, tensors: Sequence[Tensor]) -> Any:
         if len(tensors) != self._num_tensors:
             raise ValueError(f"{self.kernel}: {len(tensors)} tensors; expected {self._num_tensors}.")
+        if isinstance(self.kernel, JITFunction) and not tensors[0].is_cuda:
+            raise ValueError(
+                f"moekit's Triton kernels were given tensors on {tensors[0].device}; expected a CUDA device. Use "
+                f"`auto` or `fused_cpu` for a layer on the CPU, `grouped` for a product; or Triton's interpreter, by "
+                f"TRITON_INTERPRET=1 before Triton is imported."
+            )
         values, number = [], -1
         for each in self.arguments:
             number += isinstance(each, Pointer | Blocks)

@@ -1,5 +1,6 @@
 """Launches that are decided once: whatever tensors a later call gets, it reads and writes those."""
 
+import os
 import weakref
 from types import SimpleNamespace
 from typing import Any
@@ -145,6 +146,13 @@ def test_a_wrong_number_of_tensors_is_refused_before_anything_runs(number: int, 
     with pytest.raises(ValueError, match=f"{number} tensors; expected 2"):
         launch(*[out, out, x, x][:number])
     assert not out.any()
+
+
+@pytest.mark.skipif("TRITON_INTERPRET" in os.environ, reason="the interpreter runs kernels on the CPU")
+def test_tensors_on_the_cpu_are_refused_with_what_to_use() -> None:
+    launch, x = decided(), torch.zeros(LENGTH)
+    with pytest.raises(ValueError, match=r"given tensors on cpu; expected a CUDA device. Use `auto` or `fused_cpu`"):
+        launch(x, torch.zeros(LENGTH))
 
 
 class Recorded:

@@ -13,10 +13,11 @@ from torch import Tensor
 from moekit.experts._fused_operators import Fused, Layout, Settings, plan_layer
 from moekit.experts.activations import FUNCTIONS, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
+from moekit.experts.checks import check_assignments
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
-from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
 from moekit.experts.triton_matmul import check_dtypes
 from moekit.types import ExpertLayer, Routing
 
@@ -115,8 +116,9 @@ def _fused_layer(
         experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
     hidden = params.down.shape[2 if layout.packed else 1]
     size = LayerSize(
-        x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated, capability_of(x.device)
-    )
+        x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated,
+        capability_of(x.device), is_narrow(x.device),
+    )  # fmt: skip
     chosen = tiles(size)
     write = _text if torch.compiler.is_compiling() else _text_once
     settings = write(chosen, layout, activation.function, activation.gated, precision)
@@ -179,12 +181,7 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
             f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}. Packed halves are the "
             f"rows of gate, then those of up; pass interleaved ones as GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .)."
         )
-    if not routing.weights.shape == routing.expert_indices.shape == routing.token_indices.shape:
-        raise ValueError(
-            f"fused_layer: the routing has weights {tuple(routing.weights.shape)}, experts "
-            f"{tuple(routing.expert_indices.shape)} and tokens {tuple(routing.token_indices.shape)}; expected "
-            f"one shape. Give every assignment a weight, an expert and a token."
-        )
+    check_assignments("fused_layer", routing)
 
 
 _UP, _DOWN = ("E", "D", "F"), ("E", "F", "D")

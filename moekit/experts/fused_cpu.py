@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekit.experts._fused_cpu import fused
 from moekit.experts.activations import SWIGLU, Activation
+from moekit.experts.checks import check_assignments
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
@@ -75,15 +76,17 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
             f"fused_cpu: {len(params)} projections were given for {activation}; expected those of {kind.__name__}, "
             f"{', '.join(kind._fields)}. Pass the activation that fits the parameters."
         )
-    num_experts, dim, hidden = params[0].shape
-    up, down = (num_experts, dim, hidden), (num_experts, hidden, dim)
     shapes = [tuple(w.shape) for w in params]
-    fits = shapes == [up] * (len(shapes) - 1) + [down] and num_experts == routing.num_experts
-    if not fits or tuple(x.shape) != (routing.num_tokens, dim):
+    fits = len(shapes[0]) == 3 and shapes[0][0] == routing.num_experts
+    if fits:
+        num_experts, dim, hidden = shapes[0]
+        fits = shapes == [shapes[0]] * (len(shapes) - 1) + [(num_experts, hidden, dim)] and x.shape[-1] == dim
+    if not fits or x.shape[:-1] != (routing.num_tokens,):
         raise ValueError(
             f"fused_cpu: x {tuple(x.shape)} and projections {shapes} do not fit a routing of {routing.num_tokens} "
             f"tokens over {routing.num_experts} experts; expected (T, D), (E, D, F) and, for down, (E, F, D)."
         )
+    check_assignments("fused_cpu", routing)
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

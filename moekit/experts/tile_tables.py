@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from moekit.experts.tiles import LayerSize, LayerTiles, ruled_tiles
+from moekit.experts.tiles import NARROW_BYTES, LayerSize, LayerTiles, ruled_tiles
 
 FARTHEST = 2.0
 """The most doublings, of D, F and rows per expert together, between a layer and the entry that is used for it."""
@@ -132,12 +132,19 @@ def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: Lay
     found, nearest = None, math.inf
     alike, octave = (size.capability, size.dtype.itemsize, size.gated), _octave(size.assignments, size.experts)
     for entry in table:
-        if (entry.capability, entry.dtype_size, entry.gated) == alike:
+        if (entry.capability, entry.dtype_size, entry.gated) == alike and (not size.narrow or _fits_narrow(entry)):
             widths = abs(math.log2(size.dim / entry.dim)) + abs(math.log2(size.hidden / entry.hidden))
             distance = widths + abs(octave - (entry.rows_per_expert.bit_length() - 1))
             if distance < nearest:
                 found, nearest = entry, distance
     return otherwise(size) if found is None or nearest > FARTHEST else found.tiles
+
+
+def _fits_narrow(entry: TileEntry) -> bool:
+    """Say whether a program of little shared memory holds an entry's operands, which are the least that it has to."""
+    columns = [2 * entry.tiles.up.n if entry.gated else entry.tiles.up.n, *[tile.n for tile in entry.tiles[1:]]]
+    operands = [(tile.stages - 1) * (tile.m + n) * tile.k for tile, n in zip(entry.tiles, columns, strict=True)]
+    return max(operands) * entry.dtype_size <= NARROW_BYTES
 
 
 def _octave(rows: int, experts: int) -> int:

@@ -64,6 +64,7 @@ class LayerSize(NamedTuple):
         hidden: F.
         gated: whether there are two up-projections.
         capability: the major compute capability of the device, 9 for Hopper; 0 where there is none.
+        narrow: whether a program on the device has 99 KiB of shared memory, not 163 and more.
     """
 
     dtype: torch.dtype
@@ -73,6 +74,11 @@ class LayerSize(NamedTuple):
     hidden: int
     gated: bool
     capability: int = 0
+    narrow: bool = False
+
+
+NARROW_BYTES = 99 * 1024
+_NARROW = {(8, 6), (8, 9), (12, 0), (12, 1)}  # CUDA C++ Programming Guide, technical specifications per capability
 
 
 def capability_of(device: torch.device) -> int:
@@ -96,19 +102,45 @@ def _major(device: torch.device) -> int:
     return torch.cuda.get_device_capability(device)[0]
 
 
-def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int) -> Tile:
+def is_narrow(device: torch.device) -> bool:
+    """Say whether a program on a device has 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and 12.1.
+
+    Args:
+        device: of tokens and parameters.
+
+    Returns:
+        Whether it has; while a graph is compiled it is a constant.
+
+    Example:
+        >>> is_narrow(torch.device("cpu"))
+        False
+    """
+    return device.type == "cuda" and _narrow(device)
+
+
+@constant_in_graphs
+def _narrow(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) in _NARROW
+
+
+def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int, *, narrow: bool = False) -> Tile:
     """Choose the tile of products whose rows are grouped: wide for full groups, low for groups of few rows."""
     if dtype.itemsize == 4:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    if narrow:
+        low = num_rows <= 48 * num_groups
+        return Tile(m=64 if low else 128, n=128, k=64, warps=4 if low else 8, stages=3)
     if num_rows <= 48 * num_groups:
         return Tile(m=64, n=256, k=64, warps=4, stages=4, overlap=True)
     return Tile(m=128, n=256, k=64, warps=8, stages=4, overlap=True)
 
 
-def weight_tile(dtype: torch.dtype) -> Tile:
+def weight_tile(dtype: torch.dtype, *, narrow: bool = False) -> Tile:
     """Choose the tile of products whose sum runs over a group's rows."""
     if dtype.itemsize == 4:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    if narrow:
+        return Tile(m=128, n=128, k=64, warps=8, stages=3)
     return Tile(m=128, n=256, k=64, warps=8, stages=4)
 
 
@@ -125,9 +157,10 @@ def ruled_tiles(size: LayerSize) -> LayerTiles:
         >>> ruled_tiles(LayerSize(torch.bfloat16, 32768, 8, 768, 2048, gated=True)).up.n
         128
     """
-    rows, weight = row_tile(size.dtype, size.assignments, size.experts), weight_tile(size.dtype)
+    rows = row_tile(size.dtype, size.assignments, size.experts, narrow=size.narrow)
+    weight = weight_tile(size.dtype, narrow=size.narrow)
     alone = rows._replace(overlap=False)  # two matrices are two loops, which cannot overlap with the next tile's
-    up, grad_rows = alone._replace(n=rows.n // 2), alone._replace(stages=3) if size.gated else rows
+    up, grad_rows = alone._replace(n=rows.n // 2), alone._replace(stages=min(rows.stages, 3)) if size.gated else rows
     tiles = LayerTiles(up, rows, rows, grad_rows, weight, weight)
     if size.capability == 9 and size.dtype.itemsize == 2 and rows.m == 128:
         return LayerTiles(*(tile._replace(band=32, specialized=True) for tile in tiles))

@@ -94,7 +94,8 @@ def choose_backend(
     else:
         fused, unusable = "fused_layer", why_not_fused(device, dtype, dispatcher=dispatcher)
         if not unusable:
-            reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: gathers rows inside the products"
+            what = "activates inside the products, and keeps pre-activations alone"
+            reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: {what}"
             layer = fused_layer(activation=activation, precision=float32_products(), tiles=tiles)
             return Choice(fused, layer, reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
@@ -168,6 +169,8 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
     """
     if device.type != "cuda":
         return f"its kernels are for CUDA devices, not {device.type}"
+    if torch.version.hip is not None:
+        return "its kernels are for NVIDIA cards"
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
     capability = _capability(device)

@@ -20,6 +20,7 @@ from moekit.lm.configs import load_config
 from moekit.lm.orders import Order
 from moekit.lm.shards import Shard, shard_bytes
 from moekit.recipes import openlm
+from moekit.recipes.automatic import automatic
 from moekit.recipes.language_models import language_model
 from moekit.recipes.steps import take_gradient
 
@@ -111,7 +112,7 @@ def group(request) -> str:
 @pytest.mark.benchmark(max_time=1.0)
 def test_training(benchmark, measure, data, group):
     preset = "moekit_tiny" if benchmark.disabled else "moekit_cpu"
-    model = language_model(load_config(preset, moe_freq=2, moe_num_experts=8), openlm())
+    model = language_model(load_config(preset, moe_freq=2, moe_num_experts=8), automatic(openlm()))
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     ids = torch.randint(model.config.vocab_size, (16, model.config.seq_len + 1))
 

@@ -209,6 +209,11 @@ def test_errors_say_what_was_given() -> None:
         layer(x.float(), routing, gated)
     with pytest.raises(ValueError, match=r"x is on meta; expected the CPU. Use fused_layer on a GPU"):
         layer(x.to("meta"), routing, gated)
+    with pytest.raises(ValueError, match=r"projections \[\(.*\), .*\] do not fit .* expected \(T, D\), \(E, D, F\)"):
+        layer(x, routing, type(gated)(*[w[0] for w in gated]))
+    for part in ("weights", "expert_indices", "token_indices"):
+        with pytest.raises(ValueError, match=r"fused_cpu: the routing has .*\(13, 1\).*; expected one shape. Give"):
+            layer(x, routing._replace(**{part: getattr(routing, part)[:, :1]}), gated)
 
 
 @pytest.fixture

@@ -1,5 +1,9 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,11 +12,13 @@ import torch
 from moekit.experts.tile_files import FORMAT, layer_tiles, parse_tiles, read_tiles, shipped, table_text
 from moekit.experts.tile_tables import FARTHEST, TileEntry, entry_of, from_table, merged
 from moekit.experts.tiles import (
+    NARROW_BYTES,
     LayerSize,
     LayerTiles,
     Tile,
     capability_of,
     check_tiles,
+    is_narrow,
     ruled_tiles,
 )
 
@@ -130,6 +136,36 @@ def test_merging_replaces_the_same_layer_and_sorts() -> None:
 def test_only_cuda_has_a_capability(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     assert [capability_of(torch.device(name)) for name in ("cpu", "meta", "cuda:1")] == [0, 0, 9]
+
+
+@pytest.mark.parametrize(
+    ("capability", "narrow"),
+    [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), True)],
+)
+def test_cards_of_little_shared_memory_are_known(monkeypatch, capability: tuple[int, int], narrow: bool) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert is_narrow(torch.device("cuda")) is narrow
+    assert not is_narrow(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("capability", [86, 120])
+def test_the_rule_fits_cards_of_little_shared_memory(capability: int, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    program = [sys.executable, "-W", "ignore", Path(__file__).parent.parent / "narrow_launches.py", str(capability)]
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(program, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout)
+    assert tuple(found) == LayerTiles._fields
+    assert {name: size for name, size in found.items() if size > NARROW_BYTES} == {}
+
+
+def test_an_entry_that_cannot_fit_is_not_taken_on_a_card_of_little_shared_memory() -> None:
+    tiles, narrow = from_table([marked(4)]), SIZE._replace(narrow=True)
+    assert tiles(SIZE).up.band == 4
+    assert tiles(narrow) == ruled_tiles(narrow) != ruled_tiles(SIZE)
+    assert check_tiles(ruled_tiles(narrow)).up.m == 128
+    assert from_table([marked(4, narrow)])(narrow).up.band == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

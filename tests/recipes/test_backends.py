@@ -65,7 +65,14 @@ def test_a_gpu_with_triton_is_given_the_fused_kernels(hopper, dtype) -> None:
     choice = choose_backend("cuda", dtype, activation=GEGLU)
     assert choice.name == "fused_layer"
     assert choice.layer.keywords["activation"] == GEGLU
-    assert "with Triton: gathers rows inside the products" in choice.reason
+    assert "with Triton: activates inside the products, and keeps pre-activations alone" in choice.reason
+
+
+def test_a_card_of_another_maker_is_not_given_the_fused_kernels(hopper, monkeypatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.1")  # its capability 9 is not Hopper's
+    choice = choose_backend("cuda", BF16)
+    assert choice.name != "fused_layer"
+    assert "its kernels are for NVIDIA cards" in choice.reason
 
 
 def test_float32_products_on_a_gpu_follow_torchs_own_setting(hopper, monkeypatch) -> None:

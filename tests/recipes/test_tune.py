@@ -130,7 +130,7 @@ def test_a_miniature_is_compiled_as_its_layer() -> None:
         assert small.dim % 256 == 8
         assert small.hidden % 256 == size.hidden % 256
         assert (small.experts % 16 == 0) == (size.experts % 16 == 0)
-        assert small[-2:] == (True, 9)
+        assert (small.gated, small.capability) == (True, 9)
     assert miniature(SIZE) == SIZE
     assert miniature(SIZE._replace(experts=1)).experts == 1
     assert miniature(SIZE._replace(experts=60)).experts == 17

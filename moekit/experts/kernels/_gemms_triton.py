@@ -28,7 +28,7 @@ from moekit.experts.kernels._tiles_triton import (
     store_rows,
     store_tile,
 )
-from moekit.experts.tiles import Tile, row_tile, weight_tile
+from moekit.experts.tiles import Tile, is_narrow, row_tile, weight_tile
 from moekit.operators import blocks_of
 
 
@@ -294,7 +294,7 @@ def _weight_launch(
 
 def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
-    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0])
+    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], narrow=is_narrow(rows.device))
     plan = schedule(sizes, rows.shape[0], tile.m)
     return grouped_rows(rows, plan, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
 
@@ -302,4 +302,5 @@ def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision
 def multiply_transposed(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F)."""
     plan = schedule(sizes, rows.shape[0], 128)
-    return grouped_weight(rows, plan, grad, precision=precision, tile=weight_tile(rows.dtype))[0]
+    tile = weight_tile(rows.dtype, narrow=is_narrow(rows.device))
+    return grouped_weight(rows, plan, grad, precision=precision, tile=tile)[0]

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moekit.experts.tile_tables import entry_of
-from moekit.experts.tiles import LayerSize, Tile, capability_of, ruled_tiles
+from moekit.experts.tiles import LayerSize, Tile, capability_of, is_narrow, ruled_tiles
 from moekit.recipes.bench.shapes import LayerShape
 from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS, candidates, fitting, shortlist, with_bands, with_rule
 from moekit.recipes.tuning.compiling import Compile, Job, compiling
@@ -102,7 +102,7 @@ def tune(
     if rounds < 1:
         raise ValueError(f"tune: rounds = {rounds}; expected at least 1.")
     measure = timer or cuda_seconds
-    sizes = [size._replace(capability=capability_of(device)) for size in sizes]
+    sizes = [size._replace(capability=capability_of(device), narrow=is_narrow(device)) for size in sizes]
     tried = [with_rule(candidates(size), size) for size in sizes]
     with on_device(device), compiling(workers) as compile_jobs:
         check = partial(_failures, device=device, precision=precision, compile_jobs=compile_jobs)
