@@ -14,7 +14,7 @@ from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled
 from moekit.operators import constant_in_graphs
 
 FORMAT = "moekit tiles 2"
-_MEND = "Correct it, or write the file again: moekit tune --write."
+_MEND = "Correct it, or remove it and let moekit tune --write make it again."
 
 
 @constant_in_graphs

@@ -192,7 +192,7 @@ def broken(change: Callable[[dict[str, Any]], Any]) -> str:
     return json.dumps(content)
 
 
-MEND = r"Correct it, or write the file again: moekit tune --write\."
+MEND = r"Correct it, or remove it and let moekit tune --write make it again\."
 
 
 @pytest.mark.parametrize(

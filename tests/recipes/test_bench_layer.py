@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from moekit.recipes.bench import layer as module
 from moekit.recipes.bench.layer import Report, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
-from moekit.recipes.bench.rows import loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.rows import Case, loads_of, make_case, moekit_rows, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import shares
 from moekit.recipes.bench.tables import as_json, as_markdown, rows_of
@@ -195,11 +196,17 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
         ),
         ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
         (
-            "bench layer --only moe --shape 8,8,8,2,1",
-            r"only = \['moe'\] is the beginning of no row; rows are dense expert, loop",
+            "bench layer --only loop moe --shape 8,8,8,2,1",
+            r"only = \['moe'\], the beginning of no row; rows are dense bound; dense expert; loop",
         ),
         ("bench layer --rounds 0 --shape 8,8,8,2,1", r"rounds = 0; expected at least 1"),
         ("bench layer --json nowhere/a.json", r"nowhere/a.json: there is no folder nowhere; make it first"),
+        ("bench layer --markdown /", r"/: it is a folder; give the name of a file"),
+        (
+            "bench layer --json a.md --markdown a.md",
+            r"--json and --markdown are both a.md; give each a file of its own",
+        ),
+        ("bench layer --device mps", r"--device mps; expected cpu, cuda, or one of several as cuda:1"),
     ],
 )
 def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None, capsys) -> None:
@@ -209,6 +216,25 @@ def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None
         return
     with pytest.raises(SystemExit, match=message):
         main(words.split())
+
+
+def test_what_was_measured_before_a_failure_is_written_and_printed(tmp_path, capsys, monkeypatch) -> None:
+    def drawn(shape: LayerShape, load: str, **options: Any) -> Case:
+        if shape.tokens == 16:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return make_case(shape, load, **options)
+
+    monkeypatch.setattr(module, "make_case", drawn)
+    file = tmp_path / "a.json"
+    with pytest.raises(SystemExit, match="moekit bench layer: CUDA out of memory"):
+        main(f"bench layer --shape 8,8,8,2,1 16,8,8,4,2 --rounds 1 --only loop --json {file}".split())
+    assert [table["tokens"] for table in json.loads(file.read_text())["tables"]] == [8]
+    assert "8,8,8,2,1 (T 8," in capsys.readouterr().out
+
+
+def test_the_bound_may_be_measured_alone() -> None:
+    [table] = bench_layer([SMALL], rounds=1, only=["dense bound"]).tables
+    assert [row.name for row in table.rows] == ["dense bound"]
 
 
 WITHOUT = """

@@ -55,7 +55,7 @@ class Table(NamedTuple):
         imbalance: the largest expert's rows as a multiple of the mean.
         empty: experts without a row.
         rows: the dense bound first.
-        stages: of the composed layer on ``grouped``, and of the choice of ``auto``.
+        stages: of the forward of the composed layer on ``grouped``.
     """
 
     shape: LayerShape
@@ -105,7 +105,7 @@ def bench_layer(
         Report. Rows that do not work here, or are not installed, say why.
 
     Raises:
-        ValueError: if there are no rounds, or ``only`` names no row.
+        ValueError: if there are no rounds, or a word of ``only`` is the beginning of no row.
 
     Example:
         >>> from moekit.recipes.bench.shapes import shape_of
@@ -153,10 +153,12 @@ def describe_machine(device: str, dtype: torch.dtype) -> dict[str, str]:
 
 def _chosen(only: Sequence[str]) -> dict[str, Build]:
     builds = {"dense expert": dense_expert, **moekit_rows(), **peer_rows()}
-    chosen = {name: build for name, build in builds.items() if not only or name.startswith(tuple(only))}
-    if not chosen:
-        raise ValueError(f"bench_layer: only = {list(only)} is the beginning of no row; rows are {', '.join(builds)}.")
-    return chosen
+    wrong = [word for word in only if not any(name.startswith(word) for name in (BOUND, *builds))]
+    if wrong:
+        raise ValueError(
+            f"bench_layer: only = {wrong}, the beginning of no row; rows are {'; '.join((BOUND, *builds))}."
+        )
+    return {name: build for name, build in builds.items() if not only or name.startswith(tuple(only))}
 
 
 def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[[str], object]) -> Table:

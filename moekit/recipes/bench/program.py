@@ -1,9 +1,10 @@
 """The program ``moekit bench``: the layer benchmark from the command line."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, product
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -12,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.files import write_whole
-from moekit.recipes.bench.layer import bench_layer
+from moekit.recipes.bench.layer import Report, Table, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
 
@@ -61,7 +62,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit bench") -> N
     settings = tyro.cli(BenchLayerSettings, args=words, prog=f"{prog} layer")
     try:
         run(settings, wide_console())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{prog} layer: {error}") from error
 
 
@@ -90,20 +91,24 @@ def whole_lines(console: Console) -> Callable[[str], None]:
     return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
-def check_folder(path: Path) -> None:
-    """Raise unless the folder of a file to write is there.
+def check_file(path: Path) -> None:
+    """Raise unless a file can be written, or written again.
 
     Args:
         path: of the file.
 
     Raises:
-        ValueError: if there is no such folder.
+        ValueError: if its folder is not there, it is a folder itself, or it cannot be written.
 
     Example:
-        >>> check_folder(Path("report.json"))
+        >>> check_file(Path("report.json"))
     """
     if not path.parent.is_dir():
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
+    if path.is_dir():
+        raise ValueError(f"{path}: it is a folder; give the name of a file.")
+    if not all(os.access(each, os.W_OK) for each in (path.parent, path) if each.exists()):
+        raise ValueError(f"{path}: it cannot be written; give a place that can.")
 
 
 def run(settings: BenchLayerSettings, console: Console) -> None:
@@ -116,8 +121,11 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     Raises:
         ValueError: if a setting makes no sense.
         OSError: if a file cannot be written.
+        torch.OutOfMemoryError: if a case does not fit the device; files hold the tables before it.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device.split(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device {device}; expected cpu, cuda, or one of several as cuda:1.")
     on_cuda = torch.device(device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         raise ValueError(
@@ -128,19 +136,33 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     unknown = set(settings.load) - set(LOADS)
     if unknown:
         raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
-    for path in (settings.json, settings.markdown):  # before an hour of measuring, not after
-        if path is not None:
-            check_folder(path)
-    report = bench_layer(
-        shapes,
-        device=device,
-        dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
-        loads=settings.load,
-        rounds=settings.rounds,
-        only=settings.only,
-        tell=whole_lines(console),
-    )
-    print_report(report, console)
+    files = [path for path in (settings.json, settings.markdown) if path is not None]
+    for path in files:  # before an hour of measuring, not after
+        check_file(path)
+    if len({path.absolute() for path in files}) < len(files):
+        raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
+    tables: list[Table] = []
+    report = None
+    try:
+        for shape, load in product(shapes, settings.load):
+            found = bench_layer(
+                [shape],
+                device=device,
+                dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
+                loads=(load,),
+                rounds=settings.rounds,
+                only=settings.only,
+                tell=whole_lines(console),
+            )
+            tables += found.tables
+            report = found._replace(tables=tables)
+            _write(report, settings)  # each time: what comes next may not fit the memory
+    finally:
+        if report is not None:
+            print_report(report, console)
+
+
+def _write(report: Report, settings: BenchLayerSettings) -> None:
     if settings.json is not None:
         write_whole(settings.json, as_json(report))
     if settings.markdown is not None:

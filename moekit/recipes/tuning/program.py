@@ -1,6 +1,5 @@
 """The program ``moekit tune``: finds the fastest tiles for layers of given shapes, and writes them to a file."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
-from moekit.recipes.bench.program import DTYPES, check_folder, whole_lines, wide_console
+from moekit.recipes.bench.program import DTYPES, check_file, whole_lines, wide_console
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.report import Tuned, size_words, tile_words
@@ -119,8 +118,6 @@ def comparison_table(tuned: Tuned) -> Table:
 
 
 def _check_file(path: Path) -> None:
-    check_folder(path)
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
-        raise ValueError(f"{path}: it cannot be written; give a place that can.")
+    check_file(path)
     if path.exists():
         read_tiles(path)
