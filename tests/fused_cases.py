@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch import dropless
-from moekit.experts import init_gated, init_mlp, loop
-from moekit.experts.activations import Activation
+from moekit.experts import geglu, gelu_mlp, init_gated, init_mlp, loop, relu2, relu_mlp, swiglu
+from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
 from moekit.experts.fused import fused_layer
 from moekit.experts.tiles import LayerTiles, Tile
 from moekit.recipes import expert_layer
@@ -20,6 +20,15 @@ TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
 # So low that a group has several, and one that two groups of aligned rows would share.
 _ROWS = Tile(m=32, n=32, k=16, warps=4, stages=2, band=2, overlap=True)
 LOW = LayerTiles(_ROWS._replace(n=16), _ROWS, _ROWS, _ROWS, _ROWS._replace(m=16), _ROWS._replace(m=16))
+# By name: what experts do, and the expert network that does it.
+ACTIVATIONS = {
+    "swiglu": (SWIGLU, swiglu),
+    "geglu": (GEGLU, geglu),
+    "geglu, tanh": (GEGLU_TANH, partial(geglu, approximate="tanh")),
+    "gelu": (GELU_MLP, gelu_mlp),
+    "relu": (RELU_MLP, relu_mlp),
+    "relu2": (RELU2, relu2),
+}
 fused = partial(fused_layer, tiles=lambda size: LOW)
 
 

@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from moekit.experts.tile_files import read_tiles, shipped
 from moekit.recipes import cli
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.tuning.files import write_tiles
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def commands(start: str) -> list[list[str]]:
@@ -30,6 +32,17 @@ def test_python_blocks_run_one_after_the_other() -> None:
     assert len(blocks("python")) >= 2
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), scope)
+
+
+def test_python_of_the_page_on_performance_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_tiles(tmp_path / "tiles.json", shipped())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moekit.recipes.tuning.tune.tune", lambda sizes: [])  # it needs a GPU
+    found = blocks("python", (ROOT / "docs" / "performance.md").read_text(encoding="utf-8"))
+    assert len(found) >= 3
+    for block in found:
+        exec(compile(block, "performance.md", "exec"), {"__name__": "__main__"})
+    assert read_tiles(tmp_path / "tiles.json") == shipped()
 
 
 def test_make_targets_exist() -> None:

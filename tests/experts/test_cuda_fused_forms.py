@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
-from fused_cases import reference
+from fused_cases import ACTIVATIONS, reference
 from torch import Tensor
 
-from moekit.experts import GatedParams, clamped_swiglu, init_gated, init_mlp, swiglu
+from moekit.experts import GatedParams, MlpParams, clamped_swiglu, init_gated, init_mlp, swiglu
 from moekit.experts.activations import CLAMPED_SWIGLU, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_mlp
 from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
@@ -126,6 +126,16 @@ def test_every_form_equals_the_loop_and_itself(
     # Rounding moves entries across the limit of a clamp, and their gradient appears or vanishes.
     tolerance = TOLERANCE[dtype] * (3 if form == "clamped with biases" else 1)
     check(lambda x, routing, leaves: layer(x, routing, chosen.params(leaves)), case, chosen.reference, tolerance)
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_activation_equals_the_loop_and_itself(name: str, dtype: torch.dtype) -> None:
+    activation, experts = ACTIVATIONS[name]
+    x, routing, params = draw(SHAPES["tails"], dtype, FORMS["transposed"])
+    case = x, routing, params if activation.gated else MlpParams(params.up, params.down)
+    check(fused_layer(activation=activation), case, reference(experts), TOLERANCE[torch.bfloat16])
 
 
 @pytest.mark.usefixtures("poison")

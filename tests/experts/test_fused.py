@@ -1,16 +1,15 @@
 """The fused layer against the loop over experts in float64: output and every gradient by name."""
 
 import sys
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from fused_cases import LOW, TOLERANCE, compare, draw, fused, reference, run
+from fused_cases import ACTIVATIONS, LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 
-from moekit.experts import geglu, gelu_mlp, init_mlp, relu2, relu_mlp, swiglu
-from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
+from moekit.experts import init_mlp, swiglu
+from moekit.experts.activations import RELU2, SWIGLU, Activation
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tile_tables import entry_of
@@ -18,14 +17,6 @@ from moekit.experts.tiles import LayerSize
 from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
-ACTIVATIONS = {
-    "swiglu": (SWIGLU, swiglu),
-    "geglu": (GEGLU, geglu),
-    "geglu, tanh": (GEGLU_TANH, partial(geglu, approximate="tanh")),
-    "gelu": (GELU_MLP, gelu_mlp),
-    "relu": (RELU_MLP, relu_mlp),
-    "relu2": (RELU2, relu2),
-}
 # T, D, F, E, K: several tiles; widths for pointers alone, and for both; groups of 0 and 1 row; every expert chosen
 SHAPES = {
     "usual": (19, 24, 32, 2, 2),
@@ -54,6 +45,13 @@ def test_swiglu_equals_the_loop(shape: str) -> None:
     case = draw(SHAPES[shape], SWIGLU)
     found = run(fused(), case, device=DEVICE)
     compare(found, run(reference(swiglu), case, torch.float64), TOLERANCE[torch.float32])
+
+
+@runs_kernels
+def test_products_of_tf32_are_near_those_of_float32() -> None:
+    case = draw(SHAPES["usual"], SWIGLU)
+    found = run(fused(precision="tf32"), case, device=DEVICE)
+    compare(found, run(reference(swiglu), case, torch.float64), 1e-2)  # ten bits of mantissa
 
 
 @runs_kernels
