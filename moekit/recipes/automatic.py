@@ -6,9 +6,11 @@ from typing import Any
 
 from moekit.experts import grouped
 from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
-from moekit.recipes.backends import auto
+from moekit.recipes.backends import auto, auto_top_k
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import Recipe, expert_layer
+from moekit.routing import top_k
+from moekit.types import Router
 
 _ACTIVATIONS = (SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU_MLP, RELU2)
 
@@ -17,13 +19,14 @@ def automatic(recipe: Recipe) -> Recipe:
     """Let a recipe's layer run on what ``auto`` chooses for the device and dtype of its tokens.
 
     It computes the same, to rounding, with the same plan. Only what nobody has chosen is replaced: a layer composed of
-    a dispatcher and one of moekit's expert networks on ``grouped``, the backend of recipes that were given none.
+    a dispatcher and one of moekit's expert networks on ``grouped``, the backend of recipes that were given none; and
+    with it the router, if it is ``top_k`` of what its kernel knows.
 
     Args:
         recipe: the method.
 
     Returns:
-        The recipe with another layer; unchanged if its layer is of another kind.
+        The recipe with another layer, and perhaps another router; unchanged if its layer is of another kind.
 
     Example:
         >>> from moekit.experts import loop
@@ -41,7 +44,16 @@ def automatic(recipe: Recipe) -> Recipe:
     if layer.args or layer.func is not expert_layer(dispatcher=dispatcher, experts=experts).func:  # type: ignore[attr-defined]
         return recipe
     activation = _activation_of(experts)
-    return recipe if activation is None else recipe._replace(layer=auto(dispatcher=dispatcher, activation=activation))
+    if activation is None:
+        return recipe
+    return recipe._replace(layer=auto(dispatcher=dispatcher, activation=activation), route=_quick(recipe.route))
+
+
+def _quick(route: Router) -> Router:
+    known = {"k", "score", "normalize", "scale"}
+    if not isinstance(route, partial) or route.func is not top_k or route.args or not set(route.keywords) <= known:
+        return route
+    return partial(auto_top_k, **route.keywords)
 
 
 def _activation_of(experts: Callable[..., Any]) -> Activation | None:

@@ -27,6 +27,9 @@ from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
+from moekit.routing import fused_top_k, sigmoid, softmax, top_k
+from moekit.routing.fused_top_k import MOST_CHOICES, MOST_EXPERTS
+from moekit.routing.top_k import Score
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -150,6 +153,42 @@ def _auto(
         tiles=tiles,
     )  # fmt: skip
     return choice.layer(x, routing, params)
+
+
+def auto_top_k(
+    logits: Tensor,
+    *,
+    k: int,
+    score: Score = softmax,
+    normalize: bool = False,
+    scale: float = 1.0,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Choose experts as ``top_k`` does, by the kernel of ``fused_top_k`` where ``fused_layer`` runs and it fits.
+
+    As causal, synchronising and deterministic as those.
+
+    Args:
+        logits: (T, E).
+        k: experts per token.
+        score: of this package's; the kernel knows ``softmax`` and ``sigmoid``.
+        normalize: divide a token's weights by their sum.
+        scale: factor on the weights.
+        bias: (E,) added to the scores for the selection only.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: as ``top_k``.
+
+    Example:
+        >>> auto_top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2).expert_indices
+        tensor([[1, 2]])
+    """
+    fits = k <= MOST_CHOICES and logits.shape[-1] <= MOST_EXPERTS and score in (softmax, sigmoid)
+    choose = top_k if not fits or why_not_fused(logits.device, torch.float32) else fused_top_k
+    return choose(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
 
 
 def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispatcher | None = None) -> str:

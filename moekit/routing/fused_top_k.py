@@ -7,7 +7,7 @@ from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax,
 from moekit.segments import tokens_per_expert
 from moekit.types import Routing
 
-_MOST_EXPERTS, _MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
+MOST_EXPERTS, MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
 
 
 def fused_top_k(
@@ -121,8 +121,8 @@ def _check_kernel(logits: Tensor, k: int, score: Score) -> None:
             f"fused_top_k: score = {score} is no function that the kernel knows; expected softmax or sigmoid of "
             f"moekit.routing. Use top_k, which takes any."
         )
-    if k > _MOST_CHOICES or logits.shape[1] > _MOST_EXPERTS:
+    if k > MOST_CHOICES or logits.shape[1] > MOST_EXPERTS:
         raise ValueError(
-            f"fused_top_k: k = {k} of E = {logits.shape[1]} experts; the kernel takes at most k = {_MOST_CHOICES} of "
-            f"{_MOST_EXPERTS}. Use top_k, which takes any."
+            f"fused_top_k: k = {k} of E = {logits.shape[1]} experts; the kernel takes at most k = {MOST_CHOICES} of "
+            f"{MOST_EXPERTS}. Use top_k, which takes any."
         )

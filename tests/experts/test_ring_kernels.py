@@ -1,7 +1,8 @@
 """The kernels for Hopper whose warps either load or multiply: they compile, and every number stays in registers.
 
 Of the activations that are compiled here; the way back through clamped SwiGLU and GeGLU takes 32 to 56 bytes of a
-thread's own memory. They run on the GPU alone: tests/experts/test_cuda_fused.py and test_cuda_fused_forms.py hold them to the loop.
+thread's own memory. They run on the GPU alone: tests/experts/test_cuda_fused.py and test_cuda_fused_forms.py hold them
+to the loop.
 """
 
 import os

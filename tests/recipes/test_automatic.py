@@ -10,10 +10,12 @@ from moekit.experts import batched, grouped, loop, swiglu
 from moekit.experts.activations import GELU_MLP, RELU_MLP, SWIGLU
 from moekit.recipes import MoE, expert_layer, mixtral, olmoe, openlm, switch
 from moekit.recipes.automatic import automatic
+from moekit.recipes.backends import auto_top_k
 from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_evaluation_recipe, make_recipe
+from moekit.routing import expert_choice, top_k
 
 CASES = {"openlm": (openlm(), GELU_MLP), "switch": (switch(), RELU_MLP), "olmoe": (olmoe(k=2), SWIGLU)}
 
@@ -24,7 +26,8 @@ def test_plan_and_activation_stay_and_so_does_what_is_computed(name: str) -> Non
     fast = automatic(recipe)
     assert fast.layer.keywords["activation"] == activation
     assert fast.layer.keywords["dispatcher"] is recipe.layer.keywords["dispatcher"]
-    assert fast._replace(layer=recipe.layer) == recipe
+    assert fast._replace(layer=recipe.layer, route=recipe.route) == recipe
+    assert (fast.route.func, fast.route.keywords) == (auto_top_k, recipe.route.keywords)
     torch.manual_seed(0)
     moe = MoE(8, 4, recipe, hidden=12, dtype=torch.float64)
     x = torch.randn(33, 8, dtype=torch.float64, requires_grad=True)
@@ -45,6 +48,11 @@ def test_what_somebody_chose_stays() -> None:
     kept.append(mixtral()._replace(layer=other))
     for recipe in kept:
         assert automatic(recipe) is recipe
+
+
+def test_a_router_that_its_kernel_does_not_know_stays() -> None:
+    for route in (partial(top_k, k=2, normalize=True, order=2.0), expert_choice, partial(partial(top_k), 1, k=2)):
+        assert automatic(mixtral()._replace(route=route)).route is route
 
 
 def test_a_dispatcher_of_the_users_is_taken_along() -> None:

@@ -33,7 +33,8 @@ from moekit.experts import (
 )
 from moekit.recipes import MoEParams, Recipe, backends, expert_layer, moe_layer
 from moekit.recipes.backends import auto, choose_backend, experts_of
-from moekit.routing import linear_gate, top_k
+from moekit.routing import linear_gate, sigmoid, softmax, top_k
+from moekit.routing.top_k import sqrt_softplus
 
 BF16 = torch.bfloat16
 
@@ -73,6 +74,30 @@ def test_a_card_of_another_maker_is_not_given_the_fused_kernels(hopper, monkeypa
     choice = choose_backend("cuda", BF16)
     assert choice.name != "fused_layer"
     assert "its kernels are for NVIDIA cards" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("experts", "k", "score", "unusable", "kernel"),
+    [
+        (1024, 32, softmax, "", True),
+        (8, 2, sigmoid, "", True),
+        (1025, 2, softmax, "", False),
+        (64, 33, softmax, "", False),
+        (8, 2, sqrt_softplus, "", False),
+        (8, 2, softmax, "Triton is not installed", False),
+    ],
+)
+def test_the_router_s_kernel_is_taken_where_it_fits(monkeypatch, experts, k, score, unusable, kernel) -> None:
+    taken = []
+    monkeypatch.setattr(backends, "why_not_fused", lambda device, dtype: unusable)
+    monkeypatch.setattr(backends, "fused_top_k", lambda logits, **options: taken.append(options))
+    logits, bias = torch.randn(3, experts), torch.zeros(experts)
+    found = backends.auto_top_k(logits, k=k, score=score, scale=2.0, bias=bias)
+    assert taken == ([{"k": k, "score": score, "normalize": False, "scale": 2.0, "bias": bias}] if kernel else [])
+    if not kernel:
+        expected = top_k(logits, k=k, score=score, scale=2.0, bias=bias)
+        assert torch.equal(found.weights, expected.weights)
+        assert torch.equal(found.expert_indices, expected.expert_indices)
 
 
 def test_float32_products_on_a_gpu_follow_torchs_own_setting(hopper, monkeypatch) -> None:
