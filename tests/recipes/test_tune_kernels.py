@@ -46,7 +46,11 @@ def expected_product(product: str, o: Operands) -> Tensor:
     if product == "down":
         return torch.cat([hidden[g] @ down[e] for e, g in enumerate(groups)])
     if product == "grad_hidden":
-        return torch.cat([grad_rows[g] @ down[e].T for e, g in enumerate(groups)])
+        weights = torch.cat([o.weights, o.weights.new_zeros(1)]).double()[o.assignments[: o.total]].unsqueeze(1)
+        of_hidden = weights * torch.cat([grad_rows[g] @ down[e].T for e, g in enumerate(groups)])
+        pre = grad_pre[: o.total].requires_grad_()  # which stands for itself
+        gate, up = pre.chunk(2, 1)
+        return torch.autograd.grad(torch.nn.functional.silu(gate) * up, pre, of_hidden)[0]
     if product == "grad_rows":
         return torch.cat([grad_pre[g] @ torch.cat(list(ups[:, e]), 1).T for e, g in enumerate(groups)])
     if product == "grad_down":
@@ -161,8 +165,10 @@ def test_a_miniature_runs_the_same_code(monkeypatch, dtype, widths) -> None:
             with monkeypatch.context() as patch:
                 patch.setattr(Launch, "__call__", record)
                 run()
-    assert len(kernels[0]) == 6
-    assert kernels[0] == kernels[1]
+    # Where the gradient of hidden rows goes on in a kernel of its own, its block may be smaller in a miniature.
+    found, small = ([launch for launch in each if launch[0].__name__ != "_back_kernel"] for each in kernels)
+    assert len(found) == 6
+    assert found == small
 
 
 @runs_kernels

@@ -25,9 +25,11 @@ class Operands(NamedTuple):
         rows: (R, D), of the tokens.
         hidden: (R, F).
         grad_rows: (R, D), of the output.
-        grad_pre: (R, P F), of the pre-activation; P is 2 for gated experts.
+        grad_pre: (R, P F), of the pre-activation, and stands for that too; P is 2 for gated experts.
         ups: gate and up, or up alone, (E, D, F) each.
         down: (E, F, D).
+        weights: (N,) float32, of the assignments.
+        assignments: (R,) int64, of each row; -1 for a row of nobody.
     """
 
     align: int
@@ -39,6 +41,8 @@ class Operands(NamedTuple):
     grad_pre: Tensor
     ups: tuple[Tensor, ...]
     down: Tensor
+    weights: Tensor
+    assignments: Tensor
 
 
 def draw_operands(size: LayerSize, *, align: int, device: torch.device, like: Operands | None = None) -> Operands:
@@ -61,8 +65,9 @@ def draw_operands(size: LayerSize, *, align: int, device: torch.device, like: Op
     sizes, places, num_rows = _aligned(experts, size.experts, align)
     tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
     tokens[places] = torch.arange(size.assignments, device=device) % _TOKENS
-    padding = torch.ones(num_rows, 1, dtype=torch.bool, device=device)
-    padding[places] = False
+    assignments = tokens.new_full((num_rows,), -1)
+    assignments[places] = torch.arange(size.assignments, device=device)
+    padding = (assignments < 0).unsqueeze(1)
     parts = 2 if size.gated else 1
     widths = (size.dim, size.hidden, size.dim, parts * size.hidden)
     num_tokens = min(_TOKENS, size.assignments)
@@ -72,7 +77,9 @@ def draw_operands(size: LayerSize, *, align: int, device: torch.device, like: Op
         down = draw(size.experts, size.hidden, size.dim)
     else:
         ups, down = like.ups, like.down
-    return Operands(align, sizes, int(sizes.sum()), rows, hidden, grad_rows, grad_pre, ups, down)
+    weights = torch.rand(size.assignments, generator=generator, device=device)
+    total = int(sizes.sum())
+    return Operands(align, sizes, total, rows, hidden, grad_rows, grad_pre, ups, down, weights, assignments)
 
 
 def _aligned(experts: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, int]:
@@ -139,12 +146,21 @@ class ProductRun:
     precision: str
 
     def __call__(self) -> Tensor:
-        """Compute rows (R, ...), of which those from ``operands.total`` on are anything; or gradients of matrices."""
-        from moekit.experts.kernels import _gemms_triton, _hidden_triton
+        """Compute rows (R, ...), of which those from ``operands.total`` on are anything; or gradients of matrices.
+
+        The gradient of the hidden rows goes on to the pre-activations (R, P F), as it does in the layer, on Hopper in
+        the same kernel.
+        """
+        from moekit.experts.kernels import _back_triton, _gemms_triton, _hidden_triton
 
         o, parts = self.operands, len(self.operands.ups)
+        activation = SWIGLU if parts == 2 else GELU_MLP
+        if self.product == "grad_hidden":
+            return _back_triton.back_through(
+                o.grad_rows, self.plan, o.down, o.grad_pre, o.weights, o.assignments,
+                activation=activation, precision=self.precision, tile=self.tile,
+            )[1]  # fmt: skip
         if self.product == "up":
-            activation = SWIGLU if parts == 2 else GELU_MLP
             return _hidden_triton.up(
                 o.rows, self.plan, o.ups, activation=activation, precision=self.precision, tile=self.tile
             )[1]
@@ -152,7 +168,6 @@ class ProductRun:
         weight = partial(_gemms_triton.grouped_weight, aligned=True, precision=self.precision, tile=self.tile)
         runs = {
             "down": lambda: rows(o.hidden, self.plan, (o.down,)),
-            "grad_hidden": lambda: rows(o.grad_rows, self.plan, (o.down.transpose(1, 2),)),
             "grad_rows": lambda: rows(o.grad_pre, self.plan, tuple(up.transpose(1, 2) for up in o.ups)),
             "grad_up": lambda: weight(o.rows, self.plan, o.grad_pre, parts=parts),
             "grad_down": lambda: weight(o.hidden, self.plan, o.grad_rows),
