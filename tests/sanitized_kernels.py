@@ -1,0 +1,83 @@
+"""Run every kernel of the fused layer, its plan and its router on awkward shapes, for compute-sanitizer on a GPU.
+
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized_kernels.py
+"""
+
+from typing import Any
+
+import torch
+
+from moekit._segments_triton import counting_sort
+from moekit.experts import EVERYTHING, INPUTS, PREACTIVATION, SWIGLU, MlpParams, fused_layer, init_gated, init_mlp
+from moekit.experts.activations import GELU_MLP
+from moekit.experts.kernels._plan_triton import make_plan
+from moekit.experts.packed import pack_gated
+from moekit.recipes.bench.rows import make_case, moekit_rows
+from moekit.recipes.bench.shapes import LayerShape
+from moekit.routing import fused_top_k, sigmoid, softmax, top_k
+from moekit.routing.fused_top_k import fused_top_k_and_load
+
+CUDA = torch.device("cuda")
+# T, D, F, E, K: tails of tiles, several tiles a program, few rows
+LAYERS = ((700, 320, 384, 5, 3), (1500, 256, 512, 16, 2), (100, 512, 256, 3, 2))
+WHOLE_LAYERS = ((513, 320, 384, 12, 3), (130, 264, 136, 512, 8))
+# T, K, E, height of tiles, alignment: more experts than blocks of assignments, one of everything, many blocks
+PLANS = (
+    (8, 1, 1024, 64, 128), (1000, 8, 64, 128, 64), (3, 2, 512, 128, 64), (5000, 8, 512, 128, 64),
+    (700, 32, 1024, 64, 32), (1, 1, 1, 64, 32), (40000, 2, 8, 128, 64),
+)  # fmt: skip
+ROUTERS = ((1, 1, 1), (7, 1024, 32), (1000, 64, 8), (333, 129, 4), (5000, 8, 2), (2049, 512, 8))  # T, E, k
+
+
+def run_layer(shape: tuple[int, ...], kind: str, keep: Any) -> None:
+    num_tokens, dim, hidden, num_experts, k = shape
+    x = torch.randn(num_tokens, dim, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    routing = top_k(torch.randn(num_tokens, num_experts, device=CUDA), k=k)
+    experts = torch.where(torch.rand(num_tokens, k, device=CUDA) < 0.1, -1, routing.expert_indices)
+    weights = routing.weights.detach().requires_grad_()
+    init = init_mlp if kind == "mlp" else init_gated
+    params: Any = init(num_experts, dim, hidden, device=CUDA, dtype=torch.bfloat16)
+    params = pack_gated(params) if kind == "packed" else params
+    params = type(params)(*(each.detach().requires_grad_() for each in params))
+    layer = fused_layer(activation=GELU_MLP if isinstance(params, MlpParams) else SWIGLU, keep=keep)
+    y = layer(x, routing._replace(expert_indices=experts, weights=weights), params)
+    torch.autograd.grad(y, [x, weights, *params], torch.randn_like(y))
+
+
+def run_router(num_tokens: int, num_experts: int, k: int) -> None:
+    for score in (softmax, sigmoid):
+        logits = torch.randn(num_tokens, num_experts, device=CUDA, requires_grad=True)
+        fused_top_k_and_load(logits, k=k, score=score, normalize=True)[0].weights.sum().backward()
+        bias = torch.randn(num_experts, device=CUDA)
+        fused_top_k(logits, k=k, score=score, bias=bias).weights.square().sum().backward()
+
+
+def main() -> None:
+    for shape in LAYERS:
+        for kind, keep in (
+            *((kind, PREACTIVATION) for kind in ("gated", "packed", "mlp")), ("gated", INPUTS), ("gated", EVERYTHING),
+        ):  # fmt: skip
+            run_layer(shape, kind, keep)
+            torch.cuda.synchronize()
+            print("layer", shape, kind, keep, flush=True)
+    for tokens, k, experts, height, align in PLANS:
+        chosen = torch.randint(-1, experts, (tokens, k), device=CUDA)
+        make_plan(chosen, experts, height=height, align=align)
+        counting_sort(chosen.view(-1), experts)
+        torch.cuda.synchronize()
+        print("plan", tokens, k, experts, flush=True)
+    for sizes in ROUTERS:
+        run_router(*sizes)
+        torch.cuda.synchronize()
+        print("router", *sizes, flush=True)
+    for shape in WHOLE_LAYERS:
+        for dtype in (torch.bfloat16, torch.float16):
+            case = make_case(LayerShape("odd", *shape), "uniform", device="cuda", dtype=dtype)
+            row = moekit_rows()["fused_layer"](case)
+            torch.autograd.grad(row.forward(), row.leaves, row.grad)
+            torch.cuda.synchronize()
+            print("layer with its gate", shape, dtype, flush=True)
+
+
+if __name__ == "__main__":
+    main()
