@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -36,6 +37,47 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         return registered
 
     return register
+
+
+class _Refusal(torch.autograd.Function):
+    """(name, *gradients) -> the gradients, which cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx, name: str, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+        ctx.name = name
+        return tuple(grad.view_as(grad) for grad in grads)
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[no-untyped-def]
+        raise RuntimeError(
+            f"{ctx.name}: its gradient has no gradient. For gradients of gradients compose the layer of operators that "
+            f"have them: `expert_layer` on `loop` or `batched`, `top_k`, a float32 gate."
+        )
+
+
+def differentiated_once(name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """Return what a backward of kernels returns; who differentiates it is told that this cannot be.
+
+    Without it torch warns, and takes the gradient of a gradient for zero. Compiled code has no such gradients.
+
+    Args:
+        name: of the function whose gradients they are.
+        grads: the gradients.
+
+    Returns:
+        The gradients.
+
+    Example:
+        >>> grad = torch.ones(2)
+        >>> differentiated_once("a layer", grad, None)[0].sum().backward()
+        Traceback (most recent call last):
+        RuntimeError: a layer: its gradient has no gradient. For gradients of gradients compose the layer of \
+operators that have them: `expert_layer` on `loop` or `batched`, `top_k`, a float32 gate.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # gradients are enabled by create_graph=True
+        return grads
+    kept = iter(_Refusal.apply(name, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
+    return tuple(None if grad is None else next(kept) for grad in grads)
 
 
 _F = TypeVar("_F", bound=Callable[..., Any])

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import LayerTiles, Tile
-from moekit.operators import operator
+from moekit.operators import differentiated_once, operator
 
 
 class Layout(NamedTuple):
@@ -92,8 +92,10 @@ class Fused(torch.autograd.Function):
         grad_x, grad_weights, grad_ups, grad_down, *grad_biases = grads
         if grad_biases:
             grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
-        none = (None,) * len(plan)
-        return *(None,) * 5, grad_x, grad_weights, *none, *grad_ups.unbind(0), grad_down, *grad_biases
+        none, of_ups = (None,) * len(plan), grad_ups.unbind(0)
+        return differentiated_once(
+            "fused_layer", *(None,) * 5, grad_x, grad_weights, *none, *of_ups, grad_down, *grad_biases
+        )
 
 
 def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:

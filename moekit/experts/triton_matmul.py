@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts.matmuls import _autocast, _check
-from moekit.operators import operator
+from moekit.operators import differentiated_once, operator
 from moekit.types import Groups
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -86,15 +86,17 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> No
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None, None]:  # type: ignore[no-untyped-def]
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     rows, sizes, w = ctx.saved_tensors
     needs_rows, _, needs_w, _ = ctx.needs_input_grad
     grad_rows = _product(grad, sizes, w.transpose(1, 2), ctx.precision) if needs_rows else None
     if not needs_w:
-        return grad_rows, None, None, None
-    if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
-        return grad_rows, None, _grad_w(grad, sizes, rows, ctx.precision).transpose(1, 2), None
-    return grad_rows, None, _grad_w(rows, sizes, grad, ctx.precision), None
+        grad_w = None
+    elif w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
+        grad_w = _grad_w(grad, sizes, rows, ctx.precision).transpose(1, 2)
+    else:
+        grad_w = _grad_w(rows, sizes, grad, ctx.precision)
+    return differentiated_once("triton", grad_rows, None, grad_w, None)
 
 
 torch.library.register_autograd("moekit::grouped_mm_triton", _backward, setup_context=_save)

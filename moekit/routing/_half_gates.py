@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from moekit.operators import operator
+from moekit.operators import differentiated_once, operator
 from moekit.routing._autocast import outside_autocast
 from moekit.routing._half_steps import HALF, PLAIN, Steps
 
@@ -74,9 +74,8 @@ class _Logits(torch.autograd.Function):
         return _product(x, w)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[no-untyped-def]
-        grad_x, grad_w = _grad(grad, *ctx.saved_tensors, None)
-        return grad_x, grad_w
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        return differentiated_once("linear_gate", *_grad(grad, *ctx.saved_tensors, None))
 
 
 class _LogitsAndTokens(torch.autograd.Function):
@@ -91,11 +90,10 @@ class _LogitsAndTokens(torch.autograd.Function):
     @staticmethod
     def backward(  # type: ignore[no-untyped-def]
         ctx, grad: Tensor | None, beside: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return beside, None
-        grad_x, grad_w = _grad(grad, *ctx.saved_tensors, beside)
-        return grad_x, grad_w
+        return differentiated_once("linear_gate", *_grad(grad, *ctx.saved_tensors, beside))
 
 
 def logits(x: Tensor, w: Tensor) -> Tensor:

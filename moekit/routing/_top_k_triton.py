@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit.operators import blocks_of, operator, power_of_two
+from moekit.operators import blocks_of, differentiated_once, operator, power_of_two
 
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
 _TAKEN = tl.constexpr(-(2**31))  # below the bits of every score
@@ -246,7 +246,7 @@ class _FusedTopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_integers: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         of_logits = None if grad is None else _grad_logits(grad, *ctx.saved_tensors, *ctx.options)
-        return of_logits, None, None, None, None, None, None
+        return differentiated_once("fused_top_k", of_logits, None, None, None, None, None, None)
 
 
 def fused_top_k(

@@ -53,7 +53,7 @@ def score_and_pass(gate: Gate, x: Tensor, params: Any) -> tuple[Logits, Tensor]:
     These are ``x``, but where ``gate`` is ``linear_gate`` and bfloat16 tokens on CUDA want a gradient they come out of
     it in the graph: the gate's backward gets the gradient of what follows, and adds its own in the same kernel. Who
     reads ``x`` twice has autograd add the two, which takes a pass of its own. Behind such a gate there is no gradient
-    of a gradient; torch warns of it.
+    of a gradient, and who asks for one is told.
 
     Causal if the gate is. No host synchronisation.
 

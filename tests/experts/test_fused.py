@@ -48,6 +48,18 @@ def test_swiglu_equals_the_loop(shape: str) -> None:
 
 
 @runs_kernels
+def test_a_gradient_of_gradients_is_refused_when_it_is_asked_for() -> None:
+    x, routing, params = draw(SHAPES["usual"], SWIGLU)
+    x, params = x.to(DEVICE).requires_grad_(), type(params)(*(w.to(DEVICE) for w in params))
+    routing = Routing(*(part.to(DEVICE) for part in routing[:3]), *routing[3:])
+    (once,) = torch.autograd.grad(fused()(x, routing, params).sum(), x)
+    (grad,) = torch.autograd.grad(fused()(x, routing, params).sum(), x, create_graph=True)
+    assert torch.equal(grad, once)
+    with pytest.raises(RuntimeError, match=r"fused_layer: its gradient has no gradient.*`expert_layer` on `loop`"):
+        grad.square().sum().backward()
+
+
+@runs_kernels
 def test_products_of_tf32_are_near_those_of_float32() -> None:
     case = draw(SHAPES["usual"], SWIGLU)
     found = run(fused(precision="tf32"), case, device=DEVICE)
