@@ -38,7 +38,7 @@ class Again(NamedTuple):
 
 
 class Driver(NamedTuple):
-    """What is asked of the CUDA driver; all but ``parameter`` return 0 if they did what was asked.
+    """What is asked of the CUDA driver; all return 0 if they did what was asked.
 
     Attributes:
         launch: cuLaunchKernelEx.
@@ -84,8 +84,8 @@ class _Config(ctypes.Structure):
 
 
 _NUMBERS = {"u1": "<B", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "fp32": "<f"}
-_APART = 128  # bytes from parameter to parameter in memory; a descriptor has to begin at a multiple of them
 _DESCRIPTOR, _ADDRESS = 128, 8  # bytes of them
+_APART = _DESCRIPTOR  # bytes from parameter to parameter in memory: none is longer, and it begins at a multiple of them
 LAST_DESCRIBED = 9  # major compute capability of the last cards whose descriptors are written here: Hopper
 _NOWHERE = -1  # the address in a descriptor that is being written
 
@@ -112,12 +112,8 @@ class Prepared:
             pointers: which parameters are the addresses of which tensors, by their numbers.
             descriptors: which are descriptors of which tensors, and the address that each has in it.
         """
-        offsets, end = [], 0
-        for each in parameters:
-            offsets.append(end)
-            end += -(-len(each) // _APART) * _APART
-        self._memory, begin = _aligned(end)
-        places = [begin + offset for offset in offsets]
+        self._memory, begin = _aligned(len(parameters) * _APART)
+        places = [begin + i * _APART for i in range(len(parameters))]
         for place, content in zip(places, parameters, strict=True):
             ctypes.memmove(place, content, len(content))
         self._compiled = compiled  # which unloads its code when it goes

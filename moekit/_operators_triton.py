@@ -14,7 +14,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDes
 from triton.runtime import JITFunction, driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from moekit._driver_triton import Again, Blocks, Pointer, Prepared, cuda_driver, prepare
+from moekit._driver_triton import LAST_DESCRIBED, Again, Blocks, Pointer, Prepared, cuda_driver, prepare
 
 POINTER, AGAIN = Pointer(), Again()
 
@@ -22,6 +22,13 @@ POINTER, AGAIN = Pointer(), Again()
 def has_tma(device: torch.device) -> bool:
     """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launched_by(major: int) -> str:
+    """Say what launches kernels on a CUDA device of a major compute capability; each for the first time Triton does."""
+    if cuda_driver() is None:
+        return "Triton, for the CUDA driver is older than 12.4"
+    return "the CUDA driver" if major <= LAST_DESCRIBED else "the CUDA driver, or Triton if they take descriptors"
 
 
 def begins_whole(*tensors: Tensor) -> bool:
@@ -84,11 +91,12 @@ class Launch:
         if odd or _is_watched():
             self._launch(tensors)
             return
-        prepared = self._prepared.get(tuple(kind))
+        key = tuple(kind)
+        prepared = self._prepared.get(key)
         if prepared is None or not prepared(addresses, driver.active.get_current_stream(device)):
             compiled = self._launch(tensors)
-            if compiled is not None and tuple(kind) not in self._prepared:  # the interpreter compiles nothing
-                self._prepared[tuple(kind)] = self._prepare(compiled, addresses)
+            if compiled is not None and key not in self._prepared:  # the interpreter compiles nothing
+                self._prepared[key] = self._prepare(compiled, addresses)
 
     def _launch(self, tensors: Sequence[Tensor]) -> Any:
         if len(tensors) != self._num_tensors:

@@ -1,4 +1,4 @@
-"""What a launch needs beside its kernel, at the least cost of a call: operators, and the numbers of blocks."""
+"""What a kernel needs beside its launch, at the least cost of a call: operators, gradients, the numbers of blocks."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -105,26 +105,6 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-def launched_by(major: int) -> str:
-    """Say what launches moekit's kernels on a CUDA device; the first launch of each is Triton's in any case.
-
-    Args:
-        major: compute capability of the device.
-
-    Returns:
-        A few words. Needs Triton.
-
-    Example:
-        >>> launched_by(9).split()[0] in ("Triton,", "the")
-        True
-    """
-    from moekit._driver_triton import LAST_DESCRIBED, cuda_driver
-
-    if cuda_driver() is None:
-        return "Triton, for the CUDA driver is older than 12.4"
-    return "the CUDA driver" if major <= LAST_DESCRIBED else "the CUDA driver, or Triton if they take descriptors"
 
 
 def blocks_of(length: int, size: int) -> int:

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import torch
+from ring_launches import for_compiler
 
 E, D, F = 8, 512, 1024
 
@@ -54,24 +55,10 @@ def shared_memory(launch: Any, capability: int, dtype: str) -> int:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from moekit._operators_triton import AGAIN, POINTER, Blocks
+    def pointer(name: str) -> str:
+        return "*i32" if name == "schedule" else f"*{dtype}"
 
-    names = launch.kernel.arg_names
-    signature, attributes = dict.fromkeys(names, "constexpr"), {}
-    constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
-    for place, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
-        if argument is POINTER or argument is AGAIN:
-            signature[name] = "*i32" if name == "schedule" else f"*{dtype}"
-            attributes[place,] = [["tt.divisibility", 16]]
-        elif isinstance(argument, Blocks):
-            signature[name] = f"tensordesc<{dtype}[{', '.join(map(str, argument.block))}]>"
-        elif argument is None:
-            constants[place,] = None
-        else:
-            signature[name] = "i32"
-            if argument % 16 == 0:
-                attributes[place,] = [["tt.divisibility", 16]]
-    source = ASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    source = ASTSource(launch.kernel, **for_compiler(launch, pointer, dtype=dtype, whole=True))
     options = {name: launch.constants[name] for name in ("num_warps", "num_stages")}
     found: int = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options).metadata.shared
     return found

@@ -4,6 +4,7 @@ In a process of its own, for the compiler has something to say about itself when
 """
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,27 +63,42 @@ def launches() -> dict[str, tuple[Any, list[str]]]:
     }  # fmt: skip
 
 
+def for_compiler(launch: Any, pointer: Callable[[str], str], *, dtype: str, whole: bool) -> dict[str, dict[Any, Any]]:
+    """Say what a compiler asks of a launch: signature, constants, and which arguments 16 divides.
+
+    ``pointer`` gives the type of a pointer by its name; descriptors are of ``dtype``. Numbers are looked at if they are
+    to be ``whole``.
+    """
+    from moekit._operators_triton import AGAIN, POINTER, Blocks
+
+    names = launch.kernel.arg_names
+    signature, attributes = dict.fromkeys(names, "constexpr"), {}
+    constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
+    for place, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
+        if argument is POINTER or argument is AGAIN:
+            signature[name], attributes[place,] = pointer(name), [["tt.divisibility", 16]]
+        elif isinstance(argument, Blocks):
+            layout = "" if argument.layout is None else f",{argument.layout!r}"
+            signature[name] = f"tensordesc<{dtype}[{', '.join(map(str, argument.block))}]{layout}>"
+        elif argument is None:
+            constants[place,] = None
+        else:
+            signature[name] = "i32"
+            if whole and argument % 16 == 0:
+                attributes[place,] = [["tt.divisibility", 16]]
+    return {"signature": signature, "constexprs": constants, "attrs": attributes}
+
+
 def compiled(launch: Any, dtypes: list[str]) -> Any:
     """Compile a launch for Hopper, with 16-bit descriptors and pointers of dtypes."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from moekit._operators_triton import POINTER, Blocks
-
-    names, pointers = launch.kernel.arg_names, iter(dtypes)
-    signature, attributes = dict.fromkeys(names, "constexpr"), {}
-    constants = {(names.index(name),): value for name, value in launch.constants.items() if name in names}
-    for place, (name, argument) in enumerate(zip(names, launch.arguments, strict=False)):
-        if argument is POINTER:
-            signature[name], attributes[place,] = next(pointers), [["tt.divisibility", 16]]
-        elif isinstance(argument, Blocks):
-            signature[name] = f"tensordesc<bf16[{', '.join(map(str, argument.block))}],{argument.layout!r}>"
-        elif argument is None:
-            constants[place,] = None
-        else:
-            signature[name] = "i32"
-    source = GluonASTSource(launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    pointers = iter(dtypes)
+    source = GluonASTSource(
+        launch.kernel, **for_compiler(launch, lambda name: next(pointers), dtype="bf16", whole=False)
+    )
     options = {"num_warps": launch.constants["num_warps"], "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 

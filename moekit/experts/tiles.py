@@ -81,6 +81,7 @@ NARROW_BYTES = 99 * 1024
 _NARROW = {(8, 6), (8, 9), (12, 0), (12, 1)}  # CUDA C++ Programming Guide, technical specifications per capability
 
 
+@constant_in_graphs
 def capability_of(device: torch.device) -> int:
     """Return the major compute capability of a CUDA device, 0 of any other; without waiting for it.
 
@@ -94,14 +95,10 @@ def capability_of(device: torch.device) -> int:
         >>> capability_of(torch.device("cpu"))
         0
     """
-    return _major(device) if device.type == "cuda" else 0
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
 
 
 @constant_in_graphs
-def _major(device: torch.device) -> int:
-    return torch.cuda.get_device_capability(device)[0]
-
-
 def is_narrow(device: torch.device) -> bool:
     """Say whether a program on a device has 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and 12.1.
 
@@ -115,24 +112,17 @@ def is_narrow(device: torch.device) -> bool:
         >>> is_narrow(torch.device("cpu"))
         False
     """
-    return device.type == "cuda" and _narrow(device)
-
-
-@constant_in_graphs
-def _narrow(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) in _NARROW
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _NARROW
 
 
 def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int, *, narrow: bool = False) -> Tile:
     """Choose the tile of products whose rows are grouped: wide for full groups, low for groups of few rows."""
     if dtype.itemsize == 4:
         return Tile(m=64, n=64, k=32, warps=4, stages=3)
+    m, warps = (64, 4) if num_rows <= 48 * num_groups else (128, 8)
     if narrow:
-        low = num_rows <= 48 * num_groups
-        return Tile(m=64 if low else 128, n=128, k=64, warps=4 if low else 8, stages=3)
-    if num_rows <= 48 * num_groups:
-        return Tile(m=64, n=256, k=64, warps=4, stages=4, overlap=True)
-    return Tile(m=128, n=256, k=64, warps=8, stages=4, overlap=True)
+        return Tile(m=m, n=128, k=64, warps=warps, stages=3)
+    return Tile(m=m, n=256, k=64, warps=warps, stages=4, overlap=True)
 
 
 def weight_tile(dtype: torch.dtype, *, narrow: bool = False) -> Tile:

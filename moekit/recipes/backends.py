@@ -27,8 +27,8 @@ from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
-from moekit.routing import fused_top_k, sigmoid, softmax, top_k
-from moekit.routing.fused_top_k import MOST_CHOICES, MOST_EXPERTS
+from moekit.routing import fused_top_k, softmax, top_k
+from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
@@ -186,7 +186,7 @@ def auto_top_k(
         >>> auto_top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2).expert_indices
         tensor([[1, 2]])
     """
-    fits = k <= MOST_CHOICES and logits.shape[-1] <= MOST_EXPERTS and score in (softmax, sigmoid)
+    fits = kernel_takes(logits.shape[-1], k, score)
     choose = top_k if not fits or why_not_fused(logits.device, torch.float32) else fused_top_k
     return choose(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
 

@@ -13,7 +13,6 @@ import torch
 
 from moekit import __version__
 from moekit.experts import batched, grouped, loop, triton
-from moekit.operators import launched_by
 from moekit.recipes.backends import choose_backend
 from moekit.types import GroupedMatmul, Groups
 
@@ -108,6 +107,8 @@ def describe_devices() -> Iterator[str]:
         memory = device.total_memory / 2**30
         yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
         if find_spec("triton") is not None:
+            from moekit._operators_triton import launched_by
+
             yield f"  moekit's kernels are launched by {launched_by(device.major)}"
 
 

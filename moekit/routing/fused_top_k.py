@@ -7,7 +7,8 @@ from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax,
 from moekit.segments import tokens_per_expert
 from moekit.types import Routing
 
-MOST_EXPERTS, MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
+_SCORES = softmax, sigmoid
+_MOST_EXPERTS, _MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
 
 
 def fused_top_k(
@@ -94,6 +95,24 @@ def fused_top_k_and_load(
     return _by_kernel(logits, bias, k, score=score, normalize=normalize, scale=scale, counted=True)
 
 
+def kernel_takes(num_experts: int, k: int, score: Score) -> bool:
+    """Say whether the kernel chooses k of so many experts by a score.
+
+    Args:
+        num_experts: E.
+        k: experts per token.
+        score: (T, E) logits -> (T, E) scores.
+
+    Returns:
+        Whether it does; ``fused_top_k`` refuses what it does not take.
+
+    Example:
+        >>> kernel_takes(64, 8, softmax), kernel_takes(2048, 8, softmax)
+        (True, False)
+    """
+    return score in _SCORES and k <= _MOST_CHOICES and num_experts <= _MOST_EXPERTS
+
+
 def _has_kernel(logits: Tensor) -> bool:
     return logits.is_cuda and logits.dtype == torch.float32
 
@@ -116,13 +135,14 @@ def _by_kernel(
 
 def _check_kernel(logits: Tensor, k: int, score: Score) -> None:
     check_choice(logits, k, name="fused_top_k")
-    if score is not softmax and score is not sigmoid:
+    if kernel_takes(logits.shape[1], k, score):
+        return
+    if score not in _SCORES:
         raise ValueError(
             f"fused_top_k: score = {score} is no function that the kernel knows; expected softmax or sigmoid of "
             f"moekit.routing. Use top_k, which takes any."
         )
-    if k > MOST_CHOICES or logits.shape[1] > MOST_EXPERTS:
-        raise ValueError(
-            f"fused_top_k: k = {k} of E = {logits.shape[1]} experts; the kernel takes at most k = {MOST_CHOICES} of "
-            f"{MOST_EXPERTS}. Use top_k, which takes any."
-        )
+    raise ValueError(
+        f"fused_top_k: k = {k} of E = {logits.shape[1]} experts; the kernel takes at most k = {_MOST_CHOICES} of "
+        f"{_MOST_EXPERTS}. Use top_k, which takes any."
+    )

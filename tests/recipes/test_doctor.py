@@ -72,7 +72,7 @@ def test_cuda_devices_are_listed(monkeypatch):
         ("driver", 8, "the CUDA driver"),
         ("driver", 10, "the CUDA driver, or Triton if they take descriptors"),
     ):
-        monkeypatch.setattr("moekit._driver_triton.cuda_driver", lambda driver=driver: driver)
+        monkeypatch.setattr("moekit._operators_triton.cuda_driver", lambda driver=driver: driver)
         properties.major = major
         assert list(describe_devices())[2] == f"  moekit's kernels are launched by {expected}"
 

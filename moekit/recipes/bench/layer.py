@@ -89,6 +89,7 @@ def bench_layer(
     rounds: int = 9,
     only: Sequence[str] = (),
     tell: Callable[[str], object] = lambda line: None,
+    done: Callable[[Report], object] = lambda report: None,
 ) -> Report:
     """Measure whole MoE layers, forward and backward, against the dense bound of the same run.
 
@@ -100,6 +101,7 @@ def bench_layer(
         rounds: how often each row is measured, in turn with the others.
         only: beginnings of the names of rows to measure beside the bound; empty measures all.
         tell: gets a line of progress now and then.
+        done: gets the report after each table, which is the last one's if what comes next does not fit the memory.
 
     Returns:
         Report. Rows that do not work here, or are not installed, say why.
@@ -116,12 +118,13 @@ def bench_layer(
     if rounds < 1:
         raise ValueError(f"bench_layer: rounds = {rounds}; expected at least 1.")
     builds = _chosen(only)
-    tables = []
+    report = Report(describe_machine(device, dtype), [])
     for shape in shapes:
         for load in loads:
             tell(f"{shape.name}, {load}: {len(builds) + 1} rows, {rounds} rounds")
-            tables.append(_table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell))
-    return Report(describe_machine(device, dtype), tables)
+            report.tables.append(_table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell))
+            done(report)
+    return report
 
 
 def describe_machine(device: str, dtype: torch.dtype) -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.files import write_whole
-from moekit.recipes.bench.layer import Report, Table, bench_layer
+from moekit.recipes.bench.layer import Report, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
 
@@ -141,24 +141,25 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         check_file(path)
     if len({path.absolute() for path in files}) < len(files):
         raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
-    tables: list[Table] = []
-    report = None
+    measured: list[Report] = []
+
+    def keep(report: Report) -> None:
+        measured[:] = [report]
+        _write(report, settings)
+
     try:
-        for shape, load in product(shapes, settings.load):
-            found = bench_layer(
-                [shape],
-                device=device,
-                dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
-                loads=(load,),
-                rounds=settings.rounds,
-                only=settings.only,
-                tell=whole_lines(console),
-            )
-            tables += found.tables
-            report = found._replace(tables=tables)
-            _write(report, settings)  # each time: what comes next may not fit the memory
+        bench_layer(
+            shapes,
+            device=device,
+            dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
+            loads=settings.load,
+            rounds=settings.rounds,
+            only=settings.only,
+            tell=whole_lines(console),
+            done=keep,
+        )
     finally:
-        if report is not None:
+        for report in measured:
             print_report(report, console)
 
 
