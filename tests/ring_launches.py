@@ -1,4 +1,4 @@
-"""Launches of the kernels for Hopper whose warps either load or multiply; as a program, it compiles them all.
+"""Launches of the kernels for Hopper whose warps do one thing each; as a program, it compiles them all.
 
 In a process of its own, for the compiler has something to say about itself when its process ends.
 """
@@ -40,7 +40,7 @@ def launches() -> dict[str, tuple[Any, list[str]]]:
 
     def back(activation: Activation, weights: Any) -> tuple[Any, list[str]]:
         launch, _ = back_launch(NOWHERE, rows, weights, activation=activation, num_assignments=4000, tile=TILE)
-        return launch, ["*fp32", "*fp32", "*i64", "*i32"]
+        return launch, ["*bf16", "*bf16", "*fp32", "*fp32", "*i64", "*i32"]
 
     return {
         "back": back(SWIGLU, turned),

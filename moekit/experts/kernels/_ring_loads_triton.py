@@ -3,13 +3,10 @@
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moekit._operators_triton import Blocks, is_whole
-from moekit.experts.kernels._ring_triton import COLUMNS, DEPTH, QUARTER, blocks, claim, following, load, seen_as
+from moekit.experts.kernels._ring_triton import COLUMNS, DEPTH, blocks, claim, following, load
 from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place
-
-_QUARTER = gl.constexpr(QUARTER)
 
 
 @gluon.jit
@@ -35,27 +32,7 @@ def _load_step(  # type: ignore[no-untyped-def]
         _load_matrix(w2, right.slice(half, half, dim=axis), bar, group, k, n, apart, TRANSPOSED)
     else:
         _load_matrix(w, right, bar, group, k, n, apart, TRANSPOSED)
-    return following(slot, phase)
-
-
-@gluon.jit
-def second_of(ring, slot):  # type: ignore[no-untyped-def]
-    """Return the second tile of pre-activations at a place of the ring, where else a matrix lies."""
-    left = ring[0]
-    return seen_as(ring[1].index(slot), left.dtype, [left.shape[1], left.shape[2]], left.layout)
-
-
-@gluon.jit
-def _load_quarter(pre, ring, slot, phase, row, n, width, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Fill the next place of the ring with a quarter of the gates, and of what stands beside them."""
-    left, _right, full, empty = ring
-    mbarrier.wait(empty.index(slot), phase)
-    bar, gates = full.index(slot), left.index(slot)
-    mbarrier.expect(bar, gates.numel * 2 * PARTS)
-    load(pre, [row, n], bar, gates)
-    if PARTS == 2:
-        load(pre, [row, width + n], bar, second_of(ring, slot))
-    return following(slot, phase)
+    return following(ring, slot, phase)
 
 
 @gluon.jit
@@ -63,7 +40,6 @@ def load_tiles(  # type: ignore[no-untyped-def]
     rows,
     w,
     w2,
-    pre,
     schedule,
     num_groups,
     depth,
@@ -74,14 +50,12 @@ def load_tiles(  # type: ignore[no-untyped-def]
     BAND: gl.constexpr,
     SIDE: gl.constexpr,
     TWO: gl.constexpr,
-    PARTS: gl.constexpr,
     TRANSPOSED: gl.constexpr,
 ):
     """Load rows and matrices, step by step, for one tile after another.
 
     Two matrices lie beside each other in a step if ``SIDE``, and are multiplied one behind the other if ``TWO``, by
-    either half of the rows' columns. Behind the steps of a tile come the quarters of its pre-activations, of ``PARTS``
-    matrices.
+    either half of the rows' columns.
     """
     M: gl.constexpr = ring[0].shape[1]
     K: gl.constexpr = ring[0].shape[2]
@@ -98,10 +72,6 @@ def load_tiles(  # type: ignore[no-untyped-def]
                 slot, phase = _load_step(
                     rows, w2, w2, depth + k, ring, slot, phase, row, group, k, n, apart, SIDE, TRANSPOSED
                 )
-        if PARTS:
-            for q in gl.static_range(0, N, _QUARTER):
-                if n + q < width:
-                    slot, phase = _load_quarter(pre, ring, slot, phase, row, n + q, width, PARTS)
 
 
 def takes(weights: Matrices, depth: int, *, halved: bool) -> bool:

@@ -14,16 +14,18 @@ from moekit.experts.kernels._ring_triton import (
     LOADERS,
     OPTIONS,
     ROWS,
+    STAGES,
+    biases,
     blocks,
     emit,
     emit_all,
     finish,
+    make_buffers,
     make_ring,
     multiply,
     quarters,
     rounded,
     split,
-    with_bias,
     zeros,
 )
 from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
@@ -61,23 +63,16 @@ def _multiply_rows(  # type: ignore[no-untyped-def]
     for tile in range(first, total, gl.num_programs(0)):
         group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
         sums = zeros()
+        if BIASED:
+            sums = biases(bias, bias, group, column * N, width, N)
         for q in gl.static_range(4):
             sums, slot, phase, before = multiply(ring, slot, phase, before, sums, q > 0, False, TRANSPOSED)
             if tile > first:
                 emit(out, buffers, q % 2, late[q], late_row, late_end, late_n + q * Q)
         for _ in range(4, steps):
             sums, slot, phase, before = multiply(ring, slot, phase, before, sums, True, False, TRANSPOSED)
-        a, b, c, d = split(finish(ring, before, sums, True))
-        of_group = bias
-        if BIASED:
-            of_group += group.to(gl.int64) * width
-        n = column * N
-        a = with_bias(a, of_group, n, width, BIASED)
-        b = with_bias(b, of_group, n + Q, width, BIASED)
-        c = with_bias(c, of_group, n + 2 * Q, width, BIASED)
-        d = with_bias(d, of_group, n + 3 * Q, width, BIASED)
-        late = rounded((a, b, c, d), ring[0].dtype)
-        late_row, late_end, late_n = row, end, n
+        late = rounded(split(finish(ring, before, sums, True)), ring[0].dtype)
+        late_row, late_end, late_n = row, end, column * N
     if first < total:
         emit_all(out, buffers, late, late_row, late_end, late_n)
     tma.store_wait(0)
@@ -104,7 +99,7 @@ def _special_rows_kernel(  # type: ignore[no-untyped-def]
     BIASED: gl.constexpr,
 ):
     """Multiply (R, depth), or (R, 2 depth) if ``TWO``, by w (E, depth, width), or by w over w2, and add the bias."""
-    ring, buffers = make_ring(rows.dtype, (M, K), (N, K) if TRANSPOSED else (K, N))
+    ring, buffers = make_ring(rows.dtype, (M, K), (N, K) if TRANSPOSED else (K, N), STAGES), make_buffers(rows.dtype)
     gl.warp_specialize(
         [
             (
@@ -114,8 +109,8 @@ def _special_rows_kernel(  # type: ignore[no-untyped-def]
             (
                 load_tiles,
                 (
-                    rows, w, w2, None, schedule, num_groups, depth, width, apart, ring, N, BAND,
-                    False, TWO, 0, TRANSPOSED,
+                    rows, w, w2, schedule, num_groups, depth, width, apart, ring, N, BAND,
+                    False, TWO, TRANSPOSED,
                 ),
             ),
         ],

@@ -1,8 +1,8 @@
-"""A ring of tiles in shared memory: one warp of a program fills it, the others multiply what they find there.
+"""A ring of tiles in shared memory: one warp of a program fills it, others multiply what they find there.
 
 For Hopper, in Gluon. Loads never wait for arithmetic, nor the other way round. A tile of sums is written while the next
-one is added up: in quarters, each behind a product that runs meanwhile. Else a program would do nothing but write for a
-tenth of its time.
+one is added up: in quarters, each behind a product that runs meanwhile, or by other warps, see ``_ring_desk_triton``.
+Else a program would do nothing but write for a tenth of its time.
 
 All tiles are 128 rows times 256 columns, 64 deep, of 16-bit numbers; that is what registers and shared memory hold.
 """
@@ -20,7 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from moekit._operators_triton import Blocks
 
 ROWS, COLUMNS, DEPTH = 128, 256, 64
-STAGES = 4  # tiles in the ring, as many as shared memory holds
+STAGES = gl.constexpr(4)  # tiles in the ring, as many as shared memory holds beside two quarters to be written
 QUARTER = 64
 # By their names in newer and older releases of Triton.
 load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
@@ -31,7 +31,6 @@ LOADERS, LOADER_REGISTERS = gl.constexpr(1), gl.constexpr(40)  # warps that load
 OPTIONS = {"num_warps": 8}  # that multiply
 
 _ROWS, _COLUMNS, _QUARTER = gl.constexpr(ROWS), gl.constexpr(COLUMNS), gl.constexpr(QUARTER)
-_STAGES = gl.constexpr(STAGES)
 # How the threads hold a quarter, and how one lies in shared memory.
 QUARTER_HELD = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [8, 1], [16, QUARTER, 16]))
 QUARTER_LAID = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=4))
@@ -54,26 +53,31 @@ def quarters(shape: tuple[int, int]) -> Blocks:
 
 
 @gluon.jit
-def make_ring(dtype: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return tiles of both operands, barriers that say that they are full and empty, and two buffers of quarters."""
+def make_ring(dtype: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return tiles of both operands, and barriers that say that they are full and empty."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
-    left = gl.allocate_shared_memory(dtype, [_STAGES, LEFT[0], LEFT[1]], layout)
-    right = gl.allocate_shared_memory(dtype, [_STAGES, RIGHT[0], RIGHT[1]], layout)
-    buffers = gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _QUARTER], QUARTER_LAID)
-    full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(_STAGES):
+    left = gl.allocate_shared_memory(dtype, [STAGES, LEFT[0], LEFT[1]], layout)
+    right = gl.allocate_shared_memory(dtype, [STAGES, RIGHT[0], RIGHT[1]], layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=1)
     fence_async_shared()
-    return (left, right, full, empty), buffers
+    return left, right, full, empty
 
 
 @gluon.jit
-def following(slot, phase):  # type: ignore[no-untyped-def]
+def make_buffers(dtype: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return two buffers of quarters."""
+    return gl.allocate_shared_memory(dtype, [2, 1, 1, _ROWS, _QUARTER], QUARTER_LAID)
+
+
+@gluon.jit
+def following(ring, slot, phase):  # type: ignore[no-untyped-def]
     """Return the next place of the ring, and the phase that its barrier has there."""
     slot += 1
-    if slot == _STAGES:
+    if slot == ring[0].shape[0]:
         slot = 0
         phase ^= 1
     return slot, phase
@@ -108,7 +112,7 @@ def multiply(  # type: ignore[no-untyped-def]
     sums = warpgroup_mma_wait(1, deps=(sums,))
     mbarrier.arrive(empty.index(before), count=1, pred=again)
     before = slot
-    slot, phase = following(slot, phase)
+    slot, phase = following(ring, slot, phase)
     return sums, slot, phase, before
 
 
@@ -125,6 +129,21 @@ def zeros():  # type: ignore[no-untyped-def]
     """Return the sums of a tile before the first product."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, _COLUMNS, 16])
     return gl.zeros([_ROWS, _COLUMNS], gl.float32, layout)
+
+
+@gluon.jit
+def biases(bias, beside, group, n, width, N: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the sums of a tile before the first product: a group's bias at N columns from ``n`` on.
+
+    If N is half a tile, what is ``beside`` follows, another bias at the same columns.
+    """
+    sums = zeros()
+    place = gl.arange(0, _COLUMNS, gl.SliceLayout(0, sums.type.layout))
+    columns = n + place % N
+    values = bias + group.to(gl.int64) * width + columns
+    if N < _COLUMNS:
+        values = gl.where(place < N, values, beside + group.to(gl.int64) * width + columns)
+    return sums + gl.load(values, mask=columns < width, other=0.0).to(gl.float32)[None, :]
 
 
 @gluon.jit
@@ -174,12 +193,3 @@ def emit_all(out, buffers, four, row, end, n):  # type: ignore[no-untyped-def]
     """Begin to store the quarters of a tile, beside each other."""
     for q in gl.static_range(4):
         emit(out, buffers, q % 2, four[q], row, end, n + q * _QUARTER)
-
-
-@gluon.jit
-def with_bias(values, bias, n, width, BIASED: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Add a group's bias at columns from ``n`` on to a quarter."""
-    if BIASED:
-        columns = n + gl.arange(0, values.shape[1], gl.SliceLayout(0, values.type.layout))
-        values += gl.load(bias + columns, mask=columns < width, other=0.0).to(gl.float32)[None, :]
-    return values

@@ -16,15 +16,17 @@ from moekit.experts.kernels._ring_triton import (
     LOADERS,
     OPTIONS,
     ROWS,
+    STAGES,
+    biases,
     blocks,
     emit,
     finish,
+    make_buffers,
     make_ring,
     multiply,
     quarters,
     rounded,
     split,
-    with_bias,
     zeros,
 )
 from moekit.experts.kernels._tiles_triton import Matrices, first_tile, place, programs
@@ -68,6 +70,8 @@ def _multiply_up(  # type: ignore[no-untyped-def]
     for tile in range(first, total, gl.num_programs(0)):
         group, row, end, column = place(tile, schedule, num_groups, num_n, M, BAND)
         sums = zeros()
+        if BIASED:
+            sums = biases(gate_bias, up_bias, group, column * N, width, N)
         for q in gl.static_range(4):
             sums, slot, phase, before = multiply(ring, slot, phase, before, sums, q > 0, False, TRANSPOSED)
             # Two conditions: one is known when the kernel is compiled, the other is not.
@@ -76,20 +80,8 @@ def _multiply_up(  # type: ignore[no-untyped-def]
                     emit(pre, buffers, q % 2, late[q], late_row, late_end, late_n + q // HALF * width + q % HALF * Q)
         for _ in range(4 * K, depth, K):
             sums, slot, phase, before = multiply(ring, slot, phase, before, sums, True, False, TRANSPOSED)
-        a, b, c, d = split(finish(ring, before, sums, True))
-        of_gate = gate_bias
-        of_up = gate_bias
-        if BIASED:
-            of_gate += group.to(gl.int64) * width
-            of_up = of_gate
-            if GATED:
-                of_up = up_bias + group.to(gl.int64) * width
+        four = split(finish(ring, before, sums, True))
         n = column * N
-        a = with_bias(a, of_gate, n, width, BIASED)
-        b = with_bias(b, of_gate, n + Q, width, BIASED)
-        c = with_bias(c, of_up, n + 2 % HALF * Q, width, BIASED)
-        d = with_bias(d, of_up, n + 3 % HALF * Q, width, BIASED)
-        four = (a, b, c, d)
         if KEEP_HIDDEN:
             for q in gl.static_range(HALF):
                 value, _slope, _other = units(four[q], four[(q + 2) % 4], ACTIVATION, GATED, ALPHA, LIMIT, QUICK=True)
@@ -133,7 +125,8 @@ def _special_up_kernel(  # type: ignore[no-untyped-def]
 ):
     """Multiply rows by gate and up side by side, or by one matrix, add biases, and apply the activation."""
     WIDE: gl.constexpr = 2 * N if GATED else N
-    ring, buffers = make_ring(rows.dtype, (M, K), (WIDE, K) if TRANSPOSED else (K, WIDE))
+    ring = make_ring(rows.dtype, (M, K), (WIDE, K) if TRANSPOSED else (K, WIDE), STAGES)
+    buffers = make_buffers(rows.dtype)
     gl.warp_specialize(
         [
             (
@@ -146,8 +139,7 @@ def _special_up_kernel(  # type: ignore[no-untyped-def]
             (
                 load_tiles,
                 (
-                    rows, gate, up, None, schedule, num_groups, depth, width, apart, ring, N, BAND,
-                    GATED, False, 0, TRANSPOSED,
+                    rows, gate, up, schedule, num_groups, depth, width, apart, ring, N, BAND, GATED, False, TRANSPOSED,
                 ),
             ),
         ],

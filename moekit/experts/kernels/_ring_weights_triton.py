@@ -14,6 +14,7 @@ from moekit.experts.kernels._ring_triton import (
     LOADERS,
     OPTIONS,
     ROWS,
+    STAGES,
     blocks,
     claim,
     emit,
@@ -21,6 +22,7 @@ from moekit.experts.kernels._ring_triton import (
     finish,
     following,
     load,
+    make_buffers,
     make_ring,
     multiply,
     quarters,
@@ -50,7 +52,7 @@ def _load_all(  # type: ignore[no-untyped-def]
             left, right, bar = claim(ring, slot, phase)
             load(a, [k, left_column], bar, left)
             load(b, [k, right_column], bar, right)
-            slot, phase = following(slot, phase)
+            slot, phase = following(ring, slot, phase)
 
 
 @gluon.jit
@@ -106,7 +108,7 @@ def _special_weight_kernel(  # type: ignore[no-untyped-def]
 
     If ``TALL``, a is (R, parts * height) and b (R, width). Groups are of whole steps of K rows.
     """
-    ring, buffers = make_ring(a.dtype, (K, M), (K, N))
+    ring, buffers = make_ring(a.dtype, (K, M), (K, N), STAGES), make_buffers(a.dtype)
     gl.warp_specialize(
         [
             (_multiply_all, (out, schedule, num_groups, height, width, parts, total, ring, buffers, BAND, TALL)),
