@@ -45,7 +45,7 @@ def train(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = torch.randint(16, (240, 65), generator=torch.Generator().manual_seed(0)).cumsum(1) % 16
     write_shards(folder / "a", rows, sequences_per_shard=30)
-    flags = "--model moekit_tiny --precision fp32 --global-batch-size 8 --lr 3e-3 --log-every-n-steps 1 --steps 20"
+    flags = "--model moekit_tiny --global-batch-size 8 --lr 3e-3 --log-every-n-steps 1 --steps 20"
     data = ["--dataset-manifest", str(folder / "a/manifest.jsonl"), "--multiple-data-passes"]
 
     def run(name: str, ranks: int, *words: str) -> list[dict]:
@@ -79,12 +79,12 @@ LAYOUTS = {
 }
 
 
-def test_the_program_follows_the_curve_of_one_gpu(train):
-    method = ("--recipe", "openlm", "--moe-num-experts", "8", "--moe-capacity-factor", "0")
-    expected = [line["loss"] for line in train("alone", 1, *method) if "loss" in line]
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("amp_bf16", 2e-2)])
+def test_the_program_follows_the_curve_of_one_gpu(precision, tolerance, train):
+    method = "--recipe openlm --moe-num-experts 8 --moe-capacity-factor 0 --precision".split() + [precision]
+    expected = [line["loss"] for line in train(f"alone_{precision}", 1, *method) if "loss" in line]
     assert len(expected) >= 20
     for name, words in LAYOUTS.items():
-        found = [
-            line["loss"] for line in train(name.replace(" ", "_"), RANKS, *method, *words.split()) if "loss" in line
-        ]
-        assert found == pytest.approx(expected, rel=2e-4), name
+        lines = train(f"{name} {precision}".replace(" ", "_"), RANKS, *method, *words.split())
+        found = [line["loss"] for line in lines if "loss" in line]
+        assert found == pytest.approx(expected, rel=tolerance), name
