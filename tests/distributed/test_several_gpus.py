@@ -81,7 +81,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 2e-4), ("amp_bf16", 2e-2)])
 def test_the_program_follows_the_curve_of_one_gpu(precision, tolerance, train):
-    method = "--recipe openlm --moe-num-experts 8 --moe-capacity-factor 0 --precision".split() + [precision]
+    method = ["--recipe", "openlm", "--moe-num-experts", "8", "--moe-capacity-factor", "0", "--precision", precision]
     expected = [line["loss"] for line in train(f"alone_{precision}", 1, *method) if "loss" in line]
     assert len(expected) >= 20
     for name, words in LAYOUTS.items():
