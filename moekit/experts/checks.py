@@ -1,6 +1,35 @@
 """What every expert layer refuses, whatever runs it."""
 
+from collections.abc import Sequence
+
+from moekit.experts.activations import FUNCTIONS, Activation
 from moekit.types import Routing
+
+
+def check_activation(name: str, activation: Activation, functions: Sequence[str] = FUNCTIONS) -> None:
+    """Refuse what is no activation, or none that a layer knows.
+
+    Args:
+        name: of the layer, for the message.
+        activation: as ``SWIGLU``.
+        functions: that the layer knows.
+
+    Raises:
+        ValueError: if it is none of them.
+
+    Example:
+        >>> from moekit.experts import SWIGLU
+        >>> check_activation("a layer", SWIGLU)
+        >>> check_activation("a layer", "swiglu")
+        Traceback (most recent call last):
+        ValueError: a layer: activation = 'swiglu'; expected an Activation, such as moekit.experts.SWIGLU, with a \
+function of silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu.
+    """
+    if not isinstance(activation, Activation) or activation.function not in functions:
+        raise ValueError(
+            f"{name}: activation = {activation!r}; expected an Activation, such as moekit.experts.SWIGLU, with a "
+            f"function of {', '.join(functions)}."
+        )
 
 
 def check_assignments(name: str, routing: Routing) -> None:

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from moekit.experts._fused_operators import Fused, Layout, Settings, plan_layer
-from moekit.experts.activations import FUNCTIONS, SWIGLU, Activation
+from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
-from moekit.experts.checks import check_assignments
+from moekit.experts.checks import check_activation, check_assignments
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
@@ -75,8 +75,9 @@ def fused_layer(
         A function (x (T, D), routing, params) -> (T, D), of float32, bfloat16 or float16; sums are taken in float32.
 
     Raises:
-        ValueError: if ``precision`` is neither, or the kernels do not know the activation; from the layer, if
-            ``params`` do not fit the activation, the parts of the routing each other, or shapes and dtypes each other.
+        ValueError: if ``precision`` is neither, ``keep`` is no ``Keep``, or the kernels do not know the activation;
+            from the layer, if ``params`` do not fit the activation, the parts of the routing each other, or shapes and
+            dtypes each other.
 
     Example:
         >>> from moekit.experts import GEGLU
@@ -92,8 +93,9 @@ def fused_layer(
     """
     if precision not in ("ieee", "tf32"):
         raise ValueError(f"fused_layer: precision = {precision!r}; expected 'ieee' or 'tf32'.")
-    if activation.function not in FUNCTIONS:
-        raise ValueError(f"fused_layer: {activation}; expected a function of {', '.join(FUNCTIONS)}.")
+    check_activation("fused_layer", activation)
+    if not isinstance(keep, Keep):
+        raise ValueError(f"fused_layer: keep = {keep!r}; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep.")
     return partial(_fused_layer, activation=activation, keep=keep, precision=precision, tiles=tiles)
 
 
@@ -119,7 +121,7 @@ def _fused_layer(
     hidden = params.down.shape[2 if layout.packed else 1]
     size = LayerSize(
         x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated,
-        capability_of(x.device), is_narrow(x.device),
+        capability_of(x.device), is_narrow(x.device), precision,
     )  # fmt: skip
     chosen = tiles(size)
     write = _text if torch.compiler.is_compiling() else _text_once

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._fused_cpu import fused
 from moekit.experts.activations import SWIGLU, Activation
-from moekit.experts.checks import check_assignments
+from moekit.experts.checks import check_activation, check_assignments
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
@@ -33,7 +34,8 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
         float64 tensors. The operator is one for ``torch.compile``; its gradient has no gradient.
 
     Raises:
-        ValueError: from the layer, if tensors are elsewhere, or ``params`` do not fit the activation or each other.
+        ValueError: if it does not know the activation; from the layer, if tensors are elsewhere, or ``params`` do not
+            fit the activation or each other.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -47,6 +49,7 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
         Guo et al., SonicMoE, 2025 (the router's gradient from the down-projection's backward),
             https://arxiv.org/abs/2512.14080
     """
+    check_activation("fused_cpu", activation, tuple(ACTIVATIONS))
     return partial(_fused_cpu, plan=plan, activation=activation)
 
 

@@ -13,7 +13,7 @@ from moekit.experts.tile_tables import Table, TileEntry, choose
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 from moekit.operators import constant_in_graphs
 
-FORMAT = "moekit tiles 2"
+FORMAT = "moekit tiles 3"
 _MEND = "Correct it, or remove it and let moekit tune --write make it again."
 
 
@@ -72,7 +72,7 @@ def table_text(table: Iterable[TileEntry]) -> str:
 
     Example:
         >>> print(table_text([]), end="")
-        {"format": "moekit tiles 2", "entries": [
+        {"format": "moekit tiles 3", "entries": [
         ]}
     """
     lines = []
@@ -136,6 +136,7 @@ def _entry(content: Any, where: str) -> TileEntry:
     for field in TileEntry._fields[:6]:
         _expect_whole(fields[field], f"{where}, {field}")
     _expect(isinstance(fields["gated"], bool), f"{where}, gated", fields["gated"], "true or false")
+    _expect(fields["precision"] in ("ieee", "tf32"), f"{where}, precision", fields["precision"], '"ieee" or "tf32"')
     _expect(isinstance(fields["origin"], str), f"{where}, origin", fields["origin"], "a text")
     products = _fields(fields["tiles"], LayerTiles._fields, f"{where}, tiles")
     tiles = LayerTiles(*(_tile(products[each], f"{where}, tiles.{each}") for each in LayerTiles._fields))

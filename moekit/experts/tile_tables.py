@@ -22,6 +22,7 @@ class TileEntry(NamedTuple):
         experts: E; for the reader, no choice looks at it.
         rows_per_expert: N / E, rounded down, at least 1.
         gated: whether there are two up-projections.
+        precision: of products of float32, "ieee" or "tf32"; "ieee" for 16-bit numbers.
         origin: the device and the versions, for the reader.
         tiles: of the layer.
     """
@@ -33,6 +34,7 @@ class TileEntry(NamedTuple):
     experts: int
     rows_per_expert: int
     gated: bool
+    precision: str
     origin: str
     tiles: LayerTiles
 
@@ -59,7 +61,7 @@ def entry_of(size: LayerSize, tiles: LayerTiles, *, origin: str) -> TileEntry:
     """
     rows = max(size.assignments // size.experts, 1)
     widths = (size.dim, size.hidden, size.experts, rows)
-    return TileEntry(size.capability, size.dtype.itemsize, *widths, size.gated, origin, tiles)
+    return TileEntry(size.capability, size.dtype.itemsize, *widths, size.gated, _precision(size), origin, tiles)
 
 
 def merged(table: Iterable[TileEntry], entries: Iterable[TileEntry]) -> Table:
@@ -70,7 +72,7 @@ def merged(table: Iterable[TileEntry], entries: Iterable[TileEntry]) -> Table:
         entries: the new ones.
 
     Returns:
-        All, in order of capability, dtype and size.
+        All, in order of capability, dtype, size and precision.
 
     Example:
         >>> import torch
@@ -79,14 +81,14 @@ def merged(table: Iterable[TileEntry], entries: Iterable[TileEntry]) -> Table:
         >>> [entry.origin for entry in merged([old], [new])]
         ['new']
     """
-    by_key = {entry[:7]: entry for entry in (*table, *entries)}
+    by_key = {entry[:8]: entry for entry in (*table, *entries)}
     return tuple(by_key[key] for key in sorted(by_key))
 
 
 def from_table(
     table: Sequence[TileEntry], otherwise: Callable[[LayerSize], LayerTiles] = ruled_tiles
 ) -> Callable[[LayerSize], LayerTiles]:
-    """Return a choice of tiles by a table: the nearest entry of the layer's capability, dtype size and gating.
+    """Return a choice of tiles by a table: the nearest entry of a layer's capability, dtype size, gating, precision.
 
     Entries are as far from a layer as D and F have to be doubled or halved, |log2(D / D')| + |log2(F / F')|, and as
     there are powers of two between the rows per expert. Of those at most ``FARTHEST`` away the nearest is taken, of
@@ -130,14 +132,20 @@ def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: Lay
     if not table or not size.capability:
         return otherwise(size)
     found, nearest = None, math.inf
-    alike, octave = (size.capability, size.dtype.itemsize, size.gated), _octave(size.assignments, size.experts)
+    alike = size.capability, size.dtype.itemsize, size.gated, _precision(size)
+    octave = _octave(size.assignments, size.experts)
     for entry in table:
-        if (entry.capability, entry.dtype_size, entry.gated) == alike and (not size.narrow or _fits_narrow(entry)):
+        kind = entry.capability, entry.dtype_size, entry.gated, entry.precision
+        if kind == alike and (not size.narrow or _fits_narrow(entry)):
             widths = abs(math.log2(size.dim / entry.dim)) + abs(math.log2(size.hidden / entry.hidden))
             distance = widths + abs(octave - (entry.rows_per_expert.bit_length() - 1))
             if distance < nearest:
                 found, nearest = entry, distance
     return otherwise(size) if found is None or nearest > FARTHEST else found.tiles
+
+
+def _precision(size: LayerSize) -> str:
+    return size.precision if size.dtype.itemsize == 4 else "ieee"
 
 
 def _fits_narrow(entry: TileEntry) -> bool:

@@ -65,6 +65,7 @@ class LayerSize(NamedTuple):
         gated: whether there are two up-projections.
         capability: the major compute capability of the device, 9 for Hopper; 0 where there is none.
         narrow: whether a program on the device has 99 KiB of shared memory, not 163 and more.
+        precision: of products of float32, "ieee" or "tf32"; means nothing for 16-bit dtypes.
     """
 
     dtype: torch.dtype
@@ -75,6 +76,7 @@ class LayerSize(NamedTuple):
     gated: bool
     capability: int = 0
     narrow: bool = False
+    precision: str = "ieee"
 
 
 NARROW_BYTES = 99 * 1024

@@ -7,6 +7,7 @@ import pytest
 import torch
 from fused_cases import ACTIVATIONS, LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekit.experts import init_mlp, swiglu
 from moekit.experts.activations import RELU2, SWIGLU, Activation
@@ -224,6 +225,32 @@ def test_it_compiles_whole() -> None:
     compare(found, {name: value.detach().cpu().double() for name, value in expected.items()}, 1e-6)
 
 
+class Recorded(TorchDispatchMode):
+    """Keeps what moekit's operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.namespace == "moekit":
+            self.calls.append((function, args))
+        return function(*args, **(kwargs or {}))
+
+
+@runs_kernels
+@pytest.mark.parametrize("keep", [EVERYTHING, INPUTS], ids=str)
+@pytest.mark.parametrize("name", ["swiglu", "relu2"])
+def test_the_operators_are_well_formed(name: str, keep: Keep) -> None:
+    case = draw(SHAPES["usual"], ACTIVATIONS[name][0])
+    with Recorded() as recorded:
+        run(fused(activation=ACTIVATIONS[name][0], keep=keep), case, device=DEVICE)
+    names = [function.name() for function, _ in recorded.calls]
+    assert names == ["moekit::fused_plan", "moekit::fused_experts", "moekit::fused_experts_backward"]
+    for function, args in recorded.calls:
+        torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_errors_say_what_was_given_and_expected() -> None:
     x, routing, params = draw((5, 4, 8, 3, 2), SWIGLU)
     layer = fused()
@@ -238,8 +265,11 @@ def test_errors_say_what_was_given_and_expected() -> None:
     for short in ({"weights": routing.weights[:, :1]}, {"token_indices": routing.token_indices[:, :1]}):
         with pytest.raises(ValueError, match=r"the routing has weights .*\(5, 1\).*; expected one shape\. Give every"):
             layer(x, routing._replace(**short), params)
-    with pytest.raises(ValueError, match=r"Activation.function='my gelu'.*; expected a function of silu, gelu,"):
-        fused_layer(activation=Activation("my gelu", gated=True))
+    for wrong in (Activation("my gelu", gated=True), "swiglu"):
+        with pytest.raises(ValueError, match=r"activation = .*'(my gelu|swiglu)'.*; expected an .* function of silu, "):
+            fused_layer(activation=wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="keep = 'inputs'; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep"):
+        fused_layer(keep="inputs")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision = 'fp8'; expected 'ieee' or 'tf32'"):
         fused(precision="fp8")
 

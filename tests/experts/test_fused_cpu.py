@@ -23,7 +23,7 @@ from moekit.experts import (
     relu_mlp,
     swiglu,
 )
-from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
+from moekit.experts.activations import CLAMPED_SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.recipes import expert_layer
 from moekit.routing import expert_choice, top_k
@@ -203,6 +203,8 @@ def test_errors_say_what_was_given() -> None:
     gated = type(init_gated(1, 1, 1))(*params)
     with pytest.raises(ValueError, match=r"3 projections were given for .*; expected those of MlpParams, up, down"):
         fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, gated)
+    with pytest.raises(ValueError, match=r"fused_cpu: activation = .*'clamped_swiglu'.*; expected an Activation"):
+        fused_cpu(plan=dropless().plan, activation=CLAMPED_SWIGLU)
     with pytest.raises(ValueError, match=r"x \(12, 5\) and projections .* do not fit a routing of 13 tokens over 4"):
         layer(x[:12], routing, gated)
     with pytest.raises(ValueError, match=r"x and projections are torch.float32, torch.float64, .*expected one dtype"):

@@ -116,6 +116,17 @@ def test_an_entry_serves_up_to_its_limit() -> None:
     assert tiles(SIZE._replace(dtype=torch.float16)).up.band == 4  # the same number of bytes
 
 
+def test_an_entry_serves_products_of_its_precision() -> None:
+    exact = SIZE._replace(dtype=torch.float32)
+    fast = exact._replace(precision="tf32")
+    tiles = from_table([marked(4, fast)])
+    assert tiles(fast).up.band == 4
+    assert tiles(exact) == ruled_tiles(exact)
+    assert [entry.precision for entry in merged([marked(4, fast)], [marked(8, exact)])] == ["ieee", "tf32"]
+    half = SIZE._replace(precision="tf32")  # which 16-bit numbers do not look at
+    assert from_table([marked(4)])(half).up.band == from_table([marked(4, half)])(SIZE).up.band == 4
+
+
 @pytest.mark.parametrize("assignments", [0, 1])
 def test_a_layer_of_no_or_one_row_has_tiles(assignments: int) -> None:
     size = SIZE._replace(assignments=assignments)
@@ -207,6 +218,7 @@ MEND = r"Correct it, or remove it and let moekit tune --write make it again\."
         (lambda e: e.update(experts=0), r"t\.json, entry 2, experts: 0; expected a whole number, at least 1\."),
         (lambda e: e.update(experts=True), r"t\.json, entry 2, experts: true; expected a whole number, at least 1\."),
         (lambda e: e.update(gated=1), r"t\.json, entry 2, gated: 1; expected true or false\."),
+        (lambda e: e.update(precision="fp8"), r't\.json, entry 2, precision: "fp8"; expected "ieee" or "tf32"\.'),
         (lambda e: e.update(origin=None), r"t\.json, entry 2, origin: null; expected a text\."),
         (lambda e: e["tiles"].pop("up"), r"t\.json, entry 2, tiles: no field 'up'; expected the fields up, down, "),
         (lambda e: e.update(tiles=[]), r"t\.json, entry 2, tiles: \[\]; expected an object of the fields up, down, "),

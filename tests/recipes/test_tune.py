@@ -193,7 +193,7 @@ def test_compiling_here_reports_what_fails(monkeypatch) -> None:
         raise OutOfResources("out of resource: shared memory, Required: 300000\nmore")
 
     monkeypatch.setattr("moekit.recipes.tuning.compiling.draw_operands", fail)
-    job = Job(SIZE, "down", TILE, "cpu", "ieee")
+    job = Job(SIZE, "down", TILE, "cpu")
     with compiling(0) as compile_jobs:
         found = compile_jobs([job, job])
     assert found == {job: "OutOfResources: out of resource: shared memory, Required: 300000"}

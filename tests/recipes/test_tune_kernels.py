@@ -102,11 +102,12 @@ def test_the_fastest_tile_that_is_right_is_chosen(monkeypatch) -> None:
     monkeypatch.setattr("moekit.recipes.tuning.candidates.BANDS", (8,))
     tried = {**dict.fromkeys(LayerTiles._fields, ()), "down": (right, wrong, failing)}
     (tuned,) = tune(
-        [SIZE], device=DEVICE, candidates=lambda size: tried, rounds=2, workers=0, timer=timer, tell=told.append
-    )
+        [SIZE], device=DEVICE, candidates=lambda size: tried, rounds=2, precision="tf32", workers=0, timer=timer,
+        tell=told.append,
+    )  # fmt: skip
     assert tuned.entry.tiles.down == right._replace(band=8)
     assert tuned.entry.tiles.up == RULED.up._replace(band=8)
-    assert tuned.entry[1:7] == (4, 16, 24, 3, 6, True)
+    assert tuned.entry[1:8] == (4, 16, 24, 3, 6, True, "tf32")
     row = tuned.comparisons[1]
     assert (row.product, row.ruled, row.tile) == ("down", RULED.down, right._replace(band=8))
     assert row.ruled_seconds == pytest.approx(3 * row.seconds)
@@ -125,7 +126,7 @@ RULED = LayerTiles(*[SMALL._replace(stages=3)] * 6)
 
 @runs_kernels
 def test_a_process_beside_this_one_compiles_and_reports() -> None:
-    good, bad = (Job(SIZE, product, SMALL, DEVICE, "ieee") for product in ("grad_down", "sideways"))
+    good, bad = (Job(SIZE, product, SMALL, DEVICE) for product in ("grad_down", "sideways"))
     with compiling(1) as compile_jobs:
         assert compile_jobs([good, bad, good]) == {good: "", bad: "KeyError: 'sideways'"}
 
@@ -174,6 +175,6 @@ def test_a_miniature_runs_the_same_code(monkeypatch, dtype, widths) -> None:
 @runs_kernels
 def test_the_rule_runs_on_a_miniature() -> None:
     size = LayerSize(torch.float16, 16, 2, 16, 16, gated=False)
-    assert try_job(Job(size, "up", ruled_tiles(size).up._replace(n=32, m=16), DEVICE, "ieee")) == ""
+    assert try_job(Job(size, "up", ruled_tiles(size).up._replace(n=32, m=16), DEVICE)) == ""
     with on_device(CPU):
-        assert "AttributeError" in try_job(Job(size, "up", None, DEVICE, "ieee"))  # type: ignore[arg-type]
+        assert "AttributeError" in try_job(Job(size, "up", None, DEVICE))  # type: ignore[arg-type]

@@ -25,14 +25,12 @@ class Job(NamedTuple):
         product: a field of ``LayerTiles``.
         tile: of the product.
         device: its name.
-        precision: of float32 products, "ieee" or "tf32".
     """
 
     size: LayerSize
     product: str
     tile: Tile
     device: str
-    precision: str
 
 
 Compile = Callable[[Sequence[Job]], dict[Job, str]]
@@ -53,7 +51,7 @@ def try_job(job: Job) -> str:
         with on_device(device):
             operands = draw_operands(job.size, align=align, device=device)
             plan = schedule_of(operands, job.tile.m)
-            ProductRun(job.product, job.tile, operands, plan, job.precision)()
+            ProductRun(job.product, job.tile, operands, plan, job.size.precision)()
             if device.type == "cuda":
                 torch.cuda.synchronize()
     except Exception as error:  # a report: compilers fail in as many ways as there are releases of them

@@ -71,7 +71,7 @@ def tune(
     Synchronises with the host.
 
     Args:
-        sizes: of the layers; their capability becomes the device's.
+        sizes: of the layers; their capability becomes the device's, their precision ``precision``.
         device: to measure on.
         candidates: the tiles to try, by product; the rule's is tried too.
         rounds: how often the best are measured.
@@ -102,15 +102,16 @@ def tune(
     if rounds < 1:
         raise ValueError(f"tune: rounds = {rounds}; expected at least 1.")
     measure = timer or cuda_seconds
-    sizes = [size._replace(capability=capability_of(device), narrow=is_narrow(device)) for size in sizes]
+    capability, narrow = capability_of(device), is_narrow(device)
+    sizes = [size._replace(capability=capability, narrow=narrow, precision=precision) for size in sizes]
     tried = [with_rule(candidates(size), size) for size in sizes]
     with on_device(device), compiling(workers) as compile_jobs:
-        check = partial(_failures, device=device, precision=precision, compile_jobs=compile_jobs)
+        check = partial(_failures, device=device, compile_jobs=compile_jobs)
         tell(f"compiling {sum(len(each) for tiles in tried for each in tiles.values())} candidates")
         failures = check(list(zip(sizes, tried, strict=True)))  # of all sizes at once: many kernels are the same
         found = []
         for size, tiles, failed in zip(sizes, tried, failures, strict=True):
-            run = _runs_of(size, device, precision)
+            run = _runs_of(size, device)
             tuned = _tune_size(size, tiles, failed, run=run, check=check, measure=measure, rounds=rounds)
             tell("\n".join(lines_of(tuned)))
             found.append(tuned._replace(entry=tuned.entry._replace(origin=_origin(device))))
@@ -153,16 +154,11 @@ def _failures(
     tried: list[tuple[LayerSize, Mapping[str, Sequence[Tile]]]],
     *,
     device: torch.device,
-    precision: str,
     compile_jobs: Compile,
 ) -> list[Failures]:
     """Return for each size why products and tiles cannot run."""
     jobs = [
-        {
-            (name, tile): Job(miniature(size), name, tile, str(device), precision)
-            for name in tiles
-            for tile in tiles[name]
-        }
+        {(name, tile): Job(miniature(size), name, tile, str(device)) for name in tiles for tile in tiles[name]}
         for size, tiles in tried
     ]
     reasons = compile_jobs([job for each in jobs for job in each.values()])
@@ -174,7 +170,7 @@ def _failures(
     return failures
 
 
-def _runs_of(size: LayerSize, device: torch.device, precision: str) -> Callable[[str, Tile], ProductRun]:
+def _runs_of(size: LayerSize, device: torch.device) -> Callable[[str, Tile], ProductRun]:
     align_of_rows = ruled_tiles(size).grad_up.k
 
     @cache
@@ -193,7 +189,7 @@ def _runs_of(size: LayerSize, device: torch.device, precision: str) -> Callable[
 
     def run(product: str, tile: Tile) -> ProductRun:
         align = tile.k if product in WEIGHT_PRODUCTS else align_of_rows
-        return ProductRun(product, tile, operands(align), plan(align, tile.m), precision)
+        return ProductRun(product, tile, operands(align), plan(align, tile.m), size.precision)
 
     return run
 
