@@ -55,7 +55,7 @@ class Table(NamedTuple):
         imbalance: the largest expert's rows as a multiple of the mean.
         empty: experts without a row.
         rows: the dense bound first.
-        stages: of the forward of the composed layer on ``grouped``.
+        stages: of layers whose stages are measured alone, by ``measure_stages``.
     """
 
     shape: LayerShape
@@ -65,7 +65,7 @@ class Table(NamedTuple):
     imbalance: float
     empty: int
     rows: list[Row]
-    stages: list[Stage]
+    stages: Mapping[str, list[Stage]]
 
 
 class Report(NamedTuple):

@@ -5,7 +5,7 @@ from statistics import median
 from typing import Any
 
 from moekit.recipes.bench.layer import Report, Row, Table
-from moekit.recipes.bench.stages import shares
+from moekit.recipes.bench.stages import Stage, shares
 
 HEADINGS = (
     "", "forward ms", "best", "fwd + bwd ms", "best", "TFLOP/s", "of the bound", "forward", "held MiB", "peak MiB",
@@ -26,7 +26,7 @@ def as_json(report: Report) -> str:
             **table.shape._asdict(),
             **{name: getattr(table, name) for name in ("load", "device", "dtype", "imbalance", "empty")},
             "rows": [{**row._asdict(), "memory": row.memory and row.memory._asdict()} for row in table.rows],
-            "stages": [stage._asdict() for stage in table.stages],
+            "stages": {name: [_rated(stage) for stage in stages] for name, stages in table.stages.items()},
         }
         for table in report.tables
     ]
@@ -34,7 +34,7 @@ def as_json(report: Report) -> str:
 
 
 def as_markdown(report: Report) -> str:
-    """Write a report as Markdown: a table for each shape and load, and one of its stages.
+    """Write a report as Markdown: a table for each shape and load, and one for each layer's stages.
 
     Args:
         report: of ``bench_layer``.
@@ -47,7 +47,8 @@ def as_markdown(report: Report) -> str:
     for table in report.tables:
         lines += [f"## {title(table)}", "", *_markdown(HEADINGS, rows_of(table)), ""]
         lines += [f"- {row.name}: {row.skipped}" for row in table.rows if row.skipped]
-        lines += ["", *_markdown(("stage, forward", "ms", "share", "rate"), stages_of(table)), ""]
+        for name, stages in table.stages.items():
+            lines += ["", *_markdown(stage_headings(name), stages_of(stages)), ""]
     return "\n".join(lines)
 
 
@@ -78,19 +79,41 @@ def rows_of(table: Table) -> list[tuple[str, ...]]:
     return [_cells(row, 3 * table.shape.flops) for row in table.rows if not row.skipped]
 
 
-def stages_of(table: Table) -> list[tuple[str, ...]]:
-    """Lay out the stages, as texts.
+def stage_headings(name: str) -> tuple[str, ...]:
+    """Return the headings above a layer's stages.
 
     Args:
-        table: of a report.
+        name: of the layer.
 
     Returns:
-        A tuple each: name, milliseconds, share, rate.
+        A text for each column.
+    """
+    return f"stage of {name}", "ms", "share", "GB/s", "TFLOP/s"
+
+
+def stages_of(stages: list[Stage]) -> list[tuple[str, ...]]:
+    """Lay out the stages of a layer, as texts under ``stage_headings``.
+
+    Args:
+        stages: of a layer.
+
+    Returns:
+        A tuple each.
     """
     return [
-        (stage.name, f"{median(stage.seconds) * 1e3:.3f}", f"{share:.0%}", f"{stage.rate:.4g} {stage.unit}")
-        for stage, share in zip(table.stages, shares(table.stages), strict=True)
+        (
+            stage.name,
+            f"{median(stage.seconds) * 1e3:.3f}",
+            f"{share:.0%}",
+            f"{stage.gigabytes_per_second:.4g}",
+            f"{stage.teraflops:.4g}" if stage.flops else "",
+        )
+        for stage, share in zip(stages, shares(stages), strict=True)
     ]
+
+
+def _rated(stage: Stage) -> dict[str, Any]:
+    return {**stage._asdict(), "GB/s": stage.gigabytes_per_second, "TFLOP/s": stage.teraflops}
 
 
 def _cells(row: Row, flops: int) -> tuple[str, ...]:
@@ -118,10 +141,8 @@ def print_report(report: Report, console: Any) -> None:
     for name, value in report.machine.items():
         console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
     for table in report.tables:
-        for caption, headings, rows in (
-            (title(table), HEADINGS, rows_of(table)),
-            ("", ("stage, forward", "ms", "share", "rate"), stages_of(table)),
-        ):
+        stages = [("", stage_headings(name), stages_of(each)) for name, each in table.stages.items()]
+        for caption, headings, rows in ((title(table), HEADINGS, rows_of(table)), *stages):
             shown = RichTable(title=caption or None, title_justify="left")
             for i, heading in enumerate(headings):
                 shown.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
