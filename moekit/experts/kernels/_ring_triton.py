@@ -1,7 +1,7 @@
 """A ring of tiles in shared memory: one warp of a program fills it, others multiply what they find there.
 
 For Hopper, in Gluon. Loads never wait for arithmetic, nor the other way round. A tile of sums is written while the next
-one is added up: in quarters, each behind a product that runs meanwhile, or by other warps, see ``_ring_desk_triton``.
+one is added up: in quarters, each behind a product that runs meanwhile, or by other warps, see ``_ring_back_triton``.
 Else a program would do nothing but write for a tenth of its time.
 
 All tiles are 128 rows times 256 columns, 64 deep, of 16-bit numbers; that is what registers and shared memory hold.
