@@ -8,7 +8,7 @@ loads. The desk has the room of a place of the ring; on it gradients are rounded
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.experts.activations import Activation
@@ -25,6 +25,7 @@ from moekit.experts.kernels._ring_triton import (
     blocks,
     finish,
     load,
+    make_barriers,
     make_ring,
     multiply,
     seen_as,
@@ -60,14 +61,9 @@ def _make_desk(dtype: gl.constexpr):  # type: ignore[no-untyped-def]
 
 @gluon.jit
 def _make_blocks(dtype: gl.constexpr, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return room for a block of pre-activations of each quarter, and barriers that say that it is full, and empty."""
+    """Return room for blocks of pre-activations, and barriers that say that it is full, and empty."""
     pre = gl.allocate_shared_memory(dtype, [_SLOTS * PARTS, _BLOCK, _QUARTER], _LAID)
-    full = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [_SLOTS, 1], mbarrier.MBarrierLayout())
-    for slot in gl.static_range(_SLOTS):
-        mbarrier.init(full.index(slot), count=1)
-        mbarrier.init(empty.index(slot), count=1)
-    fence_async_shared()
+    full, empty = make_barriers(_SLOTS)
     return pre, full, empty
 
 

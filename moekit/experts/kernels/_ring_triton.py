@@ -53,17 +53,24 @@ def quarters(shape: tuple[int, int]) -> Blocks:
 
 
 @gluon.jit
+def make_barriers(NUMBER: gl.constexpr):  # type: ignore[no-untyped-def]
+    """Return barriers that say of a number of places that they are full, and that they are empty."""
+    full = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [NUMBER, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(NUMBER):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    fence_async_shared()
+    return full, empty
+
+
+@gluon.jit
 def make_ring(dtype: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, STAGES: gl.constexpr):  # type: ignore[no-untyped-def]
     """Return tiles of both operands, and barriers that say that they are full and empty."""
     layout: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
     left = gl.allocate_shared_memory(dtype, [STAGES, LEFT[0], LEFT[1]], layout)
     right = gl.allocate_shared_memory(dtype, [STAGES, RIGHT[0], RIGHT[1]], layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
-    fence_async_shared()
+    full, empty = make_barriers(STAGES)
     return left, right, full, empty
 
 
