@@ -11,7 +11,7 @@ from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, capability_of, is_narrow
 from moekit.recipes.backends import float32_products
 from moekit.recipes.bench.rows import Case
-from moekit.recipes.bench.work import Work
+from moekit.recipes.bench.times import Work
 from moekit.routing import linear_gate
 
 

@@ -13,8 +13,7 @@ from moekit.dispatch import dropless
 from moekit.experts import grouped, swiglu
 from moekit.recipes.bench.fused_stages import fused_stages
 from moekit.recipes.bench.rows import Case
-from moekit.recipes.bench.times import queue_launches
-from moekit.recipes.bench.work import Work
+from moekit.recipes.bench.times import Work, queue_launches
 from moekit.routing import linear_gate
 
 

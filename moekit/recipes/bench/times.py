@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,20 @@ class Memory(NamedTuple):
 
     held: int
     peak: int | None
+
+
+class Work(NamedTuple):
+    """Something to run, and how much it does.
+
+    Attributes:
+        run: does it, and returns what comes of it.
+        nbytes: that have to be read and written at least.
+        flops: of its products; 0 if it has none.
+    """
+
+    run: Callable[[], Any]
+    nbytes: int
+    flops: int = 0
 
 
 _AHEAD = 5  # runs on CUDA before the one that counts
