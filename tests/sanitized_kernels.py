@@ -19,7 +19,7 @@ from moekit.routing.fused_top_k import fused_top_k_and_load
 
 CUDA = torch.device("cuda")
 # T, D, F, E, K: tails of tiles, several tiles a program, few rows
-LAYERS = ((700, 320, 384, 5, 3), (1500, 256, 512, 16, 2), (100, 512, 256, 3, 2))
+LAYERS = ((700, 320, 384, 5, 3), (1500, 256, 512, 16, 2), (100, 512, 256, 3, 2), (700, 256, 320, 5, 2))
 WHOLE_LAYERS = ((513, 320, 384, 12, 3), (130, 264, 136, 512, 8))
 # T, K, E, height of tiles, alignment: more experts than blocks of assignments, one of everything, many blocks
 PLANS = (

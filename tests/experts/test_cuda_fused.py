@@ -25,6 +25,7 @@ pytestmark = [
 SHAPES = {
     "full": (700, 256, 512, 8, 2),
     "tails": (900, 320, 384, 6, 2),
+    "five quarters": (900, 256, 320, 6, 2),  # of the hidden columns, the last without a whole tile
     "many": (6000, 512, 1024, 4, 2),
     "odd": (333, 200, 104, 5, 3),
     "by pointers": (333, 204, 102, 5, 3),

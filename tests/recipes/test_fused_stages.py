@@ -31,10 +31,10 @@ def test_the_stages_compute_the_layer(load: str) -> None:
     y = moe_layer(case.x, MoEParams(case.gate, case.experts), recipe).y
     of_x, of_gate, of_gate_up, of_up, of_down = torch.autograd.grad(y, case.leaves, case.grad)
     found = {name: work.run() for name, work in fused_stages(case).items()}
-    through_gate, gate = found["router and gate, back"]
+    of_tokens, gate = found["router and gate, back"]
     expected = {
         "sum": (found["sum"], y),
-        "x": (found["sum of gradients"] + through_gate, of_x),
+        "x": (of_tokens, of_x),
         "gate": (gate, of_gate),
         "gate and up": (found["gradients of gate and up"], torch.stack([of_gate_up, of_up])),
         "down": (found["gradient of down"][0], of_down),
@@ -51,6 +51,9 @@ def test_the_work_of_the_stages_is_that_of_the_layer() -> None:
     assert sum(work.flops for work in works.values()) == 3 * SHAPE.flops + of_gate
     assert works["copy"].nbytes == (1 + 2) * 48 * 16 * 4
     assert works["up"].nbytes == (96 * 16 + 2 * 4 * 16 * 32 + 3 * 96 * 32) * 4
+    dead = fused_stages(make_case(SHAPE, "dead", device=DEVICE, dtype=torch.float32))
+    assert dead["up"].nbytes == works["up"].nbytes - 2 * 2 * 16 * 32 * 4
+    assert dead["gradient of down"].nbytes == works["gradient of down"].nbytes
     composed, fused = measure_stages(case, rounds=2).items()
     assert (composed[0], fused[0]) == ("grouped, forward", "fused_layer")
     assert [stage.name for stage in fused[1]] == list(works)

@@ -28,7 +28,7 @@ from moekit.recipes.tuning.candidates import (
 from moekit.recipes.tuning.compiling import Job, compiling
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.products import differs, miniature, products_flops
-from moekit.recipes.tuning.report import Comparison, Tuned, lines_of
+from moekit.recipes.tuning.report import Comparison, Tuned, lines_of, size_words
 from moekit.recipes.tuning.times import cuda_seconds
 from moekit.recipes.tuning.tune import layer_size, tune
 from moekit.routing import top_k
@@ -297,6 +297,18 @@ def test_the_program_measures_the_shapes_and_writes_the_file(tmp_path, capsys, m
     assert "  skipped: up 1x1x1: OutOfResources: memory" in out
     assert "2.00" in out
     assert f"{path}: 3 entries. Use them: fused_layer(tiles=from_table(read_tiles(PATH)))" in out.replace("\n", "")
+
+
+def test_the_program_says_that_tiles_of_tf32_want_a_layer_of_tf32(tmp_path, capsys, measured) -> None:
+    words = ["--shape", "64,16,24,8,2", "--precision", "tf32", "--write", str(tmp_path / "tiles.json")]
+    for dtype, said in {
+        "float32": 'fused_layer(precision="tf32", tiles=from_',
+        "bfloat16": "fused_layer(tiles=",
+    }.items():
+        tune_program.main([*words, "--dtype", dtype])
+        assert said in capsys.readouterr().out.replace("\n", "")
+    exact = SIZE._replace(dtype=torch.float32)
+    assert size_words(exact) != size_words(exact._replace(precision="tf32"))
 
 
 @pytest.mark.parametrize("words", [["64,16,24,8,2", "64,32,24,8,2"], ["64,16,24,8,2", "--shape", "64,32,24,8,2"]])

@@ -2,13 +2,14 @@
 
 One warp loads what is multiplied, eight warps multiply and lay a tile of gradients on a desk in shared memory. From
 there two warps take it through the activation while the next tile is made, with pre-activations that one more warp
-loads. The desk has the room of a place of the ring; on it gradients are rounded to the dtype of memory.
+loads. The desk has the room of a place of the ring and of a buffer; on it gradients, not weighted yet, are rounded to
+the dtype of memory.
 """
 
 import torch
 import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.experts.activations import Activation
@@ -38,7 +39,7 @@ from moekit.operators import blocks_of
 
 BLOCK = 32  # rows that are taken through the activation at a time, of a quarter's columns
 _STAGES = gl.constexpr(3)
-# Warps that do so, and registers of their threads and of those that load; 152 remain for a thread that multiplies.
+# Warps that do so, and registers of their threads and of those that load; 160 remain for a thread that multiplies.
 _FINISHERS, _REGISTERS = gl.constexpr(2), gl.constexpr(184)
 _ROWS, _QUARTER, _QUARTERS = gl.constexpr(ROWS), gl.constexpr(QUARTER), gl.constexpr(COLUMNS // QUARTER)
 _BLOCK, _BLOCKS, _SLOTS = gl.constexpr(BLOCK), gl.constexpr(ROWS // BLOCK), gl.constexpr(64 // BLOCK)
@@ -175,6 +176,7 @@ def _take_back(  # type: ignore[no-untyped-def]
                 up = gate
                 if GATED:
                     up = pre.index(PARTS * slot + 1).load(_HELD).to(gl.float32)
+                fence_async_shared()
                 mbarrier.arrive(empty.index(slot), count=1)
                 slot, phase = _next(slot, phase)
                 grad = grads.index(q * _BLOCKS + block).load(_HELD).to(gl.float32)

@@ -9,10 +9,9 @@ from moekit.experts import SWIGLU
 from moekit.experts._fused_operators import plan_layer
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, capability_of, is_narrow
-from moekit.recipes.backends import float32_products
 from moekit.recipes.bench.rows import Case
 from moekit.recipes.bench.times import Work
-from moekit.routing import linear_gate
+from moekit.routing import linear_gate, score_and_pass
 
 
 def fused_stages(case: Case) -> dict[str, Work]:
@@ -22,17 +21,19 @@ def fused_stages(case: Case) -> dict[str, Work]:
         case: to compute with, where the kernels run.
 
     Returns:
-        By name. What one returns is what the layer computes there; the gradients of tokens are in two stages, those
-        that come through the experts' rows and those that come through the gate.
+        By name. What one returns is what the layer computes there; the last one returns the gradients of all tokens and
+        of the gate.
 
     Raises:
         Exception: whatever kernels raise where they do not run.
     """
-    logits = linear_gate(case.x, case.gate)
+    logits, tokens = score_and_pass(linear_gate, case.x, case.gate)
+    assert isinstance(logits, Tensor)
     routing = case.route(logits)
     experts = _experts_stages(case, routing.expert_indices, routing.weights.detach())
-    grad_weights = experts["through the activation"].run()[2]
-    go_back = partial(torch.autograd.grad, routing.weights, [case.x, case.gate], grad_weights, retain_graph=True)
+    grads = experts["sum of gradients"].run(), experts["through the activation"].run()[2]
+    leaves = [case.x, case.gate]
+    go_back = partial(torch.autograd.grad, [tokens, routing.weights], leaves, grads, retain_graph=True)
     x, gate, logits = case.x.detach(), case.gate.detach(), logits.detach()
     decision = routing.expert_indices.nbytes + routing.weights.nbytes
     flops = 2 * case.shape.tokens * gate.numel()
@@ -40,7 +41,7 @@ def fused_stages(case: Case) -> dict[str, Work]:
         "gate": Work(partial(linear_gate, x, gate), x.nbytes + logits.nbytes, flops),
         "route": Work(partial(case.route, logits), logits.nbytes + decision),
         **experts,
-        "router and gate, back": Work(go_back, 2 * (x.nbytes + logits.nbytes) + decision, 2 * flops),
+        "router and gate, back": Work(go_back, 3 * x.nbytes + 2 * logits.nbytes + decision, 2 * flops),
     }
 
 
@@ -53,10 +54,7 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     dim, width, num_experts = case.shape[2:5]
     x, (gate, up, down) = case.x.detach(), (w.detach() for w in case.experts)
     ups, device = (gate, up), x.device
-    size = LayerSize(
-        x.dtype, indices.numel(), num_experts, dim, width, True, capability_of(device), is_narrow(device),
-        float32_products(),
-    )  # fmt: skip
+    size = LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, capability_of(device), is_narrow(device))
     tiles = layer_tiles(size)
     make_plan = partial(plan_layer, indices, num_experts, tiles.up.m, tiles.grad_up.k)
     rows_of, assignments, table = make_plan()
@@ -84,7 +82,8 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
 
     each = x.element_size()
     of_x, narrow, wide = (each * n for n in (x.numel(), indices.numel() * dim, indices.numel() * width))
-    flops, matrix = 2 * indices.numel() * dim * width, down.nbytes
+    flops, of_all = 2 * indices.numel() * dim * width, down.nbytes
+    matrix = of_all // num_experts * int(schedule.sizes.count_nonzero())  # of experts with rows; gradients are of all
     return {
         "plan": Work(make_plan, 3 * indices.nbytes),
         "copy": Work(copy, of_x + narrow),
@@ -93,9 +92,9 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
         "sum": Work(add_up, narrow + of_x),
         "copy of gradients": Work(copy_grads, of_x + narrow),
         "through the activation": Work(go_through, narrow + matrix + 5 * wide, flops),
-        "gradient of down": Work(of_down, wide + narrow + matrix, flops),
+        "gradient of down": Work(of_down, wide + narrow + of_all, flops),
         "copy again": Work(copy, of_x + narrow),
-        "gradients of gate and up": Work(of_ups, narrow + 2 * wide + 2 * matrix, 2 * flops),
+        "gradients of gate and up": Work(of_ups, narrow + 2 * wide + 2 * of_all, 2 * flops),
         "gradient of rows": Work(of_rows, 2 * wide + 2 * matrix + narrow, 2 * flops),
         "sum of gradients": Work(add_up_grads, narrow + of_x),
     }

@@ -185,7 +185,8 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
         for name in (BOUND, *builds)
     ]
     device, dtype = str(case.x.device), str(case.x.dtype).removeprefix("torch.")
-    return Table(case.shape, case.load, device, dtype, *loads_of(case), rows, measure_stages(case, rounds))
+    stages = measure_stages(case, rounds, fused="fused_layer" in contenders, tell=tell)
+    return Table(case.shape, case.load, device, dtype, *loads_of(case), rows, stages)
 
 
 def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None) -> Row:

@@ -235,6 +235,22 @@ def try_build(build: Build, case: Case) -> Contender | str:
             contender = build(case)
             torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
     except Exception as error:  # whatever a backend or a peer raises here is the answer
-        text = str(error).strip() or type(error).__name__
-        return text.splitlines()[0].rstrip(".")
+        return reason_of(error)
     return contender
+
+
+def reason_of(error: Exception) -> str:
+    """Say in one line why something does not work.
+
+    Args:
+        error: that it raised.
+
+    Returns:
+        The first line of its message, or what it is.
+
+    Example:
+        >>> reason_of(ValueError("no.\\nNever.")), reason_of(MemoryError())
+        ('no', 'MemoryError')
+    """
+    text = str(error).strip() or type(error).__name__
+    return text.splitlines()[0].rstrip(".")

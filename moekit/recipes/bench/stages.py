@@ -12,7 +12,7 @@ from torch import Tensor
 from moekit.dispatch import dropless
 from moekit.experts import grouped, swiglu
 from moekit.recipes.bench.fused_stages import fused_stages
-from moekit.recipes.bench.rows import Case
+from moekit.recipes.bench.rows import Case, reason_of
 from moekit.recipes.bench.times import Work, queue_launches
 from moekit.routing import linear_gate
 
@@ -43,32 +43,39 @@ class Stage(NamedTuple):
         return self.flops / min(self.seconds) / 1e12
 
 
-def measure_stages(case: Case, rounds: int) -> dict[str, list[Stage]]:
+def measure_stages(
+    case: Case, rounds: int, *, fused: bool = True, tell: Callable[[str], object] = lambda line: None
+) -> dict[str, list[Stage]]:
     """Measure the stages of layers, in turn: those of the dropless layer on ``grouped``, and of ``fused_layer``.
 
     Args:
         case: to compute with.
         rounds: how often.
+        fused: whether those of ``fused_layer`` are wanted.
+        tell: gets a line for a layer that does not work here.
 
     Returns:
-        By a layer's row and direction, a stage each; without layers that do not work here.
+        By layer, a stage each; without layers that do not work here.
     """
-    layers = {"grouped, forward": composed_stages, "fused_layer": fused_stages}
-    found = {name: _measured(stages, case, rounds) for name, stages in layers.items()}
-    return {name: stages for name, stages in found.items() if stages}
+    layers = {"grouped, forward": composed_stages, **({"fused_layer": fused_stages} if fused else {})}
+    found = {}
+    for name, stages in layers.items():
+        try:
+            works = stages(case)
+            for work in works.values():
+                work.run()
+        except Exception as error:  # as the layer's row: whatever it raises is the answer
+            tell(f"  stages of {name}: skipped, {reason_of(error)}")
+        else:
+            found[name] = _measured(works, case.x, rounds)
+    return found
 
 
-def _measured(stages: Callable[[Case], Mapping[str, Work]], case: Case, rounds: int) -> list[Stage]:
-    try:
-        works = stages(case)
-        for work in works.values():
-            work.run()
-    except Exception:  # the layer's row of the same table says why
-        return []
+def _measured(works: Mapping[str, Work], like: Tensor, rounds: int) -> list[Stage]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(rounds):
         for name, work in works.items():
-            times[name].append(_seconds(work.run, case.x))
+            times[name].append(_seconds(work.run, like))
     return [Stage(name, times[name], work.nbytes, work.flops) for name, work in works.items()]
 
 
@@ -100,7 +107,8 @@ def composed_stages(case: Case) -> dict[str, Work]:
     rows = dispatcher.dispatch(x, routing, plan)
     y = swiglu(rows, plan.groups, experts, matmul=grouped)
     decision = routing.expert_indices.nbytes + routing.weights.nbytes
-    moved, matrices = x.nbytes + rows.nbytes, sum(w.nbytes for w in experts)
+    live = int(plan.groups.sizes.count_nonzero())  # experts with rows, whose matrices are read
+    moved, matrices = x.nbytes + rows.nbytes, sum(w[0].nbytes for w in experts) * live
     return {
         "gate": Work(partial(linear_gate, x, gate), x.nbytes + logits.nbytes, 2 * shape.tokens * gate.numel()),
         "route": Work(partial(case.route, logits), logits.nbytes + decision),

@@ -43,7 +43,12 @@ def as_markdown(report: Report) -> str:
         A text that ends in a newline.
     """
     lines = [f"{name}: {value}  " for name, value in report.machine.items()]
-    lines += ["", "Times are medians, and the best round; fractions are medians over rounds of the same run.", ""]
+    lines += [
+        "",
+        "Times are medians, and the best round; fractions are medians over rounds of the same run. GB/s and "
+        "TFLOP/s of stages are of the best round.",
+        "",
+    ]
     for table in report.tables:
         lines += [f"## {title(table)}", "", *_markdown(HEADINGS, rows_of(table)), ""]
         lines += [f"- {row.name}: {row.skipped}" for row in table.rows if row.skipped]

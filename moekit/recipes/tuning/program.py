@@ -90,7 +90,9 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
             say(f"  skipped: {each}")
     if settings.write is not None:
         table = write_tiles(settings.write, [tuned.entry for tuned in found])
-        say(f"{settings.write}: {len(table)} entries. Use them: fused_layer(tiles=from_table(read_tiles(PATH)))")
+        exact = settings.dtype != "float32" or settings.precision == "ieee"
+        words = "" if exact else f'precision="{settings.precision}", '
+        say(f"{settings.write}: {len(table)} entries. Use them: fused_layer({words}tiles=from_table(read_tiles(PATH)))")
     return found
 
 

@@ -75,6 +75,8 @@ def size_words(size: LayerSize) -> str:
     """
     gated = "gated" if size.gated else "not gated"
     dtype = str(size.dtype).removeprefix("torch.")
+    if size.dtype.itemsize == 4 and size.precision != "ieee":
+        dtype += f" by {size.precision}"
     return f"N {size.assignments:,}, D {size.dim:,}, F {size.hidden:,}, E {size.experts}, {gated}, {dtype}"
 
 
