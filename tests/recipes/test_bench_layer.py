@@ -86,6 +86,7 @@ def test_every_row_computes_the_same_layer(load: str) -> None:
 def test_rows_that_cannot_run_say_why() -> None:
     builds, given = {**moekit_rows(), **peer_rows()}, case()
     assert try_build(builds["scattermoe"], given) == "No module named 'scattermoe'"
+    assert try_build(builds["liger"], given) == "No module named 'liger_kernel'"
     assert try_build(builds["fused_layer"], given).startswith("fused_layer runs on CUDA devices, and on cpu only in")
     large = case(shape=LayerShape("", 4096, 256, 512, 2, 1))
     assert try_build(builds["transformers batched_mm"], large._replace(shape=shape_of("olmoe-1b-7b"))).startswith(

@@ -29,7 +29,7 @@ def peer_rows() -> Mapping[str, Build]:
         f"transformers {name}": partial(_transformers, implementation=name)
         for name in ("eager", "batched_mm", "grouped_mm", "moekit")
     }
-    return {**rows, "scattermoe": _scattermoe, "megablocks": _megablocks, "sonicmoe": _sonicmoe}
+    return {**rows, "scattermoe": _scattermoe, "megablocks": _megablocks, "sonicmoe": _sonicmoe, "liger": _liger}
 
 
 _BATCHED_LIMIT = 4 * 2**30  # bytes of copied experts; beyond, a round takes minutes, or does not fit
@@ -124,6 +124,18 @@ def _sonicmoe(case: Case) -> Contender:
     ).to(case.x)
     x = case.x.detach().requires_grad_()
     return Contender(lambda: layer(x)[0], [x, *layer.parameters()], case.grad)
+
+
+def _liger(case: Case) -> Contender:
+    function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
+    need_cuda(case)
+    gate, up, down = (w.detach().transpose(1, 2) for w in case.experts)
+    gate_up, down = torch.cat([gate, up], 1).requires_grad_(), down.contiguous().requires_grad_()
+    return _routed(
+        case,
+        lambda x, weights, experts: function.apply(x, gate_up, down, experts.to(torch.int32), weights),
+        [gate_up, down],
+    )
 
 
 def _routed(case: Case, experts: Any, parameters: list[Tensor]) -> Contender:
