@@ -37,8 +37,8 @@ def _sort_by_numpy() -> None:
     import triton.language
     from triton.runtime.interpreter import TensorHandle
 
-    def ascending(x: Any) -> Any:
-        return triton.language.core.tensor(TensorHandle(numpy.sort(x.handle.data), x.handle.dtype), x.type)
+    def ascending(x: Any, dim: int = -1) -> Any:
+        return triton.language.core.tensor(TensorHandle(numpy.sort(x.handle.data, dim), x.handle.dtype), x.type)
 
     triton.language.sort = ascending
 
@@ -73,14 +73,18 @@ if INTERPRETED:
 
 
 class Calls(TorchDispatchMode):
-    """Record which operators run."""
+    """Record which operators run, and on what."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.names: list[str] = []
+        self.calls: list[tuple[Any, tuple[Any, ...]]] = []
+
+    @property
+    def names(self) -> list[str]:
+        return [func.name() for func, _ in self.calls]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name())
+        self.calls.append((func, args))
         return func(*args, **(kwargs or {}))
 
     def own(self) -> list[str]:
