@@ -25,6 +25,7 @@ from moekit.experts.kernels._ring_triton import (
     ROWS,
     blocks,
     finish,
+    following,
     load,
     make_barriers,
     make_ring,
@@ -53,16 +54,13 @@ _EIGHTS = gl.constexpr(gl.BlockedLayout([1, 1, 8], [4, 8, 1], [2, 1, 1], [2, 1, 
 def _make_desk(dtype: gl.constexpr):  # type: ignore[no-untyped-def]
     """Return room for the quarters of a tile, and barriers that say that it is laid out, and taken away."""
     tiles = gl.allocate_shared_memory(dtype, [_QUARTERS, _ROWS, _QUARTER], _LAID)
-    laid = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    taken = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(laid, count=1)
-    mbarrier.init(taken, count=1)
-    return tiles, laid, taken
+    laid, taken = make_barriers(1)
+    return tiles, laid.index(0), taken.index(0)
 
 
 @gluon.jit
 def _make_blocks(dtype: gl.constexpr, PARTS: gl.constexpr):  # type: ignore[no-untyped-def]
-    """Return room for blocks of pre-activations, and barriers that say that it is full, and empty."""
+    """Return room for blocks of pre-activations, and barriers that say of each that it is full, and empty."""
     pre = gl.allocate_shared_memory(dtype, [_SLOTS * PARTS, _BLOCK, _QUARTER], _LAID)
     full, empty = make_barriers(_SLOTS)
     return pre, full, empty
@@ -91,16 +89,6 @@ def _multiply_all(  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def _next(slot, phase):  # type: ignore[no-untyped-def]
-    """Return the next place for a block, and the phase that its barrier has there."""
-    slot += 1
-    if slot == _SLOTS:
-        slot = 0
-        phase ^= 1
-    return slot, phase
-
-
-@gluon.jit
 def _load_blocks(  # type: ignore[no-untyped-def]
     pre, schedule, num_groups, width, room, N: gl.constexpr, BAND: gl.constexpr, PARTS: gl.constexpr
 ):
@@ -118,7 +106,7 @@ def _load_blocks(  # type: ignore[no-untyped-def]
                 mbarrier.expect(bar, PARTS * _BLOCK * _QUARTER * 2)
                 for part in gl.static_range(PARTS):
                     load(pre, [row + block * _BLOCK, part * width + n], bar, to.index(PARTS * slot + part))
-                slot, phase = _next(slot, phase)
+                slot, phase = following(empty, slot, phase)
 
 
 @gluon.jit
@@ -178,7 +166,7 @@ def _take_back(  # type: ignore[no-untyped-def]
                     up = pre.index(PARTS * slot + 1).load(_HELD).to(gl.float32)
                 fence_async_shared()
                 mbarrier.arrive(empty.index(slot), count=1)
-                slot, phase = _next(slot, phase)
+                slot, phase = following(empty, slot, phase)
                 grad = grads.index(q * _BLOCKS + block).load(_HELD).to(gl.float32)
                 value, slope, slope_up = units(gate, up, ACTIVATION, GATED, ALPHA, LIMIT, QUICK=True)
                 eights = gl.convert_layout(gl.reshape(value * grad, (_BLOCK, 8, _QUARTER // 8)), _EIGHTS)

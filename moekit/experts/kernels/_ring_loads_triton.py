@@ -32,7 +32,7 @@ def _load_step(  # type: ignore[no-untyped-def]
         _load_matrix(w2, right.slice(half, half, dim=axis), bar, group, k, n, apart, TRANSPOSED)
     else:
         _load_matrix(w, right, bar, group, k, n, apart, TRANSPOSED)
-    return following(ring, slot, phase)
+    return following(ring[3], slot, phase)
 
 
 @gluon.jit

@@ -81,10 +81,10 @@ def make_buffers(dtype: gl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @gluon.jit
-def following(ring, slot, phase):  # type: ignore[no-untyped-def]
-    """Return the next place of the ring, and the phase that its barrier has there."""
+def following(empty, slot, phase):  # type: ignore[no-untyped-def]
+    """Return the next of as many places as there are barriers, and the phase that its barrier has there."""
     slot += 1
-    if slot == ring[0].shape[0]:
+    if slot == empty.shape[0]:
         slot = 0
         phase ^= 1
     return slot, phase
@@ -119,7 +119,7 @@ def multiply(  # type: ignore[no-untyped-def]
     sums = warpgroup_mma_wait(1, deps=(sums,))
     mbarrier.arrive(empty.index(before), count=1, pred=again)
     before = slot
-    slot, phase = following(ring, slot, phase)
+    slot, phase = following(empty, slot, phase)
     return sums, slot, phase, before
 
 

@@ -52,7 +52,7 @@ def _load_all(  # type: ignore[no-untyped-def]
             left, right, bar = claim(ring, slot, phase)
             load(a, [k, left_column], bar, left)
             load(b, [k, right_column], bar, right)
-            slot, phase = following(ring, slot, phase)
+            slot, phase = following(ring[3], slot, phase)
 
 
 @gluon.jit
