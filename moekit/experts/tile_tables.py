@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import NamedTuple
 
-from moekit.experts.tiles import NARROW_BYTES, LayerSize, LayerTiles, ruled_tiles
+from moekit.experts.tiles import NARROW_BYTES, LayerSize, LayerTiles, precision_of, ruled_tiles
 
 FARTHEST = 2.0
 """The most doublings, of D, F and rows per expert together, between a layer and the entry that is used for it."""
@@ -61,7 +61,7 @@ def entry_of(size: LayerSize, tiles: LayerTiles, *, origin: str) -> TileEntry:
     """
     rows = max(size.assignments // size.experts, 1)
     widths = (size.dim, size.hidden, size.experts, rows)
-    return TileEntry(size.capability, size.dtype.itemsize, *widths, size.gated, _precision(size), origin, tiles)
+    return TileEntry(size.capability, size.dtype.itemsize, *widths, size.gated, precision_of(size), origin, tiles)
 
 
 def merged(table: Iterable[TileEntry], entries: Iterable[TileEntry]) -> Table:
@@ -132,7 +132,7 @@ def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: Lay
     if not table or not size.capability:
         return otherwise(size)
     found, nearest = None, math.inf
-    alike = size.capability, size.dtype.itemsize, size.gated, _precision(size)
+    alike = size.capability, size.dtype.itemsize, size.gated, precision_of(size)
     octave = _octave(size.assignments, size.experts)
     for entry in table:
         kind = entry.capability, entry.dtype_size, entry.gated, entry.precision
@@ -142,10 +142,6 @@ def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: Lay
             if distance < nearest:
                 found, nearest = entry, distance
     return otherwise(size) if found is None or nearest > FARTHEST else found.tiles
-
-
-def _precision(size: LayerSize) -> str:
-    return size.precision if size.dtype.itemsize == 4 else "ieee"
 
 
 def _fits_narrow(entry: TileEntry) -> bool:

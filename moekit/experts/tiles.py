@@ -79,11 +79,44 @@ class LayerSize(NamedTuple):
     precision: str = "ieee"
 
 
+def precision_of(size: LayerSize) -> str:
+    """Return the precision of a layer's products: "ieee" for 16-bit dtypes, whatever ``size`` says.
+
+    Args:
+        size: of the layer.
+
+    Returns:
+        "ieee" or "tf32".
+
+    Example:
+        >>> size = LayerSize(torch.float32, 8, 8, 8, 8, gated=True, precision="tf32")
+        >>> precision_of(size), precision_of(size._replace(dtype=torch.bfloat16))
+        ('tf32', 'ieee')
+    """
+    return size.precision if size.dtype.itemsize == 4 else "ieee"
+
+
 NARROW_BYTES = 99 * 1024
 _NARROW = {(8, 6), (8, 9), (12, 0), (12, 1)}  # CUDA C++ Programming Guide, technical specifications per capability
 
 
 @constant_in_graphs
+def compute_capability(device: torch.device) -> tuple[int, int]:
+    """Return the compute capability of a CUDA device, (0, 0) of any other; without waiting for it.
+
+    Args:
+        device: of tokens and parameters.
+
+    Returns:
+        Major and minor number; while a graph is compiled they are constants.
+
+    Example:
+        >>> compute_capability(torch.device("cpu"))
+        (0, 0)
+    """
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
 def capability_of(device: torch.device) -> int:
     """Return the major compute capability of a CUDA device, 0 of any other; without waiting for it.
 
@@ -97,10 +130,9 @@ def capability_of(device: torch.device) -> int:
         >>> capability_of(torch.device("cpu"))
         0
     """
-    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 0
+    return compute_capability(device)[0]
 
 
-@constant_in_graphs
 def is_narrow(device: torch.device) -> bool:
     """Say whether a program on a device has 99 KiB of shared memory: compute capability 8.6, 8.9, 12.0 and 12.1.
 
@@ -114,7 +146,7 @@ def is_narrow(device: torch.device) -> bool:
         >>> is_narrow(torch.device("cpu"))
         False
     """
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) in _NARROW
+    return compute_capability(device) in _NARROW
 
 
 def row_tile(dtype: torch.dtype, num_rows: int, num_groups: int, *, narrow: bool = False) -> Tile:

@@ -23,7 +23,7 @@ from moekit.experts import (
     loop,
 )
 from moekit.experts.tile_files import layer_tiles
-from moekit.experts.tiles import LayerSize, LayerTiles
+from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import expert_layer
@@ -212,7 +212,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
         return "its kernels are for NVIDIA cards"
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
-    capability = _capability(device)
+    capability = compute_capability(device)
     if capability < _OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
     if dtype not in (*_HALF, torch.float32):
@@ -245,11 +245,6 @@ def _why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
 @constant_in_graphs
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-@constant_in_graphs
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
 
 
 def _matmul_for(

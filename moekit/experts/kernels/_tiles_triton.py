@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Blocks, Launch, Pointer
-from moekit.experts.tiles import Tile
+from moekit.experts.tiles import Tile, capability_of
 from moekit.operators import blocks_of, power_of_two
 
 
@@ -212,7 +212,7 @@ def describable(shape: Sequence[int], strides: Sequence[int], dtype: torch.dtype
 
 def is_specialized(device: torch.device, dtype: torch.dtype, num_rows: int, tile: Tile) -> bool:
     """Say whether a product is for the kernels whose warps either load or multiply, if its operands are."""
-    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+    hopper = capability_of(device) == 9
     return tile.specialized and hopper and dtype.itemsize == 2 and num_rows < MOST_ROWS
 
 

@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 from moekit.experts.tile_tables import TileEntry
-from moekit.experts.tiles import LayerSize, Tile
+from moekit.experts.tiles import LayerSize, Tile, precision_of
 
 
 class Comparison(NamedTuple):
@@ -75,8 +75,8 @@ def size_words(size: LayerSize) -> str:
     """
     gated = "gated" if size.gated else "not gated"
     dtype = str(size.dtype).removeprefix("torch.")
-    if size.dtype.itemsize == 4 and size.precision != "ieee":
-        dtype += f" by {size.precision}"
+    if precision_of(size) != "ieee":
+        dtype += f" by {precision_of(size)}"
     return f"N {size.assignments:,}, D {size.dim:,}, F {size.hidden:,}, E {size.experts}, {gated}, {dtype}"
 
 
