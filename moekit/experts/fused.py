@@ -67,7 +67,8 @@ def fused_layer(
     Args:
         activation: what experts do. Gated ones take ``GatedParams``, ``BiasedGatedParams`` or ``PackedGatedParams``,
             the others ``MlpParams`` or ``BiasedMlpParams``.
-        keep: what lives from the forward to the backward.
+        keep: what lives from the forward to the backward. Where gradients are off, or nothing wants one, it is nothing,
+            and pre-activations are not even written.
         precision: of float32 products, "ieee" or "tf32".
         tiles: chooses the kernels' tiles by the size of the layer.
 
@@ -129,8 +130,10 @@ def _fused_layer(
     plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
     if experts.ndim != 2 and experts.numel():
         plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
+    # An autograd.Function is told which inputs want a gradient, also where gradients are off.
+    kept = keep if torch.is_grad_enabled() else INPUTS
     y: Tensor = Fused.apply(
-        settings, [*activation[2:]], *keep, len(plan), x, weights.to(torch.float32), *plan, *parameters
+        settings, [*activation[2:]], *kept, len(plan), x, weights.to(torch.float32), *plan, *parameters
     )
     return y
 

@@ -237,6 +237,23 @@ def test_the_operators_are_well_formed(name: str, keep: Keep) -> None:
             torch.library.opcheck(function, args, test_utils=("test_schema", "test_faketensor"))
 
 
+@runs_kernels
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_where_gradients_are_off(mode: Any) -> None:
+    x, routing, params = draw(SHAPES["usual"], SWIGLU)
+    x, params = x.to(DEVICE), type(params)(*(w.to(DEVICE).requires_grad_() for w in params))
+    routing, layer = Routing(*(part.to(DEVICE) for part in routing[:3]), *routing[3:]), fused(keep=EVERYTHING)
+    with Calls() as on:
+        expected = layer(x, routing, params)
+    with mode(), Calls() as off:
+        y = layer(x, routing, params)
+    for calls, kept in ((on, [True, True]), (off, [False, False])):
+        [args] = [args for function, args in calls.calls if function.name() == "moekit::fused_experts"]
+        assert list(args[-2:]) == kept
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
+
+
 def test_errors_say_what_was_given_and_expected() -> None:
     x, routing, params = draw((5, 4, 8, 3, 2), SWIGLU)
     layer = fused()
