@@ -102,7 +102,7 @@ def test_moekits_row_inside_transformers_is_run_by_moekit(monkeypatch) -> None:
     module_params = hf_experts.module_params
     monkeypatch.setattr(hf_experts, "module_params", lambda experts: (seen.append(experts), module_params(experts))[1])
     row = try_build(peer_rows()["transformers moekit"], case())
-    assert [type(experts).__name__ for experts in seen] == ["OlmoeExperts"]
+    assert [type(experts).__name__ for experts in seen] == ["OlmoeExperts"] * 2  # with gradients and without
     assert len(row.leaves) == 4  # tokens, router, gate and up in one, down
 
 
@@ -117,16 +117,16 @@ def test_held_bytes_are_counted_once_and_without_leaves() -> None:
 
 
 def test_fractions_compare_the_same_round() -> None:
-    rounds = [Round(1.0, 4.0), Round(10.0, 40.0), Round(1.0, 2.0)]
-    bound = [Round(0.5, 3.0), Round(5.0, 30.0), Round(0.5, 1.0)]  # a slow second round slows both
+    rounds = [Round(1.0, 4.0, 2.0), Round(10.0, 40.0, 20.0), Round(1.0, 2.0, 2.0)]
+    bound = [Round(0.5, 3.0, 0.5), Round(5.0, 30.0, 5.0), Round(0.5, 1.0, 1.0)]  # a slow second round slows both
     row = row_of("x", rounds, bound, memory=Memory(3, None))
-    assert (row.fraction, row.forward_fraction) == (0.75, 0.5)
+    assert (row.fraction, row.forward_fraction, row.inference_fraction) == (0.75, 0.5, 0.25)
     assert row_of("x", rounds, []).fraction is None
 
 
 def test_rows_are_measured_in_turn(monkeypatch) -> None:
     order = []
-    monkeypatch.setattr(module, "run_once", lambda contender: order.append(id(contender)) or Round(1.0, 2.0))
+    monkeypatch.setattr(module, "run_once", lambda contender: order.append(id(contender)) or Round(1.0, 2.0, 1.0))
     bench_layer([SMALL], rounds=3, only=["fused_cpu", "loop"])
     first = order[: len(set(order))]
     assert len(first) == 3
@@ -148,6 +148,7 @@ def test_a_report_has_a_table_for_each_load(report: Report) -> None:
     for table in report.tables:
         assert [row.name for row in table.rows] == ["dense bound", "dense expert", "loop", "auto", "megablocks"]
         assert table.rows[0].fraction == 1.0
+        assert all(min(row.inference) > 0 for row in table.rows[:4])
         assert all(0 < f < b for row in table.rows[:4] for f, b in zip(row.forward, row.both, strict=True))
         (stages,) = table.stages.values()  # for the kernels of fused_layer do not run here
         assert [stage.name for stage in stages] == ["gate", "route", "plan", "dispatch", "experts", "combine"]

@@ -29,18 +29,22 @@ class Row(NamedTuple):
         name: of the backend or the peer.
         forward: seconds of each round's forward, with all that a backward needs.
         both: seconds of each round's forward and backward.
+        inference: seconds of each round's forward with gradients off.
         memory: bytes held and at the peak.
         fraction: of the dense bound's speed, forward and backward: the median over rounds of the two rows' ratio.
         forward_fraction: the same, of the forward.
+        inference_fraction: the same, of the forward with gradients off.
         skipped: why there are no numbers, or "".
     """
 
     name: str
     forward: Sequence[float] = ()
     both: Sequence[float] = ()
+    inference: Sequence[float] = ()
     memory: Memory | None = None
     fraction: float | None = None
     forward_fraction: float | None = None
+    inference_fraction: float | None = None
     skipped: str = ""
 
 
@@ -202,12 +206,12 @@ def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory
         Row.
 
     Example:
-        >>> row_of("half as fast", [Round(2.0, 6.0)] * 3, [Round(1.0, 3.0)] * 3).fraction
+        >>> row_of("half as fast", [Round(2.0, 6.0, 2.0)] * 3, [Round(1.0, 3.0, 1.0)] * 3).fraction
         0.5
     """
-    forward, both = [each.forward for each in rounds], [each.both for each in rounds]
+    forward, both, inference = zip(*rounds, strict=True)
     if not bound:
-        return Row(name, forward, both, memory)
-    fraction = median(b.both / r.both for r, b in zip(rounds, bound, strict=True))
-    of_forward = median(b.forward / r.forward for r, b in zip(rounds, bound, strict=True))
-    return Row(name, forward, both, memory, fraction, of_forward)
+        return Row(name, forward, both, inference, memory)
+    ratios = [[b / r for r, b in zip(*each, strict=True)] for each in zip(rounds, bound, strict=True)]
+    of_forward, of_both, of_inference = map(median, zip(*ratios, strict=True))
+    return Row(name, forward, both, inference, memory, of_both, of_forward, of_inference)

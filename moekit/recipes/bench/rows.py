@@ -57,7 +57,7 @@ class Contender(NamedTuple):
     """One row: something to run forward and backward.
 
     Attributes:
-        forward: () -> y.
+        forward: () -> y; with gradients off, y without a history.
         leaves: what to differentiate y by.
         grad: of y.
     """
@@ -171,13 +171,31 @@ def _graphed(case: Case, *, build: Build) -> Contender:
         return build(case._replace(x=x, gate=gate, experts=GatedParams(*experts))).forward()
 
     graphed: Callable[..., object] = torch.cuda.make_graphed_callables(forward, tuple(case.leaves))
+    inference, inferred = _capture(lambda: forward(*case.leaves))
 
     def replay() -> Tensor:
+        if not torch.is_grad_enabled():
+            inference.replay()
+            return inferred
         y = graphed(*case.leaves)
         assert isinstance(y, Tensor)
         return y
 
     return Contender(replay, case.leaves, case.grad)
+
+
+@torch.no_grad()
+def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    """Capture a run with gradients off, and return the graph and what it writes."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = run()
+    return graph, written
 
 
 def _fused(case: Case, *, keep: Keep = PREACTIVATION) -> Contender:
@@ -220,7 +238,7 @@ def need_cuda(case: Case) -> None:
 
 
 def try_build(build: Build, case: Case) -> Contender | str:
-    """Build a row and run it once, forward and backward, which compiles what has to be.
+    """Build a row and run it once, forward and backward, and forward alone, which compiles what has to be.
 
     Args:
         build: of the row.
@@ -234,6 +252,8 @@ def try_build(build: Build, case: Case) -> Contender | str:
             warnings.simplefilter("ignore")
             contender = build(case)
             torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+            with torch.no_grad():
+                contender.forward()
     except Exception as error:  # whatever a backend or a peer raises here is the answer
         return reason_of(error)
     return contender

@@ -8,7 +8,8 @@ from moekit.recipes.bench.layer import Report, Row, Table
 from moekit.recipes.bench.stages import Stage, shares
 
 HEADINGS = (
-    "", "forward ms", "best", "fwd + bwd ms", "best", "TFLOP/s", "of the bound", "forward", "held MiB", "peak MiB",
+    "", "forward ms", "fwd + bwd ms", "inference ms", "TFLOP/s", "of the bound", "forward", "inference", "held MiB",
+    "peak MiB",
 )  # fmt: skip
 
 
@@ -45,8 +46,8 @@ def as_markdown(report: Report) -> str:
     lines = [f"{name}: {value}  " for name, value in report.machine.items()]
     lines += [
         "",
-        "Times are medians, and the best round; fractions are medians over rounds of the same run. GB/s and "
-        "TFLOP/s of stages are of the best round.",
+        "Times are medians; fractions are medians over rounds of the same run. Inference is the forward with gradients "
+        "off. GB/s and TFLOP/s of stages are of the best round.",
         "",
     ]
     for table in report.tables:
@@ -122,8 +123,9 @@ def _rated(stage: Stage) -> dict[str, Any]:
 
 
 def _cells(row: Row, flops: int) -> tuple[str, ...]:
-    times = [f"{pick(seconds) * 1e3:.2f}" for seconds in (row.forward, row.both) for pick in (median, min)]
-    fractions = ["-" if each is None else f"{each:.2f}" for each in (row.fraction, row.forward_fraction)]
+    times = [f"{median(seconds) * 1e3:.2f}" for seconds in (row.forward, row.both, row.inference)]
+    related = row.fraction, row.forward_fraction, row.inference_fraction
+    fractions = ["-" if each is None else f"{each:.2f}" for each in related]
     held, peak = (None, None) if row.memory is None else row.memory
     sizes = ["-" if each is None else f"{each / 2**20:.1f}" for each in (held, peak)]
     return (row.name, *times, f"{flops / median(row.both) / 1e12:.4g}", *fractions, *sizes)

@@ -14,12 +14,14 @@ class Round(NamedTuple):
     """Seconds of one run.
 
     Attributes:
-        forward: until y is there.
+        forward: until y is there, with all that a backward needs.
         both: until all gradients are there.
+        inference: until y is there, with gradients off.
     """
 
     forward: float
     both: float
+    inference: float
 
 
 class Memory(NamedTuple):
@@ -53,7 +55,7 @@ _AHEAD = 5  # runs on CUDA before the one that counts
 
 
 def run_once(contender: Contender) -> Round:
-    """Run forward and backward once, and measure.
+    """Run forward and backward once, then forward with gradients off, and measure.
 
     On CUDA it is the device's time of the last of several runs that are queued together, as the layers of a model are:
     the host's time hides behind the runs before, unless the host takes longer for a run than the device. And autograd
@@ -73,7 +75,12 @@ def _on_cpu(contender: Contender) -> Round:
     y = contender.forward()
     between = time.perf_counter()
     torch.autograd.grad(y, contender.leaves, contender.grad)
-    return Round(between - start, time.perf_counter() - start)
+    end = time.perf_counter()
+    del y
+    with torch.no_grad():
+        alone = time.perf_counter()
+        contender.forward()
+    return Round(between - start, end - start, time.perf_counter() - alone)
 
 
 def _on_cuda(contender: Contender) -> Round:
@@ -89,23 +96,28 @@ def _on_cuda(contender: Contender) -> Round:
         end.record()
         torch.cuda.synchronize()
     del grads
-    return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3)
+    with torch.no_grad():
+        alone = queue_launches(contender.forward, 1, ahead=_AHEAD)
+        torch.cuda.synchronize()
+    return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3, alone())
 
 
-def queue_launches(run: Callable[[], object], count: int) -> Callable[[], float]:
-    """Queue runs on the current CUDA device between two events, behind one that is not measured.
+def queue_launches(run: Callable[[], object], count: int, *, ahead: int = 1) -> Callable[[], float]:
+    """Queue runs on the current CUDA device between two events, behind some that are not measured.
 
     Does not wait for them, so that others can be queued behind.
 
     Args:
         run: to launch.
         count: how many runs are measured together.
+        ahead: how many are not measured.
 
     Returns:
         A function () -> seconds of one run, to be called after ``torch.cuda.synchronize()``.
     """
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    run()
+    for _ in range(ahead):
+        run()
     start.record()
     for _ in range(count):
         run()
