@@ -1,6 +1,9 @@
 """Run every kernel of the fused layer, its plan and its router on awkward shapes, for compute-sanitizer on a GPU.
 
-PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python tests/sanitized_kernels.py
+PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \\
+    python tests/sanitized_kernels.py
+
+Errors of the driver's functions are left out, for by one of them a launch learns how many parameters a kernel has.
 """
 
 from typing import Any

@@ -1,5 +1,6 @@
 """Measuring: a row's seconds of a round and its bytes between forward and backward, and launches on CUDA alone."""
 
+import math
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -51,15 +52,18 @@ class Work(NamedTuple):
     flops: int = 0
 
 
-_AHEAD = 5  # runs on CUDA before the one that counts
+# Runs on CUDA before the one that counts, and how long they last: a device at its limit of power that has come from a
+# slower row runs the next at a higher clock for a while.
+_AHEAD, _AHEAD_SECONDS = 5, 0.2
 
 
 def run_once(contender: Contender) -> Round:
     """Run forward and backward once, then forward with gradients off, and measure.
 
     On CUDA it is the device's time of the last of several runs that are queued together, as the layers of a model are:
-    the host's time hides behind the runs before, unless the host takes longer for a run than the device. And autograd
-    stays in this thread: a model's backward wakes another once, not once a layer.
+    the host's time hides behind the runs before, unless the host takes longer for a run than the device. They last long
+    enough that the device is as hot as in a model, whatever ran before. And autograd stays in this thread: a model's
+    backward wakes another once, not once a layer.
 
     Args:
         contender: to run; it has run before.
@@ -85,10 +89,13 @@ def _on_cpu(contender: Contender) -> Round:
 
 def _on_cuda(contender: Contender) -> Round:
     start, between, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
-    torch.cuda.synchronize()
+
+    def run() -> None:
+        torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+
     with torch.autograd.set_multithreading_enabled(False):
-        for _ in range(_AHEAD):
-            torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+        for _ in range(_count_ahead(run)):
+            run()
         start.record()
         y = contender.forward()
         between.record()
@@ -97,9 +104,18 @@ def _on_cuda(contender: Contender) -> Round:
         torch.cuda.synchronize()
     del grads
     with torch.no_grad():
-        alone = queue_launches(contender.forward, 1, ahead=_AHEAD)
+        alone = queue_launches(contender.forward, 1, ahead=_count_ahead(contender.forward))
         torch.cuda.synchronize()
     return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3, alone())
+
+
+def _count_ahead(run: Callable[[], object]) -> int:
+    """Say how many runs to queue before the one that counts, by the time of one, for which it waits."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    torch.cuda.synchronize()
+    return max(_AHEAD, math.ceil(_AHEAD_SECONDS / (time.perf_counter() - start)))
 
 
 def queue_launches(run: Callable[[], object], count: int, *, ahead: int = 1) -> Callable[[], float]:
