@@ -65,26 +65,30 @@ def fused(
     up: Tensor,
     down: Tensor,
     activation: str,
+    keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and h (1 or 2, R, F): up, or gate and up, before the activation; undefined past the R' rows.
 
+    Without ``keep`` h has no rows, and no gradient can be taken.
     x is (T, D); weights and tokens (*A), of the routing; assignments (R,) and sizes (E,), of the plan.
     """
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
-    h = empty((len(firsts), assignments.shape[0], up.shape[2]), x.dtype)
+    h = empty((len(firsts), assignments.shape[0] if keep else 0, up.shape[2]), x.dtype)
     out = empty((rows.ends[-1], x.shape[1]), x.dtype)
 
     def prepare():  # type: ignore[no-untyped-def]
         of_dim, of_hidden = rows.scratch(x.shape[1], 1, x.dtype)[0], rows.scratch(up.shape[2], 1, x.dtype)[0]
+        of_firsts = h if keep else rows.scratch(up.shape[2], len(firsts), x.dtype)
 
         def do(expert: int) -> None:
             for block in rows.blocks(expert):
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[:n])
-                for part, w in zip(h, firsts, strict=True):
-                    torch.mm(x_e, w[expert], out=part[block])
-                a = ACTIVATIONS[activation].forward(h[0, block], of_hidden[:n])
-                torch.mm(a if gate is None else a.mul_(h[1, block]), down[expert], out=out[block])
+                parts = of_firsts[:, block if keep else slice(n)]
+                for part, w in zip(parts, firsts, strict=True):
+                    torch.mm(x_e, w[expert], out=part)
+                a = ACTIVATIONS[activation].forward(parts[0], of_hidden[:n])
+                torch.mm(a if gate is None else a.mul_(parts[1]), down[expert], out=out[block])
 
         return do
 
@@ -179,8 +183,9 @@ def _summed(values: Tensor, rows: _Rows, weights: Tensor, tokens: Tensor, x: Ten
 
 
 @fused.register_fake
-def _(x, weights, tokens, assignments, sizes, gate, up, down, activation):  # type: ignore[no-untyped-def]
-    return x.new_empty(x.shape), x.new_empty(1 if gate is None else 2, assignments.shape[0], up.shape[2])
+def _(x, weights, tokens, assignments, sizes, gate, up, down, activation, keep):  # type: ignore[no-untyped-def]
+    rows = assignments.shape[0] if keep else 0
+    return x.new_empty(x.shape), x.new_empty(1 if gate is None else 2, rows, up.shape[2])
 
 
 @_fused_backward.register_fake
@@ -189,16 +194,16 @@ def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activatio
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.activation = inputs
+    *tensors, ctx.activation, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *tensors)
 
 
 def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 9
+        return (None,) * 10
     d_x, d_weights, *d_gate, d_up, d_down = _fused_backward(grad, *ctx.saved_tensors, ctx.activation)
-    return d_x, d_weights, None, None, None, *(d_gate or [None]), d_up, d_down, None
+    return d_x, d_weights, None, None, None, *(d_gate or [None]), d_up, d_down, None, None
 
 
 fused.register_autograd(_backward, setup_context=_save)

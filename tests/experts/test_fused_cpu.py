@@ -3,9 +3,11 @@
 import mmap
 import threading
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
+from interpreted import Calls
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -159,8 +161,23 @@ def test_gradcheck_with_frozen_parts() -> None:
     params = type(init_gated(1, 1, 1))(*(w.detach() for w in params))
     layer = fused_cpu(plan=dropless().plan)
     assert torch.autograd.gradcheck(lambda x: layer(x, routing, params), (x,))
-    with torch.no_grad():
-        assert not layer(x, routing, params).requires_grad
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_nothing_is_kept_where_gradients_are_off(kind: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fused_cpu, "_BLOCK", 3)
+    activation, _, init = KINDS[kind]
+    x, logits, *projections = draw(init)
+    layer, routing = fused_cpu(plan=dropless().plan, activation=activation), top_k(logits.detach(), k=2)
+    params = type(init(1, 1, 1))(*projections)
+    expected = layer(x, routing, params)
+    with mode(), Calls() as calls:
+        y = layer(x, routing, params)
+    [args] = [args for function, args in calls.calls if function.name() == "moekit::fused_cpu"]
+    assert args[-1] is False
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
 
 
 def test_compiles_to_one_graph_and_works_inside_checkpoint_and_autocast() -> None:
