@@ -69,7 +69,7 @@ def fused(
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and h (1 or 2, R, F): up, or gate and up, before the activation; undefined past the R' rows.
 
-    Without ``keep`` h has no rows, and no gradient can be taken.
+    Without ``keep`` h has no rows, and a backward, if there is one all the same, computes it again.
     x is (T, D); weights and tokens (*A), of the routing; assignments (R,) and sizes (E,), of the plan.
     """
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
@@ -84,9 +84,7 @@ def fused(
             for block in rows.blocks(expert):
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[:n])
-                parts = of_firsts[:, block if keep else slice(n)]
-                for part, w in zip(parts, firsts, strict=True):
-                    torch.mm(x_e, w[expert], out=part)
+                parts = _project(x_e, firsts, expert, of_firsts[:, block if keep else slice(n)])
                 a = ACTIVATIONS[activation].forward(parts[0], of_hidden[:n])
                 torch.mm(a if gate is None else a.mul_(parts[1]), down[expert], out=out[block])
 
@@ -114,9 +112,11 @@ def _fused_backward(
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
     d_firsts, d_down = [empty(w.shape, w.dtype) for w in firsts], empty(down.shape, down.dtype)
     d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
+    kept = h.shape[1] == assignments.shape[0]
 
     def prepare():  # type: ignore[no-untyped-def]
         of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 4, x.dtype)
+        of_firsts = h if kept else rows.scratch(up.shape[2], len(firsts), x.dtype)
 
         def do(expert: int) -> None:
             blocks = rows.blocks(expert)
@@ -128,7 +128,8 @@ def _fused_backward(
                 torch.index_select(x, 0, rows.tokens[block], out=x_e)
                 torch.index_select(grad, 0, rows.tokens[block], out=d_y)
                 d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
-                a, d_h = _through(h[:, block], d_a, of_hidden[1:, :n], activation, d_chosen[block])
+                parts = of_firsts[:, block] if kept else _project(x_e, firsts, expert, of_firsts[:, :n])
+                a, d_h = _through(parts, d_a, of_hidden[1:, :n], activation, d_chosen[block])
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
                 # Nothing above is weighted yet: d_rows is where it is added up, and here the narrower factors are.
@@ -143,6 +144,13 @@ def _fused_backward(
     d_weights = weights.new_zeros(weights.numel())
     d_weights[rows.assignments] = d_chosen.squeeze(1)
     return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_firsts, d_down]
+
+
+def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Tensor:
+    """Multiply the rows of an expert (n, D) by its first matrices, into (1 or 2, n, F), and return that."""
+    for part, w in zip(out, firsts, strict=True):
+        torch.mm(x_e, w[expert], out=part)
+    return out
 
 
 def _through(

@@ -20,8 +20,8 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
 
     It computes what ``expert_layer`` does with the same plan. Rows are gathered, multiplied and sent through the
     activation a block at a time; padding rows are not computed at all. Between forward and backward it keeps the
-    pre-activations alone, R F entries for each up-projection; where gradients are off, nothing. The gradient of a
-    router weight is the inner product <a, dy W_down^T>, which needs no expert's output.
+    pre-activations alone, R F entries for each up-projection; where gradients are off, or nothing wants one, nothing.
+    The gradient of a router weight is the inner product <a, dy W_down^T>, which needs no expert's output.
 
     As causal as the plan. Deterministic for a given number of threads. CPU tensors only.
 
@@ -64,10 +64,10 @@ def _fused_cpu(
     _check_dtypes(x, *projections)
     assignments, groups = plan(routing)
     gate, up, down = projections if activation.gated else (None, *projections)
+    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, routing.weights, *projections))
     y, _ = fused(
-        x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function,
-        torch.is_grad_enabled(),
-    )  # fmt: skip
+        x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function, keep
+    )
     return y
 
 

@@ -178,6 +178,34 @@ def test_nothing_is_kept_where_gradients_are_off(kind: str, mode: Any, monkeypat
     assert args[-1] is False
     assert torch.equal(y, expected)
     assert not y.requires_grad
+    frozen = [each.detach() for each in (x, *projections)]
+    with Calls() as calls:
+        layer(frozen[0], routing, type(params)(*frozen[1:]))
+    assert [args[-1] for function, args in calls.calls if function.name() == "moekit::fused_cpu"] == [False]
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_what_was_not_kept_is_computed_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fused_cpu, "_BLOCK", 3)
+    activation, _, init = KINDS[kind]
+    x, logits, *projections = draw(init)
+    routing = some_missing(logits.detach())
+    assignments, groups = dropless().plan(routing)
+    leaves = [x, routing.weights.detach().requires_grad_(), *projections]
+    found = []
+    for keep in (True, False):
+        gate = projections[0] if activation.gated else None
+        inputs = (
+            x, leaves[1], routing.token_indices, assignments, groups.sizes, gate, *projections[-2:],
+            activation.function, keep,
+        )  # fmt: skip
+        torch.library.opcheck(_fused_cpu.fused, inputs, test_utils=("test_schema", "test_faketensor"))
+        y, h = _fused_cpu.fused(*inputs)
+        assert h.shape == (1 + activation.gated, assignments.shape[0] if keep else 0, F)
+        found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
+    for each, again in zip(*found, strict=True):
+        assert torch.equal(each, again)
 
 
 def test_compiles_to_one_graph_and_works_inside_checkpoint_and_autocast() -> None:

@@ -10,11 +10,11 @@ import torch
 from moekit.recipes.bench import layer as module
 from moekit.recipes.bench.layer import Report, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
-from moekit.recipes.bench.rows import Case, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import shares
 from moekit.recipes.bench.tables import as_json, as_markdown, rows_of
-from moekit.recipes.bench.times import Memory, Round, measure_memory
+from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
 
 SMALL = LayerShape("small", 64, 16, 24, 8, 2)
@@ -130,7 +130,14 @@ def test_rows_are_measured_in_turn(monkeypatch) -> None:
     bench_layer([SMALL], rounds=3, only=["fused_cpu", "loop"])
     first = order[: len(set(order))]
     assert len(first) == 3
-    assert order == first * 3
+    assert order == first * 4  # one round that does not count
+
+
+def test_inference_is_measured_with_gradients_off() -> None:
+    given, modes = case(), []
+    row = Contender(lambda: (modes.append(torch.is_grad_enabled()), given.x * 2)[1], [given.x], given.grad)
+    assert all(seconds > 0 for seconds in run_once(row))
+    assert modes == [True, False]
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +155,7 @@ def test_a_report_has_a_table_for_each_load(report: Report) -> None:
     for table in report.tables:
         assert [row.name for row in table.rows] == ["dense bound", "dense expert", "loop", "auto", "megablocks"]
         assert table.rows[0].fraction == 1.0
-        assert all(min(row.inference) > 0 for row in table.rows[:4])
+        assert all(len(row.inference) == 2 for row in table.rows[:4])
         assert all(0 < f < b for row in table.rows[:4] for f, b in zip(row.forward, row.both, strict=True))
         (stages,) = table.stages.values()  # for the kernels of fused_layer do not run here
         assert [stage.name for stage in stages] == ["gate", "route", "plan", "dispatch", "experts", "combine"]

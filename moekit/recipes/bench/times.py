@@ -52,8 +52,8 @@ class Work(NamedTuple):
     flops: int = 0
 
 
-# Runs on CUDA before the one that counts, and how long they last: a device at its limit of power that has come from a
-# slower row runs the next at a higher clock for a while.
+# Runs on CUDA before the one that counts, and about how long they last: a device at its limit of power lowers its clock
+# only after a while, and what ran before would decide when.
 _AHEAD, _AHEAD_SECONDS = 5, 0.2
 
 
@@ -110,12 +110,10 @@ def _on_cuda(contender: Contender) -> Round:
 
 
 def _count_ahead(run: Callable[[], object]) -> int:
-    """Say how many runs to queue before the one that counts, by the time of one, for which it waits."""
+    """Say how many runs to queue before the one that counts, by the time of a few, for which it waits."""
+    seconds = queue_launches(run, _AHEAD)
     torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    torch.cuda.synchronize()
-    return max(_AHEAD, math.ceil(_AHEAD_SECONDS / (time.perf_counter() - start)))
+    return max(_AHEAD, math.ceil(_AHEAD_SECONDS / seconds()))
 
 
 def queue_launches(run: Callable[[], object], count: int, *, ahead: int = 1) -> Callable[[], float]:
