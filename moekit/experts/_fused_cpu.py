@@ -107,10 +107,11 @@ def _fused_backward(
     up: Tensor,
     down: Tensor,
     activation: str,
+    frozen: bool,
 ) -> list[Tensor]:
-    """Return the gradients of x, weights, gate if there is one, up and down."""
+    """Return the gradients of x, weights and, unless experts are frozen, of gate if there is one, up and down."""
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
-    d_firsts, d_down = [empty(w.shape, w.dtype) for w in firsts], empty(down.shape, down.dtype)
+    d_matrices = [] if frozen else [empty(w.shape, w.dtype) for w in (*firsts, down)]
     d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
     kept = h.shape[1] == assignments.shape[0]
 
@@ -120,7 +121,7 @@ def _fused_backward(
 
         def do(expert: int) -> None:
             blocks = rows.blocks(expert)
-            for d_w in (*d_firsts, d_down) if not blocks else ():
+            for d_w in d_matrices if not blocks else ():
                 d_w[expert].zero_()
             for i, block in enumerate(blocks):
                 n = block.stop - block.start
@@ -132,6 +133,9 @@ def _fused_backward(
                 a, d_h = _through(parts, d_a, of_hidden[1:, :n], activation, d_chosen[block])
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
+                if frozen:
+                    continue
+                *d_firsts, d_down = d_matrices
                 # Nothing above is weighted yet: d_rows is where it is added up, and here the narrower factors are.
                 _add_product(d_down[expert], a.T, d_y.mul_(rows.weights[block]), first=i == 0)
                 x_e.mul_(rows.weights[block])
@@ -143,7 +147,7 @@ def _fused_backward(
     share([4 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
     d_weights = weights.new_zeros(weights.numel())
     d_weights[rows.assignments] = d_chosen.squeeze(1)
-    return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_firsts, d_down]
+    return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_matrices]
 
 
 def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Tensor:
@@ -197,8 +201,9 @@ def _(x, weights, tokens, assignments, sizes, gate, up, down, activation, keep):
 
 
 @_fused_backward.register_fake
-def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation):  # type: ignore[no-untyped-def]
-    return [each.new_empty(each.shape) for each in (x, weights, gate, up, down) if each is not None]
+def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation, frozen):  # type: ignore[no-untyped-def]
+    wanted = (x, weights) if frozen else (x, weights, gate, up, down)
+    return [each.new_empty(each.shape) for each in wanted if each is not None]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -210,8 +215,9 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 10
-    d_x, d_weights, *d_gate, d_up, d_down = _fused_backward(grad, *ctx.saved_tensors, ctx.activation)
-    return d_x, d_weights, None, None, None, *(d_gate or [None]), d_up, d_down, None, None
+    frozen = not any(ctx.needs_input_grad[5:8])
+    d_x, d_weights, *d_matrices = _fused_backward(grad, *ctx.saved_tensors, ctx.activation, frozen)
+    return d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None
 
 
 fused.register_autograd(_backward, setup_context=_save)

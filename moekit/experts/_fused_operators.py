@@ -60,6 +60,9 @@ def _settings(text: str) -> Settings:
     return Settings(function, bool(gated), precision, Layout(*map(bool, numbers[:start])), LayerTiles(*tiles))
 
 
+_FIRST_OF_PLAN = 7  # of the arguments of what follows
+
+
 class Fused(torch.autograd.Function):
     """(settings, constants, keep_rows, keep_pre, length of the plan, x, weights, *plan, *parameters) -> y."""
 
@@ -77,6 +80,7 @@ class Fused(torch.autograd.Function):
     ) -> Tensor:
         """Run the layer, and keep what is to be kept if there is to be a gradient."""
         needed, decided = any(ctx.needs_input_grad), (settings, constants)
+        ctx.frozen = not any(ctx.needs_input_grad[_FIRST_OF_PLAN + num_plan :])
         plan, projections = list(rest[:num_plan]), list(rest[num_plan:])
         y, rows, pre = _forward(x, weights, plan, projections, *decided, keep_rows and needed, keep_pre and needed)
         ctx.decided, ctx.num_plan = decided, num_plan
@@ -88,14 +92,16 @@ class Fused(torch.autograd.Function):
         """Return the gradients of tokens, routing weights and parameters."""
         x, weights, rows, pre, *rest = ctx.saved_tensors
         plan, projections = rest[: ctx.num_plan], rest[ctx.num_plan :]
-        grads = _backward(grad, x, weights, plan, projections, rows, pre, *ctx.decided)
-        grad_x, grad_weights, grad_ups, grad_down, *grad_biases = grads
-        if grad_biases:
-            grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
-        none, of_ups = (None,) * len(plan), grad_ups.unbind(0)
-        return differentiated_once(
-            "fused_layer", *(None,) * 5, grad_x, grad_weights, *none, *of_ups, grad_down, *grad_biases
-        )
+        grads = _backward(grad, x, weights, plan, projections, rows, pre, *ctx.decided, ctx.frozen)
+        grad_x, grad_weights, *of_experts = grads
+        parameters: list[Tensor | None] = [None] * len(projections)
+        if of_experts:
+            grad_ups, grad_down, *grad_biases = of_experts
+            if grad_biases:
+                grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
+            parameters = [*grad_ups.unbind(0), grad_down, *grad_biases]
+        none = (None,) * len(plan)
+        return differentiated_once("fused_layer", *(None,) * 5, grad_x, grad_weights, *none, *parameters)
 
 
 def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
@@ -169,7 +175,10 @@ def _backward_fake(
     pre: Tensor,
     settings: str,
     constants: list[float],
+    frozen: bool,
 ) -> list[Tensor]:
+    if frozen:
+        return [x.new_empty(x.shape), weights.new_empty(weights.shape)]
     matrices, biases = _matrices(projections, _settings(settings).layout)
     *ups, down = matrices
     shapes: list[tuple[int, ...]] = [(len(ups), *ups[0].shape), tuple(down.shape)]
@@ -189,19 +198,20 @@ def _backward(
     pre: Tensor,
     settings: str,
     constants: list[float],
+    frozen: bool,
 ) -> list[Tensor]:
     from moekit.experts.kernels import _fused_triton
 
     if weights.numel() == 0:
-        zeros = _backward_fake(grad, x, weights, plan, projections, rows, pre, settings, constants)
+        zeros = _backward_fake(grad, x, weights, plan, projections, rows, pre, settings, constants, frozen)
         return [each.zero_() for each in zeros]
     function, gated, precision, layout, tiles = _settings(settings)
     *grads, biases = _fused_triton.backward(
         grad.contiguous(), x.contiguous(), weights.contiguous(), _plan_of(plan, projections),
         _experts(projections, layout), (rows, pre), activation=Activation(function, gated, *constants),
-        precision=precision, tiles=tiles,
+        precision=precision, tiles=tiles, frozen=frozen,
     )  # fmt: skip
-    return [*grads, *biases]
+    return [each for each in (*grads, *biases) if each is not None]
 
 
 def _matrices(projections: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:

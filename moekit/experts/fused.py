@@ -58,7 +58,8 @@ def fused_layer(
     Matrices of any other strides, as interleaved columns, are copied in each call; so are those of gate and up if their
     strides differ.
 
-    Its gradient has no gradient, and says so if that is asked for.
+    Experts none of whose parameters wants a gradient are frozen: the backward does without their gradients, half of
+    its arithmetic. The layer's gradient has no gradient, and says so if that is asked for.
 
     Causal if the routing is. No host synchronisation. Deterministic on CUDA: a token's rows are added in the order of
     its assignments, for which routings that are no (T, K) are sorted by token. On the CPU it runs only in Triton's

@@ -23,6 +23,8 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
     pre-activations alone, R F entries for each up-projection; where gradients are off, or nothing wants one, nothing.
     The gradient of a router weight is the inner product <a, dy W_down^T>, which needs no expert's output.
 
+    Gradients of frozen experts, whose parameters want none, are not computed.
+
     As causal as the plan. Deterministic for a given number of threads. CPU tensors only.
 
     Args:

@@ -208,6 +208,24 @@ def test_what_was_not_kept_is_computed_again(kind: str, monkeypatch: pytest.Monk
         assert torch.equal(each, again)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+def test_gradients_of_frozen_experts_are_not_computed(kind: str) -> None:
+    activation, _, init = KINDS[kind]
+    layer, tensors = fused_cpu(plan=dropless().plan, activation=activation), draw(init)
+    expected = outputs(layer, some_missing, tensors, init)
+    x, logits, *frozen = tensors
+    y = layer(x, some_missing(logits), type(init(1, 1, 1))(*(w.detach() for w in frozen)))
+    cotangent = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with Calls() as calls:
+        found = torch.autograd.grad(y, (x, logits), cotangent)
+    for name, grad in zip(("x", "logits"), found, strict=True):
+        assert torch.equal(grad, expected[name]), name
+    [args] = [args for function, args in calls.calls if function.name() == "moekit::fused_cpu_backward"]
+    torch.library.opcheck(_fused_cpu._fused_backward, args, test_utils=("test_schema", "test_faketensor"))
+    assert len(_fused_cpu._fused_backward(*args)) == 2
+
+
 def test_compiles_to_one_graph_and_works_inside_checkpoint_and_autocast() -> None:
     tensors, layer = draw(init_gated, dtype=torch.float32), fused_cpu(plan=dropless().plan)
     expected = outputs(layer, some_missing, tensors, init_gated)

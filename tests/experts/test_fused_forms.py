@@ -16,7 +16,7 @@ from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, 
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_gated, biased_mlp, init_biased_mlp
 from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.packed import PackedGatedParams, pack_gated, unpack_gated
-from moekit.types import ExpertLayer
+from moekit.types import ExpertLayer, Routing
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:(overflow|invalid value|divide by zero) encountered:RuntimeWarning"  # rows that nobody reads are garbage
@@ -234,6 +234,33 @@ def test_biases_at_awkward_sizes(name: str, shape: str) -> None:
     case = draw_biased(shape, activation)
     found = run(fused(activation=activation, keep=INPUTS), case, device=DEVICE)
     compare(found, run(reference(experts), case, torch.float64), 2 * TOLERANCE[torch.float32])  # sums cancel
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
+@pytest.mark.parametrize("keep", [PREACTIVATION, INPUTS], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "packed", "biased"])
+def test_gradients_of_frozen_experts_are_not_computed(kind: str, keep: Keep) -> None:
+    x, routing, params = draw_biased("usual", SWIGLU) if kind == "biased" else draw(SHAPES["usual"], SWIGLU)
+    params = pack_gated(params) if kind == "packed" else params
+    layer = fused(keep=keep)
+    expected = run(layer, (x, routing, params), device=DEVICE)
+    x, weights = (t.to(DEVICE, copy=True).requires_grad_() for t in (x, routing.weights))
+    params = type(params)(*(p.to(DEVICE) for p in params))
+    indices = (t.to(DEVICE) for t in (routing.token_indices, routing.expert_indices))
+    routing = Routing(*indices, weights, *routing[3:])
+    for each in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = each(x, routing, params)
+        with Calls() as calls:
+            grads = torch.autograd.grad(y, (x, weights), torch.linspace(-1, 1, y.numel()).reshape(y.shape).sin().to(y))
+        for name, found in zip(("x", "routing.weights"), grads, strict=True):
+            assert torch.equal(found, expected[name]), name
+        [args] = [args for function, args in calls.calls if function.name() == "moekit::fused_experts_backward"]
+        torch.library.opcheck(
+            torch.ops.moekit.fused_experts_backward.default, args, test_utils=("test_schema", "test_faketensor")
+        )
+        assert len(torch.ops.moekit.fused_experts_backward(*args)) == 2
 
 
 @runs_kernels

@@ -63,15 +63,16 @@ class Gradients(NamedTuple):
     Attributes:
         x: (T, D).
         weights: the shape of the routing, float32.
-        ups: (P, E, D, F) or (P, E, F, D) of P matrices; (1, E, D, 2 F) or (1, E, 2 F, D) of packed ones.
-        down: (E, F, D) or (E, D, F).
+        ups: (P, E, D, F) or (P, E, F, D) of P matrices; (1, E, D, 2 F) or (1, E, 2 F, D) of packed ones. None of frozen
+            experts.
+        down: (E, F, D) or (E, D, F), or None.
         biases: nothing, or those of ``up_biases`` (P, E, 1, F), and of ``down_bias`` (E, 1, D).
     """
 
     x: Tensor
     weights: Tensor
-    ups: Tensor
-    down: Tensor
+    ups: Tensor | None
+    down: Tensor | None
     biases: tuple[Tensor, ...]
 
 
@@ -137,8 +138,9 @@ def backward(
     activation: Activation,
     precision: str,
     tiles: LayerTiles,
+    frozen: bool,
 ) -> Gradients:
-    """Run the layer's backward.
+    """Run the layer's backward; of ``frozen`` experts without the gradients of their parameters.
 
     ``kept`` are the rows of x and the pre-activation, each empty if it is to be computed again.
     """
@@ -160,18 +162,22 @@ def backward(
     if experts.down_bias is not None:
         add_up = partial(bias_gradient, plan=schedule, height=tiles.up.m)
         weighing = Weighing(weights, experts.down_bias, grad_weights, plan.assignments)
-        grad_biases = add_up(grad_pre, parts=len(ups)), add_up(grad_rows, weighing=weighing)[0]
+        grad_bias = add_up(grad_rows, weighing=weighing)[0]  # which also adds to the gradients of the weights
+        grad_biases = () if frozen else (add_up(grad_pre, parts=len(ups)), grad_bias)
     weight_grad = partial(_weight_gradient, plan=schedule, precision=precision)
-    grad_down = weight_grad(hidden, grads=grad_rows, transposed=experts.down_transposed, tile=tiles.grad_down)[0]
+    grad_ups, grad_down = None, None
+    if not frozen:
+        grad_down = weight_grad(hidden, grads=grad_rows, transposed=experts.down_transposed, tile=tiles.grad_down)[0]
     del hidden, grad_rows, pre
-    rows = dispatched(x, plan) if rows is None else rows
-    grad_ups = weight_grad(
-        rows,
-        grads=grad_pre,
-        transposed=experts.up_transposed,
-        parts=1 if experts.packed else len(ups),
-        tile=tiles.grad_up,
-    )
+    if not frozen:
+        rows = dispatched(x, plan) if rows is None else rows
+        grad_ups = weight_grad(
+            rows,
+            grads=grad_pre,
+            transposed=experts.up_transposed,
+            parts=1 if experts.packed else len(ups),
+            tile=tiles.grad_up,
+        )
     del rows
     grad_of_rows = _gemms_triton.grouped_rows(
         grad_pre, schedule, tuple(w.transpose(1, 2) for w in ups), precision=precision, tile=tiles.grad_rows
