@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._fused_cpu import fused
@@ -38,6 +39,7 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
     Raises:
         ValueError: if it does not know the activation; from the layer, if tensors are elsewhere, or ``params`` do not
             fit the activation or each other.
+        NotImplementedError: from the layer, if a tensor has a tangent, for a gradient in forward mode.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -64,6 +66,7 @@ def _fused_cpu(
         dtype = torch.get_autocast_dtype("cpu")
         x, *projections = (t.to(dtype) for t in (x, *projections))  # type: ignore[assignment]
     _check_dtypes(x, *projections)
+    _refuse_tangents(x, routing.weights, *projections)
     assignments, groups = plan(routing)
     gate, up, down = projections if activation.gated else (None, *projections)
     keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, routing.weights, *projections))
@@ -93,6 +96,15 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
             f"tokens over {routing.num_experts} experts; expected (T, D), (E, D, F) and, for down, (E, F, D)."
         )
     check_assignments("fused_cpu", routing)
+
+
+def _refuse_tangents(*tensors: Tensor) -> None:
+    """Raise for forward-mode gradients, which torch drops without a word where no input wants one in reverse."""
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            "fused_cpu: it has no forward-mode gradient (torch.func.jvp, dual tensors). Take one in reverse mode, by "
+            "torch.autograd.grad."
+        )
 
 
 def _check_dtypes(*tensors: Tensor) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from interpreted import Calls
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import by_weight, dropless, padded
@@ -258,6 +259,17 @@ def test_keeps_the_preactivations_alone() -> None:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         fused_cpu(plan=dropless().plan)(tensors[0], routing, type(init_gated(1, 1, 1))(*tensors[2:]))
     assert sorted(held) == [(2, 26, F), (13, 2)]
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch does so itself
+def test_gradients_in_forward_mode_are_refused() -> None:
+    x, logits, *params = (each.detach() for each in draw(init_gated))
+    layer, routing = fused_cpu(plan=dropless().plan), top_k(logits, k=2)
+    params = type(init_gated(1, 1, 1))(*params)
+    with pytest.raises(NotImplementedError, match=r"fused_cpu: it has no forward-mode gradient .* reverse mode"):
+        torch.func.jvp(lambda x: layer(x, routing, params), (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"no forward-mode gradient"):
+        layer(x, routing._replace(weights=forward_ad.make_dual(routing.weights, routing.weights)), params)
 
 
 def test_errors_say_what_was_given() -> None:
