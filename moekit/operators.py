@@ -80,6 +80,29 @@ operators that have them: `expert_layer` on `loop` or `batched`, `top_k`, a floa
     return tuple(None if grad is None else next(kept) for grad in grads)
 
 
+def wants_gradient(*tensors: Tensor) -> bool:
+    """Say whether a backward through any of these tensors can follow.
+
+    An ``autograd.Function`` is told which of its inputs want a gradient, also where gradients are off, so ask before
+    it is applied.
+
+    Args:
+        tensors: inputs of what is to be run.
+
+    Returns:
+        Whether one of them wants a gradient, and gradients are on.
+
+    Example:
+        >>> w = torch.ones(2, requires_grad=True)
+        >>> with torch.no_grad():
+        ...     wants_gradient(w)
+        False
+        >>> wants_gradient(torch.ones(2), w)
+        True
+    """
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
+
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 

@@ -3,6 +3,7 @@
 Between the products nothing of size (R, F) is kept but h, the pre-activations, which the backward needs.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -78,13 +79,13 @@ def fused(
 
     def prepare():  # type: ignore[no-untyped-def]
         of_dim, of_hidden = rows.scratch(x.shape[1], 1, x.dtype)[0], rows.scratch(up.shape[2], 1, x.dtype)[0]
-        of_firsts = h if keep else rows.scratch(up.shape[2], len(firsts), x.dtype)
+        of_firsts = _room(h, rows)
 
         def do(expert: int) -> None:
             for block in rows.blocks(expert):
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[:n])
-                parts = _project(x_e, firsts, expert, of_firsts[:, block if keep else slice(n)])
+                parts = _project(x_e, firsts, expert, of_firsts(block))
                 a = ACTIVATIONS[activation].forward(parts[0], of_hidden[:n])
                 torch.mm(a if gate is None else a.mul_(parts[1]), down[expert], out=out[block])
 
@@ -113,11 +114,10 @@ def _fused_backward(
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
     d_matrices = [] if frozen else [empty(w.shape, w.dtype) for w in (*firsts, down)]
     d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
-    kept = h.shape[1] == assignments.shape[0]
 
     def prepare():  # type: ignore[no-untyped-def]
         of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 4, x.dtype)
-        of_firsts = h if kept else rows.scratch(up.shape[2], len(firsts), x.dtype)
+        of_firsts, kept = _room(h, rows), h.shape[1] > 0
 
         def do(expert: int) -> None:
             blocks = rows.blocks(expert)
@@ -129,18 +129,13 @@ def _fused_backward(
                 torch.index_select(x, 0, rows.tokens[block], out=x_e)
                 torch.index_select(grad, 0, rows.tokens[block], out=d_y)
                 d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
-                parts = of_firsts[:, block] if kept else _project(x_e, firsts, expert, of_firsts[:, :n])
+                parts = of_firsts(block) if kept else _project(x_e, firsts, expert, of_firsts(block))
                 a, d_h = _through(parts, d_a, of_hidden[1:, :n], activation, d_chosen[block])
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
-                if frozen:
-                    continue
-                *d_firsts, d_down = d_matrices
-                # Nothing above is weighted yet: d_rows is where it is added up, and here the narrower factors are.
-                _add_product(d_down[expert], a.T, d_y.mul_(rows.weights[block]), first=i == 0)
-                x_e.mul_(rows.weights[block])
-                for part, d_w in zip(d_h, d_firsts, strict=True):
-                    _add_product(d_w[expert], x_e.T, part, first=i == 0)
+                if not frozen:
+                    of_expert = [d_w[expert] for d_w in d_matrices]
+                    _add_to_matrices(of_expert, x_e, d_h, a, d_y, rows.weights[block], first=i == 0)
 
         return do
 
@@ -148,6 +143,14 @@ def _fused_backward(
     d_weights = weights.new_zeros(weights.numel())
     d_weights[rows.assignments] = d_chosen.squeeze(1)
     return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_matrices]
+
+
+def _room(h: Tensor, rows: _Rows) -> Callable[[slice], Tensor]:
+    """Say where a block's pre-activations (1 or 2, n, F) are: in their rows of ``h`` or, if it has none, in scratch."""
+    if h.shape[1]:
+        return lambda block: h[:, block]
+    room = rows.scratch(h.shape[2], h.shape[0], h.dtype)
+    return lambda block: room[:, : block.stop - block.start]
 
 
 def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Tensor:
@@ -175,6 +178,20 @@ def _through(
     d_up = s.mul_(d_a)
     torch.sum(torch.mul(d_up, h[1], out=product), 1, keepdim=True, dtype=wide, out=d_weights)
     return a, [act.backward(d_a.mul_(h[1]), h[0], d_a), d_up]
+
+
+def _add_to_matrices(
+    d_matrices: list[Tensor], x_e: Tensor, d_h: list[Tensor], a: Tensor, d_y: Tensor, weights: Tensor, *, first: bool
+) -> None:
+    """Add a block's share to the gradients of an expert's matrices, overwriting ``x_e`` and ``d_y``, both (n, D).
+
+    Nothing is weighted before: the gradients of rows are where they are added up, and here the narrower factors are.
+    """
+    *d_firsts, d_down = d_matrices
+    _add_product(d_down, a.T, d_y.mul_(weights), first=first)
+    x_e.mul_(weights)
+    for part, d_w in zip(d_h, d_firsts, strict=True):
+        _add_product(d_w, x_e.T, part, first=first)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

@@ -60,9 +60,6 @@ def _settings(text: str) -> Settings:
     return Settings(function, bool(gated), precision, Layout(*map(bool, numbers[:start])), LayerTiles(*tiles))
 
 
-_FIRST_OF_PLAN = 7  # of the arguments of what follows
-
-
 class Fused(torch.autograd.Function):
     """(settings, constants, keep_rows, keep_pre, length of the plan, x, weights, *plan, *parameters) -> y."""
 
@@ -78,12 +75,11 @@ class Fused(torch.autograd.Function):
         weights: Tensor,
         *rest: Tensor,
     ) -> Tensor:
-        """Run the layer, and keep what is to be kept if there is to be a gradient."""
-        needed, decided = any(ctx.needs_input_grad), (settings, constants)
-        ctx.frozen = not any(ctx.needs_input_grad[_FIRST_OF_PLAN + num_plan :])
+        """Run the layer, and keep what is to be kept."""
         plan, projections = list(rest[:num_plan]), list(rest[num_plan:])
-        y, rows, pre = _forward(x, weights, plan, projections, *decided, keep_rows and needed, keep_pre and needed)
-        ctx.decided, ctx.num_plan = decided, num_plan
+        y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
+        ctx.decided, ctx.num_plan = (settings, constants), num_plan
+        ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
         ctx.save_for_backward(x, weights, rows, pre, *rest)
         return y
 

@@ -19,6 +19,7 @@ from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
 from moekit.experts.triton_matmul import check_dtypes
+from moekit.operators import wants_gradient
 from moekit.types import ExpertLayer, Routing
 
 
@@ -131,8 +132,7 @@ def _fused_layer(
     plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
     if experts.ndim != 2 and experts.numel():
         plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
-    # An autograd.Function is told which inputs want a gradient, also where gradients are off.
-    kept = keep if torch.is_grad_enabled() else INPUTS
+    kept = keep if wants_gradient(x, weights, *parameters) else INPUTS
     y: Tensor = Fused.apply(
         settings, [*activation[2:]], *kept, len(plan), x, weights.to(torch.float32), *plan, *parameters
     )

@@ -13,6 +13,7 @@ from moekit.experts._fused_cpu import fused
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.checks import check_activation, check_assignments
 from moekit.experts.ffns import GatedParams, MlpParams
+from moekit.operators import wants_gradient
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
 
@@ -69,7 +70,7 @@ def _fused_cpu(
     _refuse_tangents(x, routing.weights, *projections)
     assignments, groups = plan(routing)
     gate, up, down = projections if activation.gated else (None, *projections)
-    keep = torch.is_grad_enabled() and any(t.requires_grad for t in (x, routing.weights, *projections))
+    keep = wants_gradient(x, routing.weights, *projections)
     y, _ = fused(
         x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function, keep
     )

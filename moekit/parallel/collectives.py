@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moekit.operators import wants_gradient
+
 
 def exchange(
     x: Tensor, *, group: ProcessGroup, sent: Sequence[int] | None = None, received: Sequence[int] | None = None
@@ -90,7 +92,7 @@ def connect(y: Tensor, *inputs: Tensor) -> Tensor:
         True
     """
     # Compiled without gradients, Dynamo would hand back another of the arguments.
-    if not torch.is_grad_enabled() or not any(tensor.requires_grad for tensor in (y, *inputs)):
+    if not wants_gradient(y, *inputs):
         return y
     return _Connect.apply(y, *inputs)
 

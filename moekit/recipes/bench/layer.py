@@ -169,6 +169,7 @@ def _chosen(only: Sequence[str]) -> dict[str, Build]:
 
 
 def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[[str], object]) -> Table:
+    torch.compiler.reset()  # every table compiles the same code anew, which Dynamo does a few times only
     contenders: dict[str, Contender] = {}
     skipped: dict[str, str] = {}
     for name, build in {BOUND: dense_bound, **builds}.items():
@@ -179,8 +180,6 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
         else:
             contenders[name] = built
     measured: dict[str, list[Round]] = {name: [] for name in contenders}
-    for contender in contenders.values():  # building a compiled row makes the compiler forget those before
-        run_once(contender)
     for _ in range(rounds):
         for name, contender in contenders.items():
             measured[name].append(run_once(contender))

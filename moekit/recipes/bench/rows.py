@@ -160,7 +160,6 @@ def _batched(case: Case) -> Contender:
 
 def _compiled(case: Case, *, build: Build) -> Contender:
     contender = build(case)
-    torch._dynamo.reset()  # a table is a shape of its own: recompiling for each would run into Dynamo's limit
     return contender._replace(forward=torch.compile(contender.forward, fullgraph=True))
 
 
