@@ -1,6 +1,7 @@
 """What a kernel needs beside its launch, at the least cost of a call: operators, gradients, the numbers of blocks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any, TypeVar
 
 import torch
@@ -13,12 +14,17 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     ``torch.library.custom_op`` does this too, and then looks at every tensor of every call, which takes longer than
     the launch of a kernel. For a gradient, call ``torch.library.register_autograd`` with ``"moekit::<name>"``.
 
+    torch's dispatcher takes as long again, so the decorated function is called directly where nobody could tell: with
+    gradients off, as inside a ``torch.autograd.Function``, for plain tensors, and while no mode, no transform, no
+    compiler and no profiler looks on.
+
     Args:
         name: of the operator.
         fake: returns tensors of the shapes and dtypes of the function's, with any values, for compilers.
 
     Returns:
-        A decorator. The function must neither change nor return what it was given, and its annotations are the schema.
+        A decorator of functions of positional arguments. The function must neither change nor return what it was given,
+        and its annotations are the schema.
 
     Example:
         >>> @operator("doubled_for_an_example", torch.empty_like)
@@ -34,9 +40,34 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
         torch.library.impl(qualified, ("cpu", "cuda"), function)
         torch.library.register_fake(qualified, fake)
         registered: Callable[..., Any] = getattr(torch.ops.moekit, name).default
-        return registered
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            if torch.compiler.is_compiling() or _is_watched() or not _are_plain(args):
+                return registered(*args)
+            return function(*args)
+
+        return call
 
     return register
+
+
+def _is_watched() -> bool:
+    """Say whether somebody would see a call of an operator: autograd, a mode, a transform or a profiler."""
+    return bool(
+        torch.is_grad_enabled()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.autograd._profiler_enabled()
+    )
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+
+
+def _are_plain(args: Sequence[Any]) -> bool:
+    """Say whether no argument, and no entry of a list, is of a class that could want to see the call."""
+    return all(type(each) in _PLAIN or (type(each) is list and _are_plain(each)) for each in args)
 
 
 class _Refusal(torch.autograd.Function):

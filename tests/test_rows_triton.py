@@ -185,6 +185,7 @@ def test_operators_are_well_formed() -> None:
     links, _ = draw(3, 2, 8)
     grad, values, weights = torch.randn(3, 4), torch.randn(8, 4), torch.randn(3, 2)
     grad, values, weights, rows, padding = (e.to(DEVICE) for e in (grad, values, weights, links.rows, links.padding))
-    torch.library.opcheck(kernels().copied, (grad, rows, padding))
-    torch.library.opcheck(kernels().summed, (values, rows, weights))
-    torch.library.opcheck(kernels().weigh_backward, (grad, values, rows, weights, padding))
+    kernels()  # whose import registers them
+    torch.library.opcheck(torch.ops.moekit.copied_rows.default, (grad, rows, padding))
+    torch.library.opcheck(torch.ops.moekit.summed_rows.default, (values, rows, weights))
+    torch.library.opcheck(torch.ops.moekit.weigh_rows_backward.default, (grad, values, rows, weights, padding))

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.experts._fused_plan import make_plan, plan_of
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import LayerTiles, Tile
 from moekit.operators import differentiated_once, operator
@@ -61,7 +62,10 @@ def _settings(text: str) -> Settings:
 
 
 class Fused(torch.autograd.Function):
-    """(settings, constants, keep_rows, keep_pre, length of the plan, x, weights, *plan, *parameters) -> y."""
+    """(settings, constants, keep_rows, keep_pre, height, align, x, weights, experts, tokens, *parameters) -> y.
+
+    ``height`` is of the plan's tiles, and ``align`` of its groups.
+    """
 
     @staticmethod
     def forward(  # type: ignore[no-untyped-def]
@@ -70,17 +74,21 @@ class Fused(torch.autograd.Function):
         constants: list[float],
         keep_rows: bool,
         keep_pre: bool,
-        num_plan: int,
+        height: int,
+        align: int,
         x: Tensor,
         weights: Tensor,
-        *rest: Tensor,
+        experts: Tensor,
+        tokens: Tensor,
+        *parameters: Tensor,
     ) -> Tensor:
         """Run the layer, and keep what is to be kept."""
-        plan, projections = list(rest[:num_plan]), list(rest[num_plan:])
+        projections = list(parameters)
+        plan = make_plan(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
-        ctx.decided, ctx.num_plan = (settings, constants), num_plan
+        ctx.decided, ctx.num_plan = (settings, constants), len(plan)
         ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
-        ctx.save_for_backward(x, weights, rows, pre, *rest)
+        ctx.save_for_backward(x, weights, rows, pre, *plan, *projections)
         return y
 
     @staticmethod
@@ -96,29 +104,8 @@ class Fused(torch.autograd.Function):
             if grad_biases:
                 grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
             parameters = [*grad_ups.unbind(0), grad_down, *grad_biases]
-        none = (None,) * len(plan)
-        return differentiated_once("fused_layer", *(None,) * 5, grad_x, grad_weights, *none, *parameters)
-
-
-def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
-    from moekit.experts.kernels import _tiles_triton
-
-    if experts.numel() == 0:
-        return [torch.empty_like(experts)]
-    num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
-    length = 3 * num_experts + 1 + _tiles_triton.most_tiles(num_rows, num_experts, height)
-    return [torch.empty_like(experts), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
-
-
-@operator("fused_plan", _plan_fake)
-def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
-    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
-    from moekit.experts.kernels import _plan_triton
-
-    if experts.numel() == 0:
-        return [experts.clone()]
-    rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
-    return [rows, assignments, schedule.table]
+        none = (None,) * 6
+        return differentiated_once("fused_layer", *none, grad_x, grad_weights, None, None, *parameters)
 
 
 def _forward_fake(
@@ -155,7 +142,7 @@ def _forward(
         return y.zero_(), rows, pre
     function, gated, precision, layout, tiles = _settings(settings)
     y, rows, pre = _fused_triton.forward(
-        x.contiguous(), weights.contiguous(), _plan_of(plan, projections), _experts(projections, layout),
+        x.contiguous(), weights.contiguous(), plan_of(plan, projections[0].shape[0]), _experts(projections, layout),
         activation=Activation(function, gated, *constants), precision=precision, tiles=tiles, keep_pre=keep_pre,
     )  # fmt: skip
     return y, rows if keep_rows else rows.new_empty(0, rows.shape[1]), pre
@@ -203,7 +190,7 @@ def _backward(
         return [each.zero_() for each in zeros]
     function, gated, precision, layout, tiles = _settings(settings)
     *grads, biases = _fused_triton.backward(
-        grad.contiguous(), x.contiguous(), weights.contiguous(), _plan_of(plan, projections),
+        grad.contiguous(), x.contiguous(), weights.contiguous(), plan_of(plan, projections[0].shape[0]),
         _experts(projections, layout), (rows, pre), activation=Activation(function, gated, *constants),
         precision=precision, tiles=tiles, frozen=frozen,
     )  # fmt: skip
@@ -245,12 +232,3 @@ def _readable(w: Tensor) -> Tensor:
     """Return matrices whose rows are each in one piece, copied if they are not."""
     batch, row, column = w.stride()
     return w if column == 1 and row >= w.shape[2] and batch > 0 else w.contiguous()
-
-
-def _plan_of(tensors: list[Tensor], projections: list[Tensor]) -> Any:
-    from moekit.experts.kernels._fused_triton import Plan
-    from moekit.experts.kernels._lists_triton import TokenLists
-    from moekit.experts.kernels._tiles_triton import Schedule
-
-    rows, assignments, table, *lists = tensors
-    return Plan(rows, assignments, Schedule(table, projections[0].shape[0]), TokenLists(*lists) if lists else None)

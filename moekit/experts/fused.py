@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.experts._fused_operators import Fused, Layout, Settings, plan_layer
+from moekit.experts._fused_operators import Fused, Layout, Settings
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.checks import check_activation, check_assignments
@@ -129,13 +129,11 @@ def _fused_layer(
     chosen = tiles(size)
     write = _text if torch.compiler.is_compiling() else _text_once
     settings = write(chosen, layout, activation.function, activation.gated, precision)
-    plan = plan_layer(experts, routing.num_experts, chosen.up.m, chosen.grad_up.k)
-    if experts.ndim != 2 and experts.numel():
-        plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, routing.num_tokens)]
     kept = keep if wants_gradient(x, weights, *parameters) else INPUTS
     y: Tensor = Fused.apply(
-        settings, [*activation[2:]], *kept, len(plan), x, weights.to(torch.float32), *plan, *parameters
-    )
+        settings, [*activation[2:]], *kept, chosen.up.m, chosen.grad_up.k,
+        x, weights.to(torch.float32), experts, tokens, *parameters,
+    )  # fmt: skip
     return y
 
 
@@ -159,14 +157,6 @@ def _in_memory(params: Any) -> tuple[list[Tensor], Layout]:
 
 def _is_transposed(w: Tensor) -> bool:
     return w.stride(1) == 1 != w.stride(2)
-
-
-def _lists_of_tokens(experts: Tensor, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """Order assignments (N,) by token, stably, those that do not exist last; return also where each token's begin."""
-    keys = torch.where(experts < 0, num_tokens, tokens).to(torch.int32)  # half the passes of int64
-    found = torch.sort(keys, stable=True)
-    ends = torch.arange(num_tokens + 1, dtype=torch.int32, device=keys.device)
-    return found.indices, torch.searchsorted(found.values, ends)
 
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:

@@ -176,7 +176,7 @@ def moe_layer(
         >>> output.y.shape, {name: round(loss.item(), 3) for name, loss in output.losses.items()}
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
-    tokens = x.reshape(-1, x.shape[-1])  # (T, D)
+    tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)
     remembered = "bias" if recipe.state is None else recipe.state.name
@@ -192,7 +192,7 @@ def moe_layer(
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared, gate=params.shared_gate)
     options: dict[str, Any] = {"token_mask": token_mask, "sequence_length": length}
     losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
-    return LayerOutput(y.reshape(x.shape), routing, losses, logits)
+    return LayerOutput(y if x.ndim == 2 else y.reshape(x.shape), routing, losses, logits)
 
 
 def _routed_experts(

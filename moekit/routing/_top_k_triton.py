@@ -209,7 +209,7 @@ def _choose(
     experts = torch.empty(num_tokens, k, dtype=torch.int64, device=device)
     weights = torch.empty(num_tokens, k, dtype=logits.dtype, device=device)
     numbers = torch.empty(num_tokens, dtype=torch.int64, device=device)
-    counts = torch.zeros(num_experts if counted else 0, dtype=torch.int64, device=device)
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=device) if counted else experts.new_empty(0)
     if num_tokens:
         launch = _choose_launch(num_tokens, num_experts, k, softmax, normalize, scale, bias is not None, counted)
         launch(logits, logits if bias is None else bias.contiguous(), experts, weights, numbers, counts)

@@ -155,7 +155,7 @@ def test_rows_of_nobody_are_zero() -> None:
 
 @runs_kernels
 def test_rows_of_a_token_are_added_in_their_order() -> None:
-    from moekit.experts.fused import _lists_of_tokens
+    from moekit.experts._fused_plan import _lists_of_tokens
     from moekit.experts.kernels._lists_triton import TokenLists, summed
 
     tokens, experts = torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, -1, 0, 0])

@@ -162,12 +162,12 @@ def test_the_operator_is_well_formed() -> None:
     from moekit.routing import _top_k_triton
 
     logits, bias = torch.randn(6, 5, device=DEVICE), torch.randn(5, device=DEVICE)
-    torch.library.opcheck(_top_k_triton._choose, (logits, bias, 2, True, True, 2.0))
-    torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0))
-    torch.library.opcheck(_top_k_triton._choose, (logits, None, 2, False, False, 1.0, False))
+    torch.library.opcheck(torch.ops.moekit.fused_top_k.default, (logits, bias, 2, True, True, 2.0))
+    torch.library.opcheck(torch.ops.moekit.fused_top_k.default, (logits, None, 2, False, False, 1.0))
+    torch.library.opcheck(torch.ops.moekit.fused_top_k.default, (logits, None, 2, False, False, 1.0, False))
     _, experts, _, _ = _top_k_triton._choose(logits, None, 2, False, False, 1.0)
     grad = torch.randn(6, 2, device=DEVICE)
-    torch.library.opcheck(_top_k_triton._grad_logits, (grad, logits, experts, False, False, 1.0))
+    torch.library.opcheck(torch.ops.moekit.fused_top_k_backward.default, (grad, logits, experts, False, False, 1.0))
 
 
 def test_float32_on_cuda_takes_the_kernel() -> None:

@@ -81,9 +81,11 @@ def test_autocast_changes_no_bit(dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_the_operators_are_well_formed(dtype: torch.dtype, device: str) -> None:
     x, w = torch.randn(6, 8, device=device).bfloat16(), torch.randn(8, 3, device=device).to(dtype)
-    torch.library.opcheck(_half_gates._product, (x, w))
-    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w, None))
-    torch.library.opcheck(_half_gates._grad, (torch.randn(6, 3, device=device), x, w, torch.ones_like(x)))
+    torch.library.opcheck(torch.ops.moekit.half_gate.default, (x, w))
+    torch.library.opcheck(torch.ops.moekit.half_gate_backward.default, (torch.randn(6, 3, device=device), x, w, None))
+    torch.library.opcheck(
+        torch.ops.moekit.half_gate_backward.default, (torch.randn(6, 3, device=device), x, w, torch.ones_like(x))
+    )
 
 
 def following(tokens: Tensor, z: Tensor) -> Tensor:

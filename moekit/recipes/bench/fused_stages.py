@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts import SWIGLU
-from moekit.experts._fused_operators import plan_layer
+from moekit.experts._fused_plan import plan_layer
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, capability_of, is_narrow
 from moekit.recipes.bench.rows import Case

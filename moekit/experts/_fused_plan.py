@@ -1,0 +1,57 @@
+"""The plan of the fused layer: a list of tensors, as operators take it, and what kernels see in it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.operators import operator
+
+
+def make_plan(
+    experts: Tensor, tokens: Tensor, num_tokens: int, num_experts: int, height: int, align: int
+) -> list[Tensor]:
+    """Plan a routing: ``plan_layer``, and the lists of each token's assignments if they are no (T, K)."""
+    plan = plan_layer(experts, num_experts, height, align)
+    if experts.ndim != 2 and experts.numel():
+        plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, num_tokens)]
+    return plan
+
+
+def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+    from moekit.experts.kernels import _tiles_triton
+
+    if experts.numel() == 0:
+        return [torch.empty_like(experts)]
+    num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
+    length = 3 * num_experts + 1 + _tiles_triton.most_tiles(num_rows, num_experts, height)
+    return [torch.empty_like(experts), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
+
+
+@operator("fused_plan", _plan_fake)
+def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
+    from moekit.experts.kernels import _plan_triton
+
+    if experts.numel() == 0:
+        return [experts.clone()]
+    rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
+    return [rows, assignments, schedule.table]
+
+
+def _lists_of_tokens(experts: Tensor, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """Order assignments (N,) by token, stably, those that do not exist last; return also where each token's begin."""
+    keys = torch.where(experts < 0, num_tokens, tokens).to(torch.int32)  # half the passes of int64
+    found = torch.sort(keys, stable=True)
+    ends = torch.arange(num_tokens + 1, dtype=torch.int32, device=keys.device)
+    return found.indices, torch.searchsorted(found.values, ends)
+
+
+def plan_of(tensors: list[Tensor], num_experts: int) -> Any:
+    """View the tensors of a plan as kernels know them."""
+    from moekit.experts.kernels._fused_triton import Plan
+    from moekit.experts.kernels._lists_triton import TokenLists
+    from moekit.experts.kernels._tiles_triton import Schedule
+
+    rows, assignments, table, *lists = tensors
+    return Plan(rows, assignments, Schedule(table, num_experts), TokenLists(*lists) if lists else None)
