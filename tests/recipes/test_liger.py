@@ -34,5 +34,7 @@ def test_it_computes_the_same_layer(load: str, monkeypatch: pytest.MonkeyPatch) 
         "gate and up": (of_gate_up, torch.cat(of_ups, 2).transpose(1, 2)),
         "down": (of_down, down.transpose(1, 2)),
     }
+    error = 1e-5 if DEVICE == "cpu" else 4e-3  # Liger leaves float32 to Triton, which takes TF32 on a GPU
     for name, (found, want) in pairs.items():
-        torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5, msg=name)
+        relative = (found - want).abs().max().item() / want.abs().max().item()
+        assert relative <= error, f"{name}: differs by {relative:.1e} of its largest entry"
