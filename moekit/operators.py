@@ -14,9 +14,10 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     ``torch.library.custom_op`` does this too, and then looks at every tensor of every call, which takes longer than
     the launch of a kernel. For a gradient, call ``torch.library.register_autograd`` with ``"moekit::<name>"``.
 
-    torch's dispatcher takes as long again, so the decorated function is called directly where nobody could tell: with
-    gradients off, as inside a ``torch.autograd.Function``, for plain tensors, and while no mode, no transform, no
-    compiler and no profiler looks on.
+    torch's dispatcher takes as long again, so the decorated function is called directly where it would do nothing else:
+    with gradients off, as inside a ``torch.autograd.Function``, for plain tensors, and while no mode, no transform, no
+    compiler, no tracer and no profiler of this thread looks on. A profiler of all threads, and torch's observer for
+    execution traces, see the kernels in other threads, and not the operators.
 
     Args:
         name: of the operator.
@@ -43,7 +44,7 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
 
         @wraps(function)
         def call(*args: Any) -> Any:
-            if torch.compiler.is_compiling() or _is_watched() or not _are_plain(args):
+            if torch.compiler.is_compiling() or _is_looked_at() or not _are_plain(args):
                 return registered(*args)
             return function(*args)
 
@@ -52,22 +53,54 @@ def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any
     return register
 
 
-def _is_watched() -> bool:
-    """Say whether somebody would see a call of an operator: autograd, a mode, a transform or a profiler."""
-    return bool(
-        torch.is_grad_enabled()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.autograd._profiler_enabled()
-    )
+def _onlookers() -> tuple[Callable[[], Any], ...] | None:
+    """Return functions that tell of who looks on: modes, transforms, tracers and this thread's profiler.
+
+    None for a torch that does not know one of these private names: then every call is dispatched.
+    """
+    try:
+        return (
+            torch._C._len_torch_dispatch_stack,
+            torch._C._len_torch_function_stack,
+            torch._ops._len_torch_dispatch_stack_pre_dispatch,
+            torch._C._functorch.peek_interpreter_stack,
+            torch._C._get_tracing_state,
+            torch.autograd._profiler_enabled,
+        )
+    except AttributeError:
+        return None
 
 
-_PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str})
+_ONLOOKERS = _onlookers()
+
+
+def _is_looked_at() -> bool:
+    """Say whether somebody would see a call of an operator; autograd would, where gradients are on."""
+    if _ONLOOKERS is None or torch.is_grad_enabled():
+        return True
+    for ask in _ONLOOKERS:  # noqa: SIM110 -- a generator takes longer than the questions
+        if ask():
+            return True
+    return False
+
+
+_TENSORS = frozenset({Tensor, torch.nn.Parameter})
+_CONSTANTS = frozenset({type(None), bool, int, float, str})
 
 
 def _are_plain(args: Sequence[Any]) -> bool:
-    """Say whether no argument, and no entry of a list, is of a class that could want to see the call."""
-    return all(type(each) in _PLAIN or (type(each) is list and _are_plain(each)) for each in args)
+    """Say whether torch's dispatcher would hand arguments on as they are: tensors whose memory holds their values.
+
+    That of meta tensors does not, nor that of negated views and of zeros that are none; another class may want to look.
+    """
+    for each in args:
+        kind = type(each)
+        if kind in _TENSORS:
+            if not (each.is_cuda or each.is_cpu) or each.is_neg() or each._is_zerotensor():
+                return False
+        elif not (kind in _CONSTANTS or (kind is list and _are_plain(each))):
+            return False
+    return True
 
 
 class _Refusal(torch.autograd.Function):

@@ -5,9 +5,12 @@ import sys
 import pytest
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
 from torch.profiler import profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moekit import operators
 from moekit.operators import operator, wants_gradient
 
 CALLERS: list[str] = []
@@ -38,15 +41,28 @@ def is_direct(x: Tensor, *others: Tensor) -> bool:
     return CALLERS[0] == "call"
 
 
-class Seen(TorchDispatchMode):
+class Dispatched(TorchDispatchMode):
     """Record names of operators."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names.append(func.name())
+        self.names.append(func.name())
         return func(*args, **(kwargs or {}))
 
 
-names: list[str] = []
+class Called(TorchFunctionMode):
+    """Record names of functions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 class Odd(Tensor):
@@ -66,9 +82,12 @@ def test_without_gradients_plain_tensors_are_passed_directly() -> None:
 @torch.no_grad()
 def test_modes_and_tensors_of_other_classes_see_the_operator() -> None:
     x = torch.ones(2)
-    with Seen():
+    with Dispatched() as seen:
         assert not is_direct(x)
-    assert "moekit::scaled_for_a_test" in names
+    assert "moekit::scaled_for_a_test" in seen.names
+    with Called() as seen:
+        assert not is_direct(x)
+    assert "moekit.scaled_for_a_test.default" in seen.names
     assert not is_direct(x.as_subclass(Odd))
     assert not is_direct(x, x, x.as_subclass(Odd))
     with torch._subclasses.FakeTensorMode() as mode:
@@ -76,6 +95,54 @@ def test_modes_and_tensors_of_other_classes_see_the_operator() -> None:
     CALLERS.clear()
     assert scaled(fake, [], 3).shape == (2,)
     assert not CALLERS  # a fake tensor has no values to multiply
+
+
+@operator("anything_for_a_test", lambda x, maybe, word, numbers, tensors, flag: torch.empty_like(x))
+def anything(
+    x: Tensor, maybe: Tensor | None, word: str, numbers: list[float], tensors: list[Tensor], flag: bool
+) -> Tensor:
+    """Note by whom it was called."""
+    CALLERS.append(sys._getframe(1).f_code.co_name)
+    return x.clone()
+
+
+@torch.no_grad()
+def test_every_kind_of_argument_is_passed_directly() -> None:
+    CALLERS.clear()
+    x = torch.ones(2)
+    for maybe, tensors in ((None, []), (x, [x, x])):
+        anything(x, maybe, "word", [1.0, 2.0], tensors, True)
+    assert CALLERS == ["call", "call"]
+
+
+@torch.no_grad()
+def test_tensors_whose_memory_does_not_hold_their_values_are_dispatched() -> None:
+    x = torch.ones(2)
+    assert not is_direct(torch._neg_view(x))
+    assert not is_direct(torch._efficientzerotensor(2))
+    CALLERS.clear()
+    assert scaled(x.to("meta"), [], 3).shape == (2,)
+    assert scaled(x, [x.to("meta")], 3).device.type == "cpu"
+    assert "call" not in CALLERS
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+@torch.no_grad()
+def test_tracers_find_the_operator() -> None:
+    x = torch.ones(2)
+    traced = torch.jit.trace(lambda x: scaled(x, [x], 3), x)
+    assert "moekit::scaled_for_a_test" in str(traced.graph)
+    for before in (False, True):
+        graph = make_fx(lambda x: scaled(x, [x], 3), pre_dispatch=before)(x)
+        assert "moekit.scaled_for_a_test.default" in {str(node.target) for node in graph.graph.nodes}
+
+
+@torch.no_grad()
+def test_a_torch_that_cannot_be_asked_dispatches(monkeypatch) -> None:
+    monkeypatch.delattr(torch._C, "_len_torch_dispatch_stack")
+    assert operators._onlookers() is None
+    monkeypatch.setattr(operators, "_ONLOOKERS", None)
+    assert not is_direct(torch.ones(2))
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""The operators of the fused layer: its plan, and its forward and backward, which compilers leave whole."""
+"""The operators of the fused layer's forward and backward, which compilers leave whole, and its autograd function."""
 
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.experts._fused_plan import make_plan, plan_of
+from moekit.experts._fused_plan import plan_of, plan_routing
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import LayerTiles, Tile
 from moekit.operators import differentiated_once, operator
@@ -84,7 +84,7 @@ class Fused(torch.autograd.Function):
     ) -> Tensor:
         """Run the layer, and keep what is to be kept."""
         projections = list(parameters)
-        plan = make_plan(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
+        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         ctx.decided, ctx.num_plan = (settings, constants), len(plan)
         ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])

@@ -8,7 +8,7 @@ from torch import Tensor
 from moekit.operators import operator
 
 
-def make_plan(
+def plan_routing(
     experts: Tensor, tokens: Tensor, num_tokens: int, num_experts: int, height: int, align: int
 ) -> list[Tensor]:
     """Plan a routing: ``plan_layer``, and the lists of each token's assignments if they are no (T, K)."""

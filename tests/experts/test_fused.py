@@ -238,6 +238,26 @@ def test_the_operators_are_well_formed(name: str, keep: Keep) -> None:
 
 
 @runs_kernels
+def test_no_operator_is_dispatched_where_nobody_looks_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    call, called = torch._ops.OpOverload.__call__, []
+
+    def record(self: Any, *args: Any, **options: Any) -> Any:
+        called.append(self.name())
+        return call(self, *args, **options)
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", record)
+    case = draw(SHAPES["usual"], SWIGLU)
+    alone = run(fused(), case, device=DEVICE)
+    assert not [name for name in called if name.startswith("moekit::")]
+    with Calls():
+        looked_at = run(fused(), case, device=DEVICE)
+    assert {name for name in called if name.startswith("moekit::")} == {
+        "moekit::fused_plan", "moekit::fused_experts", "moekit::fused_experts_backward",
+    }  # fmt: skip
+    assert all(torch.equal(alone[name], looked_at[name]) for name in alone)
+
+
+@runs_kernels
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_kept_where_gradients_are_off(mode: Any) -> None:
     x, routing, params = draw(SHAPES["usual"], SWIGLU)

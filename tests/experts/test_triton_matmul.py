@@ -119,8 +119,13 @@ def test_a_second_call_gives_the_same_bits() -> None:
 
 
 def test_shapes_are_known_without_a_device() -> None:
-    rows, w = torch.ones(3, 2, device="meta"), torch.ones(2, 2, 4, device="meta")
-    assert triton(rows, Groups(torch.ones(2, device="meta"), None), w).shape == (3, 4)
+    rows, w = (torch.ones(shape, device="meta", requires_grad=True) for shape in ((3, 2), (2, 2, 4)))
+    groups = Groups(torch.ones(2, device="meta"), None)
+    y = triton(rows, groups, w)
+    y.sum().backward()
+    assert (y.shape, rows.grad.shape, w.grad.shape) == ((3, 4), rows.shape, w.shape)
+    with torch.no_grad():
+        assert triton(rows, groups, w).shape == (3, 4)
 
 
 def test_errors_say_what_was_given_and_expected() -> None:

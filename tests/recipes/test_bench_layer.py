@@ -133,6 +133,20 @@ def test_rows_are_measured_in_turn(monkeypatch) -> None:
     assert order == first * 3
 
 
+def test_every_table_is_compiled_for_its_own_sizes(monkeypatch) -> None:
+    compile, inputs_of = torch.compile, []
+
+    def backend(graph, inputs):
+        inputs_of.append(inputs)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: compile(forward, backend=backend, **options))
+    bench_layer([SMALL, SMALL._replace(tokens=96), SMALL._replace(tokens=80)], rounds=1, only=["grouped, compiled"])
+    assert len(inputs_of) >= 3
+    # What was compiled for one table is not taken for the next one of other sizes, which would be compiled for any.
+    assert not any(isinstance(each, torch.SymInt) for inputs in inputs_of for each in inputs)
+
+
 def test_inference_is_measured_with_gradients_off() -> None:
     given, modes = case(), []
     row = Contender(lambda: (modes.append(torch.is_grad_enabled()), given.x * 2)[1], [given.x], given.grad)

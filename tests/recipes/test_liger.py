@@ -36,5 +36,6 @@ def test_it_computes_the_same_layer(load: str, monkeypatch: pytest.MonkeyPatch) 
     }
     error = 1e-5 if DEVICE == "cpu" else 4e-3  # Liger leaves float32 to Triton, which takes TF32 on a GPU
     for name, (found, want) in pairs.items():
+        assert (found.shape, found.dtype) == (want.shape, want.dtype), name
         relative = (found - want).abs().max().item() / want.abs().max().item()
         assert relative <= error, f"{name}: differs by {relative:.1e} of its largest entry"
