@@ -1,4 +1,4 @@
-"""Operators are called directly where nobody could tell, and through torch's dispatcher everywhere else."""
+"""Operators are called directly where torch's dispatcher would do nothing else, and through it everywhere else."""
 
 import sys
 
