@@ -5,7 +5,7 @@ import pytest
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add options; they are known where this folder or a file in it is named on the command line."""
-    parser.addoption("--kills", type=int, default=6, help="how often test_kills.py kills its run")
+    parser.addoption("--kills", type=int, default=4, help="how often test_kills.py kills its run")
     parser.addoption("--full", action="store_true", help="run every case of the matrices, in float32 too")
 
 
