@@ -125,9 +125,8 @@ def _fused_backward(
                 d_w[expert].zero_()
             for i, block in enumerate(blocks):
                 n = block.stop - block.start
-                x_e, d_y = of_dim[0, :n], of_dim[1, :n]
-                torch.index_select(x, 0, rows.tokens[block], out=x_e)
-                torch.index_select(grad, 0, rows.tokens[block], out=d_y)
+                x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[0, :n])
+                d_y = torch.index_select(grad, 0, rows.tokens[block], out=of_dim[1, :n])
                 d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
                 parts = of_firsts(block) if kept else _project(x_e, firsts, expert, of_firsts(block))
                 a, d_h = _through(parts, d_a, of_hidden[1:, :n], activation, d_chosen[block])
