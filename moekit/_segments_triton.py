@@ -15,8 +15,8 @@ from torch import Tensor
 from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
 
-# Assignments of a block. The counts of blocks are scratch memory, at most 32 bytes an assignment (E = 1024; half a byte
-# below E = 32).
+# Assignments of a block. The counts of blocks are scratch memory: 32 bytes an assignment at E = 1024, twice that each
+# time that E doubles, and half a byte below E = 32.
 BLOCK = 256
 _SCAN_BINS, _SCAN_BLOCKS = 4, 512  # experts that one program of the scan carries along, and blocks that it adds at once
 _INVERTED = 1024  # rows that one program of an inversion writes the places of
@@ -164,7 +164,7 @@ def counted_blocks(
 
     Args:
         experts: (N,) int64 in [0, E), or -1, contiguous.
-        num_experts: E, at most 1024.
+        num_experts: E.
         unowned: (R,) int64, contiguous, R < 2^30, or None; every entry becomes -1, before what is launched next.
         sizes: (E,) int64, contiguous, or None; becomes the number of assignments of each expert.
 
@@ -210,7 +210,7 @@ def counting_sort(experts: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Te
 
     Args:
         experts: (N,) int64 in [0, E), or -1; N < 2^31.
-        num_experts: E, at most 1024.
+        num_experts: E.
 
     Returns:
         order (N,) int64; sizes (E,) int64; rows (N,) int64, the place of each assignment in ``order``, -1 for one that

@@ -8,8 +8,9 @@ from torch._subclasses import FakeTensorMode
 
 from moekit.segments import rows_of_assignments, sort_by_expert, tokens_per_expert
 
-# assignments, experts: no assignments, one of each, blocks cut anywhere, E = 2^n, on the GPU many blocks
-SIZES = [(0, 3), (1, 1), (7, 2), (256, 64), (257, 5), (1000, 31), (600, 1024)]
+# assignments, experts: no assignments, one of each, blocks cut anywhere, E = 2^n, E above that of the operators of
+# segments, which a plan of the fused layer may have, on the GPU many blocks
+SIZES = [(0, 3), (1, 1), (7, 2), (256, 64), (257, 5), (1000, 31), (600, 1024), (600, 1500)]
 SIZES += [(131072, 64), (131072, 1024), (3 * 2**20 + 5, 200)] * (DEVICE == "cuda")
 sizes = pytest.mark.parametrize(("number", "num_experts"), SIZES)
 

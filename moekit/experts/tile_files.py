@@ -14,6 +14,7 @@ from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled
 from moekit.operators import constant_in_graphs
 
 FORMAT = "moekit tiles 3"
+_NUMBERS = ("capability", "dtype_size", "dim", "hidden", "experts", "rows_per_expert")  # of an entry, whole ones
 _MEND = "Correct it, or remove it and let moekit tune --write make it again."
 
 
@@ -133,7 +134,7 @@ def parse_tiles(text: str, *, name: str) -> Table:
 
 def _entry(content: Any, where: str) -> TileEntry:
     fields = _fields(content, TileEntry._fields, where)
-    for field in TileEntry._fields[:6]:
+    for field in _NUMBERS:
         _expect_whole(fields[field], f"{where}, {field}")
     _expect(isinstance(fields["gated"], bool), f"{where}, gated", fields["gated"], "true or false")
     _expect(fields["precision"] in ("ieee", "tf32"), f"{where}, precision", fields["precision"], '"ieee" or "tf32"')

@@ -38,6 +38,12 @@ class TileEntry(NamedTuple):
     origin: str
     tiles: LayerTiles
 
+    @property
+    def key(self) -> tuple[int | str, ...]:
+        """What it is the entry of: all but the origin and the tiles. A table has one entry of a key, in their order."""
+        sizes = self.dim, self.hidden, self.experts, self.rows_per_expert
+        return self.capability, self.dtype_size, *sizes, self.gated, self.precision
+
 
 Table = tuple[TileEntry, ...]
 
@@ -81,7 +87,7 @@ def merged(table: Iterable[TileEntry], entries: Iterable[TileEntry]) -> Table:
         >>> [entry.origin for entry in merged([old], [new])]
         ['new']
     """
-    by_key = {entry[:8]: entry for entry in (*table, *entries)}
+    by_key = {entry.key: entry for entry in (*table, *entries)}
     return tuple(by_key[key] for key in sorted(by_key))
 
 
@@ -146,8 +152,9 @@ def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: Lay
 
 def _fits_narrow(entry: TileEntry) -> bool:
     """Say whether a program of little shared memory holds an entry's operands, which are the least that it has to."""
-    columns = [2 * entry.tiles.up.n if entry.gated else entry.tiles.up.n, *[tile.n for tile in entry.tiles[1:]]]
-    operands = [(tile.stages - 1) * (tile.m + n) * tile.k for tile, n in zip(entry.tiles, columns, strict=True)]
+    up = entry.tiles.up
+    tiles = entry.tiles._replace(up=up._replace(n=2 * up.n)) if entry.gated else entry.tiles
+    operands = [(tile.stages - 1) * (tile.m + tile.n) * tile.k for tile in tiles]
     return max(operands) * entry.dtype_size <= NARROW_BYTES
 
 

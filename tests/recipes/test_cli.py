@@ -1,5 +1,8 @@
+import ast
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -7,7 +10,10 @@ from moekit import __version__
 from moekit.dispatch import padded_plan
 from moekit.recipes import mixtral, openlm
 from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_table
+from moekit.recipes.doctor import PACKAGES
 from moekit.recipes.names import RECIPES
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -83,6 +89,43 @@ def test_train_without_its_packages_says_which(monkeypatch):
     monkeypatch.setitem(sys.modules, "moekit.recipes.train", None)
     with pytest.raises(SystemExit, match=r"moekit train: .*it needs rich, tyro and torchdata. `moekit doctor`"):
         main(["train"])
+
+
+def packages_of(module: str, seen: set[str]) -> set[str]:
+    """Return which of rich, tyro and torchdata come with a module's import, also through others of moekit."""
+    top, _, _ = module.partition(".")
+    if top != "moekit" or module in seen:
+        return {top} & {"rich", "tyro", "torchdata"}
+    seen.add(module)
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.exists():  # a name in a module
+        return set()
+    named = [module.rpartition(".")[0]] if "." in module else []
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Import):
+            named += [alias.name for alias in node.names]
+        if isinstance(node, ast.ImportFrom) and node.module:
+            named += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return set().union(*(packages_of(each, seen) for each in named))
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS.keys() - {"doctor", "recipes"}))
+def test_a_program_names_the_packages_that_it_imports_and_the_doctor_names_the_program(program, monkeypatch):
+    asked = []
+
+    def missing(module):
+        asked.append(module)
+        raise ModuleNotFoundError("No module named 'it'")
+
+    monkeypatch.setattr("moekit.recipes.cli.importlib.import_module", missing)
+    with pytest.raises(SystemExit) as raised:
+        main([program])
+    found = re.fullmatch(rf"moekit {program}: No module named 'it'; it needs (.*)\. .*", str(raised.value))
+    needed = packages_of(asked[0], set())
+    assert set(re.split(", | and ", found[1])) == needed
+    purposes = {package.name: re.split("[ ,]+", package.purpose) for package in PACKAGES}
+    assert {name for name in ("rich", "tyro", "torchdata") if program in purposes[name]} == needed
 
 
 def test_recipes_without_rich_says_so(monkeypatch):

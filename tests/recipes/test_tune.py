@@ -7,7 +7,7 @@ import torch
 
 from moekit.experts import init_gated
 from moekit.experts.tile_files import layer_tiles, read_tiles
-from moekit.experts.tile_tables import entry_of, from_table
+from moekit.experts.tile_tables import TileEntry, entry_of, from_table
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 from moekit.recipes import backends
 from moekit.recipes.backends import Choice
@@ -19,7 +19,7 @@ from moekit.recipes.tuning.candidates import (
     BANDS,
     ROW_PRODUCTS,
     WEIGHT_PRODUCTS,
-    candidates,
+    candidates_of,
     fitting,
     shortlist,
     with_bands,
@@ -28,7 +28,7 @@ from moekit.recipes.tuning.candidates import (
 from moekit.recipes.tuning.compiling import Job, compiling
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.products import differs, miniature, products_flops
-from moekit.recipes.tuning.report import Comparison, Tuned, lines_of, size_words
+from moekit.recipes.tuning.report import Comparison, Tuned, lines_of, size_words, tile_words
 from moekit.recipes.tuning.times import cuda_seconds
 from moekit.recipes.tuning.tune import layer_size, tune
 from moekit.routing import top_k
@@ -50,7 +50,7 @@ def fake_tuned(size: LayerSize = SIZE, *, seconds: float = 1e-3) -> Tuned:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_candidates_are_few_and_can_fit_each_other(dtype, gated) -> None:
     size = SIZE._replace(dtype=dtype, gated=gated)
-    tried = with_rule(candidates(size), size)
+    tried = with_rule(candidates_of(size), size)
     for name, tiles in tried.items():
         assert tiles[0] == getattr(ruled_tiles(size), name)
         assert len(set(tiles)) == len(tiles) <= 24, name
@@ -60,14 +60,25 @@ def test_candidates_are_few_and_can_fit_each_other(dtype, gated) -> None:
 
 
 def test_a_product_that_cannot_overlap_is_not_tried_twice() -> None:
-    tried = candidates(SIZE)
+    tried = candidates_of(SIZE)
     assert {name for name, tiles in tried.items() if any(tile.overlap for tile in tiles)} == {
         "down",
         "grad_hidden",
         "grad_up",
         "grad_down",
     }
-    assert any(tile.overlap for tile in candidates(SIZE._replace(gated=False))["grad_rows"])
+    assert any(tile.overlap for tile in candidates_of(SIZE._replace(gated=False))["grad_rows"])
+
+
+def test_products_are_sorted_by_what_their_tiles_share() -> None:
+    assert (*ROW_PRODUCTS, *WEIGHT_PRODUCTS) == LayerTiles._fields
+
+
+def test_a_specialized_tile_is_told_from_a_plain_one() -> None:
+    ruled = ruled_tiles(layer_size(GPU_SHAPES["olmoe-1b-7b"], torch.bfloat16)._replace(capability=9)).down
+    assert tile_words(ruled) == "specialized, band 32"
+    plain = with_bands([ruled._replace(specialized=False)])
+    assert len({tile_words(tile) for tile in (ruled, *plain)}) == 1 + len(plain)
 
 
 def test_candidates_of_other_products_are_refused() -> None:
@@ -205,6 +216,17 @@ def test_a_rule_that_does_not_run_is_an_error(monkeypatch) -> None:
         tune([SIZE], device="cpu", timer=lambda runs, rounds: {}, workers=0, tell=lambda line: None)
 
 
+def test_a_device_that_is_not_there_is_refused(monkeypatch) -> None:
+    with pytest.raises(SystemExit, match=r"tune: --device cuda:x; expected cuda, or one of several as cuda:1"):
+        main(["tune", "--device", "cuda:x"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(SystemExit, match=r"tune: --device cuda:9, and torch finds 1 CUDA device, cuda:0; take one"):
+        main(["tune", "--device", "cuda:9"])
+    with pytest.raises(ValueError, match=r"tune: device = cuda:9, and torch finds 1 CUDA device, cuda:0; take one"):
+        tune([SIZE], device=torch.device("cuda", 9))
+
+
 def test_tuning_needs_a_cuda_device_and_rounds() -> None:
     with pytest.raises(ValueError, match=r"tune measures kernels on a CUDA device; the device is cpu\. Take a table"):
         tune([SIZE], device="cpu")
@@ -223,6 +245,13 @@ def test_writing_merges_with_what_is_there(tmp_path) -> None:
     assert [entry.origin for entry in found] == ["new", "other"]
     assert read_tiles(path) == found
     assert [each.name for each in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_an_entry_is_told_by_all_but_its_origin_and_tiles() -> None:
+    entry = fake_tuned().entry
+    named = dict(zip([name for name in TileEntry._fields if name not in ("origin", "tiles")], entry.key, strict=True))
+    assert entry == TileEntry(**named, origin=entry.origin, tiles=entry.tiles)
+    assert entry.key == entry._replace(origin="elsewhere", tiles=LayerTiles(*[TILE] * 6)).key
 
 
 def test_a_file_that_is_no_table_is_left_as_it_is(tmp_path) -> None:
@@ -289,7 +318,7 @@ def test_the_program_measures_the_shapes_and_writes_the_file(tmp_path, capsys, m
         (torch.float16, 131072, 64, 2048, 1024),
         (torch.float16, 128, 8, 16, 24),
     ]
-    assert (options["device"], options["rounds"], options["workers"]) == ("cuda", 5, None)
+    assert (str(options["device"]), options["rounds"], options["workers"]) == ("cuda", 5, None)
     assert {entry.origin for entry in read_tiles(path)} == {"mine", "nowhere"}
     out = capsys.readouterr().out
     assert out.count("N 131,072, D 2,048, F 1,024, E 64, gated, float16") == 1
@@ -346,7 +375,7 @@ def test_the_program_refuses_what_it_could_not_write_before_it_measures(tmp_path
 
 def test_the_program_without_its_packages_says_which(monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "moekit.recipes.tuning.program", None)
-    with pytest.raises(SystemExit, match=r"moekit tune: .*it needs rich, tyro and torchdata"):
+    with pytest.raises(SystemExit, match=r"moekit tune: .*it needs rich and tyro\. `moekit"):
         main(["tune"])
 
 

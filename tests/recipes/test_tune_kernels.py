@@ -8,6 +8,7 @@ from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interprete
 from torch import Tensor
 
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, ruled_tiles
+from moekit.recipes.bench.devices import on_device
 from moekit.recipes.tuning import tune as module
 from moekit.recipes.tuning.compiling import Job, compiling, try_job
 from moekit.recipes.tuning.products import (
@@ -15,7 +16,6 @@ from moekit.recipes.tuning.products import (
     ProductRun,
     draw_operands,
     miniature,
-    on_device,
     schedule_of,
 )
 from moekit.recipes.tuning.tune import tune

@@ -51,7 +51,7 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     from moekit.experts.kernels._fused_triton import Plan, combined, dispatched
     from moekit.experts.kernels._tiles_triton import Schedule
 
-    dim, width, num_experts = case.shape[2:5]
+    dim, width, num_experts = case.shape.dim, case.shape.hidden, case.shape.experts
     x, (gate, up, down) = case.x.detach(), (w.detach() for w in case.experts)
     ups, device = (gate, up), x.device
     size = LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, capability_of(device), is_narrow(device))

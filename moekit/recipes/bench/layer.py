@@ -13,6 +13,7 @@ import torch
 
 from moekit.recipes.backends import choose_backend
 from moekit.recipes.bench.dense import dense_bound, dense_expert
+from moekit.recipes.bench.devices import device_of, on_device
 from moekit.recipes.bench.peers import peer_rows
 from moekit.recipes.bench.rows import Build, Case, Contender, loads_of, make_case, moekit_rows, try_build
 from moekit.recipes.bench.shapes import LayerShape
@@ -29,7 +30,7 @@ class Row(NamedTuple):
         name: of the backend or the peer.
         forward: seconds of each round's forward, with all that a backward needs.
         both: seconds of each round's forward and backward.
-        inference: seconds of each round's forward with gradients off.
+        inference: seconds of each round's forward with gradients off; empty if it does not run so.
         memory: bytes held and at the peak.
         fraction: of the dense bound's speed, forward and backward: the median over rounds of the two rows' ratio.
         forward_fraction: the same, of the forward.
@@ -111,7 +112,7 @@ def bench_layer(
         Report. Rows that do not work here, or are not installed, say why.
 
     Raises:
-        ValueError: if there are no rounds, or a word of ``only`` is the beginning of no row.
+        ValueError: if there are no rounds, no such device, or a word of ``only`` is the beginning of no row.
 
     Example:
         >>> from moekit.recipes.bench.shapes import shape_of
@@ -121,12 +122,14 @@ def bench_layer(
     """
     if rounds < 1:
         raise ValueError(f"bench_layer: rounds = {rounds}; expected at least 1.")
-    builds = _chosen(only)
+    builds, place = _chosen(only), device_of(device, given="bench_layer: device =")
     report = Report(describe_machine(device, dtype), [])
     for shape in shapes:
         for load in loads:
             tell(f"{shape.name}, {load}: {len(builds) + 1} rows, {rounds} rounds")
-            report.tables.append(_table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell))
+            with on_device(place):
+                table = _table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell)
+            report.tables.append(table)
             done(report)
     return report
 
@@ -170,6 +173,7 @@ def _chosen(only: Sequence[str]) -> dict[str, Build]:
 
 def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[[str], object]) -> Table:
     torch.compiler.reset()  # every table compiles the same code anew, which Dynamo does a few times only
+    imbalance, empty = loads_of(case)  # before an hour of measuring, for where no token is routed there is no layer
     contenders: dict[str, Contender] = {}
     skipped: dict[str, str] = {}
     for name, build in {BOUND: dense_bound, **builds}.items():
@@ -179,6 +183,8 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
             tell(f"  {name}: skipped, {built}")
         else:
             contenders[name] = built
+            if built.no_inference:
+                tell(f"  {name}: no inference, {built.no_inference}")
     measured: dict[str, list[Round]] = {name: [] for name in contenders}
     for _ in range(rounds):
         for name, contender in contenders.items():
@@ -191,7 +197,7 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
     ]
     device, dtype = str(case.x.device), str(case.x.dtype).removeprefix("torch.")
     stages = measure_stages(case, rounds, fused="fused_layer" in contenders, tell=tell)
-    return Table(case.shape, case.load, device, dtype, *loads_of(case), rows, stages)
+    return Table(case.shape, case.load, device, dtype, imbalance, empty, rows, stages)
 
 
 def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None) -> Row:
@@ -210,9 +216,17 @@ def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory
         >>> row_of("half as fast", [Round(2.0, 6.0, 2.0)] * 3, [Round(1.0, 3.0, 1.0)] * 3).fraction
         0.5
     """
-    forward, both, inference = zip(*rounds, strict=True)
-    if not bound:
-        return Row(name, forward, both, inference, memory)
-    ratios = [[b / r for r, b in zip(*each, strict=True)] for each in zip(rounds, bound, strict=True)]
-    of_forward, of_both, of_inference = map(median, zip(*ratios, strict=True))
+    (forward, both, inference), bounds = _by_kind(rounds), _by_kind(bound)
+    times = forward, both, inference
+    of_forward, of_both, of_inference = map(_fraction, times, bounds)
     return Row(name, forward, both, inference, memory, of_both, of_forward, of_inference)
+
+
+def _by_kind(rounds: list[Round]) -> list[tuple[float, ...]]:
+    """Return the seconds of each field of the rounds; none of a field that was not measured."""
+    fields = ((getattr(each, field) for each in rounds) for field in Round._fields)
+    return [tuple(seconds for seconds in field if seconds is not None) for field in fields]
+
+
+def _fraction(times: Sequence[float], bound: Sequence[float]) -> float | None:
+    return median(b / t for t, b in zip(times, bound, strict=True)) if times and bound else None

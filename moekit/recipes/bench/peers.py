@@ -80,7 +80,8 @@ def _scattermoe(case: Case) -> Contender:
     mlp = importlib.import_module("scattermoe.mlp")
     need_cuda(case)
     s = case.shape
-    layer = mlp.GLUMLP(s.dim, s.hidden, s.experts, s.k, activation=torch.nn.SiLU()).to(case.x)
+    with torch.device(case.x.device):
+        layer = mlp.GLUMLP(s.dim, s.hidden, s.experts, s.k, activation=torch.nn.SiLU()).to(case.x.dtype)
     return _routed(case, lambda x, weights, experts: layer(x, weights, experts), list(layer.parameters()))
 
 

@@ -13,6 +13,7 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.files import write_whole
+from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
@@ -124,9 +125,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         torch.OutOfMemoryError: if a case does not fit the device; files hold the tables before it.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if device.split(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device {device}; expected cpu, cuda, or one of several as cuda:1.")
-    on_cuda = torch.device(device).type == "cuda"
+    on_cuda = device_of(device).type == "cuda"
     if on_cuda and not torch.cuda.is_available():
         raise ValueError(
             f"--device {device}, and torch finds no CUDA device here; use --device cpu, or look at moekit doctor."

@@ -1,5 +1,6 @@
 """The rows of the layer benchmark: whole MoE layers by backend."""
 
+import re
 import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -16,7 +17,8 @@ from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto
 from moekit.recipes.bench.shapes import LayerShape, load_offsets
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
-from moekit.routing import fused_top_k, linear_gate, token_rounding
+from moekit.routing import fused_top_k, linear_gate, softmax, token_rounding, top_k
+from moekit.routing.fused_top_k import kernel_takes
 from moekit.segments import tokens_per_expert
 from moekit.types import ExpertLayer, Groups, Router, Routing
 
@@ -50,7 +52,8 @@ class Case(NamedTuple):
     def route(self, logits: Tensor, *, bias: Tensor | None = None) -> Routing:
         """Choose the k best experts, as the load would have it."""
         shifted = logits if self.load == "uniform" else logits + self.offsets
-        return fused_top_k(shifted, k=self.shape.k, bias=bias)
+        choose = fused_top_k if kernel_takes(self.shape.experts, self.shape.k, softmax) else top_k
+        return choose(shifted, k=self.shape.k, bias=bias)
 
 
 class Contender(NamedTuple):
@@ -60,11 +63,13 @@ class Contender(NamedTuple):
         forward: () -> y; with gradients off, y without a history.
         leaves: what to differentiate y by.
         grad: of y.
+        no_inference: why it does not run with gradients off; "" if it does.
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     grad: Tensor
+    no_inference: str = ""
 
 
 Build = Callable[[Case], Contender]
@@ -244,32 +249,49 @@ def try_build(build: Build, case: Case) -> Contender | str:
         case: to compute with.
 
     Returns:
-        The row, or one line that says why it does not work here.
+        The row, which says so if only the forward alone does not work here; or one line that says why nothing does.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             contender = build(case)
             torch.autograd.grad(contender.forward(), contender.leaves, contender.grad)
+        except Exception as error:  # whatever a backend or a peer raises here is the answer
+            return reason_of(error)
+        try:
             with torch.no_grad():
                 contender.forward()
-    except Exception as error:  # whatever a backend or a peer raises here is the answer
-        return reason_of(error)
+        except Exception as error:
+            return contender._replace(no_inference=reason_of(error))
     return contender
 
 
-def reason_of(error: Exception) -> str:
+def reason_of(error: BaseException) -> str:
     """Say in one line why something does not work.
 
     Args:
         error: that it raised.
 
     Returns:
-        The first line of its message, or what it is.
+        The first line of its message, or what it is; of an error of Dynamo, whose first line names a kind of error
+        alone, what the compiled code raised, or else the explanation.
 
     Example:
         >>> reason_of(ValueError("no.\\nNever.")), reason_of(MemoryError())
         ('no', 'MemoryError')
     """
-    text = str(error).strip() or type(error).__name__
-    return text.splitlines()[0].rstrip(".")
+    first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if type(error).__module__.startswith("torch._dynamo"):
+        first = _reason_of_dynamo(error) or first
+    return first.rstrip(".")
+
+
+def _reason_of_dynamo(error: BaseException) -> str:
+    """Return what the last cause of an error says, or its own explanation; "" if there is neither."""
+    last = error
+    while last.__cause__ is not None:
+        last = last.__cause__
+    if last is not error and str(last).strip():
+        return str(last).strip().splitlines()[0]
+    explained = re.search(r"^\s*(?:Explanation:|backend=.* raised:\n)\s*(.+)", str(error), re.MULTILINE)
+    return explained[1] if explained else ""

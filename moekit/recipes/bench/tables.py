@@ -1,6 +1,7 @@
 """The layer benchmark's report as JSON, as Markdown, and on the terminal."""
 
 import json
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -123,7 +124,8 @@ def _rated(stage: Stage) -> dict[str, Any]:
 
 
 def _cells(row: Row, flops: int) -> tuple[str, ...]:
-    times = [f"{median(seconds) * 1e3:.2f}" for seconds in (row.forward, row.both, row.inference)]
+    measured = row.forward, row.both, row.inference
+    times = [f"{median(seconds) * 1e3:.2f}" if seconds else "-" for seconds in measured]
     related = row.fraction, row.forward_fraction, row.inference_fraction
     fractions = ["-" if each is None else f"{each:.2f}" for each in related]
     held, peak = (None, None) if row.memory is None else row.memory
@@ -137,25 +139,37 @@ def _markdown(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[st
 
 
 def print_report(report: Report, console: Any) -> None:
-    """Print a report's tables.
+    """Print a report's tables. At 120 columns nothing in them is cut.
 
     Args:
         report: of ``bench_layer``.
         console: a ``rich.console.Console``.
     """
-    from rich.table import Table as RichTable
 
+    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
     for name, value in report.machine.items():
-        console.print(f"{name}: {value}", highlight=False, markup=False, soft_wrap=True)
+        say(f"{name}: {value}")
     for table in report.tables:
-        stages = [("", stage_headings(name), stages_of(each)) for name, each in table.stages.items()]
-        for caption, headings, rows in ((title(table), HEADINGS, rows_of(table)), *stages):
-            shown = RichTable(title=caption or None, title_justify="left")
-            for i, heading in enumerate(headings):
-                shown.add_column(heading, justify="right" if i else "left", no_wrap=i == 0)
-            for cells in rows:
-                shown.add_row(*cells)
-            console.print(shown)
+        say(f"\n{title(table)}\n")
+        stages = [(stage_headings(name), stages_of(each)) for name, each in table.stages.items()]
+        for headings, rows in ((HEADINGS, rows_of(table)), *stages):
+            console.print(_on_terminal(headings, rows))
+            say("")
         for row in table.rows:
             if row.skipped:
-                console.print(f"  {row.name}: {row.skipped}", highlight=False, markup=False, soft_wrap=True)
+                say(f"  {row.name}: {row.skipped}")
+
+
+def _on_terminal(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
+    """Lay a table out for the terminal: units below what they are of, two columns of space and no lines between."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table as RichTable
+
+    shown = RichTable(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    name, *others = headings
+    shown.add_column(name, overflow="fold", no_wrap=True)
+    for heading in others:
+        shown.add_column("\n".join(heading.rsplit(" ", 1)), justify="right", overflow="fold", no_wrap=True)
+    for cells in rows:
+        shown.add_row(*cells)
+    return shown

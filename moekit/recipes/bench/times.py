@@ -1,4 +1,7 @@
-"""Measuring: a row's seconds of a round and its bytes between forward and backward, and launches on CUDA alone."""
+"""Measuring: a row's seconds of a round and its bytes between forward and backward, and launches on CUDA alone.
+
+On CUDA it is the current device that is measured, which has to be that of the tensors: see ``on_device``.
+"""
 
 import math
 import time
@@ -17,12 +20,12 @@ class Round(NamedTuple):
     Attributes:
         forward: until y is there, with all that a backward needs.
         both: until all gradients are there.
-        inference: until y is there, with gradients off.
+        inference: until y is there, with gradients off; None if it does not run so.
     """
 
     forward: float
     both: float
-    inference: float
+    inference: float | None
 
 
 class Memory(NamedTuple):
@@ -58,7 +61,7 @@ _AHEAD, _AHEAD_SECONDS = 5, 0.2
 
 
 def run_once(contender: Contender) -> Round:
-    """Run forward and backward once, then forward with gradients off, and measure.
+    """Run forward and backward once, then forward with gradients off if it runs so, and measure.
 
     On CUDA it is the device's time of the last of several runs that are queued together, as the layers of a model are:
     the host's time hides behind the runs before, unless the host takes longer for a run than the device. They last long
@@ -81,10 +84,15 @@ def _on_cpu(contender: Contender) -> Round:
     torch.autograd.grad(y, contender.leaves, contender.grad)
     end = time.perf_counter()
     del y
-    with torch.no_grad():
-        alone = time.perf_counter()
-        contender.forward()
-    return Round(between - start, end - start, time.perf_counter() - alone)
+    alone = None if contender.no_inference else _seconds_alone(contender)
+    return Round(between - start, end - start, alone)
+
+
+@torch.no_grad()
+def _seconds_alone(contender: Contender) -> float:
+    start = time.perf_counter()
+    contender.forward()
+    return time.perf_counter() - start
 
 
 def _on_cuda(contender: Contender) -> Round:
@@ -103,10 +111,15 @@ def _on_cuda(contender: Contender) -> Round:
         end.record()
         torch.cuda.synchronize()
     del grads
-    with torch.no_grad():
-        alone = queue_launches(contender.forward, 1, ahead=_count_ahead(contender.forward))
-        torch.cuda.synchronize()
-    return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3, alone())
+    alone = None if contender.no_inference else _cuda_seconds_alone(contender)
+    return Round(start.elapsed_time(between) / 1e3, start.elapsed_time(end) / 1e3, alone)
+
+
+@torch.no_grad()
+def _cuda_seconds_alone(contender: Contender) -> float:
+    seconds = queue_launches(contender.forward, 1, ahead=_count_ahead(contender.forward))
+    torch.cuda.synchronize()
+    return seconds()
 
 
 def _count_ahead(run: Callable[[], object]) -> int:

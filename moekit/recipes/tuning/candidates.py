@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 
 Times = Mapping[str, Mapping[Tile, float]]
-ROW_PRODUCTS = LayerTiles._fields[:4]
+ROW_PRODUCTS = "up", "down", "grad_hidden", "grad_rows"
 """The products over grouped rows, whose tiles share m."""
-WEIGHT_PRODUCTS = LayerTiles._fields[4:]
+WEIGHT_PRODUCTS = "grad_up", "grad_down"
 """The products whose sum runs over a group's rows, and whose tiles share k."""
 BANDS = (4, 8, 16, 32)
 
@@ -34,7 +34,7 @@ _WIDE = (  # of 32-bit numbers, any product
 )  # fmt: skip
 
 
-def candidates(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
+def candidates_of(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
     """List the tiles to try for each product of a layer, all with one ``band``.
 
     Args:
@@ -45,7 +45,7 @@ def candidates(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
 
     Example:
         >>> import torch
-        >>> tiles = candidates(LayerSize(torch.bfloat16, 1024, 8, 256, 512, gated=True))
+        >>> tiles = candidates_of(LayerSize(torch.bfloat16, 1024, 8, 256, 512, gated=True))
         >>> {product: len(each) for product, each in tiles.items()}
         {'up': 15, 'down': 19, 'grad_hidden': 19, 'grad_rows': 12, 'grad_up': 20, 'grad_down': 20}
     """

@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 
 from moekit.experts.tiles import LayerSize, Tile
+from moekit.recipes.bench.devices import on_device
 from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS
-from moekit.recipes.tuning.products import ProductRun, draw_operands, on_device, schedule_of
+from moekit.recipes.tuning.products import ProductRun, draw_operands, schedule_of
 
 MOST_WORKERS = 12
 

@@ -1,6 +1,5 @@
 """The six products of a fused layer, each alone on operands like the layer's own."""
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -93,23 +92,6 @@ def _aligned(experts: Tensor, num_experts: int, align: int) -> tuple[Tensor, Ten
     places = torch.empty_like(experts)
     places[order] = torch.arange(len(experts), device=experts.device) + shifts[experts[order]]
     return sizes.to(torch.int32), places, _tiles_triton.aligned_rows(len(experts), num_experts, align)
-
-
-def on_device(device: torch.device) -> AbstractContextManager[object]:
-    """Make a CUDA device the one that kernels are launched on; do nothing for any other.
-
-    Args:
-        device: of the operands.
-
-    Returns:
-        A context.
-
-    Example:
-        >>> with on_device(torch.device("cpu")):
-        ...     torch.ones(2).sum()
-        tensor(2.)
-    """
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def schedule_of(operands: Operands, height: int) -> Any:

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
+from moekit.recipes.bench.devices import CUDA, device_of
 from moekit.recipes.bench.program import DTYPES, check_file, whole_lines, wide_console
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
 from moekit.recipes.tuning.files import write_tiles
@@ -71,6 +72,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
         OSError: if the file cannot be read or written.
         RuntimeError: if kernels do not run.
     """
+    device = device_of(settings.device, expected=CUDA)
     shapes = [shape_of(name) for names in settings.shape for name in names] or list(GPU_SHAPES.values())
     if settings.write is not None:  # before a minute of measuring, not after
         _check_file(settings.write)
@@ -78,7 +80,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
     say = whole_lines(console)
     found = tune(
         sizes,
-        device=settings.device,
+        device=device,
         rounds=settings.rounds,
         precision=settings.precision,
         workers=settings.workers,

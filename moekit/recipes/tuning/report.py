@@ -49,12 +49,16 @@ def tile_words(tile: Tile) -> str:
         tile: any.
 
     Returns:
-        m, n and k, then the other fields by name.
+        m, n and k, then the other fields by name; of a specialized one the band, for its kernels look at nothing else.
 
     Example:
         >>> tile_words(Tile(m=128, n=256, k=64, warps=8, stages=3, overlap=True))
         '128x256x64 warps 8 stages 3 band 16 overlap'
+        >>> tile_words(Tile(m=128, n=256, k=64, warps=8, stages=3, band=32, specialized=True))
+        'specialized, band 32'
     """
+    if tile.specialized:
+        return f"specialized, band {tile.band}"
     size = f"{tile.m}x{tile.n}x{tile.k} warps {tile.warps} stages {tile.stages} band {tile.band}"
     return size + (" overlap" if tile.overlap else "")
 

@@ -10,8 +10,9 @@ import torch
 
 from moekit.experts.tile_tables import entry_of
 from moekit.experts.tiles import LayerSize, Tile, capability_of, is_narrow, ruled_tiles
+from moekit.recipes.bench.devices import CUDA, device_of, on_device
 from moekit.recipes.bench.shapes import LayerShape
-from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS, candidates, fitting, shortlist, with_bands, with_rule
+from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS, candidates_of, fitting, shortlist, with_bands, with_rule
 from moekit.recipes.tuning.compiling import Compile, Job, compiling
 from moekit.recipes.tuning.products import (
     Operands,
@@ -19,7 +20,6 @@ from moekit.recipes.tuning.products import (
     differs,
     draw_operands,
     miniature,
-    on_device,
     products_flops,
     schedule_of,
 )
@@ -54,7 +54,7 @@ def tune(
     sizes: Sequence[LayerSize],
     *,
     device: torch.device | str = "cuda",
-    candidates: Callable[[LayerSize], Mapping[str, Sequence[Tile]]] = candidates,
+    candidates: Callable[[LayerSize], Mapping[str, Sequence[Tile]]] = candidates_of,
     rounds: int = 9,
     precision: str = "ieee",
     workers: int | None = None,
@@ -92,7 +92,7 @@ def tune(
         >>> tune([], device="cpu", timer=lambda runs, rounds: {}, tell=lambda line: None)
         []
     """
-    device = torch.device(device)
+    device = device_of(str(device), given="tune: device =", expected=CUDA)
     if timer is None and (device.type != "cuda" or not torch.cuda.is_available()):
         here = "this machine has none" if device.type == "cuda" else f"the device is {device}"
         raise ValueError(
