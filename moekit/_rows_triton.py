@@ -38,13 +38,21 @@ def _clear_padding(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def rows_in_groups(groups, num_groups):  # type: ignore[no-untyped-def]
+    """Return where the last of E groups ends, of a table of their E first rows and E sizes."""
+    return tl.load(groups + num_groups - 1) + tl.load(groups + 2 * num_groups - 1)
+
+
+@triton.jit
 def _copy_kernel(  # type: ignore[no-untyped-def]
     x,
     rows,
     padding,
+    groups,
     out,
     num_tokens,
     num_rows,
+    num_groups,
     dim,
     K: tl.constexpr,
     UNROLL: tl.constexpr,
@@ -63,6 +71,8 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
             row = tl.load(rows + tokens * K + start + i, mask=here, other=-1)
             places = row[:, None] * dim + columns[None, :]
             tl.store(out + places, values, mask=(row >= 0)[:, None] & (columns < dim)[None, :])
+    if groups is not None:
+        num_rows = rows_in_groups(groups, num_groups)
     _clear_padding(out, padding, block, columns, num_rows, dim, NEGATIVE, ROWS, BLOCK)
 
 
@@ -78,7 +88,6 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     UNROLL: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-    WEIGHTED: tl.constexpr,
     SUM: tl.constexpr,
 ):
     block, columns = _place(dim, BLOCK)
@@ -90,7 +99,7 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
             row = tl.load(rows + tokens * K + start + i, mask=here, other=-1)
             places = row[:, None] * dim + columns[None, :]
             found = tl.load(values + places, mask=(row >= 0)[:, None] & (columns < dim)[None, :], other=0.0).to(SUM)
-            if WEIGHTED:
+            if weights is not None:
                 weight = tl.load(weights + tokens * K + start + i, mask=row >= 0, other=0.0).to(SUM)
                 found *= weight[:, None]
             sums += found
@@ -176,11 +185,14 @@ def _sum_dtype(dtype: torch.dtype) -> tl.dtype:
 
 
 @lru_cache(maxsize=512)
-def _copy_launch(num_tokens: int, k: int, num_rows: int, dim: int, dtype: torch.dtype, negative: bool) -> Launch:
+def _copy_launch(
+    num_tokens: int, k: int, num_rows: int, num_groups: int, dim: int, dtype: torch.dtype, negative: bool
+) -> Launch:
     tile = _tile(dim, k, dtype)
     programs = max(blocks_of(num_tokens, tile.tokens), blocks_of(num_rows, _ROWS))
+    pointers = (*(3 * (POINTER,)), POINTER if num_groups else None, POINTER)
     return Launch(
-        _copy_kernel, (programs * blocks_of(dim, tile.columns),), (*(4 * (POINTER,)), num_tokens, num_rows, dim),
+        _copy_kernel, (programs * blocks_of(dim, tile.columns),), (*pointers, num_tokens, num_rows, num_groups, dim),
         K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, NEGATIVE=negative, ROWS=_ROWS, BLOCK=tile.columns,
         num_warps=tile.warps,
     )  # fmt: skip
@@ -191,8 +203,8 @@ def _sum_launch(num_tokens: int, k: int, dim: int, dtype: torch.dtype, weighted:
     tile = _tile(dim, k, dtype)
     return Launch(
         _sum_kernel, (blocks_of(num_tokens, tile.tokens) * blocks_of(dim, tile.columns),),
-        (*(4 * (POINTER,)), num_tokens, dim), K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns,
-        WEIGHTED=weighted, SUM=_sum_dtype(dtype), num_warps=tile.warps,
+        (POINTER, POINTER, POINTER if weighted else None, POINTER, num_tokens, dim),
+        K=k, UNROLL=tile.unroll, TOKENS=tile.tokens, BLOCK=tile.columns, SUM=_sum_dtype(dtype), num_warps=tile.warps,
     )  # fmt: skip
 
 
@@ -206,7 +218,7 @@ def _weigh_backward_launch(num_tokens: int, k: int, num_rows: int, dim: int, dty
     )  # fmt: skip
 
 
-def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
+def copy(x: Tensor, rows: Tensor, padding: Tensor, groups: Tensor | None = None, num_groups: int = 0) -> Tensor:
     """Copy each token of x (T, D) to its ``rows`` (T, K), -1 for none; rows of padding are zero.
 
     No host synchronisation. Deterministic.
@@ -215,6 +227,9 @@ def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
         x: (T, D), contiguous.
         rows: (T, K) int64, contiguous.
         padding: (R,), contiguous: bool, true for a row of padding; or int64, -1 for one.
+        groups: int32, the first rows of E groups, their sizes, and anything; rows past the last group are then left as
+            they are, whatever lies in that memory. None fills all padding.
+        num_groups: E.
 
     Returns:
         (R, D), the dtype of ``x``. Every row is either some token's or padding.
@@ -222,7 +237,8 @@ def copy(x: Tensor, rows: Tensor, padding: Tensor) -> Tensor:
     (num_tokens, dim), k, num_rows = x.shape, rows.shape[1], padding.shape[0]
     out = torch.empty(num_rows, dim, dtype=x.dtype, device=x.device)
     if num_rows and dim:
-        _copy_launch(num_tokens, k, num_rows, dim, x.dtype, padding.dtype == torch.int64)(x, rows, padding, out)
+        launch = _copy_launch(num_tokens, k, num_rows, num_groups, dim, x.dtype, padding.dtype == torch.int64)
+        launch(x, rows, padding, *(() if groups is None else (groups,)), out)
     return out
 
 
@@ -238,7 +254,7 @@ def add_up(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     out = torch.empty(num_tokens, dim, dtype=values.dtype, device=values.device)
     if num_tokens and dim:
         launch = _sum_launch(num_tokens, k, dim, values.dtype, weights is not None)
-        launch(values, rows, values if weights is None else weights, out)
+        launch(values, rows, *(() if weights is None else (weights,)), out)
     return out
 
 

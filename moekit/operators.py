@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 
 
 def operator(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -104,12 +105,12 @@ def _are_plain(args: Sequence[Any]) -> bool:
 
 
 class _Refusal(torch.autograd.Function):
-    """(name, *gradients) -> the gradients, which cannot be differentiated."""
+    """(name, how many inputs, *inputs, *gradients) -> the gradients, which cannot be differentiated by the inputs."""
 
     @staticmethod
-    def forward(ctx, name: str, *grads: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
+    def forward(ctx, name: str, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
         ctx.name = name
-        return tuple(grad.view_as(grad) for grad in grads)
+        return tuple(grad.view_as(grad) for grad in tensors[num_inputs:])
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[no-untyped-def]
@@ -119,29 +120,51 @@ class _Refusal(torch.autograd.Function):
         )
 
 
-def differentiated_once(name: str, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def differentiated_once(name: str, inputs: Sequence[Tensor | None], *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     """Return what a backward of kernels returns; who differentiates it is told that this cannot be.
 
-    Without it torch warns, and takes the gradient of a gradient for zero. Compiled code has no such gradients.
+    Without it torch takes the gradient of a gradient for zero. Compiled code has no such gradients.
 
     Args:
         name: of the function whose gradients they are.
+        inputs: that they depend on, the gradient that came in among them.
         grads: the gradients.
 
     Returns:
         The gradients.
 
     Example:
-        >>> grad = torch.ones(2)
-        >>> differentiated_once("a layer", grad, None)[0].sum().backward()
+        >>> x, grad = torch.ones(2, requires_grad=True), torch.ones(2)
+        >>> torch.autograd.grad(differentiated_once("a layer", [x, grad], grad, None)[0].sum(), x)
         Traceback (most recent call last):
         RuntimeError: a layer: its gradient has no gradient. For gradients of gradients compose the layer of \
 operators that have them: `expert_layer` on `loop` or `batched`, `top_k`, a float32 gate.
     """
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():  # gradients are enabled by create_graph=True
         return grads
-    kept = iter(_Refusal.apply(name, *(grad.detach().requires_grad_() for grad in grads if grad is not None)))
+    given = [each for each in inputs if each is not None]
+    kept = iter(_Refusal.apply(name, len(given), *given, *(grad.detach() for grad in grads if grad is not None)))
     return tuple(None if grad is None else next(kept) for grad in grads)
+
+
+def refuse_tangents(name: str, *tensors: Tensor) -> None:
+    """Refuse gradients in forward mode, which torch drops without a word where no input wants one in reverse.
+
+    Args:
+        name: of the function that has none, for the message.
+        tensors: its inputs.
+
+    Raises:
+        NotImplementedError: if one of them has a tangent.
+
+    Example:
+        >>> refuse_tangents("a layer", torch.ones(1))  # it has none
+    """
+    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
+        raise NotImplementedError(
+            f"{name}: it has no forward-mode gradient (torch.func.jvp, dual tensors). Take one in reverse mode, by "
+            f"torch.autograd.grad."
+        )
 
 
 def wants_gradient(*tensors: Tensor) -> bool:

@@ -73,12 +73,13 @@ def sum_rows(rows: Tensor, links: Links) -> Tensor:
 class _CopyRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(rows)
+        ctx.save_for_backward(tokens, padding, rows)
         return copied(x, tokens, padding, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return summed(grad, ctx.saved_tensors[0], None), None, None, None
+        links = Links(*ctx.saved_tensors)
+        return sum_rows(grad, links) if differentiable() else summed(grad, links.rows, None), None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -89,7 +90,16 @@ class _SumRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return copied(grad, *ctx.saved_tensors), None, None, None
+        links = Links(*ctx.saved_tensors)
+        return copy_rows(grad, links) if differentiable() else copied(grad, *links), None, None, None
+
+
+def differentiable() -> bool:
+    """Say whether a backward is to have a gradient itself, as it is with ``create_graph=True``; compiled code has none.
+
+    Kernels have none, so it then takes functions that do.
+    """
+    return torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
 def copied(x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:
@@ -127,23 +137,25 @@ def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def weighed_back(
-    grad: Tensor, values: Tensor, weights: Tensor, *, links: Links, assignments: Tensor
+    grad: Tensor, values: Tensor, weights: Tensor, *, links: Links, assignments: Tensor, again: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Return the gradients of ``summed(values, links.rows, weights)``: of ``values`` (R, D) and ``weights`` (T, k).
 
     ``assignments`` (R,) int64 says which of the T * k flattened weights a row has; anything for a padding row, whose
-    gradient is zero and which is never read.
+    gradient is zero and which is never read. ``again``: these gradients are to have gradients, which kernels have not.
     """
-    if grad.is_cuda and _TRITON:
+    if grad.is_cuda and _TRITON and not again:
         from moekit import _rows_triton
 
         return _rows_triton.weigh_backward(grad, values, links.rows, weights, links.padding)
-    copies = copied(grad, *links).to(torch.promote_types(values.dtype, torch.float32))  # (R, D)
+    copies = copy_rows(grad, links) if again else copied(grad, *links)
+    copies = copies.to(torch.promote_types(values.dtype, torch.float32))  # (R, D)
     products = (values * copies).sum(-1)  # (R,): the gradient of a weight is its row times the token's gradient
     chosen = _take(products, links.rows.clamp_min(0))
     grad_weights = chosen.masked_fill(links.rows < 0, 0.0).to(weights.dtype)
     row_weights = _take(weights.flatten(), assignments.clamp_min(0)).masked_fill(links.padding, 0.0)
-    return cast(scaled(copies, row_weights.unsqueeze(1)), values.dtype), grad_weights
+    factors = row_weights.unsqueeze(1)
+    return cast(copies * factors if again else scaled(copies, factors), values.dtype), grad_weights
 
 
 def _take(values: Tensor, indices: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes <- integrations. "" is moekit.
-GROUND = {"types", "segments", "rows", "operators"}
+GROUND = {"types", "checks", "autocast", "segments", "rows", "operators"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
     "types": set(),
+    "checks": {"types"},
+    "autocast": set(),
     "segments": {"types", "segments", "operators"},
     "rows": {"rows", "operators"},
     "driver": set(),

@@ -1,5 +1,7 @@
 """Copying, adding up and weighing rows by kernels against the plain versions in torch, in float64."""
 
+from functools import partial
+
 import pytest
 import torch
 from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
@@ -7,7 +9,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from moekit import rows as plain
-from moekit.rows import Links
+from moekit.dispatch import rows as moved
+from moekit.dispatch.rows import _WeighRows
+from moekit.rows import Links, copy_rows, sum_rows
 
 # tokens, choices, rows, columns: widths around and past a tile, K around the unrolled loop, more padding than tokens
 SHAPES = {
@@ -178,6 +182,28 @@ def test_cuda_tensors_take_the_kernels() -> None:
         grads = plain.weighed_back(x, values, weights, links=links, assignments=padding.long())
         assert [(grad.shape, grad.dtype) for grad in grads] == [((8, 4), torch.float64), ((3, 2), torch.float32)]
     assert calls.own() == ["copied_rows", "summed_rows", "weigh_rows_backward"]
+
+
+@runs_kernels
+def test_a_gradient_of_gradients_is_that_of_the_plain_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    links, assignments = draw(5, 3, 12)
+    x, weights = torch.randn(5, 8, dtype=torch.float64), torch.randn(5, 3, dtype=torch.float64)
+
+    def second_gradients(device: str) -> tuple[Tensor, ...]:
+        of_x, of_weights = (each.to(device, copy=True).requires_grad_() for each in (x, weights))
+        there = Links(*(each.to(device) for each in links))
+        rows = copy_rows(of_x, there).tanh()
+        y = _WeighRows.apply(rows, of_weights, *there, assignments.to(device)).square() + sum_rows(rows, there).sin()
+        first = torch.autograd.grad(y.sum(), (of_x, of_weights), create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), (of_x, of_weights))
+
+    expected = second_gradients("cpu")
+    for module in (plain, moved) if DEVICE == "cpu" else ():  # as CUDA tensors do
+        monkeypatch.setattr(module, "summed", kernels().summed)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(plain, "copied", lambda x, tokens, padding, rows: kernels().copied(x, rows, padding))
+    for name, found, want in zip(("x", "weights"), second_gradients(DEVICE), expected, strict=True):
+        torch.testing.assert_close(found.cpu(), want, msg=partial("{}: {}".format, name))
 
 
 @runs_kernels

@@ -6,6 +6,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from moekit.checks import check_routing
 from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import DispatchPlan, Groups, Routing
 
@@ -26,12 +27,16 @@ def dropless_plan(routing: Routing) -> DispatchPlan:
     Returns:
         DispatchPlan of N rows; ``groups.capacity`` is None.
 
+    Raises:
+        ValueError: if the parts of the routing do not fit each other.
+
     Example:
         >>> from moekit.routing import round_robin
         >>> plan = dropless_plan(round_robin(torch.zeros(3, 2), k=1))
         >>> plan.assignments, plan.groups.sizes
         (tensor([0, 2, 1]), tensor([2, 1], dtype=torch.int32))
     """
+    check_routing("dropless_plan", routing)
     experts = routing.expert_indices.flatten()
     order, sizes = sort_by_expert(experts, routing.num_experts)
     rows = torch.arange(order.shape[0], device=order.device)
@@ -128,7 +133,8 @@ def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority 
         DispatchPlan of E * C rows; ``groups.capacity`` is C.
 
     Raises:
-        ValueError: if the capacity factor is not a positive, finite number.
+        ValueError: if the capacity factor is not a positive, finite number, or the parts of the routing do not fit each
+            other.
 
     Example:
         >>> from moekit.routing import top_k
@@ -136,6 +142,7 @@ def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority 
         >>> padded_plan(routing, capacity_factor=1.0).assignments
         tensor([ 0, -1])
     """
+    check_routing("padded_plan", routing)
     num_experts, rows_each = routing.num_experts, capacity(routing, capacity_factor=capacity_factor)
     experts = routing.expert_indices.flatten()
     preferred = priority(routing)

@@ -8,7 +8,7 @@ the tests compare with.
 import torch
 from torch import Tensor
 
-from moekit.rows import Links, copy_rows, summed, weighed_back
+from moekit.rows import Links, copy_rows, differentiable, summed, weighed_back
 from moekit.segments import rows_of_assignments
 from moekit.types import DispatchPlan, Routing
 
@@ -110,7 +110,9 @@ class _WeighRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         rows, weights, tokens, padding, rows_of_token, assignments = ctx.saved_tensors
         links = Links(tokens, padding, rows_of_token)
-        grad_rows, grad_weights = weighed_back(grad, rows, weights, links=links, assignments=assignments)
+        grad_rows, grad_weights = weighed_back(
+            grad, rows, weights, links=links, assignments=assignments, again=differentiable()
+        )
         return grad_rows, grad_weights, None, None, None, None
 
 

@@ -105,7 +105,8 @@ class Fused(torch.autograd.Function):
                 grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
             parameters = [*grad_ups.unbind(0), grad_down, *grad_biases]
         none = (None,) * 6
-        return differentiated_once("fused_layer", *none, grad_x, grad_weights, None, None, *parameters)
+        inputs = (grad, x, weights, *projections)
+        return differentiated_once("fused_layer", inputs, *none, grad_x, grad_weights, None, None, *parameters)
 
 
 def _forward_fake(
@@ -225,7 +226,9 @@ def _experts(projections: list[Tensor], layout: Layout) -> Any:
         down = down.transpose(1, 2)
     halves = ups[0].chunk(2, 2) if layout.packed else tuple(ups)
     *up_biases, down_bias = (p.contiguous() for p in biases) if biases else (None,)
-    return Experts(halves, down, tuple(up_biases), down_bias, layout.packed, *layout[2:])
+    return Experts(
+        halves, down, tuple(up_biases), down_bias, layout.packed, layout.up_transposed, layout.down_transposed
+    )
 
 
 def _readable(w: Tensor) -> Tensor:

@@ -20,6 +20,11 @@ class Activation(NamedTuple):
     alpha: float = 1.0
     limit: float = float("inf")
 
+    @property
+    def parts(self) -> int:
+        """How many pre-activations a hidden unit has, those of gate and up or of up alone."""
+        return 2 if self.gated else 1
+
 
 FUNCTIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2", "clamped_swiglu")
 

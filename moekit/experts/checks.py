@@ -2,8 +2,12 @@
 
 from collections.abc import Sequence
 
-from moekit.experts.activations import FUNCTIONS, Activation
-from moekit.types import Routing
+import torch
+from torch import Tensor
+
+from moekit.checks import check_devices
+from moekit.experts.activations import CLAMPED_SWIGLU, FUNCTIONS, Activation
+from moekit.types import Groups
 
 
 def check_activation(name: str, activation: Activation, functions: Sequence[str] = FUNCTIONS) -> None:
@@ -15,7 +19,7 @@ def check_activation(name: str, activation: Activation, functions: Sequence[str]
         functions: that the layer knows.
 
     Raises:
-        ValueError: if it is none of them.
+        ValueError: if it is none of them, or clamped without a gate.
 
     Example:
         >>> from moekit.experts import SWIGLU
@@ -30,31 +34,82 @@ function of silu, gelu, gelu_tanh, relu, relu2, clamped_swiglu.
             f"{name}: activation = {activation!r}; expected an Activation, such as moekit.experts.SWIGLU, with a "
             f"function of {', '.join(functions)}."
         )
+    if activation.function == CLAMPED_SWIGLU.function and not activation.gated:
+        raise ValueError(f"{name}: {activation} has no gate, and clamps one; expected gated=True.")
 
 
-def check_assignments(name: str, routing: Routing) -> None:
-    """Refuse a routing whose parts do not fit each other.
+KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+"""What the kernels multiply."""
+
+
+def check_dtypes(name: str, *tensors: Tensor, allowed: Sequence[torch.dtype] | None = None) -> None:
+    """Refuse tokens or rows and parameters of several dtypes.
 
     Args:
-        name: of the layer, for the message.
-        routing: of any shape.
+        name: of the function, for the message.
+        tensors: that are multiplied.
+        allowed: their dtypes; None is any.
 
     Raises:
-        ValueError: if weights, experts and tokens are not of one shape.
+        ValueError: if they are of several dtypes, or of another.
 
     Example:
-        >>> import torch
-        >>> from moekit.routing import top_k
-        >>> routing = top_k(torch.zeros(3, 4), k=2)
-        >>> check_assignments("a layer", routing)
-        >>> check_assignments("a layer", routing._replace(weights=torch.ones(3, 1)))
+        >>> check_dtypes("a layer", torch.ones(1), torch.ones(1).half())
         Traceback (most recent call last):
-        ValueError: a layer: the routing has weights (3, 1), experts (3, 2) and tokens (3, 2); expected one shape. \
-Give every assignment a weight, an expert and a token.
+        ValueError: a layer: tokens and parameters are torch.float32, torch.float16; expected one dtype for all. Cast \
+them, or run inside torch.autocast.
     """
-    if not routing.weights.shape == routing.expert_indices.shape == routing.token_indices.shape:
+    dtypes = [t.dtype for t in tensors]
+    if len(set(dtypes)) == 1 and (allowed is None or dtypes[0] in allowed):
+        return
+    among = "" if allowed is None else f" of {', '.join(map(str, allowed))}"
+    other = "" if allowed is None else ", or use the matmul `loop` or `grouped`, which take any"
+    raise ValueError(
+        f"{name}: tokens and parameters are {', '.join(map(str, dtypes))}; expected one dtype{among} for all. Cast "
+        f"them, or run inside torch.autocast{other}."
+    )
+
+
+def check_precision(name: str, precision: str) -> None:
+    """Refuse a precision of float32 products that the kernels do not have.
+
+    Args:
+        name: of the function, for the message.
+        precision: "ieee" or "tf32".
+
+    Raises:
+        ValueError: if it is neither.
+
+    Example:
+        >>> check_precision("a layer", "ieee")
+    """
+    if precision not in ("ieee", "tf32"):
+        raise ValueError(f"{name}: precision = {precision!r}; expected 'ieee' or 'tf32'.")
+
+
+def check_product(rows: Tensor, groups: Groups, w: Tensor) -> None:
+    """Refuse what is no grouped product.
+
+    Args:
+        rows: (R, D).
+        groups: of E groups.
+        w: (E, D, F).
+
+    Raises:
+        ValueError: if the shapes do not fit, or the tensors are on several devices.
+
+    Example:
+        >>> check_product(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4))
+    """
+    fits = rows.ndim == 2 and w.ndim == 3 and rows.shape[1] == w.shape[1] and groups.sizes.shape == w.shape[:1]
+    if not fits:
         raise ValueError(
-            f"{name}: the routing has weights {tuple(routing.weights.shape)}, experts "
-            f"{tuple(routing.expert_indices.shape)} and tokens {tuple(routing.token_indices.shape)}; expected "
-            f"one shape. Give every assignment a weight, an expert and a token."
+            f"grouped matmul: rows {tuple(rows.shape)}, sizes {tuple(groups.sizes.shape)} and w {tuple(w.shape)} do "
+            f"not fit; expected (R, D), (E,) and (E, D, F) with the same D and E. Weights are stored (E, in, out)."
+        )
+    check_devices("grouped matmul", rows, groups.sizes, w)
+    if groups.capacity is not None and rows.shape[0] != groups.capacity * w.shape[0]:
+        raise ValueError(
+            f"grouped matmul: {rows.shape[0]} rows were given for {w.shape[0]} groups of {groups.capacity}; expected "
+            f"{groups.capacity * w.shape[0]}. Pass the rows that this plan's dispatch returned."
         )

@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.autocast import in_autocast
+from moekit.checks import check_devices, check_routing
 from moekit.experts._fused_operators import Fused, Layout, Settings
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
-from moekit.experts.checks import check_activation, check_assignments
+from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_dtypes, check_precision
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
-from moekit.experts.triton_matmul import check_dtypes
 from moekit.operators import wants_gradient
 from moekit.types import ExpertLayer, Routing
 
@@ -94,8 +95,7 @@ def fused_layer(
         OpenAI, gpt-oss, ``gpt_oss/torch/model.py`` (the clamped activation), https://github.com/openai/gpt-oss
         Tan et al., Scattered Mixture-of-Experts Implementation, 2024, https://arxiv.org/abs/2403.08245
     """
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"fused_layer: precision = {precision!r}; expected 'ieee' or 'tf32'.")
+    check_precision("fused_layer", precision)
     check_activation("fused_layer", activation)
     if not isinstance(keep, Keep):
         raise ValueError(f"fused_layer: keep = {keep!r}; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep.")
@@ -114,10 +114,8 @@ def _fused_layer(
 ) -> Tensor:
     _check(x, routing, params, activation)
     parameters, layout = _in_memory(params)
-    if torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, *parameters = (t.to(dtype) for t in (x, *parameters))
-    check_dtypes("fused_layer", x, *parameters)
+    x, *parameters = in_autocast(x, *parameters)
+    check_dtypes("fused_layer", x, *parameters, allowed=KERNEL_DTYPES)
     experts, tokens, weights = routing.expert_indices, routing.token_indices, routing.weights
     if experts.ndim != 2:
         experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
@@ -131,7 +129,7 @@ def _fused_layer(
     settings = write(chosen, layout, activation.function, activation.gated, precision)
     kept = keep if wants_gradient(x, weights, *parameters) else INPUTS
     y: Tensor = Fused.apply(
-        settings, [*activation[2:]], *kept, chosen.up.m, chosen.grad_up.k,
+        settings, [activation.alpha, activation.limit], *kept, chosen.up.m, chosen.grad_up.k,
         x, weights.to(torch.float32), experts, tokens, *parameters,
     )  # fmt: skip
     return y
@@ -160,6 +158,7 @@ def _is_transposed(w: Tensor) -> bool:
 
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
+    check_routing("fused_layer", routing)
     expected = (GatedParams, BiasedGatedParams, PackedGatedParams) if activation.gated else (MlpParams, BiasedMlpParams)
     kind = next((each for each in expected if isinstance(params, each)), None)
     if kind is None:
@@ -173,15 +172,20 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
     sizes = {"E": routing.num_experts, "D": x.shape[-1], "F": hidden, "2F": 2 * hidden, "1": 1}
     wanted, shapes = [tuple(sizes[axis] for axis in each) for each in axes], [tuple(p.shape) for p in params]
     if x.shape[:-1] != (routing.num_tokens,) or shapes != wanted:
+        advice = _OF_PACKED if kind is PackedGatedParams else ""
         named = ", ".join(f"{name} ({', '.join(each)})" for name, each in zip(params._fields, axes, strict=True))
         raise ValueError(
             f"fused_layer: x {tuple(x.shape)} and parameters {shapes} do not fit a routing of {routing.num_tokens} "
-            f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}. Packed halves are the "
-            f"rows of gate, then those of up; pass interleaved ones as GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .)."
+            f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}. {advice}Flatten "
+            f"the tokens to two axes."
         )
-    check_assignments("fused_layer", routing)
+    check_devices("fused_layer", x, *routing[:3], *params)
 
 
+_OF_PACKED = (
+    "Packed halves are the rows of gate, then those of up; pass interleaved ones as "
+    "GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .). "
+)
 _UP, _DOWN = ("E", "D", "F"), ("E", "F", "D")
 _AXES = {
     GatedParams: (_UP, _UP, _DOWN),

@@ -4,16 +4,16 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.autograd.forward_ad import unpack_dual
 
+from moekit.autocast import in_autocast
+from moekit.checks import check_devices, check_routing
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._fused_cpu import fused
 from moekit.experts.activations import SWIGLU, Activation
-from moekit.experts.checks import check_activation, check_assignments
+from moekit.experts.checks import check_activation, check_dtypes
 from moekit.experts.ffns import GatedParams, MlpParams
-from moekit.operators import wants_gradient
+from moekit.operators import refuse_tangents, wants_gradient
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
 
@@ -43,6 +43,7 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
         NotImplementedError: from the layer, if a tensor has a tangent, for a gradient in forward mode.
 
     Example:
+        >>> import torch
         >>> from moekit.experts import init_gated
         >>> from moekit.recipes import mixtral
         >>> recipe = mixtral()
@@ -62,12 +63,9 @@ def _fused_cpu(
     x: Tensor, routing: Routing, params: Any, *, plan: Callable[[Routing], DispatchPlan], activation: Activation
 ) -> Tensor:
     _check(x, routing, params, activation)
-    projections = tuple(params)
-    if torch.is_autocast_enabled("cpu"):
-        dtype = torch.get_autocast_dtype("cpu")
-        x, *projections = (t.to(dtype) for t in (x, *projections))  # type: ignore[assignment]
-    _check_dtypes(x, *projections)
-    _refuse_tangents(x, routing.weights, *projections)
+    x, *projections = in_autocast(x, *params)
+    check_dtypes("fused_cpu", x, *projections)
+    refuse_tangents("fused_cpu", x, routing.weights, *projections)
     assignments, groups = plan(routing)
     gate, up, down = projections if activation.gated else (None, *projections)
     keep = wants_gradient(x, routing.weights, *projections)
@@ -78,8 +76,10 @@ def _fused_cpu(
 
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
+    check_routing("fused_cpu", routing)
     if x.device.type != "cpu":
         raise ValueError(f"fused_cpu: x is on {x.device}; expected the CPU. Use fused_layer on a GPU.")
+    check_devices("fused_cpu", x, *routing[:3], *params)
     kind = GatedParams if activation.gated else MlpParams
     if len(params) != len(kind._fields):
         raise ValueError(
@@ -95,22 +95,4 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
         raise ValueError(
             f"fused_cpu: x {tuple(x.shape)} and projections {shapes} do not fit a routing of {routing.num_tokens} "
             f"tokens over {routing.num_experts} experts; expected (T, D), (E, D, F) and, for down, (E, F, D)."
-        )
-    check_assignments("fused_cpu", routing)
-
-
-def _refuse_tangents(*tensors: Tensor) -> None:
-    """Raise for forward-mode gradients, which torch drops without a word where no input wants one in reverse."""
-    if not torch.compiler.is_compiling() and any(unpack_dual(t).tangent is not None for t in tensors):
-        raise NotImplementedError(
-            "fused_cpu: it has no forward-mode gradient (torch.func.jvp, dual tensors). Take one in reverse mode, by "
-            "torch.autograd.grad."
-        )
-
-
-def _check_dtypes(*tensors: Tensor) -> None:
-    if len({t.dtype for t in tensors}) > 1:
-        raise ValueError(
-            f"fused_cpu: x and projections are {', '.join(str(t.dtype) for t in tensors)}; expected one dtype. Cast "
-            f"them, or run inside torch.autocast."
         )

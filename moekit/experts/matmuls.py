@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.autocast import in_autocast
 from moekit.experts import _grouped_cpu
+from moekit.experts.checks import check_product
+from moekit.operators import refuse_tangents
 from moekit.types import Groups
 
 
@@ -32,7 +35,7 @@ def loop(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         >>> loop(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
         torch.Size([3, 4])
     """
-    _check(rows, groups, w)
+    check_product(rows, groups, w)
     num_experts = w.shape[0]
     sizes = groups.sizes.tolist() if groups.capacity is None else [groups.capacity] * num_experts
     tail = rows.shape[0] - sum(sizes)
@@ -63,7 +66,7 @@ def batched(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         >>> batched(torch.ones(4, 2), Groups(torch.tensor([2, 2]), 2), torch.ones(2, 2, 3)).shape
         torch.Size([4, 3])
     """
-    _check(rows, groups, w)
+    check_product(rows, groups, w)
     if groups.capacity is None:
         raise ValueError(
             "batched: the groups have no common capacity (they come from a dropless plan); expected equal groups. "
@@ -91,40 +94,20 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes do not fit.
+        NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode.
 
     Example:
         >>> grouped(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
         torch.Size([3, 4])
     """
-    _check(rows, groups, w)
-    rows, w = _autocast(rows, w)
+    check_product(rows, groups, w)
+    rows, w = in_autocast(rows, w)
     if rows.is_cuda:
         _check_alignment(rows, w)
         # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
         return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0).to(torch.int32))
+    refuse_tangents("grouped", rows, w)
     return _grouped_cpu.grouped_mm(rows, groups.sizes, w)
-
-
-def _autocast(rows: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-    device = rows.device.type
-    if not torch.is_autocast_enabled(device):
-        return rows, w
-    dtype = torch.get_autocast_dtype(device)
-    return rows.to(dtype), w.to(dtype)
-
-
-def _check(rows: Tensor, groups: Groups, w: Tensor) -> None:
-    fits = rows.ndim == 2 and w.ndim == 3 and rows.shape[1] == w.shape[1] and groups.sizes.shape == w.shape[:1]
-    if not fits:
-        raise ValueError(
-            f"grouped matmul: rows {tuple(rows.shape)}, sizes {tuple(groups.sizes.shape)} and w {tuple(w.shape)} do "
-            f"not fit; expected (R, D), (E,) and (E, D, F) with the same D and E. Weights are stored (E, in, out)."
-        )
-    if groups.capacity is not None and rows.shape[0] != groups.capacity * w.shape[0]:
-        raise ValueError(
-            f"grouped matmul: {rows.shape[0]} rows were given for {w.shape[0]} groups of {groups.capacity}; expected "
-            f"{groups.capacity * w.shape[0]}. Pass the rows that this plan's dispatch returned."
-        )
 
 
 def _check_alignment(rows: Tensor, w: Tensor) -> None:

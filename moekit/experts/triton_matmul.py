@@ -3,11 +3,10 @@
 import torch
 from torch import Tensor
 
-from moekit.experts.matmuls import _autocast, _check
-from moekit.operators import differentiated_once, operator
+from moekit.autocast import in_autocast
+from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_precision, check_product
+from moekit.operators import differentiated_once, operator, refuse_tangents
 from moekit.types import Groups
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") -> Tensor:
@@ -18,7 +17,7 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
 
     Args:
         rows: (R, D) float32, bfloat16 or float16.
-        groups: of E groups.
+        groups: of E groups. Their sizes are not read by the host: rows past R, of sizes that add up to more, are none.
         w: (E, D, F), the dtype of ``rows``.
         precision: of float32 products, "ieee", or "tf32", whose inputs have 10 bits of mantissa.
 
@@ -33,23 +32,12 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
         >>> triton(rows, Groups(torch.tensor([1, 2], device="meta"), None), w).shape
         torch.Size([3, 4])
     """
-    _check(rows, groups, w)
-    if rows.device.type != "meta":
-        rows, w = _autocast(rows, w)
-    check_dtypes("triton", rows, w)
-    if precision not in ("ieee", "tf32"):
-        raise ValueError(f"triton: precision = {precision!r}; expected 'ieee' or 'tf32'.")
+    check_product(rows, groups, w)
+    rows, w = in_autocast(rows, w)
+    check_dtypes("triton", rows, w, allowed=KERNEL_DTYPES)
+    check_precision("triton", precision)
+    refuse_tangents("triton", rows, w)
     return _product(rows, groups.sizes.to(torch.int32), w, precision)
-
-
-def check_dtypes(name: str, *tensors: Tensor) -> None:
-    """Refuse what the kernels cannot multiply."""
-    dtypes = [t.dtype for t in tensors]
-    if dtypes[0] not in _DTYPES or len(set(dtypes)) > 1:
-        raise ValueError(
-            f"{name}: rows and weights are {', '.join(str(d) for d in dtypes)}; expected one of float32, bfloat16 and "
-            f"float16 for all. Cast them, run inside torch.autocast, or use the matmul `loop` or `grouped`."
-        )
 
 
 def _grouped_mm_triton_fake(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
@@ -96,7 +84,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
         grad_w = _grad_w(grad, sizes, rows, ctx.precision).transpose(1, 2)
     else:
         grad_w = _grad_w(rows, sizes, grad, ctx.precision)
-    return differentiated_once("triton", grad_rows, None, grad_w, None)
+    return differentiated_once("triton", (grad, rows, w), grad_rows, None, grad_w, None)
 
 
 torch.library.register_autograd("moekit::grouped_mm_triton", _backward, setup_context=_save)

@@ -9,6 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from moekit.autocast import autocast_dtype
 from moekit.experts import (
     PREACTIVATION,
     Activation,
@@ -90,7 +91,7 @@ def _fused_module_layer(
     x: Tensor, routing: Routing, params: ModuleParams, *, keep: Keep, tiles: Callable[[LayerSize], LayerTiles]
 ) -> Tensor:
     layer = fused_layer(activation=_known(params), keep=keep, precision=backends.float32_products(), tiles=tiles)
-    if not torch.is_autocast_enabled(x.device.type):
+    if autocast_dtype(x.device.type) is None:
         x = x.to(params.up.dtype)  # norms in float32 hand float32 tokens to narrower experts
     return layer(x, routing, fused_params(params))
 
@@ -176,8 +177,9 @@ def _why_unknown(params: ModuleParams) -> str:
 
 
 def _dtypes(params: ModuleParams, device: torch.device) -> set[torch.dtype]:
-    if torch.is_autocast_enabled(device.type):
-        return {torch.get_autocast_dtype(device.type)}
+    dtype = autocast_dtype(device.type)
+    if dtype is not None:
+        return {dtype}
     return {t.dtype for t in (params.up, params.up_bias, params.down, params.down_bias) if t is not None}
 
 

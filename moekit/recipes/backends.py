@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.autocast import autocast_dtype
 from moekit.dispatch import dropless
 from moekit.experts import (
     CLAMPED_SWIGLU,
@@ -144,9 +145,9 @@ def _auto(
     activation: Activation,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
-    device = x.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = autocast_dtype(x.device.type) or x.dtype
     kind = type(params)
+    experts_of(activation, kind)  # which refuses what are no parameters of such experts
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
     choice = choose_backend(
         x.device, dtype, dispatcher=dispatcher, activation=activation, params=kind, widths=(x.shape[1], hidden),
@@ -254,6 +255,8 @@ def _matmul_for(
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
     if device.type == "cuda" and dtype in (*_HALF, torch.float32) and aligned:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"
+    if device.type == "meta" and not padded:
+        return "grouped", grouped, "meta, which has shapes alone: sizes cannot be read"
     if device.type == "cpu" and not padded:
         return "grouped", grouped, f"the CPU in {_word(dtype)}: each group's product, written into its place"
     if padded:

@@ -59,11 +59,11 @@ def experts_of(activation: Activation, params: type[Any] | None = None) -> Netwo
         networks = _networks(activation)
     else:
         expected = [*_plain(), CLAMPED_SWIGLU]
-        raise ValueError(f"{activation} is no expert network of moekit's; expected one of {expected}.")
+        raise ValueError(f"experts_of: {activation} is no expert network of moekit's; expected one of {expected}.")
     kind = next(iter(networks)) if params is None else params
     if kind not in networks:
         raise ValueError(
-            f"the parameters are {kind.__name__}, and the activation {activation}; expected "
+            f"experts_of: the parameters are {kind.__name__}, and the activation {activation}; expected "
             f"{', '.join(each.__name__ for each in networks)}. Pass the activation of these experts, or other "
             f"parameters."
         )

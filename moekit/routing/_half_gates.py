@@ -12,8 +12,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from moekit.autocast import outside_autocast
 from moekit.operators import differentiated_once, operator
-from moekit.routing._autocast import outside_autocast
 from moekit.routing._half_steps import HALF, PLAIN, Steps
 
 _TRITON = find_spec("triton") is not None
@@ -75,7 +75,8 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return differentiated_once("linear_gate", *_grad(grad, *ctx.saved_tensors, None))
+        x, w = ctx.saved_tensors
+        return differentiated_once("linear_gate", (grad, x, w), *_grad(grad, x, w, None))
 
 
 class _LogitsAndTokens(torch.autograd.Function):
@@ -93,7 +94,8 @@ class _LogitsAndTokens(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
             return beside, None
-        return differentiated_once("linear_gate", *_grad(grad, *ctx.saved_tensors, beside))
+        x, w = ctx.saved_tensors
+        return differentiated_once("linear_gate", (grad, beside, x, w), *_grad(grad, x, w, beside))
 
 
 def logits(x: Tensor, w: Tensor) -> Tensor:

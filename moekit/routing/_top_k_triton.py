@@ -36,6 +36,12 @@ def _scores(z, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _scores_of(picked, top, total, SOFTMAX: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Turn some of a token's logits (TOKENS, CHOICES) into their scores, by what ``_scores`` returned."""
+    return tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
+
+
+@triton.jit
 def _sortable(scores):  # type: ignore[no-untyped-def]
     """Return int32 in the order of float32 scores, NaN before all.
 
@@ -62,7 +68,6 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     BINS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     NORMALIZE: tl.constexpr,
-    BIASED: tl.constexpr,
     COUNTED: tl.constexpr,
 ):
     tokens = tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS)
@@ -72,7 +77,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     z = tl.load(logits + tokens[:, None] * num_experts + bins[None, :], mask=real & known, other=0.0)
     z = tl.where(known, z, float("-inf"))
     scores, top, total = _scores(z, SOFTMAX)
-    if BIASED:
+    if bias is not None:
         scores += tl.load(bias + bins, mask=bins < num_experts, other=0.0)[None, :]
     keys = tl.where(known, _sortable(scores), _TAKEN)
     chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
@@ -83,7 +88,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
         keys = tl.where(bins[None, :] == expert[:, None], _TAKEN, keys)
     writes = real & (choices < K)[None, :]
     picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=writes, other=0.0)
-    found = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
+    found = _scores_of(picked, top, total, SOFTMAX)
     if NORMALIZE:
         sums = tl.sum(tl.where(choices[None, :] < K, found, 0.0), 1)
         found /= tl.maximum(sums, _SMALLEST_SUM)[:, None]
@@ -123,7 +128,7 @@ def _backward_kernel(  # type: ignore[no-untyped-def]
     chosen = tl.load(experts + places, mask=reads, other=0)
     of_chosen = tl.load(grad + places, mask=reads, other=0.0) * scale
     picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=reads, other=0.0)
-    found = tl.exp(picked - top[:, None]) / total[:, None] if SOFTMAX else tl.sigmoid(picked)
+    found = _scores_of(picked, top, total, SOFTMAX)
     found = tl.where(reads, found, 0.0)
     if NORMALIZE:  # w = s / sum(s), or s / smallest where the sum is below it, a constant
         sums = tl.sum(found, 1)
@@ -172,8 +177,8 @@ def _choose_launch(
     return Launch(
         _choose_kernel,
         (blocks_of(num_tokens, tile["TOKENS"]),),
-        (*(6 * (POINTER,)), num_tokens, num_experts, scale),
-        **{"K": k, "SOFTMAX": softmax, "NORMALIZE": normalize, "BIASED": biased, "COUNTED": counted, **tile},
+        (POINTER, POINTER if biased else None, *(4 * (POINTER,)), num_tokens, num_experts, scale),
+        **{"K": k, "SOFTMAX": softmax, "NORMALIZE": normalize, "COUNTED": counted, **tile},
     )
 
 
@@ -212,7 +217,8 @@ def _choose(
     counts = torch.zeros(num_experts, dtype=torch.int64, device=device) if counted else experts.new_empty(0)
     if num_tokens:
         launch = _choose_launch(num_tokens, num_experts, k, softmax, normalize, scale, bias is not None, counted)
-        launch(logits, logits if bias is None else bias.contiguous(), experts, weights, numbers, counts)
+        given = () if bias is None else (bias.contiguous(),)
+        launch(logits, *given, experts, weights, numbers, counts)
     return weights, experts, counts, numbers
 
 
@@ -245,8 +251,9 @@ class _FusedTopK(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *of_integers: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        of_logits = None if grad is None else _grad_logits(grad, *ctx.saved_tensors, *ctx.options)
-        return differentiated_once("fused_top_k", of_logits, None, None, None, None, None, None)
+        logits, experts = ctx.saved_tensors
+        of_logits = None if grad is None else _grad_logits(grad, logits, experts, *ctx.options)
+        return differentiated_once("fused_top_k", (grad, logits), of_logits, *(None,) * 6)
 
 
 def fused_top_k(

@@ -5,8 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.autocast import outside_autocast
 from moekit.routing import _half_gates
-from moekit.routing._autocast import outside_autocast
 from moekit.types import Gate, Logits, NoisyLogits
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moekit.autocast import outside_autocast
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, weights_at
 from moekit.types import Logits, Routing
@@ -117,7 +118,7 @@ def sinkhorn_scales(
     total = real.sum()
     scales = logits.new_ones(num_experts)
     done = total == 0
-    with torch.autocast(logits.device.type, enabled=False):
+    with outside_autocast(logits.device.type):
         for _ in range(num_iterations):
             tokens = 1 / (total * (kernel @ scales + _SMALLEST_SUM))  # d0
             new = 1 / (num_experts * (tokens @ kernel + _SMALLEST_SUM))  # d1

@@ -1,6 +1,7 @@
 """The fused layer against the loop over experts in float64: output and every gradient by name."""
 
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
 # T, D, F, E, K: several tiles; widths for pointers alone, and for both; groups of 0 and 1 row; every expert chosen
+NAN = float("nan")
 SHAPES = {
     "usual": (19, 24, 32, 2, 2),
     "by pointers": (13, 21, 35, 3, 3),
@@ -55,8 +57,36 @@ def test_a_gradient_of_gradients_is_refused_when_it_is_asked_for() -> None:
     (once,) = torch.autograd.grad(fused()(x, routing, params).sum(), x)
     (grad,) = torch.autograd.grad(fused()(x, routing, params).sum(), x, create_graph=True)
     assert torch.equal(grad, once)
-    with pytest.raises(RuntimeError, match=r"fused_layer: its gradient has no gradient.*`expert_layer` on `loop`"):
+    refused = partial(
+        pytest.raises, RuntimeError, match=r"fused_layer: its gradient has no gradient.*`expert_layer` on"
+    )
+    with refused():
         grad.square().sum().backward()
+    layer = lambda x: fused()(x, routing, params).square().sum()  # noqa: E731
+    (grad,) = torch.autograd.grad(layer(x), x, create_graph=True)
+    with refused():
+        torch.autograd.grad(grad.square().sum(), x)
+    with refused():
+        torch.autograd.functional.vhp(layer, x, torch.ones_like(x))
+    params = type(params)(*(w.requires_grad_() for w in params))
+    of_params = torch.autograd.grad(layer(x.detach()), list(params), create_graph=True)
+    with refused():
+        torch.autograd.grad([grad.sum() for grad in of_params], list(params), allow_unused=True)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_nan_stays_nan(name: str) -> None:
+    """In what it touches, and nowhere else: a diverging run must be seen."""
+    activation, experts = ACTIVATIONS[name]
+    x, routing, params = draw(SHAPES["usual"], activation)
+    x[3] = NAN
+    found, expected = (
+        run(layer, (x, routing, params), device=DEVICE) for layer in (fused(activation=activation), reference(experts))
+    )
+    for part, want in expected.items():
+        assert torch.equal(found[part].isnan(), want.isnan()), part
+    assert expected["y"][3].isnan().all()
 
 
 @runs_kernels
@@ -144,13 +174,24 @@ def test_an_empty_list_of_assignments_gives_zero() -> None:
 
 @runs_kernels
 @pytest.mark.usefixtures("poison")
-def test_rows_of_nobody_are_zero() -> None:
-    from moekit.experts.kernels._lists_triton import copied
+def test_a_group_s_rows_of_nobody_are_zero_and_those_past_all_groups_are_not_written() -> None:
+    from moekit.experts.kernels._fused_triton import Plan, dispatched
+    from moekit.experts.kernels._lists_triton import TokenLists
+    from moekit.experts.kernels._tiles_triton import Schedule
 
-    x, tokens = torch.randn(3, 21, device=DEVICE), torch.tensor([2, 0, 1, 2, 0], device=DEVICE)
-    assignments = torch.tensor([4, -1, 0, 3, -1], device=DEVICE)
+    x, tokens = torch.randn(3, 21, device=DEVICE), torch.tensor([2, 0, 1], device=DEVICE)
+    assignments = torch.tensor([2, -1, 0, 1, -1, -1], device=DEVICE)
+    firsts_and_sizes = torch.tensor([0, 2, 2, 2, 0, 3], dtype=torch.int32, device=DEVICE)
+    schedule = Schedule(firsts_and_sizes, 3)
     expected = x[tokens[assignments]] * (assignments >= 0)[:, None]
-    assert torch.equal(copied(x, tokens, assignments), expected)
+    rows = torch.tensor([[3], [0], [2]], device=DEVICE)  # of the tokens, each of which has one
+    for plan in (
+        Plan(rows, assignments, schedule),
+        Plan(rows, assignments, schedule, TokenLists(tokens, tokens, tokens)),
+    ):
+        found = dispatched(x, plan)
+        assert torch.equal(found[:5], expected[:5])
+        assert found[5].isnan().all()
 
 
 @runs_kernels
@@ -283,7 +324,9 @@ def test_errors_say_what_was_given_and_expected() -> None:
         ValueError, match=r"x \(5, 4\) and parameters .* do not fit a routing of 5 tokens and 3 experts"
     ):
         layer(x, routing, params._replace(down=params.up))
-    with pytest.raises(ValueError, match=r"float64.*expected one of float32, bfloat16 and float16"):
+    with pytest.raises(
+        ValueError, match=r"float64.*expected one dtype of torch.float32, torch.bfloat16, torch.float16 for all"
+    ):
         layer(x.double(), routing, params)
     for short in ({"weights": routing.weights[:, :1]}, {"token_indices": routing.token_indices[:, :1]}):
         with pytest.raises(ValueError, match=r"the routing has weights .*\(5, 1\).*; expected one shape\. Give every"):

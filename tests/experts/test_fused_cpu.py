@@ -282,7 +282,9 @@ def test_errors_say_what_was_given() -> None:
         fused_cpu(plan=dropless().plan, activation=CLAMPED_SWIGLU)
     with pytest.raises(ValueError, match=r"x \(12, 5\) and projections .* do not fit a routing of 13 tokens over 4"):
         layer(x[:12], routing, gated)
-    with pytest.raises(ValueError, match=r"x and projections are torch.float32, torch.float64, .*expected one dtype"):
+    with pytest.raises(
+        ValueError, match=r"tokens and parameters are torch.float32, torch.float64, .*expected one dtype"
+    ):
         layer(x.float(), routing, gated)
     with pytest.raises(ValueError, match=r"x is on meta; expected the CPU. Use fused_layer on a GPU"):
         layer(x.to("meta"), routing, gated)

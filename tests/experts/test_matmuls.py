@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.experts import batched, grouped, loop
+from moekit.experts import batched, grouped, loop, triton
 from moekit.types import Groups
 
 D, F = 5, 7
@@ -23,6 +23,15 @@ def make(sizes: list[int], *, tail: int = 0, dtype: torch.dtype = torch.float64)
 def row_by_row(rows: Tensor, sizes: list[int], w: Tensor) -> Tensor:
     owners = [e for e, size in enumerate(sizes) for _ in range(size)]
     return torch.stack([row @ w[e] for row, e in zip(rows, owners, strict=False)]) if owners else rows.new_zeros(0, F)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch does so itself
+@pytest.mark.parametrize("matmul", [grouped, triton])
+def test_gradients_in_forward_mode_are_refused(matmul) -> None:
+    rows, groups, w = make([2, 3], dtype=torch.float32)
+    rows, w = rows.detach(), w.detach()
+    with pytest.raises(NotImplementedError, match=r"(grouped|triton): it has no forward-mode gradient"):
+        torch.func.jvp(lambda rows: matmul(rows, groups, w), (rows,), (torch.ones_like(rows),))
 
 
 @pytest.mark.usefixtures("poison")

@@ -103,6 +103,18 @@ def test_views_are_read_as_they_are() -> None:
 
 
 @runs_kernels
+def test_sizes_of_more_rows_than_there_are_reach_no_other_memory() -> None:
+    rows, groups, w = make([3, 2, 0], (24, 40), torch.float32)
+    rows = rows[:5].detach().requires_grad_()
+    too_many = Groups(torch.tensor([3, 30, 2], dtype=torch.int32, device=DEVICE), None)
+    found, expected = (triton(rows, each, w) for each in (too_many, groups))
+    assert torch.equal(found, expected)
+    cotangent = torch.randn(5, 40).to(DEVICE)
+    for back, want in zip(*(torch.autograd.grad(y, (rows, w), cotangent) for y in (found, expected)), strict=True):
+        assert torch.equal(back, want)
+
+
+@runs_kernels
 def test_autocast_casts_to_its_dtype() -> None:
     rows, groups, w = make([5, 3], (24, 40), torch.float32)
     with torch.autocast(DEVICE, dtype=torch.float16):
@@ -131,9 +143,11 @@ def test_shapes_are_known_without_a_device() -> None:
 def test_errors_say_what_was_given_and_expected() -> None:
     groups = Groups(torch.tensor([1, 2]), None)
     rows, w = torch.ones(3, 2), torch.ones(2, 2, 4)
-    with pytest.raises(ValueError, match=r"float64, torch\.float64; expected one of float32, bfloat16 and float16"):
+    with pytest.raises(
+        ValueError, match=r"float64, torch\.float64; expected one dtype of torch.float32, torch.bfloat16, torch.float16"
+    ):
         triton(rows.double(), groups, w.double())
-    with pytest.raises(ValueError, match=r"float16, torch\.float32; expected one of"):
+    with pytest.raises(ValueError, match=r"float16, torch\.float32; expected one dtype of"):
         triton(rows.half(), groups, w)
     with pytest.raises(ValueError, match="precision = 'bf16'; expected 'ieee' or 'tf32'"):
         triton(rows, groups, w, precision="bf16")

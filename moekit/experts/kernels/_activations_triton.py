@@ -34,11 +34,10 @@ def _activated(x, NAME: tl.constexpr, QUICK: tl.constexpr):  # type: ignore[no-u
         slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
         return x * gate, gate + x * gate * (1.0 - gate) * slope
     elif NAME == "relu":
-        positive = x > 0.0
-        return tl.where(positive, x, 0.0), tl.where(positive, 1.0, 0.0)
+        return tl.where(x <= 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, 1.0)  # NaN stays
     else:
         tl.static_assert(NAME == "relu2", "unknown activation")
-        positive = tl.where(x > 0.0, x, 0.0)
+        positive = tl.where(x <= 0.0, 0.0, x)  # NaN stays
         return positive * positive, 2.0 * positive
 
 

@@ -158,7 +158,7 @@ def _up_launch(
     # The second half of a pre-activation begins where a block does; else a block of the first would run into it.
     tma_store = tma and (width % tile.n == 0 if gated else is_whole(width, dtype))
     right, block, bias = weights.blocks(tile, tma), (tile.m, tile.n), POINTER if biased else None
-    pre = (matrix((num_rows, (2 if gated else 1) * width), block, tma_store), AGAIN)
+    pre = (matrix((num_rows, activation.parts * width), block, tma_store), AGAIN)
     hidden = (matrix((num_rows, width), block, tma_store), AGAIN)
     return Launch(
         _up_kernel, (programs(device),),

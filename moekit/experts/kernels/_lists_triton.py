@@ -8,6 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
+from moekit._rows_triton import rows_in_groups
+from moekit.experts.kernels._tiles_triton import Schedule
 from moekit.operators import blocks_of, power_of_two
 
 
@@ -27,11 +29,11 @@ class TokenLists(NamedTuple):
 
 @triton.jit
 def _copy_kernel(  # type: ignore[no-untyped-def]
-    x, tokens, assignments, out, num_rows, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x, tokens, assignments, groups, out, num_groups, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < num_rows
+    inside = rows < rows_in_groups(groups, num_groups)
     assignment = tl.load(assignments + rows, mask=inside, other=-1)
     real = assignment >= 0
     token = tl.load(tokens + assignment, mask=real, other=0)
@@ -49,7 +51,6 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     starts,
     out,
     dim,
-    WEIGHTED: tl.constexpr,
     UNROLL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -63,25 +64,28 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
             row = tl.load(rows + assignment, mask=assignment >= 0, other=-1)
             here = columns < tl.where(row >= 0, dim, 0)
             found = tl.load(values + row * dim + columns, mask=here, other=0.0).to(tl.float32)
-            if WEIGHTED:
+            if weights is not None:
                 found *= tl.load(weights + assignment, mask=assignment >= 0, other=0.0)
             sums += found
     tl.store(out + token * dim + columns, sums.to(out.dtype.element_ty), mask=columns < dim)
 
 
-def copied(x: Tensor, tokens: Tensor, assignments: Tensor) -> Tensor:
-    """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a row of -1 is zero."""
+def copied(x: Tensor, tokens: Tensor, assignments: Tensor, schedule: Schedule) -> Tensor:
+    """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a group's rows of -1 are zero.
+
+    What lies past the last group is left as it is.
+    """
     num_rows, dim = assignments.shape[0], x.shape[1]
     out = x.new_empty(num_rows, dim)
-    _copy_launch(num_rows, dim)(x, tokens, assignments, out)
+    _copy_launch(num_rows, schedule.num_groups, dim)(x, tokens, assignments, schedule.table, out)
     return out
 
 
 @lru_cache(maxsize=512)
-def _copy_launch(num_rows: int, dim: int) -> Launch:
+def _copy_launch(num_rows: int, num_groups: int, dim: int) -> Launch:
     block = min(1024, power_of_two(dim))
     grid = (blocks_of(num_rows, 4), blocks_of(dim, block))
-    return Launch(_copy_kernel, grid, (*[POINTER] * 4, num_rows, dim), ROWS=4, BLOCK=block)
+    return Launch(_copy_kernel, grid, (*[POINTER] * 5, num_groups, dim), ROWS=4, BLOCK=block)
 
 
 def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor | None) -> Tensor:
@@ -112,5 +116,5 @@ def _sum_launch(num_tokens: int, dim: int, weighted: bool) -> Launch:
     return Launch(
         _sum_kernel, (num_tokens, blocks_of(dim, block)),
         (POINTER, POINTER, POINTER if weighted else None, POINTER, POINTER, POINTER, dim),
-        WEIGHTED=weighted, UNROLL=4, BLOCK=block,
+        UNROLL=4, BLOCK=block,
     )  # fmt: skip

@@ -259,7 +259,7 @@ def back_launch(
     and schedule; and of how many parts the gradients of the weights are sums.
     """
     num_groups, depth, width = weights.shape
-    num_rows, preactivations = shape[0], (2 if activation.gated else 1) * width
+    num_rows, preactivations = shape[0], activation.parts * width
     launch = Launch(
         _special_back_kernel, (programs(device),),
         (

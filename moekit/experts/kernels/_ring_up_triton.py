@@ -168,7 +168,7 @@ def up_launch(
         _special_up_kernel, (programs(device),),
         (
             blocks(shape, (shape[1], 1), (ROWS, DEPTH)), right, right if gated else None, bias,
-            bias if gated else None, quarters((shape[0], (2 if gated else 1) * width)) if keep_pre else None,
+            bias if gated else None, quarters((shape[0], activation.parts * width)) if keep_pre else None,
             quarters((shape[0], width)) if keep_hidden else None, POINTER,
             num_groups, depth, width, weights.steps[0] // weights.steps[1],
         ),

@@ -60,18 +60,21 @@ def first_tile(schedule, group, num_groups):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _schedule_kernel(  # type: ignore[no-untyped-def]
-    sizes, schedule, num_groups, num_owners, M: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
+    sizes, schedule, num_groups, num_owners, num_rows, M: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr
 ):
     groups = tl.arange(0, GROUPS)
     real = groups < num_groups
     rows = tl.load(sizes + groups, mask=real, other=0)
+    last_rows = tl.minimum(tl.cumsum(rows, 0), num_rows)
+    begins = tl.minimum(tl.cumsum(rows, 0) - rows, num_rows)
+    rows = last_rows - begins
     tiles = (rows + (M - 1)) // M
     ends = tl.cumsum(tiles, 0)
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     owner = tl.sum((ends[None, :] <= places[:, None]).to(tl.int32), 1)
     tl.store(schedule + 3 * num_groups + 1 + places, owner, mask=places < num_owners)
     if tl.program_id(0) == 0:
-        tl.store(schedule + groups, tl.cumsum(rows, 0) - rows, mask=real)
+        tl.store(schedule + groups, begins, mask=real)
         tl.store(schedule + num_groups + groups, rows, mask=real)
         tl.store(schedule + 2 * num_groups + groups, ends - tiles, mask=real)
         tl.store(schedule + 3 * num_groups, tl.sum(tiles, 0))
@@ -88,18 +91,18 @@ def aligned_rows(num_assignments: int, num_experts: int, align: int) -> int:
 
 
 def schedule(sizes: Tensor, num_rows: int, m: int) -> Schedule:
-    """Cut the groups of ``sizes`` (E,) int32, of ``num_rows`` rows at most, into tiles of ``m`` rows."""
+    """Cut the groups of ``sizes`` (E,) int32 into tiles of ``m`` rows; past ``num_rows`` rows there is no group."""
     num_groups = sizes.shape[0]
     num_owners = most_tiles(num_rows, num_groups, m)
     table = sizes.new_empty(3 * num_groups + 1 + num_owners)
-    _schedule_launch(num_groups, num_owners, m)(sizes, table)
+    _schedule_launch(num_groups, num_owners, num_rows, m)(sizes, table)
     return Schedule(table, num_groups)
 
 
 @lru_cache(maxsize=512)
-def _schedule_launch(num_groups: int, num_owners: int, m: int) -> Launch:
+def _schedule_launch(num_groups: int, num_owners: int, num_rows: int, m: int) -> Launch:
     return Launch(
-        _schedule_kernel, (blocks_of(num_owners, 64),), (POINTER, POINTER, num_groups, num_owners),
+        _schedule_kernel, (blocks_of(num_owners, 64),), (POINTER, POINTER, num_groups, num_owners, num_rows),
         M=m, GROUPS=power_of_two(max(num_groups, 1)), BLOCK=64,
     )  # fmt: skip
 

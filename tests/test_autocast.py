@@ -5,8 +5,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from moekit.autocast import outside_autocast
 from moekit.routing import linear_gate
-from moekit.routing._autocast import outside_autocast
 
 # Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
 pytestmark = [

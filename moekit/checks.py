@@ -1,0 +1,75 @@
+"""What every dispatcher and every layer refuses, whatever runs it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moekit.types import Routing
+
+
+def check_routing(name: str, routing: Any) -> None:
+    """Refuse what is no sparse routing, and one whose parts do not fit each other.
+
+    Args:
+        name: of the caller, for the message.
+        routing: of any shape.
+
+    Raises:
+        ValueError: if it is no ``Routing``; if weights, experts and tokens are not of one shape; if experts or tokens
+            are not int64; if it has two axes, and the first is not T.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> routing = top_k(torch.zeros(3, 4), k=2)
+        >>> check_routing("a layer", routing)
+        >>> check_routing("a layer", routing._replace(weights=torch.ones(3, 1)))
+        Traceback (most recent call last):
+        ValueError: a layer: the routing has weights (3, 1), experts (3, 2) and tokens (3, 2); expected one shape. \
+Give every assignment a weight, an expert and a token.
+    """
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"{name}: the routing is a {type(routing).__name__}; expected a Routing, as token-choice and expert-choice "
+            f"routers return. A SoftRouting goes with the layer of moekit.recipes.soft_moe()."
+        )
+    experts, tokens, shape = routing.expert_indices, routing.token_indices, routing.weights.shape
+    if not shape == experts.shape == tokens.shape:
+        raise ValueError(
+            f"{name}: the routing has weights {tuple(shape)}, experts {tuple(experts.shape)} and tokens "
+            f"{tuple(tokens.shape)}; expected one shape. Give every assignment a weight, an expert and a token."
+        )
+    if not experts.dtype == tokens.dtype == torch.int64:
+        raise ValueError(
+            f"{name}: the routing has experts of {experts.dtype} and tokens of {tokens.dtype}; expected torch.int64. "
+            f"Convert them by .long()."
+        )
+    if len(shape) == 2 and shape[0] != routing.num_tokens:
+        raise ValueError(
+            f"{name}: the routing has shape {tuple(shape)} over {routing.num_tokens} tokens; two axes mean (T, K), the "
+            f"choices of each token. Flatten the parts of any other routing to (N,)."
+        )
+
+
+def check_devices(name: str, *tensors: Tensor | None) -> None:
+    """Refuse tensors of several devices, which a kernel would read as if they were of one.
+
+    Args:
+        name: of the caller, for the message.
+        tensors: all that it reads, or None.
+
+    Raises:
+        ValueError: if they are on several devices.
+
+    Example:
+        >>> check_devices("a layer", torch.ones(1), torch.ones(1, device="meta"))
+        Traceback (most recent call last):
+        ValueError: a layer: its tensors are on cpu and meta; expected one device. Move tokens, routing and parameters \
+to the same one.
+    """
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(
+            f"{name}: its tensors are on {' and '.join(sorted(map(str, devices)))}; expected one device. Move tokens, "
+            f"routing and parameters to the same one."
+        )
