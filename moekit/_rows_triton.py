@@ -24,7 +24,7 @@ def _place(dim, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _clear_padding(  # type: ignore[no-untyped-def]
+def clear_padding(  # type: ignore[no-untyped-def]
     out, padding, block, columns, num_rows, dim, NEGATIVE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Write zeros to those of a program's ROWS rows that are padding."""
@@ -73,7 +73,7 @@ def _copy_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + places, values, mask=(row >= 0)[:, None] & (columns < dim)[None, :])
     if groups is not None:
         num_rows = rows_in_groups(groups, num_groups)
-    _clear_padding(out, padding, block, columns, num_rows, dim, NEGATIVE, ROWS, BLOCK)
+    clear_padding(out, padding, block, columns, num_rows, dim, NEGATIVE, ROWS, BLOCK)
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def _weigh_backward_kernel(  # type: ignore[no-untyped-def]
         sums = tl.where(real, tl.sum(products, 1), 0.0).to(grad_weights.dtype.element_ty)
         tl.store(grad_weights + token * K + choices, sums, mask=choices < K)
     for first in range(0, dim, BLOCK):
-        _clear_padding(grad_values, padding, token, first + tl.arange(0, BLOCK), num_rows, dim, False, ROWS, BLOCK)
+        clear_padding(grad_values, padding, token, first + tl.arange(0, BLOCK), num_rows, dim, False, ROWS, BLOCK)
 
 
 class _Tile(NamedTuple):

@@ -1,4 +1,4 @@
-"""Run every kernel of the fused layer, its plan and its router on awkward shapes, for compute-sanitizer on a GPU.
+"""Run every kernel of the fused layer, its plan and its routers on awkward shapes, for compute-sanitizer on a GPU.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \\
     python tests/sanitized_kernels.py
@@ -17,7 +17,7 @@ from moekit.experts.kernels._plan_triton import make_plan
 from moekit.experts.packed import pack_gated
 from moekit.recipes.bench.rows import make_case, moekit_rows
 from moekit.recipes.bench.shapes import LayerShape
-from moekit.routing import fused_top_k, sigmoid, softmax, top_k
+from moekit.routing import fused_top_k, round_tokens, sigmoid, softmax, top_k
 from moekit.routing.fused_top_k import fused_top_k_and_load
 
 CUDA = torch.device("cuda")
@@ -28,6 +28,10 @@ WHOLE_LAYERS = ((513, 320, 384, 12, 3), (130, 264, 136, 512, 8))
 PLANS = (
     (8, 1, 1024, 64, 128), (1000, 8, 64, 128, 64), (3, 2, 512, 128, 64), (5000, 8, 512, 128, 64),
     (700, 32, 1024, 64, 32), (1, 1, 1, 64, 32), (40000, 2, 8, 128, 64),
+)  # fmt: skip
+# T, E, k, tile: several chunks of tokens, of assignments, more places besides than lanes, experts without tokens
+ROUNDINGS = (
+    (5000, 12, 3, 128), (1000, 300, 8, 16), (2500, 2, 1, 4500), (33, 1500, 2, 4), (1, 1, 1, 2), (4096, 512, 8, 64),
 )  # fmt: skip
 ROUTERS = ((1, 1, 1), (7, 1024, 32), (1000, 64, 8), (333, 129, 4), (5000, 8, 2), (2049, 512, 8))  # T, E, k
 
@@ -55,6 +59,14 @@ def run_router(num_tokens: int, num_experts: int, k: int) -> None:
         fused_top_k(logits, k=k, score=score, bias=bias).weights.square().sum().backward()
 
 
+def run_rounding(num_tokens: int, num_experts: int, k: int, tile: int) -> None:
+    logits = torch.randn(num_tokens, num_experts, device=CUDA, requires_grad=True)
+    routing = top_k(logits, k=k)
+    routing = routing._replace(expert_indices=routing.expert_indices.where(routing.weights > 0.01, -1))
+    for rounding in (torch.round, torch.ceil, torch.floor):
+        round_tokens(logits, routing, tile=tile, rounding=rounding).weights.square().sum().backward(retain_graph=True)
+
+
 def main() -> None:
     for shape in LAYERS:
         for kind, keep in (
@@ -73,6 +85,10 @@ def main() -> None:
         run_router(*sizes)
         torch.cuda.synchronize()
         print("router", *sizes, flush=True)
+    for sizes in ROUNDINGS:
+        run_rounding(*sizes)
+        torch.cuda.synchronize()
+        print("rounding", *sizes, flush=True)
     for shape in WHOLE_LAYERS:
         for dtype in (torch.bfloat16, torch.float16):
             case = make_case(LayerShape("odd", *shape), "uniform", device="cuda", dtype=dtype)

@@ -14,7 +14,7 @@ def plan_routing(
     """Plan a routing: ``plan_layer``, and the lists of each token's assignments if they are no (T, K)."""
     plan = plan_layer(experts, num_experts, height, align)
     if experts.ndim != 2 and experts.numel():
-        plan = [*plan, tokens, *_lists_of_tokens(experts, tokens, num_tokens)]
+        plan = [*plan, *_lists_of_tokens(experts, tokens, num_tokens)]
     return plan
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor
 
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, softmax
-from moekit.segments import exclusive_cumsum, sort_by_expert, tokens_per_expert
+from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import Logits, Router, Routing
+
+_TRITON = find_spec("triton") is not None
 
 
 class MovedMass(NamedTuple):
@@ -50,6 +53,7 @@ def token_rounding(
 
     Example:
         >>> from moekit.routing import top_k
+        >>> from moekit.segments import tokens_per_expert
         >>> router = token_rounding(partial(top_k, k=1), tile=2, rounding=torch.ceil)
         >>> tokens_per_expert(router(torch.tensor([[1.0, 0.0], [2.0, 0.0], [3.0, 0.0]])).expert_indices, 2)
         tensor([3, 0])
@@ -75,10 +79,14 @@ def round_tokens(
     which is not normalised again; a token that is taken besides gets its score. With ``top_k(..., normalize=True)``
     and softmax scores this is the form of the authors' benchmark. With ``tile=1`` nothing changes.
 
+    Of assignments of one weight the earlier stay, and of tokens of one score the earlier are taken. NaN counts as
+    infinity, and a score of -infinity as the lowest finite number.
+
     Where r_e would pass T, the tokens there are, it is T and no multiple. ``mask_tokens`` behind it takes padding out
     and leaves other loads, too.
 
-    Not causal. No host synchronisation. Deterministic on CUDA; ``torch.round`` rounds halves to even.
+    Not causal. No host synchronisation. Deterministic on CUDA; ``torch.round`` rounds halves to even. On CUDA the
+    selections are Triton kernels where weights and scores are float32, and give the same routing as the CPU.
 
     Args:
         logits: (T, E) float32, with or without noise.
@@ -88,9 +96,9 @@ def round_tokens(
         score: (T, E) logits -> (T, E) scores.
 
     Returns:
-        Routing of shape (N,): first the assignments of ``routing`` in their order, then those besides by expert; -1 for
-        those that do not exist. N = T * K + E * min(b, T), where b is as many as ``rounding`` may add to a load:
-        tile // 2 for ``torch.round``, 0 for ``torch.floor``, tile - 1 for any other.
+        Routing of shape (N,): first the assignments of ``routing`` in their order, then those besides by expert, the
+        tokens of each in ascending order; -1 for those that do not exist. N = T * K + E * min(b, T), where b is as many
+        as ``rounding`` may add to a load: tile // 2 for ``torch.round``, 0 for ``torch.floor``, tile - 1 for any other.
 
     Raises:
         ValueError: if the tile is not positive, or the routing is not (T, K).
@@ -110,22 +118,19 @@ def round_tokens(
     logits = noisy(logits)
     _check(routing, tile)
     experts, num_experts = routing.expert_indices.flatten(), routing.num_experts
-    loads = tokens_per_expert(experts, num_experts)  # (E,)
-    rounded = (rounding(loads.double() / tile) * tile).to(torch.int64).clamp(0, routing.num_tokens)
-    kept = _ranks(routing) < torch.cat([rounded, rounded.new_zeros(1)])[experts]  # -1 takes the last entry, 0
-    num_besides = min(_most_besides(tile, rounding), routing.num_tokens)
-    tokens, weights = _besides(logits, routing, num_besides, score=score)  # (E, num_besides)
-    wanted = torch.arange(num_besides, device=logits.device) < (rounded - loads).unsqueeze(-1)
-    others = torch.arange(num_experts, device=logits.device).unsqueeze(-1).where(wanted, -1)
+    order, loads = sort_by_expert(experts, num_experts)
+    rounded = (rounding(loads.double() / tile) * tile).to(torch.int64).clamp(0, routing.num_tokens)  # (E,)
+    kept = _heaviest(routing.weights.detach().flatten(), order, loads, limits=rounded)
+    counts, num_besides = rounded - loads, min(_most_besides(tile, rounding), routing.num_tokens)
+    scores = score(logits)
+    tokens = _besides(scores.detach(), routing.expert_indices, counts, number=num_besides)  # (E, num_besides)
+    takers = torch.arange(num_experts, device=tokens.device).unsqueeze(-1).expand_as(tokens)
+    missing = torch.cat([kept, _places(counts, num_besides).flatten()]).logical_not_()
+    weights = torch.cat([routing.weights.flatten(), scores.gather(0, tokens.T).T.flatten().to(routing.weights.dtype)])
     return Routing(
         token_indices=torch.cat([routing.token_indices.flatten(), tokens.flatten()]),
-        expert_indices=torch.cat([experts.masked_fill(~kept, -1), others.flatten()]),
-        weights=torch.cat(
-            [
-                routing.weights.flatten().masked_fill(~kept, 0.0),
-                weights.masked_fill(~wanted, 0.0).flatten().to(routing.weights.dtype),
-            ]
-        ),
+        expert_indices=torch.cat([experts, takers.flatten()]).masked_fill_(missing, -1),
+        weights=weights.masked_fill_(missing, 0.0),
         num_tokens=routing.num_tokens,
         num_experts=num_experts,
         pool=experts.shape[0] + tokens.numel(),
@@ -182,15 +187,23 @@ def _route_and_round(
     return round_tokens(logits, routing, tile=tile, rounding=rounding, score=score)
 
 
-def _ranks(routing: Routing) -> Tensor:
-    """Return (N,) int64, how many assignments of the same expert are heavier; earlier ones win ties."""
-    experts, weights = routing.expert_indices.flatten(), routing.weights.detach().flatten()
-    by_weight = torch.sort(weights, descending=True, stable=True).indices
-    order, sizes = sort_by_expert(experts[by_weight], routing.num_experts)
-    order = by_weight[order]
-    firsts = torch.cat([exclusive_cumsum(sizes), sizes.sum().view(1)])  # -1 takes the last entry
-    places = torch.arange(order.shape[0], device=order.device) - firsts[experts[order]]
-    return torch.empty_like(places).scatter_(0, order, places)
+def _heaviest(weights: Tensor, order: Tensor, sizes: Tensor, *, limits: Tensor) -> Tensor:
+    """Say which assignments (N,) are among the limits[e] heaviest of their expert; earlier ones win ties.
+
+    ``order`` (N,) and ``sizes`` (E,) are what ``sort_by_expert`` returns; those that do not exist are not kept.
+    """
+    if _has_kernels(weights):
+        from moekit.routing import _rounding_triton
+
+        return _rounding_triton.heaviest(weights, order, sizes, limits)
+    num_experts, places = sizes.shape[0], torch.arange(order.shape[0], device=order.device)
+    owners = torch.searchsorted(sizes.cumsum(0), places, right=True)  # of the places; E behind the last expert
+    numbers = weights[order].nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    by_weight = torch.sort(numbers, descending=True, stable=True).indices
+    by_expert, _ = sort_by_expert(owners[by_weight].where(owners[by_weight] < num_experts, -1), num_experts)
+    firsts, ends = (torch.cat([each, each.new_zeros(1)]) for each in (exclusive_cumsum(sizes), limits))
+    is_kept = places - firsts[owners] < ends[owners]
+    return torch.empty_like(is_kept).scatter_(0, order[by_weight[by_expert]], is_kept)
 
 
 def _most_besides(tile: int, rounding: Callable[[Tensor], Tensor]) -> int:
@@ -199,13 +212,39 @@ def _most_besides(tile: int, rounding: Callable[[Tensor], Tensor]) -> int:
     return tile // 2 if rounding is torch.round else tile - 1
 
 
-def _besides(logits: Tensor, routing: Routing, count: int, *, score: Score) -> tuple[Tensor, Tensor]:
-    """Return the tokens (E, count) that did not choose expert e and that it scores highest, and their scores."""
-    scores = score(logits)
-    chosen = _exists(routing)  # (T, E)
-    preference = scores.detach().masked_fill(chosen, -torch.inf).T  # (E, T)
-    tokens = torch.topk(preference, count, dim=-1).indices
-    return tokens, scores.T.gather(-1, tokens)
+def _besides(scores: Tensor, experts: Tensor, counts: Tensor, *, number: int) -> Tensor:
+    """Return (E, number) int64: for expert e the counts[e] tokens it scores highest of those that did not choose it.
+
+    They are in ascending order; earlier ones win ties. Zeros fill up the rest. ``experts`` (T, K) holds the choices.
+    """
+    if _has_kernels(scores):
+        from moekit.routing import _rounding_triton
+
+        return _rounding_triton.besides(scores, experts, counts, number)
+    num_tokens, num_experts = scores.shape
+    if number == 0:
+        return experts.new_empty(num_experts, 0)
+    chosen = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
+    chosen = chosen.scatter_(1, experts.where(experts >= 0, num_experts), True)[:, :-1]
+    # Whatever its score, a token that did not choose the expert comes before one that did.
+    finite = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(scores.dtype).min)
+    preference = finite.masked_fill_(chosen, -torch.inf).T.contiguous()  # (E, T)
+    last = torch.topk(preference, number).values.gather(-1, counts.clamp(1, number).unsqueeze(-1) - 1)
+    tokens = torch.arange(num_tokens, device=scores.device)
+    # Those above the last one that is wanted, then its equals; ``topk`` itself breaks ties in no stated way.
+    ranks = torch.where(preference > last, tokens, tokens + num_tokens).masked_fill_(preference < last, 2 * num_tokens)
+    first = torch.topk(ranks, number, largest=False).values % num_tokens
+    wanted = _places(counts, number)
+    return first.masked_fill(~wanted, num_tokens).sort(-1).values.masked_fill(~wanted, 0)
+
+
+def _places(counts: Tensor, number: int) -> Tensor:
+    """Return (E, number) bool, True for the first counts[e] places of expert e."""
+    return torch.arange(number, device=counts.device) < counts.unsqueeze(-1)
+
+
+def _has_kernels(values: Tensor) -> bool:
+    return values.is_cuda and values.dtype == torch.float32 and _TRITON
 
 
 def _exists(routing: Routing) -> Tensor:

@@ -184,11 +184,10 @@ def test_a_group_s_rows_of_nobody_are_zero_and_those_past_all_groups_are_not_wri
     firsts_and_sizes = torch.tensor([0, 2, 2, 2, 0, 3], dtype=torch.int32, device=DEVICE)
     schedule = Schedule(firsts_and_sizes, 3)
     expected = x[tokens[assignments]] * (assignments >= 0)[:, None]
-    rows = torch.tensor([[3], [0], [2]], device=DEVICE)  # of the tokens, each of which has one
-    for plan in (
-        Plan(rows, assignments, schedule),
-        Plan(rows, assignments, schedule, TokenLists(tokens, tokens, tokens)),
-    ):
+    by_token = torch.tensor([[3], [0], [2]], device=DEVICE)  # the rows of the tokens, each of which has one
+    lists = TokenLists(torch.tensor([1, 2, 0], device=DEVICE), torch.arange(4, device=DEVICE))
+    rows = torch.tensor([2, 3, 0], device=DEVICE)
+    for plan in (Plan(by_token, assignments, schedule), Plan(rows, assignments, schedule, lists)):
         found = dispatched(x, plan)
         assert torch.equal(found[:5], expected[:5])
         assert found[5].isnan().all()
@@ -200,7 +199,7 @@ def test_rows_of_a_token_are_added_in_their_order() -> None:
     from moekit.experts.kernels._lists_triton import TokenLists, summed
 
     tokens, experts = torch.tensor([1, 0, 1, 1, 0, 1]), torch.tensor([0, 0, 1, -1, 0, 0])
-    lists = TokenLists(tokens, *_lists_of_tokens(experts, tokens, 3))
+    lists = TokenLists(*_lists_of_tokens(experts, tokens, 3))
     assert lists.order[:5].tolist() == [1, 4, 0, 2, 5]
     assert lists.starts.tolist() == [0, 2, 5, 5]
     values = torch.tensor([1.0, 1e8, 3.0, torch.nan, 4.0, -1e8]).unsqueeze(1)  # 1 + 1e8 forgets the 1

@@ -171,6 +171,42 @@ def test_ties_go_to_earlier_assignments() -> None:
     assert rounded.expert_indices.tolist()[:5] == [0, 0, 0, 0, -1]
 
 
+def rounded_in_loops(scores: list[list[float]], routing: Routing, tile: int) -> tuple[list[int], list[int]]:
+    """Return tokens and experts of a routing rounded up, whatever the numbers: equals in order, NaN as infinity."""
+
+    def number(value: float) -> float:
+        return math.inf if math.isnan(value) else value
+
+    experts, weights = routing.expert_indices.flatten().tolist(), routing.weights.flatten().tolist()
+    tokens, kept, besides = routing.token_indices.flatten().tolist(), [-1] * len(experts), []
+    for e in range(routing.num_experts):
+        own = [i for i, expert in enumerate(experts) if expert == e]
+        rows = min(routing.num_tokens, tile * math.ceil(len(own) / tile))
+        for i in sorted(own, key=lambda i: -number(weights[i]))[:rows]:  # which is stable
+            kept[i] = e
+        others = sorted(set(range(routing.num_tokens)) - {tokens[i] for i in own})
+        taken = sorted(sorted(others, key=lambda t: -number(scores[t][e]))[: max(0, rows - len(own))])
+        besides.append(taken + [-1] * (min(tile - 1, routing.num_tokens) - len(taken)))
+    padded = [max(t, 0) for each in besides for t in each]
+    return tokens + padded, kept + [e if t >= 0 else -1 for e, each in enumerate(besides) for t in each]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("num_tokens", "tile"), [(40, 16), (40, 3), (9, 64), (1, 2)])
+def test_equals_and_numbers_that_are_none_have_a_stated_order(num_tokens, tile, dtype) -> None:
+    scores = torch.randint(-2, 3, (num_tokens, 4)).to(dtype)
+    for value in (math.nan, math.inf, -math.inf, -0.0):
+        scores = scores.masked_fill(torch.rand(num_tokens, 4) < 0.1, value)
+    experts = torch.randint(-1, 4, (num_tokens, 3))  # a token may name an expert twice
+    tokens = torch.arange(num_tokens).unsqueeze(1).expand(num_tokens, 3)
+    weights = scores.gather(1, experts.clamp_min(0))
+    routing = Routing(tokens, experts, weights, num_tokens, 4, pool=3 * num_tokens)
+    rounded = round_tokens(scores, routing, tile=tile, rounding=torch.ceil, score=lambda z: z)
+    expected_tokens, expected_experts = rounded_in_loops(scores.tolist(), routing, tile)
+    assert rounded.expert_indices.tolist() == expected_experts
+    assert rounded.token_indices.tolist() == expected_tokens
+
+
 def test_no_expert_has_more_rows_than_there_are_tokens() -> None:
     logits = torch.tensor([[9.0, 0.0]]).expand(5, 2)
     rounded = token_rounding(partial(top_k, k=1), tile=4, rounding=torch.ceil)(logits)

@@ -80,7 +80,7 @@ def dispatched(x: Tensor, plan: Plan) -> Tensor:
     """Copy tokens (T, D) to their rows (R, D); padding rows of groups are zero, rows past all groups anything."""
     if plan.lists is None:
         return _rows_triton.copy(x, plan.rows, plan.assignments, *plan.schedule)
-    return _lists_triton.copied(x, plan.lists.tokens, plan.assignments, plan.schedule)
+    return _lists_triton.copied(x, plan.rows, plan.assignments, plan.lists, plan.schedule)
 
 
 def combined(rows: Tensor, weights: Tensor | None, plan: Plan) -> Tensor:

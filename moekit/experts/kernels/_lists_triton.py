@@ -1,4 +1,4 @@
-"""Moving rows of routings that are no (T, K): a row knows its token, and a token the list of its assignments."""
+"""Moving rows of routings that are no (T, K): a token has the list of its assignments, and each a row."""
 
 from functools import lru_cache
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
-from moekit._rows_triton import rows_in_groups
+from moekit._rows_triton import clear_padding, rows_in_groups
 from moekit.experts.kernels._tiles_triton import Schedule
 from moekit.operators import blocks_of, power_of_two
 
@@ -17,29 +17,41 @@ class TokenLists(NamedTuple):
     """Which assignments a token has, in their order.
 
     Attributes:
-        tokens: (N,) int64, of each assignment.
         order: (N,) int64, assignments by token; those that do not exist come last.
         starts: (T + 1,) int64, where each token's begin in ``order``, and where the last token's end.
     """
 
-    tokens: Tensor
     order: Tensor
     starts: Tensor
 
 
 @triton.jit
 def _copy_kernel(  # type: ignore[no-untyped-def]
-    x, tokens, assignments, groups, out, num_groups, dim, ROWS: tl.constexpr, BLOCK: tl.constexpr
+    x,
+    rows,
+    assignments,
+    order,
+    starts,
+    groups,
+    out,
+    num_tokens,
+    num_groups,
+    dim,
+    UNROLL: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    program = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = rows < rows_in_groups(groups, num_groups)
-    assignment = tl.load(assignments + rows, mask=inside, other=-1)
-    real = assignment >= 0
-    token = tl.load(tokens + assignment, mask=real, other=0)
-    here = (columns < dim)[None, :]
-    found = tl.load(x + token[:, None] * dim + columns[None, :], mask=real[:, None] & here, other=0.0)
-    tl.store(out + rows[:, None] * dim + columns[None, :], found, mask=inside[:, None] & here)
+    if program < num_tokens:
+        values = tl.load(x + program * dim + columns, mask=columns < dim, other=0.0)
+        last = tl.load(starts + program + 1)
+        for place in range(tl.load(starts + program), last, UNROLL):
+            for i in tl.static_range(UNROLL):
+                assignment = tl.load(order + place + i, mask=place + i < last, other=-1)
+                row = tl.load(rows + assignment, mask=assignment >= 0, other=-1)
+                tl.store(out + row * dim + columns, values, mask=columns < tl.where(row >= 0, dim, 0))
+    clear_padding(out, assignments, program, columns, rows_in_groups(groups, num_groups), dim, True, ROWS, BLOCK)
 
 
 @triton.jit
@@ -70,22 +82,35 @@ def _sum_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + token * dim + columns, sums.to(out.dtype.element_ty), mask=columns < dim)
 
 
-def copied(x: Tensor, tokens: Tensor, assignments: Tensor, schedule: Schedule) -> Tensor:
-    """Copy the tokens x (T, D) of assignments, ``tokens`` (N,), to their rows (R, D); a group's rows of -1 are zero.
+def copied(x: Tensor, rows: Tensor, assignments: Tensor, lists: TokenLists, schedule: Schedule) -> Tensor:
+    """Copy each token of x (T, D) to the rows (R, D) of its assignments; a group's rows of nobody are zero.
 
-    What lies past the last group is left as it is.
+    What lies past the last group is left as it is. No host synchronisation. Deterministic.
+
+    Args:
+        x: (T, D).
+        rows: (N,) int64, the row of each assignment; one that does not exist is in no list.
+        assignments: (R,) int64, the assignment of each row; -1 for a row of nobody.
+        lists: of T tokens.
+        schedule: of the groups.
+
+    Returns:
+        (R, D), the dtype of ``x``.
     """
-    num_rows, dim = assignments.shape[0], x.shape[1]
+    (num_tokens, dim), num_rows = x.shape, assignments.shape[0]
     out = x.new_empty(num_rows, dim)
-    _copy_launch(num_rows, schedule.num_groups, dim)(x, tokens, assignments, schedule.table, out)
+    launch = _copy_launch(num_tokens, num_rows, schedule.num_groups, dim)
+    launch(x, rows, assignments, lists.order, lists.starts, schedule.table, out)
     return out
 
 
 @lru_cache(maxsize=512)
-def _copy_launch(num_rows: int, num_groups: int, dim: int) -> Launch:
-    block = min(1024, power_of_two(dim))
-    grid = (blocks_of(num_rows, 4), blocks_of(dim, block))
-    return Launch(_copy_kernel, grid, (*[POINTER] * 5, num_groups, dim), ROWS=4, BLOCK=block)
+def _copy_launch(num_tokens: int, num_rows: int, num_groups: int, dim: int) -> Launch:
+    block, padding = min(1024, power_of_two(dim)), 8  # rows that a program looks through for those of nobody
+    grid = (max(num_tokens, blocks_of(num_rows, padding)), blocks_of(dim, block))
+    return Launch(
+        _copy_kernel, grid, (*[POINTER] * 7, num_tokens, num_groups, dim), UNROLL=4, ROWS=padding, BLOCK=block
+    )
 
 
 def summed(values: Tensor, rows: Tensor, lists: TokenLists, *, weights: Tensor | None) -> Tensor:
