@@ -73,13 +73,14 @@ def sum_rows(rows: Tensor, links: Links) -> Tensor:
 class _CopyRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(tokens, padding, rows)
+        ctx.save_for_backward(rows)
         return copied(x, tokens, padding, rows)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        links = Links(*ctx.saved_tensors)
-        return sum_rows(grad, links) if differentiable() else summed(grad, links.rows, None), None, None, None
+        (rows,) = ctx.saved_tensors
+        sums = sum_rows(grad, _links_of(rows, grad.shape[0])) if differentiable() else summed(grad, rows, None)
+        return sums, None, None, None
 
 
 class _SumRows(torch.autograd.Function):
@@ -92,6 +93,14 @@ class _SumRows(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         links = Links(*ctx.saved_tensors)
         return copy_rows(grad, links) if differentiable() else copied(grad, *links), None, None, None
+
+
+def _links_of(rows: Tensor, num_rows: int) -> Links:
+    """Return the links of which ``rows`` (T, k) are those of the tokens."""
+    tokens = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1).expand_as(rows)
+    places = torch.where(rows < 0, num_rows, rows).flatten()  # past the end for rows that there are not
+    owners = tokens.new_full((num_rows + 1,), -1).scatter(0, places, tokens.flatten())[:num_rows]
+    return Links(owners.clamp_min(0), owners < 0, rows)
 
 
 def differentiable() -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._huge_pages import empty
 from moekit.experts._workers import share
+from moekit.operators import differentiated_once
 from moekit.rows import summed
 from moekit.segments import rows_of_assignments
 
@@ -231,9 +232,10 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if grad is None:
         return (None,) * 10
-    frozen = not any(ctx.needs_input_grad[5:8])
-    d_x, d_weights, *d_matrices = _fused_backward(grad, *ctx.saved_tensors, ctx.activation, frozen)
-    return d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None
+    frozen, saved = not any(ctx.needs_input_grad[5:8]), ctx.saved_tensors
+    d_x, d_weights, *d_matrices = _fused_backward(grad, *saved, ctx.activation, frozen)
+    grads = d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None
+    return differentiated_once("fused_cpu", (grad, *saved), *grads)
 
 
 fused.register_autograd(_backward, setup_context=_save)

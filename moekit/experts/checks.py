@@ -63,7 +63,7 @@ them, or run inside torch.autocast.
     if len(set(dtypes)) == 1 and (allowed is None or dtypes[0] in allowed):
         return
     among = "" if allowed is None else f" of {', '.join(map(str, allowed))}"
-    other = "" if allowed is None else ", or use the matmul `loop` or `grouped`, which take any"
+    other = ", or compose the layer of `expert_layer` and `loop`, which take any" if len(set(dtypes)) == 1 else ""
     raise ValueError(
         f"{name}: tokens and parameters are {', '.join(map(str, dtypes))}; expected one dtype{among} for all. Cast "
         f"them, or run inside torch.autocast{other}."

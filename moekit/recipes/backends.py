@@ -147,7 +147,8 @@ def _auto(
 ) -> Tensor:
     dtype = autocast_dtype(x.device.type) or x.dtype
     kind = type(params)
-    experts_of(activation, kind)  # which refuses what are no parameters of such experts
+    if not hasattr(params, "down"):
+        experts_of(activation, kind)  # which says what it expects
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
     choice = choose_backend(
         x.device, dtype, dispatcher=dispatcher, activation=activation, params=kind, widths=(x.shape[1], hidden),

@@ -14,6 +14,7 @@ from moekit.routing.heterogeneous import heterogeneous_balance_loss
 from moekit.routing.importance_losses import importance_loss, load_loss
 from moekit.routing.losses import load_balance_loss, update_bias, z_loss
 from moekit.routing.masks import mask_tokens, random_second
+from moekit.routing.moved_mass import moved_mass
 from moekit.routing.noise import (
     NoisyGateParams,
     gumbel_noise,
@@ -35,7 +36,7 @@ from moekit.routing.soft import SoftGateParams, init_soft_gate, mask_soft, soft_
 from moekit.routing.sparse_mixer import sparse_mixer
 from moekit.routing.states import fixed_table, observe_load, quantile_bias, selection_bias
 from moekit.routing.stats import RoutingStats, routing_stats
-from moekit.routing.token_rounding import moved_mass, round_tokens, token_rounding
+from moekit.routing.token_rounding import round_tokens, token_rounding
 from moekit.routing.top_k import sigmoid, softmax, softmax_of_top_k, sqrt_softplus, token_choice, top_k, weights_at
 from moekit.routing.topology import topology_limited
 

@@ -1,10 +1,6 @@
 """Whom experts keep and whom they take besides when loads are rounded, as Triton kernels.
 
-Both select the n greatest of many keys, which are integers in the order of the floats. A threshold is a number that n
-keys are above; or fewer, and with those that equal it n or more. One program does it for one expert, and reads the keys
-three times. First it keeps the greatest key of each lane: a threshold of those bounds one of all from below. Then it
-puts the keys above the bound aside, which are few, and finds the threshold among them by halving. Last it takes what is
-above the threshold, and of what equals it the first ones. Nothing depends on the order in which programs run.
+Both select the n greatest of an expert's keys, one program for each expert: see ``_selection_triton``.
 """
 
 from functools import lru_cache
@@ -16,94 +12,11 @@ from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, operator, power_of_two
+from moekit.routing._selection_triton import LOWEST, LOWEST_FINITE, find_threshold, key_of, selected
 
-_LOWEST = tl.constexpr(-(2**31))  # below the key of every float
-_LOWEST_FINITE = tl.constexpr(-(2**31) + 2**23)  # the key of the lowest finite float
-_INFINITY_BITS = tl.constexpr(0x7F800000)
 _WEIGHED = 1024  # assignments that one program writes the keys of
 _SCORED = 4096  # scores that one program turns
 _LEAST_CHUNK, _MOST_CHUNK = 256, 2048  # keys that a selection reads at once
-
-
-@triton.jit
-def _key(values):  # type: ignore[no-untyped-def]
-    """Return int32 in the order of float32 values; both zeros are one, and NaN is infinity.
-
-    The bits of a float32 without its sign are in the order of its values; those of a negative one are turned round.
-    """
-    bits = values.to(tl.int32, bitcast=True)
-    bits = tl.where((bits & 0x7FFFFFFF) > _INFINITY_BITS, _INFINITY_BITS, bits)
-    return tl.where(bits == _LOWEST, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _narrow(low, high, above, reached, number):  # type: ignore[no-untyped-def]
-    """Go on with the half that a threshold is in, now that ``reached`` keys are known to be above the middle.
-
-    ``above`` keys are greater than ``high``, ``number`` at most; and ``number`` or more are not below ``low``.
-    """
-    middle = (low + high) >> 1
-    upper = reached > number
-    return tl.where(upper, middle + 1, low), tl.where(upper, high, middle), tl.where(upper, above, reached)
-
-
-@triton.jit
-def _search_lanes(keys, number):  # type: ignore[no-untyped-def]
-    """Return a threshold of keys in registers, and how many are above; the lowest number if there are too few keys."""
-    low, high = tl.full((), _LOWEST, tl.int64), tl.max(keys).to(tl.int64)
-    above = tl.full((), 0, tl.int32)
-    while (low < high) & (above < number):
-        reached = tl.sum((keys > ((low + high) >> 1).to(tl.int32)).to(tl.int32))
-        low, high, above = _narrow(low, high, above, reached, number)
-    return high.to(tl.int32), above
-
-
-@triton.jit
-def _search(keys, length, low, high, number, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return the same of keys (length,) in memory: none is above ``high``, and ``number`` or more not below ``low``."""
-    lanes = tl.arange(0, CHUNK)
-    low, high = low.to(tl.int64), high.to(tl.int64)
-    above = tl.full((), 0, tl.int32)
-    while (low < high) & (above < number):
-        middle = ((low + high) >> 1).to(tl.int32)
-        reached = tl.full((), 0, tl.int32)
-        for start in range(0, length, CHUNK):
-            some = tl.load(keys + start + lanes, mask=start + lanes < length, other=_LOWEST)
-            reached += tl.sum((some > middle).to(tl.int32))
-        low, high, above = _narrow(low, high, above, reached, number)
-    return high.to(tl.int32), above
-
-
-@triton.jit
-def _threshold(keys, length, number, aside, CHUNK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Return a threshold of keys (length,) in memory, and how many are above it; 1 <= number <= length.
-
-    ``aside`` is memory for the keys above the bound: those of ``number`` lanes at most; all, if there are fewer lanes.
-    """
-    lanes = tl.arange(0, CHUNK)
-    greatest = tl.full((CHUNK,), _LOWEST, tl.int32)
-    for start in range(0, length, CHUNK):
-        some = tl.load(keys + start + lanes, mask=start + lanes < length, other=_LOWEST)
-        greatest = tl.maximum(greatest, some)
-    bound, _ = _search_lanes(greatest, number)
-    above = tl.full((), 0, tl.int32)
-    for start in range(0, length, CHUNK):
-        some = tl.load(keys + start + lanes, mask=start + lanes < length, other=_LOWEST)
-        is_above = some > bound
-        tl.store(aside + above + tl.cumsum(is_above.to(tl.int32), 0) - 1, some, mask=is_above)
-        above += tl.sum(is_above.to(tl.int32))
-    if above > number:
-        tl.debug_barrier()  # other threads of the program wrote what this one reads
-        bound, above = _search(aside, above, bound, tl.max(greatest), number, CHUNK // 4)
-    return bound, above
-
-
-@triton.jit
-def _selected(keys, real, threshold, ties):  # type: ignore[no-untyped-def]
-    """Say which keys are above the threshold or among the first ``ties`` that equal it; and how many ties are left."""
-    tied = (keys == threshold) & real
-    taken = (keys > threshold) | (tied & (tl.cumsum(tied.to(tl.int32), 0) <= ties))
-    return taken, ties - tl.sum(tied.to(tl.int32))
 
 
 @triton.jit
@@ -112,7 +25,7 @@ def _weigh_kernel(weights, order, keys, kept, num_assignments, BLOCK: tl.constex
     places = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     real = places < num_assignments
     assignments = tl.load(order + places, mask=real, other=0)
-    key = ~_key(tl.load(weights + assignments, mask=real, other=0.0))
+    key = ~key_of(tl.load(weights + assignments, mask=real, other=0.0))
     tl.store(keys + (num_assignments - 1 - places), key, mask=real)
     tl.store(kept + places, tl.zeros((BLOCK,), tl.int1), mask=real)
 
@@ -140,13 +53,13 @@ def _keep_kernel(  # type: ignore[no-untyped-def]
     threshold = tl.full((), 2**31 - 1, tl.int32)
     ties = tl.full((), 0, tl.int32)
     if lost > 0:
-        threshold, above = _threshold(keys + first, size, lost, aside + first, CHUNK)
+        threshold, above = find_threshold(keys + first, size, lost, aside + first, CHUNK)
         ties = lost - above
     for start in range(0, size, CHUNK):
         places = start + lanes
         real = places < size
-        some = tl.load(keys + first + places, mask=real, other=_LOWEST)
-        gone, ties = _selected(some, real, threshold, ties)
+        some = tl.load(keys + first + places, mask=real, other=LOWEST)
+        gone, ties = selected(some, real, threshold, ties)
         assignments = tl.load(order + (begin + size - 1 - places), mask=real, other=0)
         tl.store(kept + assignments, tl.full((CHUNK,), 1, tl.int1), mask=real & ~gone)
 
@@ -173,7 +86,7 @@ def _score_kernel(  # type: ignore[no-untyped-def]
         expert = tl.load(experts + tokens * K + choice, mask=real, other=-1).to(tl.int32)
         chosen |= expert[:, None] == bins[None, :]
     found = tl.load(scores + tokens[:, None] * num_experts + bins[None, :], mask=inside, other=0.0)
-    key = tl.where(chosen, _LOWEST, tl.maximum(_key(found), _LOWEST_FINITE))
+    key = tl.where(chosen, LOWEST, tl.maximum(key_of(found), LOWEST_FINITE))
     tl.store(keys + bins[None, :].to(tl.int64) * num_tokens + tokens[:, None], key, mask=inside)
 
 
@@ -191,14 +104,14 @@ def _take_kernel(  # type: ignore[no-untyped-def]
         tl.store(taken + places, tl.zeros((CHUNK,), tl.int64), mask=(places >= wanted) & (places < number))
     if wanted > 0:
         mine = keys + expert * num_tokens
-        threshold, above = _threshold(mine, num_tokens, wanted, aside + expert * room, CHUNK)
+        threshold, above = find_threshold(mine, num_tokens, wanted, aside + expert * room, CHUNK)
         ties = wanted - above
         written = tl.full((), 0, tl.int32)
         for start in range(0, num_tokens, CHUNK):
             tokens = start + lanes
             real = tokens < num_tokens
-            some = tl.load(mine + tokens, mask=real, other=_LOWEST)
-            takes, ties = _selected(some, real, threshold, ties)
+            some = tl.load(mine + tokens, mask=real, other=LOWEST)
+            takes, ties = selected(some, real, threshold, ties)
             places = written + tl.cumsum(takes.to(tl.int32), 0) - 1
             tl.store(taken + places, tokens.to(tl.int64), mask=takes)
             written += tl.sum(takes.to(tl.int32))

@@ -3,29 +3,18 @@
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from moekit.checks import check_devices, check_routing
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, softmax
 from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import Logits, Router, Routing
 
 _TRITON = find_spec("triton") is not None
-
-
-class MovedMass(NamedTuple):
-    """How much router weight a change of routing moved, as shares of all weight before.
-
-    Attributes:
-        dropped: scalar, the weight of the assignments that are gone.
-        added: scalar, the weight of those that are new.
-    """
-
-    dropped: Tensor
-    added: Tensor
 
 
 def token_rounding(
@@ -101,7 +90,7 @@ def round_tokens(
         as ``rounding`` may add to a load: tile // 2 for ``torch.round``, 0 for ``torch.floor``, tile - 1 for any other.
 
     Raises:
-        ValueError: if the tile is not positive, or the routing is not (T, K).
+        ValueError: if the tile is not positive, the routing is not (T, K), or logits and routing do not fit each other.
 
     Example:
         >>> from moekit.routing import top_k
@@ -116,7 +105,7 @@ def round_tokens(
         SonicMoE, benchmarks/moe-token-rounding.py, https://github.com/Dao-AILab/sonic-moe
     """
     logits = noisy(logits)
-    _check(routing, tile)
+    _check(logits, routing, tile)
     experts, num_experts = routing.expert_indices.flatten(), routing.num_experts
     order, loads = sort_by_expert(experts, num_experts)
     rounded = (rounding(loads.double() / tile) * tile).to(torch.int64).clamp(0, routing.num_tokens)  # (E,)
@@ -135,44 +124,6 @@ def round_tokens(
         num_experts=num_experts,
         pool=experts.shape[0] + tokens.numel(),
     )
-
-
-@torch.no_grad()
-def moved_mass(before: Routing, after: Routing) -> MovedMass:
-    """Measure what share of the router's weight a change of routing dropped and added.
-
-    No gradient. No host synchronisation: the caller decides when to read the numbers. Deterministic on CUDA where a
-    token has an expert once.
-
-    Args:
-        before: any routing over T tokens and E experts.
-        after: another one, such as ``round_tokens`` of it.
-
-    Returns:
-        MovedMass; zeros where there is no weight before.
-
-    Raises:
-        ValueError: if they are not over the same tokens and experts.
-
-    Example:
-        >>> from moekit.routing import top_k
-        >>> logits = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
-        >>> chosen = top_k(logits, k=1)
-        >>> moved_mass(chosen, round_tokens(logits, chosen, tile=2, rounding=torch.floor)).dropped
-        tensor(0.3333)
-    """
-    if (before.num_tokens, before.num_experts) != (after.num_tokens, after.num_experts):
-        raise ValueError(
-            f"moved_mass: the routings are over {before.num_tokens} and {after.num_tokens} tokens, "
-            f"{before.num_experts} and {after.num_experts} experts; expected two routings of the same "
-            f"tokens to the same experts."
-        )
-    old, new = _dense_weights(before), _dense_weights(after)
-    total = old.sum()
-    dropped = old.masked_fill(_exists(after), 0.0).sum()
-    added = new.masked_fill(_exists(before), 0.0).sum()
-    scale = torch.where(total == 0, 0.0, 1 / torch.where(total == 0, 1.0, total))
-    return MovedMass(dropped * scale, added * scale)
 
 
 def _route_and_round(
@@ -247,33 +198,19 @@ def _has_kernels(values: Tensor) -> bool:
     return values.is_cuda and values.dtype == torch.float32 and _TRITON
 
 
-def _exists(routing: Routing) -> Tensor:
-    """Return (T, E) bool, the pairs that a routing has."""
-    pairs, num_pairs = _pairs(routing)
-    exists = torch.zeros(num_pairs + 1, dtype=torch.bool, device=pairs.device).scatter(0, pairs, True)
-    return exists[:-1].view(routing.num_tokens, routing.num_experts)
-
-
-def _dense_weights(routing: Routing) -> Tensor:
-    """Return (T, E), the weight of each pair, 0 for those that a routing does not have."""
-    pairs, num_pairs = _pairs(routing)
-    weights = routing.weights.new_zeros(num_pairs + 1).index_add(0, pairs, routing.weights.flatten())
-    return weights[:-1].view(routing.num_tokens, routing.num_experts)
-
-
-def _pairs(routing: Routing) -> tuple[Tensor, int]:
-    """Number the assignments (N,) by t * E + e; those that do not exist get T * E, the number past the end."""
-    experts = routing.expert_indices.flatten()
-    end = routing.num_tokens * routing.num_experts
-    pairs = routing.token_indices.flatten() * routing.num_experts + experts
-    return torch.where(experts < 0, end, pairs), end
-
-
-def _check(routing: Routing, tile: int) -> None:
+def _check(logits: Tensor, routing: Routing, tile: int) -> None:
+    check_routing("token_rounding", routing)
+    check_devices("token_rounding", logits, *routing[:3])
     if tile < 1:
         raise ValueError(f"token_rounding: tile = {tile}; expected the rows of a GEMM tile, >= 1, such as 128.")
     if routing.expert_indices.ndim != 2:
         raise ValueError(
             f"token_rounding: the routing has shape {tuple(routing.expert_indices.shape)}; expected (T, K), as "
             f"token-choice routers return."
+        )
+    if logits.shape != (routing.num_tokens, routing.num_experts):
+        raise ValueError(
+            f"token_rounding: the logits have shape {tuple(logits.shape)}, and the routing is over "
+            f"{routing.num_tokens} tokens and {routing.num_experts} experts; expected (T, E), the logits that it was "
+            f"made of."
         )

@@ -18,8 +18,8 @@ from moekit.experts.tiles import LayerSize
 from moekit.routing import expert_choice
 from moekit.types import ExpertLayer, Routing
 
-# T, D, F, E, K: several tiles; widths for pointers alone, and for both; groups of 0 and 1 row; every expert chosen
 NAN = float("nan")
+# T, D, F, E, K: several tiles; widths for pointers alone, and for both; groups of 0 and 1 row; every expert chosen
 SHAPES = {
     "usual": (19, 24, 32, 2, 2),
     "by pointers": (13, 21, 35, 3, 3),

@@ -261,6 +261,16 @@ def test_keeps_the_preactivations_alone() -> None:
     assert sorted(held) == [(2, 26, F), (13, 2)]
 
 
+def test_gradients_of_gradients_are_refused() -> None:
+    x, logits, *params = draw(init_gated)
+    layer, routing = fused_cpu(plan=dropless().plan), top_k(logits.detach(), k=2)
+    total = lambda x: layer(x, routing, type(init_gated(1, 1, 1))(*params)).square().sum()  # noqa: E731
+    (grad,) = torch.autograd.grad(total(x), x, create_graph=True)
+    for leaf in (x, *params):
+        with pytest.raises(RuntimeError, match=r"fused_cpu: its gradient has no gradient"):
+            torch.autograd.grad(grad.sum(), leaf, retain_graph=True)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch does so itself
 def test_gradients_in_forward_mode_are_refused() -> None:
     x, logits, *params = (each.detach() for each in draw(init_gated))

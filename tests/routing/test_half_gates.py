@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from moekit.routing import _half_gates, _half_steps, linear_gate, score_and_pass
 
@@ -42,6 +43,24 @@ def test_logits_and_gradients_are_those_of_float64(shape: tuple[int, ...], dtype
         assert found[name].dtype == dtypes[name], name
         error = (found[name].cpu().double() - want).norm() / want.norm()
         assert error < TOLERANCE[dtypes[name]], f"{name}: {error}"
+
+
+@pytest.mark.parametrize("device", ["cpu", ON_CUDA])
+@pytest.mark.parametrize("gate", [_half_gates.logits, _half_gates.logits_and_tokens])
+def test_it_works_inside_checkpoint_and_refuses_gradients_of_gradients(gate, device: str) -> None:
+    x, w = (torch.randn(*shape, device=device).bfloat16().requires_grad_() for shape in ((9, 16), (16, 3)))
+
+    def total(x: Tensor, w: Tensor) -> Tensor:
+        found = gate(x, w)
+        return sum(part.float().square().sum() for part in (found if isinstance(found, tuple) else (found,)))
+
+    expected = torch.autograd.grad(total(x, w), (x, w))
+    found = torch.autograd.grad(checkpoint(total, x, w, use_reentrant=False), (x, w))
+    assert all(map(torch.equal, found, expected))
+    grads = torch.autograd.grad(total(x, w), (x, w), create_graph=True)
+    for leaf in (x, w):
+        with pytest.raises(RuntimeError, match=r"linear_gate: its gradient has no gradient"):
+            torch.autograd.grad(sum(grad.float().sum() for grad in grads), leaf, retain_graph=True)
 
 
 @pytest.mark.gpu

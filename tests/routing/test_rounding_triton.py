@@ -116,11 +116,44 @@ def test_a_score_of_minus_infinity_is_taken_before_one_who_chose() -> None:
 
 
 @runs_kernels
+def test_both_zeros_are_one_score_and_minus_infinity_is_the_lowest_finite_one() -> None:
+    """So that the earlier of two wins, whichever of the two it has."""
+    nobody = torch.full((40, 1), -1)
+    for pair in ((0.0, -0.0), (torch.finfo(torch.float32).min, -INF), (INF, NAN)):
+        for first, second in (pair, pair[::-1]):
+            scores = torch.where(torch.arange(40) % 2 == 0, first, second).unsqueeze(1)
+            tokens = kernels().besides(scores.to(DEVICE), nobody.to(DEVICE), torch.tensor([7], device=DEVICE), 7)
+            assert tokens.tolist() == [[*range(7)]]
+            check_besides(scores, nobody, torch.tensor([7]), 7)
+
+
+@runs_kernels
+def test_keys_put_aside_stay_in_their_expert_s_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few lanes have all of the greatest keys: as many are put aside as there is room for."""
+    chunk, number = 256, 3
+    scores = torch.rand(4 * chunk, 2)
+    scores.view(4, chunk, 2)[:, :number] += 1.0
+    monkeypatch.setattr(kernels(), "_MOST_CHUNK", chunk)
+    launch, room = kernels()._take_launch.__wrapped__(4 * chunk, 2, number)
+    keys = torch.empty(2, 4 * chunk, dtype=torch.int32, device=DEVICE)
+    nobody = torch.full((4 * chunk, 1), -1, device=DEVICE)
+    kernels()._score_launch(4 * chunk, 2, 1)(scores.to(DEVICE), nobody, keys)
+    aside = torch.zeros(2, room, dtype=torch.int32, device=DEVICE)
+    taken = torch.empty(2, number, dtype=torch.int64, device=DEVICE)
+    launch(keys, aside, torch.tensor([number, 0], device=DEVICE), taken)
+    assert (aside[0] != 0).sum() > number
+    assert (aside[1] == 0).all()
+    assert taken[0].tolist() == scores[:, 0].topk(number).indices.sort().values.tolist()
+
+
+@runs_kernels
 def test_memory_in_any_order_is_read_right() -> None:
     scores, experts = torch.randn(5, 30).T, torch.randint(-1, 5, (2, 30)).T
-    check_besides(scores, experts, torch.tensor([3, 0, 1, 2, 3]), 3)
+    check_besides(scores, experts, torch.tensor([3, 9, 0, 9, 1, 9, 2, 9, 3, 9])[::2], 3)
     order, sizes = sort_by_expert(experts.flatten(), 5)
-    weights, limits = torch.randn(60, 2)[:, 0], sizes.repeat_interleave(2)[::2] - 2
+    weights, limits = torch.randn(60, 2)[:, 0], (sizes.repeat_interleave(2) - 2)[::2]
+    sizes = sizes.repeat_interleave(2)[::2]
+    assert not any(each.is_contiguous() for each in (weights, sizes, limits))
     kept = kernels().heaviest(weights.to(DEVICE), order.to(DEVICE), sizes.to(DEVICE), limits.to(DEVICE))
     assert torch.equal(kept.cpu(), PLAIN._heaviest(weights, order, sizes, limits=limits))
 

@@ -10,7 +10,8 @@ from moekit.experts import loop
 from moekit.routing import hash_choice, hash_table, round_robin, sigmoid, softmax, top_k
 from moekit.routing.dynamic_k import top_p
 from moekit.routing.expert_choice import expert_choice
-from moekit.routing.token_rounding import moved_mass, round_tokens, token_rounding
+from moekit.routing.moved_mass import moved_mass
+from moekit.routing.token_rounding import round_tokens, token_rounding
 from moekit.segments import tokens_per_expert
 from moekit.types import NoisyLogits, Routing
 
@@ -207,6 +208,14 @@ def test_equals_and_numbers_that_are_none_have_a_stated_order(num_tokens, tile, 
     assert rounded.token_indices.tolist() == expected_tokens
 
 
+def test_a_token_that_chose_is_not_taken_again_whatever_the_others_scores() -> None:
+    scores = torch.tensor([0.0, -math.inf, 0.0, 1.0, -math.inf, 2.0]).unsqueeze(1)
+    chosen = torch.tensor([0, -1, 0, -1, -1, -1]).unsqueeze(1)
+    routing = top_k(scores, k=1)._replace(expert_indices=chosen, weights=torch.ones(6, 1))
+    rounded = round_tokens(scores, routing, tile=6, rounding=torch.ceil, score=lambda z: z)
+    assert sorted(pairs(rounded)) == [(t, 0) for t in range(6)]
+
+
 def test_no_expert_has_more_rows_than_there_are_tokens() -> None:
     logits = torch.tensor([[9.0, 0.0]]).expand(5, 2)
     rounded = token_rounding(partial(top_k, k=1), tile=4, rounding=torch.ceil)(logits)
@@ -297,6 +306,12 @@ def test_errors_say_what_was_given() -> None:
         ValueError, match=r"token_rounding: tile = 0; expected the rows of a GEMM tile, >= 1, such as 128"
     ):
         token_rounding(partial(top_k, k=1), tile=0)(logits)
+    routing = top_k(logits, k=1)
+    for other in (torch.zeros(T + 1, E), torch.zeros(T - 1, E), torch.zeros(T, E + 1)):
+        with pytest.raises(ValueError, match=r"the logits have shape .* and the routing is over .* expected \(T, E\)"):
+            round_tokens(other, routing, tile=2)
+    with pytest.raises(ValueError, match=r"token_rounding: the routing has experts of torch.int32"):
+        round_tokens(logits, routing._replace(expert_indices=routing.expert_indices.int()), tile=2)
     with pytest.raises(ValueError, match=r"the routing has shape \(1, 5, 7\); expected \(T, K\), as token-choice"):
         token_rounding(partial(expert_choice, capacity_factor=1), tile=2)(logits)
     with pytest.raises(ValueError, match=r"the router returned a tuple; expected a Routing of shape \(T, K\)"):

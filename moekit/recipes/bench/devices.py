@@ -33,7 +33,7 @@ def device_of(name: str, *, given: str = "--device", expected: str = CPU_OR_CUDA
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{given} {name}; expected {expected}.") from error
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or str(name).startswith("cpu:"):
         raise ValueError(f"{given} {name}; expected {expected}.")
     number = int(name.partition(":")[2] or 0)  # not the device's: torch makes 0 of 256
     count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
