@@ -172,17 +172,17 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
     sizes = {"E": routing.num_experts, "D": x.shape[-1], "F": hidden, "2F": 2 * hidden, "1": 1}
     wanted, shapes = [tuple(sizes[axis] for axis in each) for each in axes], [tuple(p.shape) for p in params]
     if x.shape[:-1] != (routing.num_tokens,) or shapes != wanted:
-        advice = "Flatten the tokens." if x.ndim != 2 else _OF_PACKED if kind is PackedGatedParams else ""
+        advice = " Flatten the tokens." if x.ndim != 2 else _OF_PACKED if kind is PackedGatedParams else ""
         named = ", ".join(f"{name} ({', '.join(each)})" for name, each in zip(params._fields, axes, strict=True))
         raise ValueError(
             f"fused_layer: x {tuple(x.shape)} and parameters {shapes} do not fit a routing of {routing.num_tokens} "
-            f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}. {advice}"
+            f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}.{advice}"
         )
     check_devices("fused_layer", x, *routing[:3], *params)
 
 
 _OF_PACKED = (
-    "Packed halves are the rows of gate, then those of up; pass interleaved ones as "
+    " Packed halves are the rows of gate, then those of up; pass interleaved ones as "
     "GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .)."
 )
 _UP, _DOWN = ("E", "D", "F"), ("E", "F", "D")

@@ -323,6 +323,8 @@ def test_errors_say_what_was_given_and_expected() -> None:
         ValueError, match=r"x \(5, 4\) and parameters .* do not fit a routing of 5 tokens and 3 experts"
     ):
         layer(x, routing, params._replace(down=params.up))
+    with pytest.raises(ValueError, match=r"x \(1, 5, 4\) and parameters .*\]\. Flatten the tokens\.$"):
+        layer(x[None], routing, params)
     with pytest.raises(
         ValueError, match=r"float64.*expected one dtype of torch.float32, torch.bfloat16, torch.float16 for all"
     ):
