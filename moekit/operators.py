@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import wraps
+from importlib.util import find_spec
 from typing import Any, TypeVar
 
 import torch
@@ -189,6 +190,9 @@ def wants_gradient(*tensors: Tensor) -> bool:
     """
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
+
+HAS_TRITON = find_spec("triton") is not None
+"""Whether kernels can run at all, on a device for which they are."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

@@ -6,14 +6,13 @@ There each move is one Triton kernel, where Triton is installed; the versions in
 the kernels are held to.
 """
 
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TRITON = find_spec("triton") is not None
+from moekit.operators import HAS_TRITON
 
 
 class Links(NamedTuple):
@@ -113,7 +112,7 @@ def differentiable() -> bool:
 
 def copied(x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:
     """Do what ``copy_rows`` does, without its gradient."""
-    if x.is_cuda and _TRITON:
+    if x.is_cuda and HAS_TRITON:
         from moekit import _rows_triton
 
         return _rows_triton.copied(x, rows, padding)
@@ -124,7 +123,7 @@ def copied(x: Tensor, tokens: Tensor, padding: Tensor, rows: Tensor) -> Tensor:
 
 def summed(values: Tensor, rows: Tensor, weights: Tensor | None) -> Tensor:
     """Add up each token's rows of ``values`` (R, D), with ``weights`` (T, k) if given, without a gradient."""
-    if values.is_cuda and _TRITON:
+    if values.is_cuda and HAS_TRITON:
         from moekit import _rows_triton
 
         return _rows_triton.summed(values, rows, weights)
@@ -153,7 +152,7 @@ def weighed_back(
     ``assignments`` (R,) int64 says which of the T * k flattened weights a row has; anything for a padding row, whose
     gradient is zero and which is never read. ``again``: these gradients are to have gradients, which kernels have not.
     """
-    if grad.is_cuda and _TRITON and not again:
+    if grad.is_cuda and HAS_TRITON and not again:
         from moekit import _rows_triton
 
         return _rows_triton.weigh_backward(grad, values, links.rows, weights, links.padding)

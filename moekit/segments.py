@@ -4,12 +4,11 @@ On CUDA the work of one function is one or a few Triton kernels, where Triton is
 are what the CPU runs, and what the kernels are held to.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
-_TRITON = find_spec("triton") is not None
+from moekit.operators import HAS_TRITON
+
 _MOST_EXPERTS = 1024  # of the counting sort
 
 
@@ -93,7 +92,7 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
         >>> rows_of_assignments(torch.tensor([2, -1, 0]), 3)
         tensor([ 2, -1,  0])
     """
-    if assignments.is_cuda and _TRITON:
+    if assignments.is_cuda and HAS_TRITON:
         from moekit import _segments_triton
 
         return _segments_triton.rows_of_assignments(assignments, num_assignments)
@@ -104,7 +103,7 @@ def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
 
 
 def _has_kernels(experts: Tensor, num_experts: int) -> bool:
-    return experts.is_cuda and experts.dtype == torch.int64 and num_experts <= _MOST_EXPERTS and _TRITON
+    return experts.is_cuda and experts.dtype == torch.int64 and num_experts <= _MOST_EXPERTS and HAS_TRITON
 
 
 def _missing_last(indices: Tensor, end: int) -> Tensor:

@@ -23,6 +23,7 @@ from moekit.experts import (
     grouped,
     loop,
 )
+from moekit.experts.checks import KERNEL_DTYPES
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
@@ -33,7 +34,6 @@ from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
-_HALF = (torch.bfloat16, torch.float16)
 _OLDEST = (8, 0)  # Ampere: the first GPUs with bfloat16 in Triton's products
 _CPU = "the CPU: computes expert by expert in the cache, a thread each, and keeps pre-activations alone"
 
@@ -217,7 +217,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
     capability = compute_capability(device)
     if capability < _OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
-    if dtype not in (*_HALF, torch.float32):
+    if dtype not in KERNEL_DTYPES:
         return f"its kernels do not compute in {_word(dtype)}"
     drops = dispatcher is not None and dispatcher.plan is not dropless().plan
     return "it drops nothing, and the dispatcher has a capacity" if drops else ""
@@ -254,7 +254,7 @@ def _matmul_for(
 ) -> tuple[str, GroupedMatmul, str]:
     padded = dispatcher.plan is not dropless().plan
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
-    if device.type == "cuda" and dtype in (*_HALF, torch.float32) and aligned:
+    if device.type == "cuda" and dtype in KERNEL_DTYPES and aligned:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"
     if device.type == "meta" and not padded:
         return "grouped", grouped, "meta, which has shapes alone: sizes cannot be read"

@@ -7,16 +7,12 @@ What is done beside the products has a plain version in torch, ``_half_steps``, 
 bits, but for a product that is added to something: its sums are taken in another order.
 """
 
-from importlib.util import find_spec
-
 import torch
 from torch import Tensor
 
 from moekit.autocast import outside_autocast
-from moekit.operators import differentiated_once, operator
+from moekit.operators import HAS_TRITON, differentiated_once, operator
 from moekit.routing._half_steps import HALF, PLAIN, Steps
-
-_TRITON = find_spec("triton") is not None
 
 
 def takes(x: Tensor, w: Tensor) -> bool:
@@ -25,7 +21,7 @@ def takes(x: Tensor, w: Tensor) -> bool:
 
 
 def _steps(x: Tensor) -> Steps:
-    if x.is_cuda and _TRITON:
+    if x.is_cuda and HAS_TRITON:
         from moekit.routing._half_steps_triton import KERNELS
 
         return KERNELS

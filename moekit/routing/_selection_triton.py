@@ -15,14 +15,20 @@ _INFINITY_BITS = tl.constexpr(0x7F800000)
 
 
 @triton.jit
-def key_of(values):  # type: ignore[no-untyped-def]
-    """Return int32 in the order of float32 values; both zeros are one, and NaN is infinity.
+def in_order(bits):  # type: ignore[no-untyped-def]
+    """Return int32 in the order of the float32 values that have these bits.
 
     The bits of a float32 without its sign are in the order of its values; those of a negative one are turned round.
     """
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def key_of(values):  # type: ignore[no-untyped-def]
+    """Return int32 in the order of float32 values; both zeros are one, and NaN is infinity."""
     bits = values.to(tl.int32, bitcast=True)
     bits = tl.where((bits & 0x7FFFFFFF) > _INFINITY_BITS, _INFINITY_BITS, bits)
-    return tl.where(bits == LOWEST, 0, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+    return tl.where(bits == LOWEST, 0, in_order(bits))
 
 
 @triton.jit

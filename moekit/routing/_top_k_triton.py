@@ -14,9 +14,9 @@ from torch import Tensor
 
 from moekit._operators_triton import POINTER, Launch
 from moekit.operators import blocks_of, differentiated_once, operator, power_of_two
+from moekit.routing._selection_triton import LOWEST, in_order
 
 _SMALLEST_SUM = tl.constexpr(1e-20)  # as ``moekit.routing.top_k``
-_TAKEN = tl.constexpr(-(2**31))  # below the bits of every score
 _NAN_BITS = tl.constexpr(0x7FC00000)
 
 
@@ -43,12 +43,9 @@ def _scores_of(picked, top, total, SOFTMAX: tl.constexpr):  # type: ignore[no-un
 
 @triton.jit
 def _sortable(scores):  # type: ignore[no-untyped-def]
-    """Return int32 in the order of float32 scores, NaN before all.
-
-    The bits of a float32 without its sign are in the order of its values; those of a negative one are turned round.
-    """
+    """Return int32 in the order of float32 scores, NaN before all."""
     bits = tl.where(scores != scores, _NAN_BITS, scores.to(tl.int32, bitcast=True))
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return in_order(bits)
 
 
 @triton.jit
@@ -79,13 +76,13 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     scores, top, total = _scores(z, SOFTMAX)
     if bias is not None:
         scores += tl.load(bias + bins, mask=bins < num_experts, other=0.0)[None, :]
-    keys = tl.where(known, _sortable(scores), _TAKEN)
+    keys = tl.where(known, _sortable(scores), LOWEST)
     chosen = tl.zeros((TOKENS, CHOICES), tl.int32)
     for choice in range(K):
         best = tl.max(keys, 1)
         expert = tl.min(tl.where(keys == best[:, None], bins[None, :], BINS), 1)  # the first of those that have it
         chosen = tl.where(choices[None, :] == choice, expert[:, None], chosen)
-        keys = tl.where(bins[None, :] == expert[:, None], _TAKEN, keys)
+        keys = tl.where(bins[None, :] == expert[:, None], LOWEST, keys)
     writes = real & (choices < K)[None, :]
     picked = tl.load(logits + tokens[:, None] * num_experts + chosen, mask=writes, other=0.0)
     found = _scores_of(picked, top, total, SOFTMAX)
@@ -97,7 +94,7 @@ def _choose_kernel(  # type: ignore[no-untyped-def]
     tl.store(weights + places, found * scale, mask=writes)
     tl.store(numbers + tokens, tokens, mask=tokens < num_tokens)
     if COUNTED:
-        taken = tl.sum(((keys == _TAKEN) & real).to(tl.int32), 0)
+        taken = tl.sum(((keys == LOWEST) & real).to(tl.int32), 0)
         tl.atomic_add(counts + bins, taken.to(tl.int64), mask=(bins < num_experts) & (taken > 0))
 
 

@@ -2,19 +2,17 @@
 
 from collections.abc import Callable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekit.checks import check_devices, check_routing
+from moekit.operators import HAS_TRITON
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, softmax
 from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import Logits, Router, Routing
-
-_TRITON = find_spec("triton") is not None
 
 
 def token_rounding(
@@ -195,7 +193,7 @@ def _places(counts: Tensor, number: int) -> Tensor:
 
 
 def _has_kernels(values: Tensor) -> bool:
-    return values.is_cuda and values.dtype == torch.float32 and _TRITON
+    return values.is_cuda and values.dtype == torch.float32 and HAS_TRITON
 
 
 def _check(logits: Tensor, routing: Routing, tile: int) -> None:

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from differentiated_once import check_differentiated_once
 from interpreted import DEVICE, INTERPRETED, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from moekit.experts.triton_matmul import triton
 from moekit.types import Groups
@@ -120,13 +120,7 @@ def test_it_works_inside_checkpoint_and_refuses_gradients_of_gradients() -> None
     rows, groups, w = make([2, 3], (24, 40), torch.float32)
     rows = rows[:5].detach().requires_grad_()
     total = lambda rows, w: triton(rows, groups, w).square().sum()  # noqa: E731
-    expected = torch.autograd.grad(total(rows, w), (rows, w))
-    found = torch.autograd.grad(checkpoint(total, rows, w, use_reentrant=False), (rows, w))
-    assert all(map(torch.equal, found, expected))
-    grads = torch.autograd.grad(total(rows, w), (rows, w), create_graph=True)
-    for leaf in (rows, w):
-        with pytest.raises(RuntimeError, match=r"triton: its gradient has no gradient"):
-            torch.autograd.grad(sum(grad.sum() for grad in grads), leaf, retain_graph=True)
+    check_differentiated_once("triton", total, rows, w)
 
 
 @runs_kernels

@@ -33,11 +33,11 @@ def device_of(name: str, *, given: str = "--device", expected: str = CPU_OR_CUDA
         device = torch.device(name)
     except RuntimeError as error:
         raise ValueError(f"{given} {name}; expected {expected}.") from error
-    if device.type not in ("cpu", "cuda") or str(name).startswith("cpu:"):
+    kind, _, number = name.partition(":")  # not the device's: torch makes cuda:0 of cuda:256
+    if kind != "cuda" and name != "cpu":
         raise ValueError(f"{given} {name}; expected {expected}.")
-    number = int(name.partition(":")[2] or 0)  # not the device's: torch makes 0 of 256
     count = torch.cuda.device_count() if device.type == "cuda" and torch.cuda.is_available() else 0
-    if count and number >= count:
+    if count and int(number or 0) >= count:
         found = "1 CUDA device, cuda:0" if count == 1 else f"{count} CUDA devices, cuda:0 to cuda:{count - 1}"
         raise ValueError(
             f"{given} {name}, and torch finds {found}; take one that is there. `moekit doctor` lists them."
