@@ -114,7 +114,8 @@ def _fused_backward(
     """Return the gradients of x, weights and, unless experts are frozen, of gate if there is one, up and down."""
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
     d_matrices = [] if frozen else [empty(w.shape, w.dtype) for w in (*firsts, down)]
-    d_rows, d_chosen = empty((rows.ends[-1], x.shape[1]), x.dtype), torch.empty_like(rows.weights)
+    d_rows = empty((rows.ends[-1], x.shape[1]), x.dtype)
+    d_chosen = torch.empty_like(rows.weights, dtype=_wide(x))
 
     def prepare():  # type: ignore[no-untyped-def]
         of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 4, x.dtype)
@@ -141,7 +142,7 @@ def _fused_backward(
 
     share([4 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
     d_weights = weights.new_zeros(weights.numel())
-    d_weights[rows.assignments] = d_chosen.squeeze(1)
+    d_weights[rows.assignments] = d_chosen.squeeze(1).to(weights.dtype)
     return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_matrices]
 
 
@@ -169,14 +170,13 @@ def _through(
     Returns a, and the gradients of ``h``, not weighted either.
     """
     act, (s, a, product) = ACTIVATIONS[activation], scratch
-    wide = torch.promote_types(a.dtype, torch.float32)
     if len(h) == 1:
         torch.mul(act.forward(h[0], a), d_a, out=product)
-        torch.sum(product, 1, keepdim=True, dtype=wide, out=d_weights)
+        torch.sum(product, 1, keepdim=True, dtype=d_weights.dtype, out=d_weights)
         return a, [act.backward(d_a, h[0], d_a)]
     torch.mul(act.forward(h[0], s), h[1], out=a)
     d_up = s.mul_(d_a)
-    torch.sum(torch.mul(d_up, h[1], out=product), 1, keepdim=True, dtype=wide, out=d_weights)
+    torch.sum(torch.mul(d_up, h[1], out=product), 1, keepdim=True, dtype=d_weights.dtype, out=d_weights)
     return a, [act.backward(d_a.mul_(h[1]), h[0], d_a), d_up]
 
 
@@ -201,9 +201,14 @@ def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> No
         out.addmm_(left, right)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """Return what sums over tokens' entries are taken in; torch's sums of weighted rows are fast in these."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _summed(values: Tensor, rows: _Rows, weights: Tensor, tokens: Tensor, x: Tensor) -> Tensor:
     """Add up each token's rows, weighted: (R', D) to (T, D)."""
-    wide = values.to(torch.promote_types(x.dtype, torch.float32))  # torch's sums of weighted rows are fast in these
+    wide = values.to(_wide(x))
     if tokens.ndim == 2 and tokens.shape[0] == x.shape[0]:  # token choice, (T, K)
         links = rows_of_assignments(rows.assignments, tokens.numel()).view(tokens.shape)
         return summed(wide, links, weights).to(x.dtype)

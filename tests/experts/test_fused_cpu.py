@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import by_weight, dropless, padded
 from moekit.experts import (
+    GatedParams,
     _fused_cpu,
     _huge_pages,
     _workers,
@@ -148,6 +149,29 @@ def test_narrow_dtypes_stay_close_to_float64(dtype: torch.dtype, route) -> None:
     for name, value in expected.items():
         assert actual[name].dtype == (torch.float32 if name == "logits" else dtype)
         assert (actual[name].double() - value).norm() <= tolerance * value.norm(), name
+
+
+@pytest.mark.parametrize("of_weights", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("route", [ROUTERS["top 2"], as_list], ids=["token choice", "list"])
+def test_weights_of_any_dtype_get_gradients_in_it(route, dtype: torch.dtype, of_weights: torch.dtype) -> None:
+    x, logits, *params = (each.detach() for each in draw(init_gated))
+    routing = route(logits)
+    weights = routing.weights.to(of_weights)
+
+    def run(layer, narrow: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
+        leaves = [each.to(dtype).to(narrow).requires_grad_() for each in (x, *params)]
+        leaves.append(weights.to(wide).requires_grad_())
+        y = layer(leaves[0], routing._replace(weights=leaves[-1]), GatedParams(*leaves[1:-1]))
+        names = ("x", *GatedParams._fields, "weights")
+        return {"y": y, **dict(zip(names, torch.autograd.grad(y, leaves, torch.ones_like(y)), strict=True))}
+
+    found = run(fused_cpu(plan=dropless().plan), dtype, of_weights)
+    composed = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))
+    for name, value in run(composed, torch.float64, torch.float64).items():
+        assert found[name].dtype == (of_weights if name == "weights" else dtype), name
+        tolerance = max(4 * torch.finfo(each).eps for each in (dtype, found[name].dtype))
+        assert (found[name].double() - value).norm() <= tolerance * value.norm(), name
 
 
 def test_no_tokens() -> None:
