@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -26,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         arguments: the words of the command line; None takes ``sys.argv``.
 
     Raises:
-        SystemExit: with a message, if there is no such program, or it cannot go on.
+        SystemExit: with a message, if there is no such program, or it cannot go on, or it is interrupted.
 
     Example:
         >>> main(["--version"])
@@ -40,7 +41,11 @@ def main(arguments: list[str] | None = None) -> None:
     elif words[0] not in PROGRAMS:
         raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{usage()}")
     else:
-        PROGRAMS[words[0]](words[1:])
+        try:
+            PROGRAMS[words[0]](words[1:])
+        except KeyboardInterrupt:
+            print(f"moekit {words[0]}: interrupted", file=sys.stderr)
+            raise SystemExit(128 + signal.SIGINT) from None
 
 
 def usage() -> str:
@@ -81,14 +86,14 @@ def recipes(arguments: list[str]) -> None:
     """
     _expect_none("recipes", arguments)
     try:
-        from rich.console import Console
+        from moekit.recipes.consoles import whole_lines, wide_console
     except ModuleNotFoundError as error:
         raise SystemExit(f"moekit recipes: {error}; it prints a table with rich: pip install rich") from error
-    console = Console()
+    console = wide_console()
     console.print(recipe_table(RECIPES))
+    say = whole_lines(console)
     for name, make in RECIPES.items():
-        for line in (f"{name}: {_first_line(make)}", f"  {_first_reference(make)}"):
-            console.print(line, highlight=False, markup=False, soft_wrap=True)
+        say(f"{name}: {_first_line(make)}\n  {_first_reference(make)}")
 
 
 def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:

@@ -4,12 +4,12 @@ import math
 from dataclasses import dataclass
 
 import tyro
-from rich.console import Console
 
 from moekit.parallel import costs
 from moekit.parallel.layouts import replicated, spread_experts
 from moekit.parallel.link_times import Link, Machine, h100_machine, seconds
 from moekit.parallel.payloads import Sent, Shape, total
+from moekit.recipes.consoles import whole_lines, wide_console
 from moekit.recipes.traffic_tables import Prediction, byte_table, cheapest_lines, time_table
 
 _GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -76,14 +76,15 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit traffic") ->
     except ValueError as error:
         raise SystemExit(f"{prog}: {error}") from error
     compute = shape_of(settings).flops / (settings.teraflops * 1e12)
-    console = Console()
+    console = wide_console()
+    say = whole_lines(console)
     for line in _conditions(settings):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
     console.print(time_table(settings.gpus, predictions, compute=compute, chunks=settings.chunks))
     for network in (False, True):
         console.print(byte_table(settings.gpus, predictions, network=network))
     for line in cheapest_lines(settings.gpus, predictions):
-        console.print(line, highlight=False, soft_wrap=True)
+        say(line)
 
 
 def predict(settings: TrafficSettings) -> dict[str, list[Prediction | None]]:
@@ -198,10 +199,14 @@ def _prediction(sent: list[Sent] | None, machine: Machine) -> Prediction | None:
 
 def _check(settings: TrafficSettings) -> None:
     may_be_zero = {"node_latency", "network_latency", "start"}
+    gpus = settings.gpus
+    if min(gpus, default=0) < 1 or len(set(gpus)) < len(gpus):
+        given = " ".join(map(str, gpus)) or "given no numbers"
+        raise ValueError(f"--gpus is {given}; expected numbers of GPUs, each once and more than 0")
     for name, value in vars(settings).items():
-        least = min(value, default=0) if name == "gpus" else value
-        if least < 0 or (least == 0 and name not in may_be_zero):
-            raise ValueError(f"--{name.replace('_', '-')} is {least}; expected more than 0")
+        if name != "gpus" and not (math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))):
+            wanted = "a finite number, 0 or more" if name in may_be_zero else "a finite number above 0"
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {wanted}")
     if settings.top_k > settings.experts:
         raise ValueError(f"--top-k is {settings.top_k}; expected 1 to {settings.experts}, the number of experts")
 

@@ -43,7 +43,7 @@ def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None
     preference = shifted(logits, bias).detach().masked_fill(logits <= 0, float("-inf"))
     chosen = torch.topk(preference, k, dim=-1).indices
     values = logits.gather(-1, chosen)
-    active = values > 0
+    active = ~(values <= 0)  # NaN is, as with any other router: it must not turn a layer off
     return token_choice(chosen.where(active, -1), values.where(active, 0.0), logits)
 
 

@@ -351,6 +351,8 @@ def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
             r"--device cuda, and torch finds no CUDA device here; use --device cpu",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
+        (f"bench layer --shape {10**20},8,8,4,2", r"a tensor of it has 1,\S+ numbers; expected fewer than 1,152,921,"),
+        (f"bench layer --shape {2**50},64,8,4,2", r"tokens and experts alone take 536,870,912.0 GiB, which this"),
         ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
         (
             "bench layer --only loop moe --shape 8,8,8,2,1",

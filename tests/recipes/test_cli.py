@@ -69,6 +69,27 @@ def test_recipes_shows_each_with_its_settings_and_source(capsys):
     assert "  Jiang et al., Mixtral of Experts, 2024, https://arxiv.org/abs/2401.04088" in lines
 
 
+@pytest.mark.parametrize("program", ["recipes", "traffic"])
+def test_a_narrow_terminal_breaks_no_name(program, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main([program])
+    narrow = capsys.readouterr().out
+    monkeypatch.setenv("COLUMNS", "120")
+    main([program])
+    assert narrow == capsys.readouterr().out
+
+
+def test_an_interrupted_program_ends_without_a_traceback(capsys, monkeypatch):
+    def interrupted(words):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(PROGRAMS, "bench", interrupted)
+    with pytest.raises(SystemExit) as raised:
+        main(["bench", "layer"])
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "moekit bench: interrupted\n"
+
+
 def test_a_recipe_without_losses_or_references_has_a_row_too():
     assert recipe_table({"bare": lambda: mixtral()._replace(losses={}, coefficients={})}).row_count == 1
 
@@ -130,6 +151,7 @@ def test_a_program_names_the_packages_that_it_imports_and_the_doctor_names_the_p
 
 def test_recipes_without_rich_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
+    monkeypatch.delitem(sys.modules, "moekit.recipes.consoles", raising=False)
     with pytest.raises(SystemExit, match=r"moekit recipes: .*pip install rich"):
         main(["recipes"])
 

@@ -59,10 +59,14 @@ def test_flags_change_the_shape_and_the_links(capsys):
     ("words", "message"),
     [
         (["--top-k", "65"], r"--top-k is 65; expected 1 to 64, the number of experts"),
-        (["--tokens", "0"], r"--tokens is 0; expected more than 0"),
-        (["--gpus", "8", "-1"], r"--gpus is -1; expected more than 0"),
-        (["--network-bandwidth", "0"], r"--network-bandwidth is 0.0; expected more than 0"),
-        (["--start", "-1"], r"--start is -1.0; expected more than 0"),
+        (["--tokens", "0"], r"--tokens is 0; expected a finite number above 0"),
+        (["--gpus", "8", "-1"], r"--gpus is 8 -1; expected numbers of GPUs, each once and more than 0"),
+        (["--gpus", "4", "2", "4"], r"--gpus is 4 2 4; expected numbers of GPUs, each once"),
+        (["--gpus"], r"--gpus is given no numbers; expected numbers of GPUs"),
+        (["--network-bandwidth", "0"], r"--network-bandwidth is 0.0; expected a finite number above 0"),
+        (["--teraflops", "nan"], r"--teraflops is nan; expected a finite number above 0"),
+        (["--start", "inf"], r"--start is inf; expected a finite number, 0 or more"),
+        (["--start", "-1"], r"--start is -1.0; expected a finite number, 0 or more"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(words, message):

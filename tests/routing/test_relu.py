@@ -46,6 +46,14 @@ def test_choice_weights_and_gradient_are_those_of_loops(max_k: int | None, biase
     torch.testing.assert_close(actual, wanted)
 
 
+def test_nan_stays_nan() -> None:
+    logits = torch.tensor([[-1.0, 0.5, 2.0], [-1.0, torch.nan, 2.0], [torch.nan] * 3])
+    for max_k in (None, 1):
+        routing = relu_choice(logits, max_k=max_k)
+        assert routing.weights.isnan().any(1).tolist() == [False, True, True]
+        assert (routing.expert_indices >= 0)[routing.weights.isnan()].all()
+
+
 def test_a_bias_activates_nobody() -> None:
     logits = torch.tensor([[-1.0, 0.0, 2.0]])
     assert relu_choice(logits, bias=torch.tensor([9.0, 9.0, -9.0])).expert_indices.tolist() == [[2, -1, -1]]

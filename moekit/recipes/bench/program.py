@@ -1,9 +1,7 @@
 """The program ``moekit bench``: the layer benchmark from the command line."""
 
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -17,6 +15,7 @@ from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
+from moekit.recipes.consoles import whole_lines, wide_console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,33 +62,8 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit bench") -> N
     settings = tyro.cli(BenchLayerSettings, args=words, prog=f"{prog} layer")
     try:
         run(settings, wide_console())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, MemoryError, torch.OutOfMemoryError) as error:
         raise SystemExit(f"{prog} layer: {error}") from error
-
-
-def wide_console() -> Console:
-    """Return a console of at least 120 columns, for a row of numbers that is cut says nothing.
-
-    Example:
-        >>> wide_console().width >= 120
-        True
-    """
-    console = Console()
-    console.width = max(console.width, 120)
-    return console
-
-
-def whole_lines(console: Console) -> Callable[[str], None]:
-    """Return a function that prints a line as it is: neither wrapped, coloured nor read as markup.
-
-    Args:
-        console: to print to.
-
-    Example:
-        >>> whole_lines(Console(width=8))("as [it] is, whole")
-        as [it] is, whole
-    """
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
 def check_file(path: Path) -> None:
@@ -122,7 +96,8 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
     Raises:
         ValueError: if a setting makes no sense.
         OSError: if a file cannot be written.
-        torch.OutOfMemoryError: if a case does not fit the device; files hold the tables before it.
+        MemoryError: if a case does not fit the CPU; files hold the tables before it.
+        torch.OutOfMemoryError: if a case does not fit the device; the same holds.
     """
     device = settings.device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_cuda = device_of(device).type == "cuda"

@@ -88,6 +88,10 @@ def make_case(shape: LayerShape, load: str, *, device: str, dtype: torch.dtype, 
     Returns:
         Case.
 
+    Raises:
+        MemoryError: if the CPU has no memory for it.
+        torch.OutOfMemoryError: if a CUDA device has none.
+
     Example:
         >>> make_case(LayerShape("", 8, 4, 6, 4, 2), "uniform", device="cpu", dtype=torch.float32).x.shape
         torch.Size([8, 4])
@@ -100,8 +104,17 @@ def make_case(shape: LayerShape, load: str, *, device: str, dtype: torch.dtype, 
         return drawn.mul_(scale).requires_grad_()
 
     up = partial(draw, e, d, f, scale=d**-0.5)
-    experts = GatedParams(up(), up(), draw(e, f, d, scale=f**-0.5))
-    x, gate, grad = draw(t, d, scale=1.0), draw(d, e, scale=d**-0.5), draw(t, d, scale=1.0).detach()
+    try:
+        experts = GatedParams(up(), up(), draw(e, f, d, scale=f**-0.5))
+        x, gate, grad = draw(t, d, scale=1.0), draw(d, e, scale=d**-0.5), draw(t, d, scale=1.0).detach()
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # torch has no type for it on the CPU
+            raise
+        size = dtype.itemsize * (3 * e * d * f + 2 * t * d + d * e)
+        raise MemoryError(
+            f"shape {shape.name}: its tokens and experts alone take {size / 2**30:,.1f} GiB, which this machine does "
+            f"not give; measure a smaller one."
+        ) from error
     return Case(shape, load, x, gate, experts, grad, load_offsets(load, shape).to(device))
 
 

@@ -84,6 +84,9 @@ def shape_of(text: str) -> LayerShape:
     shape = LayerShape(text, *(int(part) for part in parts))
     if min(shape[1:]) < 1 or shape.k > shape.experts:
         raise ValueError(f"shape {text!r}: T, D, F, E and K are {shape[1:]}; expected positive ones with K <= E.")
+    most = max(shape.tokens * shape.k * shape.dim, shape.experts * shape.dim * shape.hidden)
+    if most >= 2**60:  # of numbers; more bytes than an address can count
+        raise ValueError(f"shape {text!r}: a tensor of it has {most:,} numbers; expected fewer than {2**60:,}.")
     return shape
 
 

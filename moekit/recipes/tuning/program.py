@@ -10,8 +10,9 @@ from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
 from moekit.recipes.bench.devices import CUDA, device_of
-from moekit.recipes.bench.program import DTYPES, check_file, whole_lines, wide_console
+from moekit.recipes.bench.program import DTYPES, check_file
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
+from moekit.recipes.consoles import whole_lines, wide_console
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.report import Tuned, size_words, tile_words
 from moekit.recipes.tuning.tune import layer_size, tune

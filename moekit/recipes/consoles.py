@@ -1,0 +1,31 @@
+"""Where programs print: consoles wide enough for their tables, and lines as they are."""
+
+from collections.abc import Callable
+from functools import partial
+
+from rich.console import Console
+
+
+def wide_console() -> Console:
+    """Return a console of at least 120 columns, for a row of numbers that is cut says nothing.
+
+    Example:
+        >>> wide_console().width >= 120
+        True
+    """
+    console = Console()
+    console.width = max(console.width, 120)
+    return console
+
+
+def whole_lines(console: Console) -> Callable[[str], None]:
+    """Return a function that prints a line as it is: neither wrapped, coloured nor read as markup.
+
+    Args:
+        console: to print to.
+
+    Example:
+        >>> whole_lines(Console(width=8))("as [it] is, whole")
+        as [it] is, whole
+    """
+    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
