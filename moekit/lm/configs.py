@@ -244,8 +244,8 @@ def _check_moe(config: ModelConfig) -> None:
         return
     if config.moe_num_experts is None:
         raise ValueError(f"moe_freq is {config.moe_freq}, so moe_num_experts is needed too, for example 8")
-    if config.moe_num_experts >= _TOO_LARGE:
-        raise ValueError(f"moe_num_experts is {config.moe_num_experts}, expected less than 2^31")
+    if not 1 <= config.moe_num_experts < _TOO_LARGE:
+        raise ValueError(f"moe_num_experts is {config.moe_num_experts}, expected at least 1 and less than 2^31")
     if not 1 <= config.moe_top_k <= config.moe_num_experts:
         raise ValueError(
             f"moe_top_k is {config.moe_top_k}, expected between 1 and moe_num_experts = {config.moe_num_experts}"

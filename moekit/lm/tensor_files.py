@@ -210,6 +210,8 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         yield unfinished
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
         unfinished.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # as both libraries say it
+            raise OSError(f"{path} could not be written: {str(error).partition(chr(10))[0]}") from error
         raise

@@ -11,7 +11,7 @@ from typing import Any
 import tyro
 
 from moekit.lm.files import write_whole
-from moekit.recipes.settings import TrainSettings
+from moekit.recipes.settings import ModelSettings, TrainSettings
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
@@ -121,6 +121,24 @@ def unflatten(values: Mapping[str, Any]) -> TrainSettings:
         return tyro.cli(TrainSettings, args=_words(dict(values)), console_outputs=False)
     except SystemExit as error:
         raise ValueError(f"these settings are not of this version of moekit: {dict(values)}") from error
+
+
+def stored_model(values: Mapping[str, Any]) -> ModelSettings:
+    """Pick a model's settings out of what ``flat_settings`` listed, as they are in a checkpoint.
+
+    Args:
+        values: name to value; others are left out, and what is not there takes its default.
+
+    Returns:
+        ModelSettings.
+
+    Example:
+        >>> stored_model({"model": "open_lm_41m", "moe_top_k": 4, "lr": 1e-3}).preset
+        'open_lm_41m'
+    """
+    known, fields = {field.name for field in dataclasses.fields(ModelSettings)}, {v: k for k, v in _RENAMED.items()}
+    given = {fields.get(name, name): value for name, value in values.items()}
+    return ModelSettings(**{name: value for name, value in given.items() if name in known})
 
 
 def write_config(folder: Path, settings: TrainSettings) -> Path:

@@ -15,13 +15,12 @@ from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.tensor_files import write_safetensors
+from moekit.recipes.configuration import stored_model
 from moekit.recipes.language_models import language_model, moe_layers
 from moekit.recipes.names import RECIPES
-from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_config, make_recipe
 
 _SUFFIXES = (".pt", ".safetensors")
-_FIELDS = {"model": "preset"}  # flag to field, where they differ
 
 
 @dataclass(frozen=True)
@@ -113,9 +112,7 @@ def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
         raise ValueError(
             f"{checkpoint} holds no settings of its model; expected a checkpoint that `moekit train` wrote"
         )
-    known = {field.name for field in dataclasses.fields(ModelSettings)}
-    values = {_FIELDS.get(name, name): value for name, value in settings.items()}
-    given = ModelSettings(**{name: value for name, value in values.items() if name in known})
+    given = stored_model(settings)
     if recipe is None and given.recipe not in RECIPES:
         raise ValueError(
             f"{checkpoint} was trained with the recipe {given.recipe!r}, which is code in a file. If it is yours, say "

@@ -24,6 +24,7 @@ from moekit.lm.openlm_optimizers import read_openlm_optimizer
 from moekit.lm.shard_members import Reason
 from moekit.parallel import all_sum, fill, share
 from moekit.recipes.configuration import flat_settings
+from moekit.recipes.differences import model_warnings
 from moekit.recipes.runs import Run
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
 
@@ -154,15 +155,17 @@ def restore(run: Run, console: Console) -> Progress:
         return Progress()
     if path.is_file():
         return _restore_weights(run, path, console)
-    progress = _restore_all(run, path)
+    progress, warnings = _restore_all(run, path)
     if run.world.rank == 0:
         for left in set_aside(run.folder, after=progress.step):
             console.print(f"{left.name} was set aside: the run goes back to step {progress.step}", highlight=False)
     console.print(f"resumed {path}: step {progress.step}", highlight=False, soft_wrap=True)
+    for line in warnings:
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     return progress
 
 
-def _restore_all(run: Run, folder: Path) -> Progress:
+def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     tensors = training_tensors(run.model, run.optimizer)
     random, stored = position(run).random, stored_shapes(folder)
     saved = {name: state for name, state in random.items() if name in stored}
@@ -191,7 +194,7 @@ def _restore_all(run: Run, folder: Path) -> Progress:
     if scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(scaler)
     _restore_random(run, saved, step=progress.step)
-    return progress
+    return progress, model_warnings(run.settings.model, state, training=True)
 
 
 def _check_progress(progress: Progress, folder: Path) -> None:

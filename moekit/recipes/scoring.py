@@ -16,12 +16,14 @@ from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.configuration import write_config
 from moekit.recipes.construction import make_model
+from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import parameter_table
 from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import autocast, precision_words
 from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
+from moekit.recipes.setup import make_config, resolved_model
 from moekit.recipes.sources import Corpus
 from moekit.recipes.weights import find_checkpoint, load_weights
 
@@ -54,6 +56,8 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
         highlight=False,
         soft_wrap=True,
     )
+    for line in model_warnings(settings.model, state, training=False):
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
     report.print_scores(console, scores, {})
     results = checkpoint.parent / "results.jsonl"
@@ -137,11 +141,14 @@ def append_results(
         step: optimizer steps behind the checkpoint, if known.
         train_tokens: tokens that it was trained on, if known.
     """
+    moe = make_config(settings.model).moe_freq > 0
     locations = {each.name: each.location for each in corpus.validation}
     lines: list[dict[str, Any]] = [
         {
             "checkpoint_path": str(checkpoint),
             "model": settings.model.preset,
+            "recipe": settings.model.recipe if moe else None,
+            "moe_top_k": resolved_model(settings.model).moe_top_k if moe else None,
             "val_data": locations[name],
             "name": name,
             "step": step,

@@ -174,7 +174,9 @@ def _tars(data: DataSettings, taken: Sequence[str]) -> list[ValidationSet]:
     for number, text in enumerate(data.val_data):
         urls = [resolve_url(each, allow_commands=data.allow_pipe_commands) for each in expand_braces(text)]
         for url in urls:
-            if not (url.startswith("pipe:") or is_remote(url) or os.path.exists(url)) or os.path.isdir(url):
+            if os.path.isdir(url):
+                raise IsADirectoryError(f"--val-data {text}: {url} is a folder; expected a tar of sequences")
+            if not (url.startswith("pipe:") or is_remote(url) or os.path.exists(url)):
                 raise FileNotFoundError(f"--val-data {text}: there is no file {url}; expected a tar of sequences")
         keys = data.val_data_key or ((data.data_key,) if data.data_key else ())
         key = keys[number if len(keys) > 1 else 0] if keys else None
@@ -193,5 +195,7 @@ def _tokenizer(beside: str, data: DataSettings) -> Tokenizer | None:
         return load_tokenizer(data.tokenizer)
     if beside.startswith("pipe:") or is_remote(beside):
         return None
-    path = Path(beside).parent / "tokenizer.json"
-    return load_tokenizer(path) if path.is_file() else None
+    folder = Path(beside).absolute().parent
+    folders = [folder, folder.parents[1]] if folder.name in ("train", "validation") else [folder]  # as domains lie
+    found = [path for each in folders if (path := each / "tokenizer.json").is_file()]
+    return load_tokenizer(found[0]) if found else None

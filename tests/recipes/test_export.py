@@ -1,9 +1,10 @@
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from moekit.lm.checkpoint_checksums import covered_files, file_checksums, write_checksums
 from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
@@ -113,6 +114,21 @@ def test_places_that_cannot_be_written_are_refused(to, error, words, tmp_path):
     folder, _ = make_run(tmp_path)
     with pytest.raises(error, match=words):
         export(folder, tmp_path / to)
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_full_disk_leaves_no_file_and_is_told(name, tmp_path, monkeypatch):
+    def full(content, path, **options):
+        Path(path).write_bytes(b"the beginning")
+        raise (RuntimeError if name == "a.pt" else SafetensorError)("[enforce fail] no space left\nat frame 0")
+
+    folder, _ = make_run(tmp_path)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr("torch.save", full)
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(SystemExit, match=rf"moekit export: .*{name} could not be written: .* no space left$"):
+        main([str(folder), "--to", str(tmp_path / "out" / name)])
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_no_checkpoint_is_said_so(tmp_path):

@@ -93,6 +93,18 @@ def test_a_run_folder_names_its_newest_checkpoint(program, tmp_path):
         find_checkpoint(str(folder))
 
 
+def test_a_run_that_goes_on_as_another_model_says_so(program, capsys):
+    program("--steps", "2")
+    assert "warning" not in capsys.readouterr().out
+    program("--steps", "3", "--resume", "latest")
+    assert "warning: these weights" not in capsys.readouterr().out
+    program("--steps", "4", "--resume", "latest", "--moe-top-k", "1")
+    assert (
+        "step 3\nwarning: these weights were trained with --moe-top-k 2, and this launch has --moe-top-k 1\n"
+        in capsys.readouterr().out
+    )
+
+
 def test_going_back_to_an_older_checkpoint_repeats_the_run(program):
     folder = program("--save-every-n-steps", "3", "--log-data")
     before, lines, data = (

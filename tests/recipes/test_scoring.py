@@ -208,6 +208,19 @@ def test_scoring_leaves_a_runs_own_files_alone(program, shards, tmp_path):
     assert {str(path) for path in after if after[path] != before.get(path)} == {"checkpoints/results.jsonl"}
 
 
+def test_weights_of_another_model_are_scored_with_a_warning(trained, score, tmp_path, capsys):
+    location = tar(tmp_path / "a.tar", markov_sequences(2, first=0, seed=1))
+    [line] = score(trained, "--val-data", location, "--moe-capacity-factor", "4", "--moe-loss-weight", "0.5")
+    assert (line["recipe"], line["moe_top_k"]) == ("openlm", 2)
+    assert "warning" not in capsys.readouterr().out
+    [line] = score(trained, "--val-data", location, "--moe-top-k", "1", "--ffn-type", "geglu")
+    assert (line["recipe"], line["moe_top_k"]) == ("openlm", 1)
+    assert (
+        "warning: these weights were trained with --ffn-type swiglu, --moe-top-k 2, and this launch has --ffn-type "
+        "geglu, --moe-top-k 1\n"
+    ) in capsys.readouterr().out
+
+
 def test_there_must_be_something_to_score(trained, score, tmp_path, capsys):
     location = tar(tmp_path / "a.tar", markov_sequences(2, first=0, seed=1))
     with pytest.raises(SystemExit, match="2"):
@@ -217,6 +230,8 @@ def test_there_must_be_something_to_score(trained, score, tmp_path, capsys):
         score(trained.with_name("step_00000009"), "--val-data", location)
     with pytest.raises(SystemExit, match=r"expected .* of shape .*found shape .*model flags"):
         score(trained, "--val-data", location, "--moe-num-experts", "4")
+    with pytest.raises(SystemExit, match=rf"--val-data {tmp_path}: {tmp_path} is a folder; expected a tar"):
+        score(trained, "--val-data", str(tmp_path))
     with pytest.raises(SystemExit, match=r"absent\.tar"):
         score(trained, "--val-data", str(tmp_path / "absent.tar"))
     with pytest.raises(SystemExit, match=r"--resume latest: .*has no checkpoint|no such checkpoint"):

@@ -144,6 +144,14 @@ def test_the_tokenizer_beside_a_manifest_gives_bytes(tmp_path):
         assert found.tokenizer is None
 
 
+def test_the_tokenizer_of_a_domain_lies_above_its_held_out_data(tmp_path):
+    save_tokenizer(ByteTokenizer(), tmp_path / "tokenizer.json")
+    for folder, known in (("prose/validation", True), ("prose/other", False), ("validation", False)):
+        manifest = write_shards(tmp_path / folder, torch.zeros(2, 65, dtype=torch.int64))
+        [found] = corpus(val_manifest=(manifest,), resume="x").validation
+        assert (found.tokenizer is not None) == known, folder
+
+
 def test_a_tokenizer_may_be_a_path(shards, tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path / "mine.json")
     found = corpus(dataset_manifest=shards.train, val_manifest=shards.validation, tokenizer=f"{tmp_path}/mine.json")

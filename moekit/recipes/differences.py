@@ -1,0 +1,63 @@
+"""How the model of a launch differs from the one whose weights a checkpoint holds, where no shape tells."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from moekit.recipes.configuration import stored_model
+from moekit.recipes.names import RECIPES
+from moekit.recipes.settings import ModelSettings
+from moekit.recipes.setup import make_config, resolved_model
+
+_TRAINING_ALONE = {"moe_capacity_factor", "moe_loss_weight", "moe_loss_scope"}  # evaluation drops and weighs nothing
+_OF_METHOD = ("recipe", "moe_top_k", "moe_capacity_factor", "moe_loss_weight", "moe_loss_scope")
+
+
+def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: bool) -> list[str]:
+    """Warn if weights are about to compute something else than what they were trained to.
+
+    A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
+
+    Args:
+        given: the model of this launch.
+        state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
+        training: whether it goes on, so that what is for training alone counts too.
+
+    Returns:
+        Lines of text; none if nothing differs, or nothing is known.
+
+    Example:
+        >>> from moekit.recipes.configuration import flat_settings
+        >>> from moekit.recipes.settings import TrainSettings
+        >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
+        >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
+        warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
+    """
+    stored = state.get("settings")
+    if not isinstance(stored, Mapping):
+        return []
+    try:
+        theirs = stored_model(stored)
+        known = theirs.recipe in RECIPES or theirs.recipe == given.recipe
+        before, now = (_described(each, resolve=known) for each in (theirs, given))
+    except (ValueError, TypeError, OSError) as error:
+        return [f"warning: whether these weights are of this model is not known: {error}"]
+    names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
+    differing = sorted(name for name in names if training or name not in _TRAINING_ALONE)
+    if not differing:
+        return []
+    were, are = (_flags({name: each.get(name) for name in differing}) for each in (before, now))
+    return [f"warning: these weights were trained with {were}, and this launch has {are}"]
+
+
+def _described(settings: ModelSettings, *, resolve: bool) -> dict[str, Any]:
+    described = dataclasses.asdict(make_config(settings))
+    if described["moe_freq"] and described["moe_num_experts"] is not None:
+        settings = resolved_model(settings) if resolve else settings
+        described |= {name: getattr(settings, name) for name in (_OF_METHOD if resolve else _OF_METHOD[:1])}
+    return described
+
+
+def _flags(values: Mapping[str, Any]) -> str:
+    words = {name.replace("_", "-"): "none" if value is None else value for name, value in values.items()}
+    return ", ".join(f"--{name} {value}" for name, value in words.items())

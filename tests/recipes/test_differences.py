@@ -1,0 +1,85 @@
+"""Warnings of weights that are about to compute something else than what they were trained to."""
+
+import json
+
+import pytest
+
+from moekit.recipes.configuration import flat_settings
+from moekit.recipes.differences import model_warnings
+from moekit.recipes.settings import ModelSettings, TrainSettings
+
+SAME = "these weights were trained with"
+
+
+def stored(**model):
+    return {"settings": json.loads(json.dumps(flat_settings(TrainSettings(model=ModelSettings(**model)))))}
+
+
+def warned(given, before, *, training=True):
+    return model_warnings(ModelSettings(**given), stored(**before), training=training)
+
+
+@pytest.mark.parametrize(
+    ("given", "before"),
+    [
+        ({}, {}),
+        ({"moe_top_k": 2}, {}),  # said, and left to the recipe
+        ({"moe_capacity_factor": 1.25, "moe_loss_weight": 0.1}, {}),
+        ({"moe_freq": 0, "recipe": "mixtral"}, {"moe_freq": 0}),  # a dense model has no method
+    ],
+)
+def test_what_is_the_same_says_nothing(given, before):
+    assert warned(given, before) == warned(before, given) == []
+
+
+@pytest.mark.parametrize(
+    ("given", "before", "words"),
+    [
+        ({"moe_top_k": 1}, {}, "--moe-top-k 2, and this launch has --moe-top-k 1"),
+        ({"ffn_type": "geglu"}, {}, "--ffn-type swiglu, and this launch has --ffn-type geglu"),
+        ({"moe_loss_scope": "micro-batch"}, {}, "--moe-loss-scope step, and this launch has --moe-loss-scope micro-"),
+        (
+            {"recipe": "switch"}, {"recipe": "mixtral"},
+            "--moe-capacity-factor none, --moe-loss-weight 0.02, --moe-top-k 2, --recipe mixtral, and this launch has "
+            "--moe-capacity-factor 1.25, --moe-loss-weight 0.01, --moe-top-k none, --recipe switch",
+        ),
+    ],
+)  # fmt: skip
+def test_what_differs_is_named_with_both_values(given, before, words):
+    [line] = warned(given, before)
+    assert line.startswith(f"warning: {SAME} {words}")
+
+
+def test_what_is_for_training_alone_does_not_count_in_a_score():
+    given = {"moe_capacity_factor": 4.0, "moe_loss_weight": 0.5, "moe_loss_scope": "micro-batch"}
+    assert warned(given, {}, training=False) == []
+    assert warned({**given, "moe_top_k": 1}, {}, training=False) == [
+        f"warning: {SAME} --moe-top-k 2, and this launch has --moe-top-k 1"
+    ]
+
+
+def test_the_shape_counts_and_not_the_name_of_its_file(tmp_path):
+    shape = {"hidden_dim": 16, "n_layers": 2, "n_heads": 2, "seq_len": 8, "vocab_size": 24, "post_embed_norm": True}
+    files = [tmp_path / "a.json", tmp_path / "b.json", tmp_path / "c.json"]
+    for path, theta in zip(files, (10, 10, 20), strict=True):
+        path.write_text(json.dumps({**shape, "weight_tying": False, "n_heads": 2 if theta == 10 else 4}))
+    same, other = ({"preset": str(files[i])} for i in (1, 2))
+    assert warned({"preset": str(files[0])}, same) == []
+    [line] = warned({"preset": str(files[0])}, other)
+    assert line == f"warning: {SAME} --n-heads 4, and this launch has --n-heads 2"
+    files[2].unlink()
+    [line] = warned({"preset": str(files[0])}, other)
+    assert line.startswith("warning: whether these weights are of this model is not known: ")
+    assert "c.json" in line
+
+
+def test_the_code_of_another_recipe_is_not_run(tmp_path):
+    code = tmp_path / "theirs.py"
+    code.write_text("raise SystemExit('run')")
+    [line] = warned({"recipe": "mixtral"}, {"recipe": f"{code}:theirs"})
+    assert line == f"warning: {SAME} --recipe {code}:theirs, and this launch has --recipe mixtral"
+
+
+@pytest.mark.parametrize("state", [{}, {"settings": None}, {"step": 3}])
+def test_weights_of_another_program_say_nothing(state):
+    assert model_warnings(ModelSettings(), state, training=True) == []
