@@ -25,8 +25,26 @@ def autocast_dtype(device_type: str) -> torch.dtype | None:
     return torch.get_autocast_dtype(device_type)
 
 
+def dtype_in_products(dtype: torch.dtype, device_type: str) -> torch.dtype:
+    """Return the dtype that a tensor has in products: autocast's where there is one, but float64 stays, as in torch.
+
+    Args:
+        dtype: of the tensor.
+        device_type: of the tensor, as "cuda".
+
+    Returns:
+        The dtype.
+
+    Example:
+        >>> with torch.autocast("cpu", dtype=torch.bfloat16):
+        ...     dtype_in_products(torch.float32, "cpu"), dtype_in_products(torch.float64, "cpu")
+        (torch.bfloat16, torch.float64)
+    """
+    return dtype if dtype == torch.float64 else autocast_dtype(device_type) or dtype
+
+
 def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors of one device in autocast's dtype; outside autocast as they are.
+    """Return tensors of one device in the dtypes that they have in products; outside autocast as they are.
 
     Args:
         tensors: at least one.
@@ -39,8 +57,10 @@ def in_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         ...     in_autocast(torch.ones(1))
         (tensor([1.], dtype=torch.bfloat16),)
     """
-    dtype = autocast_dtype(tensors[0].device.type)
-    return tensors if dtype is None else tuple(t.to(dtype) for t in tensors)
+    device_type = tensors[0].device.type
+    if autocast_dtype(device_type) is None:
+        return tensors
+    return tuple(t.to(dtype_in_products(t.dtype, device_type)) for t in tensors)
 
 
 def outside_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -3,7 +3,7 @@
 Weights are stored (E, in, out), so no transpose is needed on the way into a product.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -104,6 +104,9 @@ def gelu_mlp(
     Returns:
         (R, D).
 
+    Raises:
+        ValueError: if the parameters have a gate.
+
     Example:
         >>> from moekit.experts import init_mlp, loop
         >>> gelu_mlp(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init_mlp(2, 4, 8), matmul=loop).shape
@@ -112,6 +115,7 @@ def gelu_mlp(
     References:
         Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
     """
+    _refuse_gate("gelu_mlp", params)
     return matmul(F.gelu(matmul(rows, groups, params.up), approximate=approximate), groups, params.down)
 
 
@@ -127,6 +131,9 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
     Returns:
         (R, D).
 
+    Raises:
+        ValueError: if the parameters have a gate.
+
     Example:
         >>> from moekit.experts import init_mlp, loop
         >>> relu_mlp(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init_mlp(2, 4, 8), matmul=loop).shape
@@ -135,6 +142,7 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
     References:
         Vaswani et al., Attention Is All You Need, 2017, equation 2, https://arxiv.org/abs/1706.03762
     """
+    _refuse_gate("relu_mlp", params)
     return matmul(F.relu(matmul(rows, groups, params.up)), groups, params.down)
 
 
@@ -150,6 +158,9 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
     Returns:
         (R, D).
 
+    Raises:
+        ValueError: if the parameters have a gate.
+
     Example:
         >>> from moekit.experts import init_mlp, loop
         >>> relu2(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init_mlp(2, 4, 8), matmul=loop).shape
@@ -158,6 +169,7 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
     References:
         So et al., Primer, 2021, section 3 (squared ReLU), https://arxiv.org/abs/2109.08668
     """
+    _refuse_gate("relu2", params)
     return matmul(F.relu(matmul(rows, groups, params.up)).square(), groups, params.down)
 
 
@@ -225,6 +237,14 @@ def init_mlp(
     hidden = 4 * dim if hidden is None else hidden
     draw = _Normal(std, generator, device, dtype)
     return MlpParams(draw(num_experts, dim, hidden), draw(num_experts, hidden, dim))
+
+
+def _refuse_gate(name: str, params: Any) -> None:
+    if hasattr(params, "gate"):
+        raise ValueError(
+            f"{name}: the experts' parameters are {type(params).__name__}, whose gate it would not use; expected "
+            f"MlpParams. Use swiglu or geglu, or draw the parameters with init_mlp."
+        )
 
 
 class _Normal(NamedTuple):

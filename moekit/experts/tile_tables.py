@@ -160,7 +160,7 @@ def _fits_narrow(entry: TileEntry) -> bool:
 
 def _octave(rows: int, experts: int) -> int:
     """Return the power of two below the rows per expert, by comparisons alone: ``rows`` may be a symbol."""
-    power = 0
+    power, experts = 0, max(experts, 1)
     while rows >= experts * 2 ** (power + 1):
         power += 1
     return power

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moekit.autocast import autocast_dtype
+from moekit.autocast import autocast_dtype, dtype_in_products
 from moekit.experts import (
     PREACTIVATION,
     Activation,
@@ -177,10 +177,8 @@ def _why_unknown(params: ModuleParams) -> str:
 
 
 def _dtypes(params: ModuleParams, device: torch.device) -> set[torch.dtype]:
-    dtype = autocast_dtype(device.type)
-    if dtype is not None:
-        return {dtype}
-    return {t.dtype for t in (params.up, params.up_bias, params.down, params.down_bias) if t is not None}
+    tensors = (params.up, params.up_bias, params.down, params.down_bias)
+    return {dtype_in_products(t.dtype, device.type) for t in tensors if t is not None}
 
 
 def _known(params: ModuleParams) -> Activation:

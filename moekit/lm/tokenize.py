@@ -146,6 +146,8 @@ def _check(command: Command) -> None:
     for name in ("seq_len", "sequences_per_shard", "piece_bytes"):
         if getattr(command, name) < 1:
             raise ValueError(f"{name} is {getattr(command, name)}; expected at least 1")
+    if command.seq_len >= 2**31:
+        raise ValueError(f"seq_len is {command.seq_len}; expected less than 2^31, for the last sequence is padded")
     if not 0 <= command.seed < 2**63:
         raise ValueError(f"seed is {command.seed}; expected 0 to 2**63 - 1")
     if "://" in str(command.output) or ":/" in str(command.output):  # Path makes one slash of two

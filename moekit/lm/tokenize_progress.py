@@ -90,10 +90,10 @@ class _Lines:
         self._console, self._last = console, ("", 0)
 
     def __call__(self, stage: str, done: int, total: int, words: str) -> None:
-        here = (stage, 10 * done // total)
+        here = (stage, 10 * done // max(total, 1))
         if here != self._last:
             self._last = here
-            line = f"{stage} {done / total:.0%}, {words}"
+            line = f"{stage} {done / max(total, 1):.0%}, {words}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 

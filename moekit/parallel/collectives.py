@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moekit.autocast import in_autocast
 from moekit.operators import wants_gradient
 
 
@@ -70,8 +71,7 @@ def narrowed(x: Tensor) -> Tensor:
         ...     narrowed(torch.ones(1)).dtype
         torch.bfloat16
     """
-    kind = x.device.type
-    return x.to(torch.get_autocast_dtype(kind)) if torch.is_autocast_enabled(kind) else x
+    return in_autocast(x)[0]
 
 
 def connect(y: Tensor, *inputs: Tensor) -> Tensor:

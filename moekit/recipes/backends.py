@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.autocast import autocast_dtype
+from moekit.autocast import dtype_in_products
 from moekit.dispatch import dropless
 from moekit.experts import (
     CLAMPED_SWIGLU,
@@ -145,14 +145,13 @@ def _auto(
     activation: Activation,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
-    dtype = autocast_dtype(x.device.type) or x.dtype
     kind = type(params)
     if not hasattr(params, "down"):
         experts_of(activation, kind)  # which says what it expects
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
     choice = choose_backend(
-        x.device, dtype, dispatcher=dispatcher, activation=activation, params=kind, widths=(x.shape[1], hidden),
-        tiles=tiles,
+        x.device, dtype_in_products(x.dtype, x.device.type), dispatcher=dispatcher, activation=activation, params=kind,
+        widths=(x.shape[1], hidden), tiles=tiles,
     )  # fmt: skip
     return choice.layer(x, routing, params)
 

@@ -176,6 +176,12 @@ def moe_layer(
         >>> output.y.shape, {name: round(loss.item(), 3) for name, loss in output.losses.items()}
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
+    for name, given_ids in (("token_ids", token_ids), ("token_mask", token_mask)):
+        if given_ids is not None and given_ids.shape != x.shape[:-1]:
+            raise ValueError(
+                f"{name} has the shape {tuple(given_ids.shape)}; expected {tuple(x.shape[:-1])}, one for each token of "
+                f"x {tuple(x.shape)}."
+            )
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)

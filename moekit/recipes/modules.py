@@ -34,10 +34,11 @@ class MoE(nn.Module):
         shared_gate: (D, 1) parameter that weighs them, or None.
         simple: parameters of the simple experts, if the recipe has any.
         state: buffer that the router remembers, if the recipe has one, registered under its name. Its update is the
-            trainer's job, once per optimizer step: see ``update_state``.
+            trainer's job, once per optimizer step: see ``update_state``. It keeps its dtype when the module is cast.
 
     Raises:
         ValueError: if a size is not positive.
+        RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none.
 
     Example:
         >>> from moekit.recipes import mixtral
@@ -84,7 +85,24 @@ class MoE(nn.Module):
     @property
     def state(self) -> Tensor | None:
         """What the router remembers, or None."""
-        return None if self.recipe.state is None else getattr(self, self.recipe.state.name)
+        if self.recipe.state is None:
+            return None
+        if self.recipe.state.name not in self._buffers:
+            raise RuntimeError(
+                f"MoE: its recipe remembers {self.recipe.state.name!r}, and the one that it was made of did not; make "
+                f"a new MoE of the recipe."
+            )
+        return self._buffers[self.recipe.state.name]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
+        """Move the router's state with the parameters, but keep its dtype: steps of 0.001 vanish in bfloat16."""
+        before = self.state
+        super()._apply(fn, recurse)
+        after = self.state
+        if before is not None and after is not None and after.dtype != before.dtype:
+            kept = torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+            self._buffers[self.recipe.state.name] = kept  # type: ignore[union-attr]
+        return self
 
     def params(self) -> MoEParams:
         """Return the parameters as the NamedTuple that ``moe_layer`` takes."""

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moekit.operators import HAS_TRITON
 from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, top_k
 from moekit.segments import tokens_per_expert
 from moekit.types import Routing
@@ -114,7 +115,7 @@ def kernel_takes(num_experts: int, k: int, score: Score) -> bool:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    return logits.is_cuda and logits.dtype == torch.float32
+    return logits.is_cuda and HAS_TRITON and logits.dtype == torch.float32
 
 
 def _by_kernel(

@@ -105,7 +105,7 @@ def test_rows_are_narrowed_to_what_autocast_computes_in(dtype):
     assert narrowed(x) is x
     for target in (torch.bfloat16, torch.float16):
         with torch.autocast("cpu", target):
-            assert narrowed(x).dtype == target
+            assert narrowed(x).dtype == (target if dtype != torch.float64 else dtype)
     with torch.autocast("cpu", torch.bfloat16, enabled=False):
         assert narrowed(x) is x
 

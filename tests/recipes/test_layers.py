@@ -197,7 +197,7 @@ def test_token_ids_are_kept_from_routers_that_do_not_want_them() -> None:
 def test_wrong_widths_say_so() -> None:
     with pytest.raises(ValueError, match=r"linear_gate: x has shape \(3, 4\) and w \(6, 5\)"):
         moe_layer(torch.randn(3, 4, dtype=torch.float64), draw_params(), recipe_of())
-    with pytest.raises(ValueError, match="token_mask has 2 elements"):
+    with pytest.raises(ValueError, match=r"token_mask has the shape \(2,\); expected \(3,\)"):
         moe_layer(torch.randn(3, D, dtype=torch.float64), draw_params(), recipe_of(), token_mask=torch.ones(2).bool())
 
 
