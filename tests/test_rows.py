@@ -1,7 +1,10 @@
 import pytest
 import torch
+from interpreted import Calls
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+from moekit import rows as plain
 from moekit.rows import Links, copy_rows, sum_rows
 
 D = 3
@@ -122,3 +125,23 @@ def test_arguments_stay_as_they_are():
     copy_rows(x, links)
     sum_rows(values, links)
     assert all(torch.equal(a, b) for a, b in zip((x, values, *links), before, strict=True))
+
+
+def test_gradients_of_gradients_agree_with_differences_where_rows_are_missing() -> None:
+    links = Links(
+        torch.tensor([0, 1, 0]), torch.tensor([False, False, True]), torch.tensor([[0, -1], [1, -1], [-1, -1]])
+    )
+    x = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    values = torch.randn(3, 3, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradgradcheck(lambda x: copy_rows(x, links).tanh(), x)
+    assert torch.autograd.gradgradcheck(lambda values: sum_rows(values, links).tanh(), values)
+
+
+def test_without_triton_cuda_tensors_take_the_plain_versions(monkeypatch) -> None:
+    monkeypatch.setattr(plain, "HAS_TRITON", False)
+    with FakeTensorMode(), Calls() as calls:
+        rows, padding = torch.zeros(3, 2, dtype=torch.int64, device="cuda"), torch.zeros(8, device="cuda").bool()
+        links = Links(torch.zeros(8, dtype=torch.int64, device="cuda"), padding, rows)
+        values = plain.copied(torch.zeros(3, 4, device="cuda"), *links)
+        assert plain.summed(values, rows, None).shape == (3, 4)
+    assert calls.own() == []

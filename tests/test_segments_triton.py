@@ -128,3 +128,12 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.moekit.counting_sort.default, (experts, 3))
     torch.library.opcheck(torch.ops.moekit.tokens_per_expert.default, (experts, 3))
     torch.library.opcheck(torch.ops.moekit.rows_of_assignments.default, (torch.randperm(9).to(DEVICE), 12))
+
+
+@runs_kernels
+def test_gaps_in_memory_are_stepped_over_by_counts_and_inverses() -> None:
+    experts, plan = torch.randint(-1, 7, (600,)), torch.randperm(600)
+    counts = kernels().tokens_per_expert(experts.to(DEVICE)[::2], 7)
+    assert torch.equal(counts.cpu(), tokens_per_expert(experts[::2], 7))
+    rows = kernels().rows_of_assignments(plan.to(DEVICE)[::2], 600)
+    assert torch.equal(rows.cpu(), rows_of_assignments(plan[::2], 600))

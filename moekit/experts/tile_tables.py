@@ -65,7 +65,7 @@ def entry_of(size: LayerSize, tiles: LayerTiles, *, origin: str) -> TileEntry:
         >>> entry_of(size, ruled_tiles(size), origin="by rule").rows_per_expert
         2048
     """
-    rows = max(size.assignments // size.experts, 1)
+    rows = max(size.assignments // max(size.experts, 1), 1)
     widths = (size.dim, size.hidden, size.experts, rows)
     return TileEntry(size.capability, size.dtype.itemsize, *widths, size.gated, precision_of(size), origin, tiles)
 

@@ -102,3 +102,9 @@ def test_init_takes_generator_and_dtype(init) -> None:
         assert a.dtype == torch.bfloat16
         assert torch.equal(a, b)
         assert not torch.equal(a, c)
+
+
+@pytest.mark.parametrize("ffn", [gelu_mlp, relu_mlp, relu2])
+def test_experts_without_a_gate_refuse_parameters_with_one(ffn) -> None:
+    with pytest.raises(ValueError, match=r"the experts' parameters are GatedParams, whose gate it would not use"):
+        ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init_gated(2, 4, 8), matmul=loop)

@@ -9,7 +9,7 @@ import torch
 from fused_cases import ACTIVATIONS, LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
 
-from moekit.experts import init_mlp, swiglu
+from moekit.experts import init_mlp, pack_gated, swiglu
 from moekit.experts.activations import RELU2, SWIGLU, Activation
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.tile_files import layer_tiles
@@ -378,3 +378,42 @@ def test_a_plan_is_a_stable_sort_into_aligned_groups(
     assert int(firsts[-1]) == tile <= len(owners) == schedule.most_tiles
     assert (rows[experts < 0] == -1).all()
     assert (assignments[begin:] == -1).all()
+
+
+@runs_kernels
+def test_tiles_are_chosen_by_the_size_of_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moekit.experts.fused.capability_of", lambda device: 8)
+    monkeypatch.setattr("moekit.experts.fused.is_narrow", lambda device: True)
+    asked: list[LayerSize] = []
+    choose = lambda size: (asked.append(size), LOW)[1]  # noqa: E731
+    x, routing, params = draw((7, 20, 36, 2, 2), SWIGLU)
+    routing = Routing(*(part.to(DEVICE) for part in routing[:3]), *routing[3:])
+    for given in (params, pack_gated(params)):
+        fused_layer(tiles=choose, precision="tf32")(x.to(DEVICE), routing, type(given)(*(p.to(DEVICE) for p in given)))
+    gated = LayerSize(torch.float32, 14, 2, 20, 36, True, capability=8, narrow=True, precision="tf32")
+    assert asked == [gated, gated]
+    mlp = draw((7, 20, 36, 2, 2), RELU2)[2]
+    fused_layer(tiles=choose, activation=RELU2)(x.to(DEVICE), routing, type(mlp)(*(p.to(DEVICE) for p in mlp)))
+    assert asked[2] == gated._replace(gated=False, precision="ieee")
+
+
+@runs_kernels
+def test_a_gradient_of_gradients_by_the_routers_weights_is_refused() -> None:
+    x, routing, params = draw((19, 24, 32, 2, 2), SWIGLU)
+    x, params = x.to(DEVICE), type(params)(*(w.to(DEVICE) for w in params))
+    routing = Routing(*(part.to(DEVICE) for part in routing[:3]), *routing[3:])
+    weights = routing.weights.clone().requires_grad_()
+    y = fused()(x, routing._replace(weights=weights), params).square().sum()
+    [grad] = torch.autograd.grad(y, weights, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_layer: its gradient has no gradient"):
+        torch.autograd.grad(grad.square().sum(), weights)
+    x.requires_grad_()
+    y = fused()(x, routing, params)
+    ones = torch.ones_like(y, requires_grad=True)
+    [grad] = torch.autograd.grad(y, x, ones, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_layer: its gradient has no gradient"):
+        torch.autograd.grad(grad.sum(), ones)
+    y = fused()(x, routing._replace(weights=weights), params).sum()
+    [grad] = torch.autograd.grad(y, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="fused_layer: its gradient has no gradient"):
+        torch.autograd.grad(grad.sum(), weights)

@@ -33,7 +33,7 @@ from moekit.experts.fused_cpu import fused_cpu
 from moekit.recipes import expert_layer
 from moekit.routing import expert_choice, top_k
 from moekit.routing.top_k import token_choice
-from moekit.types import Routing
+from moekit.types import DispatchPlan, Routing
 
 # It comes from torch's own compiler: Dynamo instantiates torch.autograd.Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -430,3 +430,129 @@ def test_what_a_thread_raises_reaches_the_caller_and_threads_stay_as_many() -> N
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("alone", [*GatedParams._fields])
+def test_a_parameter_that_alone_wants_a_gradient_gets_it(alone: str) -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    layer = fused_cpu(plan=dropless().plan)
+    every = type(params)(*(p.clone().requires_grad_() for p in params))
+    expected = torch.autograd.grad(layer(x, routing, every).sum(), list(every))[params._fields.index(alone)]
+    leaf = getattr(params, alone).requires_grad_()
+    [found] = torch.autograd.grad(layer(x, routing, params).sum(), leaf)
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.usefixtures("poison")
+def test_rows_past_the_last_group_of_a_plan_are_nobodys() -> None:
+    def without_the_last(routing: Routing) -> DispatchPlan:
+        assignments, groups = dropless().plan(routing)
+        sizes = groups.sizes.clone()
+        sizes[-1] = 0
+        return DispatchPlan(assignments, groups._replace(sizes=sizes))
+
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    leaves = [each.requires_grad_() for each in (x, routing.weights, *params)]
+    masked = routing._replace(expert_indices=routing.expert_indices.masked_fill(routing.expert_indices == 3, -1))
+    layers = (fused_cpu(plan=without_the_last), routing), (fused_cpu(plan=dropless().plan), masked)
+    found, expected = (
+        [y := layer(x, given, params), *torch.autograd.grad(y.sin().sum(), leaves)] for layer, given in layers
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_list_s_weights_and_sums_are_float32_whatever_the_dtype() -> None:
+    x, params = torch.ones(1, 5).bfloat16(), init_gated(1, 5, 7, dtype=torch.bfloat16)
+
+    def weighed(*weights: float) -> torch.Tensor:
+        zeros = torch.zeros(len(weights), dtype=torch.int64)
+        return fused_cpu(plan=dropless().plan)(
+            x, Routing(zeros, zeros, torch.tensor(weights), 1, 1, len(weights)), params
+        )
+
+    once = weighed(1.0)
+    assert torch.equal(weighed(1 + 2**-9, -1.0), once * 2**-9)
+    assert torch.equal(weighed(*[1.0] * 512), once * 512)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.parametrize("name", GatedParams._fields)
+def test_a_tangent_of_a_parameter_is_refused(name: str) -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    w = getattr(params, name)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=r"no forward-mode gradient"):
+        fused_cpu(plan=dropless().plan)(x, routing, params._replace(**{name: forward_ad.make_dual(w, w)}))
+
+
+@pytest.mark.parametrize("number", [3, 5])
+def test_parameters_of_another_number_of_experts_are_refused(number: int) -> None:
+    x, routing = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2)
+    with pytest.raises(ValueError, match=r"do not fit a routing of 13 tokens over 4 experts"):
+        fused_cpu(plan=dropless().plan)(x, routing, init_gated(number, 5, 7))
+
+
+@pytest.mark.parametrize("alone", ["x", "weights", *GatedParams._fields])
+def test_preactivations_are_kept_where_anything_wants_a_gradient(alone: str) -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    {"x": x, "weights": routing.weights, **params._asdict()}[alone].requires_grad_()
+    with Calls() as calls:
+        fused_cpu(plan=dropless().plan)(x, routing, params)
+    assert [args[-1] for function, args in calls.calls if function.name() == "moekit::fused_cpu"] == [True]
+
+
+def test_matrices_that_do_not_fit_each_other_are_refused() -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    layer = fused_cpu(plan=dropless().plan)
+    for wrong in (
+        init_gated(4, 6, 7),
+        params._replace(up=params.up[..., :6]),
+        params._replace(down=params.down[:, :6]),
+        params._replace(down=params.down[..., :4]),
+        params._replace(down=params.down[:3]),
+    ):
+        with pytest.raises(ValueError, match=r"x \(13, 5\) and projections .* do not fit"):
+            layer(x, routing, wrong)
+
+
+def test_fewer_projections_than_the_activation_has_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"2 projections were given for .*; expected those of GatedParams, gate, up"):
+        fused_cpu(plan=dropless().plan)(torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_mlp(4, 5, 7))
+
+
+def test_what_any_other_thread_raises_reaches_the_caller() -> None:
+    before, together, raised = torch.get_num_threads(), threading.Barrier(3, timeout=30), threading.Event()
+    torch.set_num_threads(3)
+
+    def prepare():
+        together.wait()
+        return do
+
+    def do(task: int) -> None:
+        if threading.current_thread().name.endswith("_1"):  # the second of two threads beside this one
+            raised.set()
+            raise RuntimeError(f"task {task}")
+        assert raised.wait(30)
+
+    try:
+        with pytest.raises(RuntimeError, match="task "):
+            _workers.share([10**9] * 9, prepare)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_as_much_is_given_back_as_is_mapped_the_longest_free_first(kept) -> None:
+    three = [_huge_pages.empty((LARGE + more,), torch.float32) for more in (1, 2, 3)]
+    while three:
+        del three[0]
+    assert [len(memory) for memory in kept] == [4 * (LARGE + more) for more in (1, 2, 3)]
+    large = _huge_pages.empty((2 * LARGE + 3,), torch.float32)
+    assert [len(memory) for memory in kept] == [4 * (LARGE + 3)]
+    del large
+
+
+def test_a_smaller_tensor_does_not_hold_the_memory_of_a_larger_one(kept) -> None:
+    for size in (2 * LARGE, LARGE):
+        large = _huge_pages.empty((size,), torch.float32)
+        del large
+        assert [len(memory) for memory in kept] == [4 * size]

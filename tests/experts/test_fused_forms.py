@@ -410,3 +410,44 @@ def test_errors_say_what_was_given_and_expected() -> None:
     with pytest.raises(ValueError, match=r"\(3, 8\).*gate_bias \(E, 1, F\).*down_bias \(E, 1, D\)"):
         fused()(x, routing, biased._replace(gate_bias=biased.gate_bias.squeeze(1)))
     assert fused_layer(activation=CLAMPED_SWIGLU).keywords["activation"].limit == 7.0
+
+
+@runs_kernels
+@pytest.mark.parametrize("alone", [*BiasedGatedParams._fields])
+def test_a_parameter_that_alone_wants_a_gradient_gets_it(alone: str) -> None:
+    x, routing, params = draw_biased("usual", SWIGLU)
+    expected = run(fused(), (x, routing, params), device=DEVICE)[alone]
+    params = type(params)(*(p.to(DEVICE) for p in params))
+    routing = Routing(*(part.to(DEVICE) for part in routing[:3]), *routing[3:])
+    leaf = getattr(params, alone).requires_grad_()
+    y = fused()(x.to(DEVICE), routing, params)
+    [found] = torch.autograd.grad(y, leaf, torch.linspace(-1, 1, y.numel()).reshape(y.shape).sin().to(y))
+    assert torch.equal(found, expected)
+
+
+def spread(t: Tensor) -> Tensor:
+    """Return the same numbers, each with a NaN behind it in memory."""
+    return torch.stack([t, torch.full_like(t, torch.nan)], -1)[..., 0]
+
+
+@runs_kernels
+def test_tokens_weights_and_biases_of_any_strides_equal_the_loop() -> None:
+    x, routing, params = draw_biased("usual", SWIGLU)
+    expected = run(reference(biased_gated), (x, routing, params), torch.float64)
+
+    def layer(x: Tensor, routing: Routing, params: BiasedGatedParams) -> Tensor:
+        biases = map(spread, params[3:])
+        return spread(
+            fused()(spread(x), routing._replace(weights=spread(routing.weights)), type(params)(*params[:3], *biases))
+        )
+
+    compare(run(layer, (x, routing, params), device=DEVICE), expected, TOLERANCE[torch.float32])
+
+
+@runs_kernels
+def test_a_matrix_that_all_experts_share_is_copied_for_each() -> None:
+    from moekit.experts._fused_operators import _readable
+
+    shared = torch.randn(1, 4, 6).expand(3, 4, 6)
+    assert _readable(shared).is_contiguous()
+    assert torch.equal(_readable(shared), shared)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from moekit.experts import batched, grouped, loop, triton
 from moekit.types import Groups
@@ -175,3 +176,38 @@ def test_cuda_alignment_error_names_the_width() -> None:
     _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"F = 12 in torch.bfloat16 is 24 bytes a row; .* multiple of 16 bytes"):
         _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
+
+
+D, F = 5, 7
+
+
+@pytest.mark.parametrize("matmul", [loop, grouped])
+def test_no_experts_give_zeros_that_have_gradients(matmul) -> None:
+    rows, w = torch.randn(3, D, requires_grad=True), torch.randn(0, D, F, requires_grad=True)
+    out = matmul(rows, Groups(torch.zeros(0, dtype=torch.int32), None), w)
+    assert out.shape == (3, F)
+    of_rows, of_w = torch.autograd.grad(out.sum(), (rows, w))
+    assert (of_rows.shape, of_w.shape) == (rows.shape, w.shape)
+    if matmul is loop:
+        assert not out.any()
+        assert not of_rows.any()
+
+
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_rows_of_three_axes_are_refused(matmul) -> None:
+    groups = Groups(torch.full((2,), 3, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match=r"do not fit; expected \(R, D\), \(E,\) and"):
+        matmul(torch.zeros(6, D, 2), groups, torch.zeros(2, D, F))
+
+
+def test_loop_reads_no_sizes_where_the_capacity_is_known() -> None:
+    with FakeTensorMode():
+        groups = Groups(torch.full((2,), 3, dtype=torch.int32), 3)
+        assert loop(torch.zeros(6, D), groups, torch.zeros(2, D, F)).shape == (6, F)
+
+
+def test_cuda_alignment_error_names_the_width_of_the_rows_too() -> None:
+    from moekit.experts.matmuls import _check_alignment
+
+    with pytest.raises(ValueError, match=r"D = 12 in torch.bfloat16 is 24 bytes a row"):
+        _check_alignment(torch.zeros(2, 12, dtype=torch.bfloat16), torch.zeros(1, 12, 16, dtype=torch.bfloat16))

@@ -285,3 +285,43 @@ def test_tiles_of_one_height_each() -> None:
     tile = Tile(m=16, n=16, k=16, warps=4, stages=2)
     with pytest.raises(ValueError, match=r"m = \[16, 32\] of those over grouped rows, k = \[16\]"):
         check_tiles(LayerTiles(tile._replace(m=32), *[tile] * 5))
+
+
+@pytest.mark.parametrize("product", LayerTiles._fields)
+def test_one_specialized_tile_is_enough_to_ask_for_its_size(product: str) -> None:
+    plain = LayerTiles(*(tile._replace(m=64, k=32, specialized=False) for tile in ruled_tiles(SIZE)))
+    assert check_tiles(plain) is plain
+    one = plain._replace(**{product: getattr(plain, product)._replace(specialized=True)})
+    with pytest.raises(ValueError, match=r"(m = 64|k = 32), specialized; expected"):
+        check_tiles(one)
+
+
+def test_a_layer_without_experts_has_tiles_too() -> None:
+    none = SIZE._replace(assignments=0, experts=0)
+    table = [entry_of(none, ruled_tiles(SIZE), origin="none")]
+    assert table[0].rows_per_expert == 1
+    assert from_table(table)(none) == ruled_tiles(SIZE)
+
+
+@pytest.mark.parametrize("assignments", [0, 1, 63])
+def test_an_entry_of_less_than_a_row_per_expert_is_written_and_read(assignments: int) -> None:
+    entry = entry_of(SIZE._replace(assignments=assignments), ruled_tiles(SIZE), origin="few")
+    assert entry.rows_per_expert == 1
+    assert parse_tiles(table_text([entry]), name="t.json") == (entry,)
+
+
+def test_products_of_two_matrices_do_not_overlap() -> None:
+    plain = SIZE._replace(capability=8)
+    tiles = ruled_tiles(plain)
+    assert [tile.overlap for tile in tiles] == [False, True, True, False, False, False]
+    assert (tiles.grad_rows.stages, tiles.down.stages) == (3, 4)
+    assert ruled_tiles(plain._replace(gated=False)).grad_rows == tiles.down
+
+
+def test_an_entry_fits_a_card_of_little_shared_memory_by_the_loads_in_flight() -> None:
+    narrow, tile = SIZE._replace(narrow=True), Tile(m=128, n=128, k=64, warps=8, stages=4)  # 3 x 32 KiB
+    halved, whole = LayerTiles(tile._replace(n=64), *[tile] * 5), LayerTiles(*[tile] * 6)
+    for gated, tiles, taken in ((True, halved, True), (True, whole, False), (False, whole, True)):
+        size = narrow._replace(gated=gated)
+        found = from_table([entry_of(size, tiles, origin="")])(size)
+        assert found == (tiles if taken else ruled_tiles(size))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from differentiated_once import check_differentiated_once
-from interpreted import DEVICE, INTERPRETED, run_interpreted, runs_kernels, starts_interpreter
+from interpreted import DEVICE, INTERPRETED, Calls, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
 
 from moekit.experts.triton_matmul import triton
@@ -162,3 +162,14 @@ def test_errors_say_what_was_given_and_expected() -> None:
         triton(rows, groups, w, precision="bf16")
     with pytest.raises(ValueError, match=r"rows \(3, 2\).*do not fit; expected \(R, D\)"):
         triton(rows, groups, w.transpose(1, 2))
+
+
+@runs_kernels
+def test_every_product_has_the_precision_that_was_asked_for() -> None:
+    rows, w = (torch.randn(shape, device=DEVICE, requires_grad=True) for shape in ((5, 24), (2, 24, 40)))
+    groups = Groups(torch.tensor([2, 3], device=DEVICE), None)  # int64, as some plans count
+    with Calls() as calls:
+        triton(rows, groups, w, precision="tf32").sum().backward()
+    ours = [args for function, args in calls.calls if function.namespace == "moekit"]
+    assert [args[-1] for args in ours] == ["tf32"] * 3
+    assert {args[1].dtype for args in ours} == {torch.int32}

@@ -322,3 +322,52 @@ def test_a_choice_for_a_gpu_is_a_constant_of_a_compiled_graph(hopper, monkeypatc
 def test_an_unknown_activation() -> None:
     with pytest.raises(ValueError, match=r"function='tanh'.* is no expert network of moekit's; expected one of"):
         experts_of(Activation("tanh", gated=True))
+
+
+@pytest.mark.parametrize("unusable", ["", "Triton is not installed"])
+def test_the_router_that_is_chosen_gets_every_option(monkeypatch, unusable) -> None:
+    monkeypatch.setattr(backends, "why_not_fused", lambda device, dtype: unusable)
+    logits, bias = torch.randn(11, 6), torch.randn(6)
+    options = {"k": 3, "score": sigmoid, "normalize": True, "scale": 2.5, "bias": bias}
+    found, expected = backends.auto_top_k(logits, **options), top_k(logits, **options)
+    assert torch.equal(found.expert_indices, expected.expert_indices)
+    assert torch.equal(found.weights, expected.weights)
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (12, 0)])
+def test_ampere_and_all_later_cards_are_given_the_fused_kernels(hopper, capability) -> None:
+    hopper(capability)
+    assert choose_backend("cuda", BF16).name == "fused_layer"
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "name"),
+    [
+        ((64, 12), BF16, "loop"),
+        ((12, 64), BF16, "loop"),
+        ((8, 8), BF16, "grouped"),
+        ((4, 12), torch.float32, "grouped"),
+    ],
+)
+def test_the_grouped_product_needs_both_widths_in_whole_16_bytes(hopper, widths, dtype, name) -> None:
+    hopper(triton=False)
+    assert choose_backend("cuda", dtype, widths=widths).name == name
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_every_setting_of_torchs_is_a_precision(hopper, monkeypatch, setting, precision) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    assert choose_backend("cuda", torch.float32).layer.keywords["precision"] == precision
+
+
+def test_meta_tensors_of_a_capacity_are_multiplied_in_one_batch() -> None:
+    choice = choose_backend("meta", BF16, dispatcher=padded(capacity_factor=1.25))
+    assert choice.name == "batched"
+    assert choose_backend("meta", BF16).name == "grouped"
+
+
+def test_the_router_s_kernel_is_asked_for_in_float32(hopper, monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(backends, "why_not_fused", lambda device, dtype: asked.append(dtype) or "no")
+    backends.auto_top_k(torch.randn(3, 4).double(), k=2)
+    assert asked == [torch.float32]

@@ -18,7 +18,7 @@ from moekit.recipes.bench.peers import peer_rows
 from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, reason_of, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import Stage, shares
-from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of
+from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of, stages_of
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
 
@@ -426,3 +426,23 @@ def test_the_benchmark_needs_torch_alone() -> None:
     assert result.returncode == 0, result.stderr
     assert "['', '', 'import of transformers halted" in result.stdout
     assert result.stdout.endswith("True True\n")
+
+
+def test_a_row_s_cells_are_in_the_units_of_their_headings() -> None:
+    shape = LayerShape("", 1000, 100, 100, 8, 2)
+    row = Row("x", [0.001], [0.004], [0.0005], Memory(2**20, 3 * 2**20), 0.25, 0.5, 0.75)
+    table = Table(shape, "uniform", "cpu", "float32", 1.0, 0, [row], {})
+    assert dict(zip(HEADINGS, rows_of(table)[0], strict=True)) == {
+        "": "x",
+        "forward ms": "1.00",
+        "fwd + bwd ms": "4.00",
+        "inference ms": "0.50",
+        "TFLOP/s": "0.09",
+        "of the bound": "0.25",
+        "forward": "0.50",
+        "inference": "0.75",
+        "held MiB": "1.0",
+        "peak MiB": "3.0",
+    }  # 18 T K D F operations in 4 ms
+    stages = [Stage("gate", [0.001], 10**6, 0), Stage("experts", [0.003, 0.003, 0.001], 10**6, 10**9)]
+    assert stages_of(stages) == [("gate", "1.000", "25%", "1", ""), ("experts", "3.000", "75%", "1", "1")]

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moekit.experts import batched, grouped, loop
+from moekit.recipes import doctor
 from moekit.recipes.doctor import PACKAGES, Package, describe_devices, describe_package, diagnose, try_backend
 
 
@@ -82,3 +83,25 @@ def test_the_diagnosis_names_every_package_and_backend():
     assert all(f"\n  {package.name} " in text for package in PACKAGES)
     for name in ("loop", "batched", "grouped"):
         assert f"\n  cpu float32      {name:<8} works" in text
+
+
+def test_every_cuda_device_is_diagnosed(monkeypatch):
+    pytest.importorskip("triton")
+    tried = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(doctor, "describe_devices", lambda: ["none"])
+    monkeypatch.setattr(doctor, "try_backend", lambda matmul, *, device, dtype: tried.append((device, dtype)))
+    text = "\n".join(diagnose())
+    for index in range(2):
+        for dtype in ("float32", "bfloat16"):
+            assert f"\n  cuda:{index} {dtype}".ljust(19) + " triton   works" in text
+            assert f"\n  cuda:{index} {dtype}".ljust(19) + " fused_layer: cuda in" in text
+    assert "\n  cpu bfloat16     fused_cpu: the CPU" in text
+    assert [device for device, _ in tried] == ["cpu"] * 6 + ["cuda:0"] * 8 + ["cuda:1"] * 8
+
+
+@pytest.mark.parametrize(("amx", "said"), [(True, "training takes bf16"), (False, "training takes float32")])
+def test_what_training_takes_on_this_cpu_is_said(monkeypatch, amx, said):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512": not amx, "amx_bf16": amx})
+    assert next(describe_devices()).endswith(said)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, switch
+from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, remoe, switch
 from moekit.segments import tokens_per_expert
 
 D, E = 16, 4
@@ -139,3 +139,35 @@ def test_sizes_must_be_positive(dim: int, num_experts: int, hidden: int | None) 
 def test_more_choices_than_experts_say_so() -> None:
     with pytest.raises(ValueError, match="top_k: k = 8 experts per token were asked of E = 4"):
         MoE(D, E, olmoe(k=8), hidden=8)(torch.randn(3, D))
+
+
+@pytest.mark.parametrize(
+    "cast", [lambda moe: moe.bfloat16(), lambda moe: moe.half(), lambda moe: moe.to(torch.float64)]
+)
+def test_a_cast_module_keeps_what_its_router_remembers(cast) -> None:
+    for recipe in (deepseek_moe(k=2), remoe()):
+        moe = MoE(D, E, recipe, hidden=8)
+        moe.state.add_(1e-8)
+        before = moe.state.clone()
+        assert cast(moe) is moe
+        assert moe.gate.dtype != torch.float32
+        assert torch.equal(moe.state, before)
+        assert torch.equal(moe.state_dict()[recipe.state.name], before)
+        assert moe.to("meta").state.is_meta
+        assert moe.half().state.dtype == torch.float32
+
+
+def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
+    moe = MoE(D, E, mixtral(), hidden=8)
+    moe.recipe = deepseek_moe(k=2)
+    with pytest.raises(RuntimeError, match="its recipe remembers 'bias', and the one that it was made of did not"):
+        moe(torch.randn(3, D))
+
+
+@pytest.mark.parametrize("name", ["token_mask", "token_ids"])
+def test_what_is_given_of_tokens_has_their_shape(name: str) -> None:
+    moe, x = MoE(D, E, mixtral(), hidden=8), torch.randn(2, 5, D)
+    moe(x, **{name: torch.ones(2, 5, dtype=torch.int64)})
+    for shape in ((5, 2), (10,), (2, 5, 1)):
+        with pytest.raises(ValueError, match=rf"{name} has the shape .*; expected \(2, 5\), one for each token of x"):
+            moe(x, **{name: torch.ones(shape, dtype=torch.int64)})

@@ -1,6 +1,7 @@
 import importlib.metadata
 import subprocess
 import sys
+from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from moekit.recipes.tuning.candidates import (
     with_bands,
     with_rule,
 )
-from moekit.recipes.tuning.compiling import Job, compiling
+from moekit.recipes.tuning.compiling import Job, _in_pool, compiling
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.products import differs, miniature, products_flops
 from moekit.recipes.tuning.report import Comparison, Tuned, lines_of, size_words, tile_words
@@ -388,3 +389,43 @@ def test_tuning_needs_no_package_of_the_program() -> None:
 def test_the_origin_names_device_and_versions() -> None:
     version = importlib.metadata.version("triton")
     assert module._origin(torch.device("cpu")) == f"cpu, torch {torch.__version__}, triton {version}"
+
+
+def test_the_program_hands_every_flag_on(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(tune_program, "tune", lambda sizes, **options: (asked.append(options), [fake_tuned()])[1])
+    words = "tune --shape 64,16,24,8,2 --device cuda:1 --workers 3 --rounds 5 --precision tf32"
+    main(words.split())
+    given = {"device": torch.device("cuda:1"), "workers": 3, "rounds": 5, "precision": "tf32"}
+    assert asked[0].items() >= given.items()
+
+
+def test_sizes_are_tuned_as_those_of_the_device(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(module, "capability_of", lambda device: 8)
+    monkeypatch.setattr(module, "is_narrow", lambda device: True)
+    monkeypatch.setattr(module, "_origin", lambda device: f"measured on {device}")
+    monkeypatch.setattr("moekit.recipes.tuning.compiling.try_job", lambda job: "")
+    monkeypatch.setattr(module, "_tune_size", lambda size, *_, **__: (asked.append(size), fake_tuned(size))[1])
+    [tuned] = tune(
+        [SIZE], device="cpu", precision="tf32", timer=lambda runs, rounds: {}, workers=0, tell=lambda line: None
+    )
+    assert asked == [SIZE._replace(capability=8, narrow=True, precision="tf32")]
+    assert tuned.entry.origin == "measured on cpu"
+
+
+def test_a_process_that_dies_is_told_of_with_what_to_do() -> None:
+    class Dead:
+        def map(self, *_):
+            raise BrokenProcessPool("gone")
+
+    with pytest.raises(
+        RuntimeError, match=r"a process that compiles kernels died.*__main__.*tune\(workers=2\), or 0 for none"
+    ):
+        _in_pool(Dead(), [])
+
+
+def test_an_output_of_float32_that_is_off_by_a_thousandth_is_wrong() -> None:
+    expected = torch.ones(4, 8)
+    assert differs(expected * (1 + 5e-5), expected, product="down", total=4) == ""
+    assert differs(expected * 1.001, expected, product="down", total=4).startswith("its output is wrong")

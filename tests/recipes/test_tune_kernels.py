@@ -178,3 +178,22 @@ def test_the_rule_runs_on_a_miniature() -> None:
     assert try_job(Job(size, "up", ruled_tiles(size).up._replace(n=32, m=16), DEVICE)) == ""
     with on_device(CPU):
         assert "AttributeError" in try_job(Job(size, "up", None, DEVICE))  # type: ignore[arg-type]
+
+
+@runs_kernels
+@pytest.mark.parametrize("product", LayerTiles._fields)
+def test_what_is_compiled_and_measured_has_the_precision_of_the_layer(product, monkeypatch) -> None:
+    from moekit.experts.kernels import _back_triton, _gemms_triton, _hidden_triton
+
+    asked, size = [], SIZE._replace(precision="tf32")
+    places = {"back_through": _back_triton, "up": _hidden_triton}
+    places |= dict.fromkeys(("grouped_rows", "grouped_weight"), _gemms_triton)
+
+    def watched(kernel):
+        return lambda *given, **options: (asked.append(options.get("precision")), kernel(*given, **options))[1]
+
+    for name, place in places.items():
+        monkeypatch.setattr(place, name, watched(getattr(place, name)))
+    module._runs_of(size, torch.device(DEVICE))(product, SMALL)()
+    assert try_job(Job(size, product, SMALL, DEVICE)) == ""
+    assert set(asked) == {"tf32"}

@@ -1,6 +1,7 @@
 """The fused router against ``top_k``: choice, weights, load and the gradient of the logits."""
 
 import math
+import sys
 from functools import partial
 
 import pytest
@@ -257,4 +258,32 @@ def test_a_bias_that_does_not_fit_is_refused_before_the_kernel() -> None:
                 ValueError, match=r"selection bias has shape .*; expected one number per expert, \(5,\)"
             ):
                 fused_top_k(logits, k=2, bias=torch.zeros(shape, device="cuda"))
+    assert calls.own() == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_kernel_gets_a_bias_of_any_dtype_in_float32(dtype: torch.dtype) -> None:
+    with FakeTensorMode(), Calls() as calls:
+        fused_top_k(torch.zeros(6, 5, device="cuda"), k=2, bias=torch.zeros(5, device="cuda", dtype=dtype))
+    assert [args[1].dtype for function, args in calls.calls if function.name() == "moekit::fused_top_k"] == [
+        torch.float32
+    ]
+
+
+@runs_kernels
+def test_a_gradient_of_gradients_by_either_input_is_refused() -> None:
+    from moekit.routing._top_k_triton import fused_top_k as choose
+
+    logits = torch.randn(5, 6, device=DEVICE, requires_grad=True)
+    for along in (torch.ones(5, 2, device=DEVICE), torch.ones(5, 2, device=DEVICE, requires_grad=True)):
+        weights = choose(logits, None, 2, True, True, 1.0)[0]
+        [grad] = torch.autograd.grad(weights, logits, along, create_graph=True)
+        with pytest.raises(RuntimeError, match="fused_top_k: its gradient has no gradient"):
+            torch.autograd.grad(grad.sum(), along if along.requires_grad else logits)
+
+
+def test_without_triton_cuda_logits_take_the_plain_version(monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["moekit.routing.fused_top_k"], "HAS_TRITON", False)
+    with FakeTensorMode(), Calls() as calls:
+        assert fused_top_k(torch.zeros(6, 5, device="cuda"), k=2).weights.shape == (6, 2)
     assert calls.own() == []

@@ -316,3 +316,22 @@ def test_errors_say_what_was_given() -> None:
         token_rounding(partial(expert_choice, capacity_factor=1), tile=2)(logits)
     with pytest.raises(ValueError, match=r"the router returned a tuple; expected a Routing of shape \(T, K\)"):
         token_rounding(lambda logits, bias: (logits, bias), tile=2)(logits)
+
+
+@pytest.mark.parametrize("load", [1007, 4097])
+def test_large_loads_are_rounded_exactly(load: int) -> None:
+    rounded = token_rounding(partial(top_k, k=1), tile=16, rounding=torch.floor)(torch.zeros(load, 1))
+    assert tokens_per_expert(rounded.expert_indices, 1).tolist() == [load // 16 * 16]
+
+
+def test_weights_keep_their_dtype() -> None:
+    logits = torch.randn(37, 5)
+    routing = top_k(logits, k=2)
+    rounded = round_tokens(logits, routing._replace(weights=routing.weights.bfloat16()), tile=8, rounding=torch.ceil)
+    assert rounded.weights.dtype == torch.bfloat16
+
+
+def test_logits_of_another_device_are_refused() -> None:
+    logits = torch.randn(37, 5)
+    with pytest.raises(ValueError, match=r"token_rounding: its tensors are on cpu and meta; expected one device"):
+        round_tokens(logits.to("meta"), top_k(logits, k=2), tile=8)
