@@ -12,7 +12,7 @@ train: setup  ## environment, then the main job on the embedded data
 # Types are checked by one core while tests wait for processes to start; what was found comes after the tests.
 test: setup lint  ## environment, checks, and all tests, two files at a time
 	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
 test-distributed: setup  ## all cases of the matrices over ranks, about twelve minutes
