@@ -1,6 +1,6 @@
 """Where programs print: consoles wide enough for their tables, and lines as they are."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from rich.console import Console
@@ -29,3 +29,18 @@ def whole_lines(console: Console) -> Callable[[str], None]:
         as [it] is, whole
     """
     return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_warnings(console: Console, lines: Iterable[str]) -> None:
+    """Print lines that nobody should miss: bold, each as it is.
+
+    Args:
+        console: to print to.
+        lines: of text.
+
+    Example:
+        >>> print_warnings(Console(width=8), ["warning: as [it] is"])
+        warning: as [it] is
+    """
+    for line in lines:
+        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)

@@ -24,6 +24,7 @@ from moekit.lm.openlm_optimizers import read_openlm_optimizer
 from moekit.lm.shard_members import Reason
 from moekit.parallel import all_sum, fill, share
 from moekit.recipes.configuration import flat_settings
+from moekit.recipes.consoles import print_warnings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.runs import Run
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
@@ -160,8 +161,7 @@ def restore(run: Run, console: Console) -> Progress:
         for left in set_aside(run.folder, after=progress.step):
             console.print(f"{left.name} was set aside: the run goes back to step {progress.step}", highlight=False)
     console.print(f"resumed {path}: step {progress.step}", highlight=False, soft_wrap=True)
-    for line in warnings:
-        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+    print_warnings(console, warnings)
     return progress
 
 

@@ -15,6 +15,7 @@ from moekit.parallel import World
 from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.configuration import write_config
+from moekit.recipes.consoles import print_warnings
 from moekit.recipes.construction import make_model
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
@@ -56,8 +57,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
         highlight=False,
         soft_wrap=True,
     )
-    for line in model_warnings(settings.model, state, training=False):
-        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+    print_warnings(console, model_warnings(settings.model, state, training=False))
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
     report.print_scores(console, scores, {})
     results = checkpoint.parent / "results.jsonl"

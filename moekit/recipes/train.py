@@ -17,6 +17,7 @@ from moekit.parallel import World, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings, write_config
+from moekit.recipes.consoles import print_warnings
 from moekit.recipes.construction import run_layout
 from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.holdings import holding_table, plan_holdings
@@ -205,8 +206,7 @@ def announce(run: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    for line in causality_notes(run.settings) if run.world.rank == 0 else ():
-        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+    print_warnings(console, causality_notes(run.settings) if run.world.rank == 0 else ())
     warmup = run.settings.optimizer.warmup
     if warmup is not None and warmup >= budget.steps:
         console.print(

@@ -178,9 +178,6 @@ def test_cuda_alignment_error_names_the_width() -> None:
         _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
 
 
-D, F = 5, 7
-
-
 @pytest.mark.parametrize("matmul", [loop, grouped])
 def test_no_experts_give_zeros_that_have_gradients(matmul) -> None:
     rows, w = torch.randn(3, D, requires_grad=True), torch.randn(0, D, F, requires_grad=True)
