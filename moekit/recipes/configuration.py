@@ -150,8 +150,16 @@ def write_config(folder: Path, settings: TrainSettings) -> Path:
 
     Returns:
         The path of ``config.json``.
+
+    Raises:
+        OSError: if the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"--logs: {folder} cannot be made ({error.strerror}); expected a place that can be written to."
+        ) from error
     values = flat_settings(settings)
     write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}

@@ -157,7 +157,7 @@ def moe_layer(
         params: of gate, experts, shared and simple experts.
         recipe: the method.
         layer: to run in place of the recipe's own; it may have parameters of its own.
-        state: what the router remembers; without a ``recipe.state``, an (E,) selection bias.
+        state: what the router remembers, a must if there is a ``recipe.state``; else an (E,) selection bias, or None.
         token_ids: (...) int64 vocabulary ids, for routers that list them in ``recipe.needs``.
         token_mask: (...) bool, True for real tokens. Others reach no routed expert, take no capacity and count in no
             loss.
@@ -182,6 +182,12 @@ def moe_layer(
                 f"{name} has the shape {tuple(given_ids.shape)}; expected {tuple(x.shape[:-1])}, one for each token of "
                 f"x {tuple(x.shape)}."
             )
+    if recipe.state is not None and state is None:
+        raise ValueError(
+            f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "
+            "(MoE.state of a trained layer, recipe.state.init(E) to begin with), or take "
+            "recipe._replace(state=None)."
+        )
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)

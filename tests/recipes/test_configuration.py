@@ -261,6 +261,11 @@ def test_what_a_run_writes(tmp_path):
     assert len(list(path.parent.iterdir())) == 2
 
 
+def test_a_folder_that_cannot_be_made_names_the_flag():
+    with pytest.raises(OSError, match=r"--logs: /proc/runs/a cannot be made \(.+\); expected a place that can be written"):
+        write_config(Path("/proc/runs/a"), parse_settings([]))
+
+
 def test_flat_settings_are_sorted_plain_and_complete():
     arguments = ["--dataset-manifest", "a/m.jsonl", "--logs", "runs", "--moe-capacity-factor", "1.5"]
     flat = flat_settings(parse_settings(arguments))

@@ -164,6 +164,14 @@ def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
         moe(torch.randn(3, D))
 
 
+def test_a_router_that_remembers_is_not_asked_without_its_state() -> None:
+    moe, x = MoE(D, E, deepseek_moe(k=2), hidden=8), torch.randn(3, D)
+    with pytest.raises(ValueError, match=r"remembers 'bias' between steps, and no state is given; hand on state="):
+        moe_layer(x, moe.params(), moe.recipe)
+    forgetful = moe_layer(x, moe.params(), moe.recipe._replace(state=None))
+    assert torch.equal(forgetful.y, moe(x).y), "its bias is zero to begin with"
+
+
 @pytest.mark.parametrize("name", ["token_mask", "token_ids"])
 def test_what_is_given_of_tokens_has_their_shape(name: str) -> None:
     moe, x = MoE(D, E, mixtral(), hidden=8), torch.randn(2, 5, D)
