@@ -57,16 +57,20 @@ def divided(costs: Sequence[int], order: list[int], threads: int) -> tuple[list[
 
 
 def _in_threads(tasks: deque[int], prepare: Callable[[], Callable[[int], None]], threads: int) -> None:
-    @torch.no_grad()  # a new thread begins with gradients enabled, and torch refuses out= with them
+    inference = torch.is_inference_mode_enabled()
+
     def work() -> None:
         torch.set_num_threads(1)
-        do = prepare()
-        while True:
-            try:
-                task = tasks.popleft()
-            except IndexError:
-                return
-            do(task)
+        # A new thread begins outside inference mode, where torch refuses to write into what was made inside; and with
+        # gradients enabled, with which it refuses out=.
+        with torch.inference_mode(inference), torch.no_grad():
+            do = prepare()
+            while True:
+                try:
+                    task = tasks.popleft()
+                except IndexError:
+                    return
+                do(task)
 
     _end_waiting()
     try:

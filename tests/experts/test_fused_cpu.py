@@ -210,6 +210,18 @@ def test_nothing_is_kept_where_gradients_are_off(kind: str, mode: Any, monkeypat
     assert [args[-1] for function, args in calls.calls if function.name() == "moekit::fused_cpu"] == [False]
 
 
+@pytest.mark.usefixtures("schedule")
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_threads_work_in_the_mode_that_they_are_asked_in(mode: Any) -> None:
+    x, logits, *projections = (each.detach() for each in draw(init_gated))
+    layer, routing, params = fused_cpu(plan=dropless().plan), top_k(logits, k=2), GatedParams(*projections)
+    expected = layer(x, routing, params)
+    with mode():
+        y = layer(x, routing, params)
+    assert torch.equal(y, expected)
+    assert y.is_inference() == (mode is torch.inference_mode)
+
+
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 def test_what_was_not_kept_is_computed_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
