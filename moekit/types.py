@@ -13,10 +13,16 @@ G     pools: sets of tokens that compete or mix
 """
 
 from collections.abc import Callable, Mapping
-from fractions import Fraction
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
+
+
+class Ratio(NamedTuple):
+    """An exact ratio of whole numbers, the second positive; see ``moekit.ratios``."""
+
+    numerator: int
+    denominator: int = 1
 
 
 class Routing(NamedTuple):
@@ -48,7 +54,7 @@ class Routing(NamedTuple):
     weights: Tensor
     num_tokens: int
     num_experts: int
-    pool: int | Fraction
+    pool: int | Ratio
     positions: Tensor | None = None
 
 

@@ -286,7 +286,6 @@ def compile_static(world: World) -> None:
         layer = wrapped(inner_layer(case), strategy, grid)
         moe = model_of(case, recipe_of(case, layer, partial(top_k, k=3)), world, part=grid.part)
         generator = torch.Generator().manual_seed(world.rank)
-        torch.compiler.reset()  # a factor that changes would be taken for a symbol, which no str() can be made of
         results = []
         for run in (moe, torch.compile(moe, fullgraph=True, backend="aot_eager")):
             moe.zero_grad()

@@ -1,11 +1,27 @@
 """Every published recipe compiles without a graph break, forward and backward, and computes the same."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
 
-from moekit.experts import batched
-from moekit.recipes import MoE, Recipe, deepseek_moe, gshard, mixtral, olmoe, openlm, switch
+from moekit.dispatch import padded
+from moekit.experts import batched, swiglu
+from moekit.recipes import (
+    MoE,
+    Recipe,
+    deepseek_moe,
+    expert_choice,
+    expert_layer,
+    gshard,
+    mixtral,
+    moe_plus_plus,
+    olmoe,
+    openlm,
+    switch,
+)
+from moekit.recipes.routers import ROUTERS
 
 # Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
 pytestmark = [
@@ -56,6 +72,30 @@ def test_every_recipe_compiles_to_one_graph(recipe: Recipe) -> None:
 @pytest.mark.parametrize("name", ["openlm", "gshard", "mixtral"])
 def test_a_mask_compiles_too(name: str) -> None:
     check(RECIPES[name], backend="aot_eager", masked=True)
+
+
+# A recipe with a factor, whatever it limits. The compiler takes what changes between calls for a symbol.
+FACTORS = {
+    "openlm": lambda factor: openlm(capacity_factor=factor),
+    "expert_choice": lambda factor: expert_choice(k=factor),
+    "topology": lambda factor: ROUTERS["topology"](share=factor / 4),
+    "moe_plus_plus": lambda factor: moe_plus_plus(tau=factor),
+    "limited moe_plus_plus": lambda factor: moe_plus_plus()._replace(
+        layer=expert_layer(dispatcher=padded(capacity_factor=factor), experts=partial(swiglu, matmul=batched))
+    ),
+}
+
+
+@pytest.mark.parametrize("make", FACTORS.values(), ids=FACTORS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_other_sizes_and_other_factors_compile_after_the_first(make, masked: bool) -> None:
+    torch._dynamo.reset()
+    for factor in (1.0, 1.25, 4 / 3, 0.7):
+        moe = MoE(D, E, make(factor), hidden=F)
+        compiled = torch.compile(moe, fullgraph=True, backend="eager")
+        for tokens in (T, 31):
+            x, mask = torch.randn(tokens, D), torch.arange(tokens) % 5 != 0 if masked else None
+            torch.testing.assert_close(compiled(x, token_mask=mask).y, moe(x, token_mask=mask).y)
 
 
 @pytest.mark.slow

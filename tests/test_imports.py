@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes <- integrations. "" is moekit.
-GROUND = {"types", "checks", "autocast", "segments", "rows", "operators"}
+GROUND = {"types", "ratios", "checks", "autocast", "segments", "rows", "operators"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
     "types": set(),
+    "ratios": {"types"},
     "checks": {"types"},
     "autocast": set(),
     "segments": {"types", "segments", "operators"},

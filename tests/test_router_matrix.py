@@ -18,6 +18,7 @@ from torch import Tensor
 from moekit import routing as r
 from moekit.dispatch import dropless, padded
 from moekit.experts import batched, grouped, init_gated, loop, swiglu
+from moekit.ratios import as_ratio
 from moekit.recipes import expert_layer, moe_layer
 from moekit.recipes.layers import MoEParams
 from moekit.types import Routing
@@ -90,9 +91,9 @@ def test_every_router_with_every_dispatcher_equals_the_loops(router: str, dispat
         torch.default_generator.manual_seed(1)  # for the routers that draw
         params = MoEParams(gate, experts, simple=extra)
         output = moe_layer(x, params, case.recipe(layer), state=state, token_ids=IDS)
-        pool = r.without_simple(output.routing, num_experts=E).pool if extra else output.routing.pool
+        pool = as_ratio(r.without_simple(output.routing, num_experts=E).pool if extra else output.routing.pool)
         factor = Decimal(str(FACTORS[dispatch])) if dispatch in FACTORS else None
-        limit = None if factor is None else max(1, int(factor * Decimal(int(pool)) // E))
+        limit = None if factor is None else max(1, int(factor * pool.numerator // (pool.denominator * E)))
         expected = by_loops(x, output.routing, experts, limit=limit, extra=extra)
         torch.testing.assert_close(output.y, expected, rtol=1e-10, atol=1e-12)
         tensors = named(*drawn)

@@ -4,6 +4,7 @@ from functools import partial
 
 from moekit.dispatch.plans import Priority, by_position, dropless_plan, padded_plan
 from moekit.dispatch.rows import gather_rows, scatter_rows
+from moekit.ratios import ratio_of
 from moekit.types import Dispatcher
 
 
@@ -42,6 +43,5 @@ def padded(*, capacity_factor: float, priority: Priority = by_position) -> Dispa
             f"capacity_factor = {capacity_factor}; expected a finite number >= 0, where 0 means dropless. "
             f"1.25 is OpenLM's default."
         )
-    return Dispatcher(
-        partial(padded_plan, capacity_factor=capacity_factor, priority=priority), gather_rows, scatter_rows
-    )
+    plan = partial(padded_plan, capacity_factor=ratio_of(capacity_factor), priority=priority)
+    return Dispatcher(plan, gather_rows, scatter_rows)

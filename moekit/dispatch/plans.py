@@ -1,14 +1,14 @@
 """Plans: which assignment each row of the experts' input carries. Integers only."""
 
 from collections.abc import Callable
-from fractions import Fraction
 
 import torch
 from torch import Tensor
 
 from moekit.checks import check_routing
+from moekit.ratios import as_ratio, is_positive, ratio_of
 from moekit.segments import exclusive_cumsum, sort_by_expert
-from moekit.types import DispatchPlan, Groups, Routing
+from moekit.types import DispatchPlan, Groups, Ratio, Routing
 
 Priority = Callable[[Routing], Tensor]
 
@@ -117,7 +117,7 @@ def by_weight(routing: Routing) -> Tensor:
     return _first_choices_first(order[torch.sort(scores, descending=True, stable=True).indices], k)
 
 
-def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority = by_position) -> DispatchPlan:
+def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: Priority = by_position) -> DispatchPlan:
     """Give every expert the same number of rows; assignments beyond it are dropped, missing ones padded. R = E * C.
 
     C is ``capacity(routing, capacity_factor=...)``. Within an expert, rows are in order of priority.
@@ -156,11 +156,11 @@ def padded_plan(routing: Routing, *, capacity_factor: float, priority: Priority 
     )
 
 
-def capacity(routing: Routing, *, capacity_factor: float) -> int:
+def capacity(routing: Routing, *, capacity_factor: float | Ratio) -> int:
     """Compute the rows per expert, C = max(1, trunc(cf * K * T / E)), as MegaBlocks and OpenLM do.
 
     K * T is ``routing.pool``, the assignments that compete. Other systems round up, to multiples of 4 or 8, or leave K
-    out. The factor is taken as the decimal number that was written, so 1.1 * 10 is 11.
+    out. The factor is taken as the number that was written (``ratio_of``), so 1.1 * 10 is 11.
 
     Args:
         routing: any routing.
@@ -177,13 +177,14 @@ def capacity(routing: Routing, *, capacity_factor: float) -> int:
         >>> capacity(round_robin(torch.zeros(4096, 8), k=2), capacity_factor=1.25)
         1280
     """
-    if not 0 < capacity_factor < float("inf"):
+    if not is_positive(capacity_factor):
         raise ValueError(
             f"capacity_factor = {capacity_factor}; expected a positive, finite number. To drop nothing, use the "
             f"dropless dispatcher (on the command line: --moe-capacity-factor 0)."
         )
-    numerator, denominator = Fraction(str(capacity_factor)).as_integer_ratio()
-    return max(1, int(numerator * routing.pool // (denominator * routing.num_experts)))
+    factor, pool = ratio_of(capacity_factor), as_ratio(routing.pool)
+    room = factor.numerator * pool.numerator // (factor.denominator * pool.denominator * routing.num_experts)
+    return max(1, room)
 
 
 def _first_choices_first(order: Tensor, k: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Strategies that gather the tokens of all ranks: each rank adds its share, and the sums are scattered back."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,7 +11,8 @@ from torch.distributed import ProcessGroup
 
 from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
 from moekit.parallel.layouts import experts_per_rank
-from moekit.types import DispatchPlan, ExpertLayer, Routing, SoftRouting
+from moekit.ratios import as_ratio, multiplied, total
+from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing, SoftRouting
 
 
 def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
@@ -121,7 +121,7 @@ class _Sizes(NamedTuple):
 
     tokens: int
     assignments: int
-    pool: int | Fraction
+    pool: int | Ratio
 
 
 def _gathered(
@@ -150,12 +150,11 @@ def _gathered(
 def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:
     num_ranks = group.size()
     if equal:
-        return _Sizes(routing.num_tokens, routing.expert_indices.numel(), routing.pool * num_ranks)
-    own = [routing.num_tokens, routing.expert_indices.numel(), *routing.pool.as_integer_ratio()]
+        return _Sizes(routing.num_tokens, routing.expert_indices.numel(), multiplied(routing.pool, Ratio(num_ranks)))
+    own = [routing.num_tokens, routing.expert_indices.numel(), *as_ratio(routing.pool)]
     all_sizes = gather(torch.tensor([own], device=routing.weights.device), group=group).tolist()
     tokens, assignments, *pools = zip(*all_sizes, strict=True)
-    pool = sum((Fraction(*pair) for pair in zip(*pools, strict=True)), Fraction(0))
-    return _Sizes(max(tokens), max(assignments), whole_if_possible(pool))
+    return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))))
 
 
 def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts: bool) -> Routing:
@@ -186,7 +185,7 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
         weights,
         num_tokens=num_ranks * sizes.tokens,
         num_experts=per_rank,
-        pool=whole_if_possible(Fraction(sizes.pool) / num_ranks) if split_experts else sizes.pool,
+        pool=multiplied(sizes.pool, Ratio(1, num_ranks)) if split_experts else sizes.pool,
         positions=others[0].view_as(experts) if others else None,
     )
 
@@ -197,22 +196,6 @@ def _arrived_soft(routing: SoftRouting, group: ProcessGroup, split_experts: bool
         per_rank = experts_per_rank(weights[0].shape[2], group.size())
         weights = [each.narrow(2, group.rank() * per_rank, per_rank) for each in weights]
     return SoftRouting(*weights)
-
-
-def whole_if_possible(number: Fraction) -> int | Fraction:
-    """Return an int where a fraction is one, as shapes and compilers like it.
-
-    Args:
-        number: any fraction.
-
-    Returns:
-        The same number.
-
-    Example:
-        >>> whole_if_possible(Fraction(4, 2))
-        2
-    """
-    return number.numerator if number.denominator == 1 else number
 
 
 def _padded(x: Tensor, length: int, *, value: int = 0) -> Tensor:

@@ -1,6 +1,5 @@
 """Expert parallelism by all-to-all: tokens travel to the ranks of their experts, and partial sums travel back."""
 
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moekit.parallel.all_gather import all_gather, whole_if_possible
+from moekit.parallel.all_gather import all_gather
 from moekit.parallel.arrivals import ExchangeSizes, added, arrived_choices, arrived_list, taken
 from moekit.parallel.collectives import connect, exchange, narrowed
 from moekit.parallel.exchange_plans import (
@@ -18,8 +17,9 @@ from moekit.parallel.exchange_plans import (
     plan_exchange,
     tokens_of_rows,
 )
+from moekit.ratios import as_ratio, multiplied, ratio_of, total
 from moekit.rows import copy_rows, sum_rows
-from moekit.types import ExpertLayer, Routing, SoftRouting
+from moekit.types import ExpertLayer, Ratio, Routing, SoftRouting
 
 
 def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None = None) -> ExpertLayer:
@@ -113,12 +113,12 @@ def static_all_to_all(
         _static_all_to_all,
         layer=layer,
         group=group,
-        capacity_factor=capacity_factor,
+        capacity_factor=ratio_of(capacity_factor),
         return_group=group if return_group is None else return_group,
     )
 
 
-def static_limits(routing: Routing, num_ranks: int, *, capacity_factor: float) -> tuple[int, int]:
+def static_limits(routing: Routing, num_ranks: int, *, capacity_factor: float | Ratio) -> tuple[int, int]:
     """Compute how many rows and assignments ``static_all_to_all`` sends from each rank to each rank.
 
     Args:
@@ -136,12 +136,13 @@ def static_limits(routing: Routing, num_ranks: int, *, capacity_factor: float) -
         (10, 64)
     """
     assignments = routing.expert_indices.numel()
-    limit = max(1, int(Fraction(str(capacity_factor)) * assignments // num_ranks))
+    factor = ratio_of(capacity_factor)
+    limit = max(1, factor.numerator * assignments // (factor.denominator * num_ranks))
     choices = routing.expert_indices.ndim == 2
     return min(routing.num_tokens, limit), assignments if choices else min(assignments, limit)
 
 
-def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float) -> Routing:
+def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float | Ratio) -> Routing:
     """Take out of a routing what ``static_all_to_all`` leaves behind.
 
     Args:
@@ -186,7 +187,7 @@ def _static_all_to_all(
     *,
     layer: ExpertLayer,
     group: ProcessGroup,
-    capacity_factor: float,
+    capacity_factor: Ratio,
     return_group: ProcessGroup,
 ) -> Tensor:
     if isinstance(routing, SoftRouting):
@@ -227,9 +228,9 @@ def _travel(
 def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> ExchangeSizes:
     """Tell every rank what it is going to receive. Reads the device."""
     num_ranks, device = group.size(), plan.sizes.device
-    pool = torch.tensor(routing.pool.as_integer_ratio(), device=device).expand(num_ranks, 2)
-    sent = torch.cat([plan.sizes.unsqueeze(1), plan.counts.unsqueeze(1), pool], dim=1)  # (P, 4)
+    own = torch.tensor(as_ratio(routing.pool), device=device).expand(num_ranks, 2)
+    sent = torch.cat([plan.sizes.unsqueeze(1), plan.counts.unsqueeze(1), own], dim=1)  # (P, 4)
     received = exchange(sent, group=group)
     (rows, counts, _, _), (their_rows, their_counts, *pools) = torch.stack([sent, received]).transpose(1, 2).tolist()
-    total = whole_if_possible(Fraction(sum(Fraction(*pair) for pair in zip(*pools, strict=True)), num_ranks))
-    return ExchangeSizes(rows, their_rows, counts, their_counts, total, received[:, 0], received[:, 1])
+    pool = multiplied(total(zip(*pools, strict=True)), Ratio(1, num_ranks))
+    return ExchangeSizes(rows, their_rows, counts, their_counts, pool, received[:, 0], received[:, 1])

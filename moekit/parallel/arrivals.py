@@ -1,7 +1,6 @@
 """What arrives from the ranks of an exchange: the routing of its rows, and the sums that come back from it."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from typing import NamedTuple
 
@@ -13,7 +12,7 @@ from moekit.parallel.collectives import exchange
 from moekit.parallel.exchange_plans import ExchangePlan, assignments_by_rank
 from moekit.rows import Links, copy_rows
 from moekit.segments import exclusive_cumsum
-from moekit.types import Routing
+from moekit.types import Ratio, Routing
 
 
 class ExchangeSizes(NamedTuple):
@@ -26,7 +25,7 @@ class ExchangeSizes(NamedTuple):
     received: list[int]
     sent_assignments: list[int]
     received_assignments: list[int]
-    pool: int | Fraction
+    pool: int | Ratio
     rows_from: Tensor
     assignments_from: Tensor
 

@@ -1,15 +1,14 @@
 """Overlap of exchange and compute: a layer runs on slices of its tokens, each on a CUDA stream of its own."""
 
 from collections.abc import Sequence
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.parallel.all_gather import whole_if_possible
-from moekit.types import ExpertLayer, Routing
+from moekit.ratios import multiplied
+from moekit.types import ExpertLayer, Ratio, Routing
 
 
 def chunked(layer: ExpertLayer, *, num_chunks: int) -> ExpertLayer:
@@ -92,6 +91,6 @@ def _split(routing: Routing, num_chunks: int) -> list[Routing]:
     for chosen, weight, position in zip(experts, weights, positions, strict=True):
         size = chosen.shape[0]
         tokens = torch.arange(size, device=chosen.device).unsqueeze(1).expand_as(chosen)
-        pool = whole_if_possible(Fraction(routing.pool) * Fraction(size, max(routing.num_tokens, 1)))
+        pool = multiplied(routing.pool, Ratio(size, max(routing.num_tokens, 1)))
         parts.append(Routing(tokens, chosen, weight, size, routing.num_experts, pool, position))
     return parts

@@ -5,10 +5,10 @@ turns it into time. The functions are named like the strategies that they count.
 """
 
 import math
-from fractions import Fraction
 
 from moekit.parallel.layouts import Layout
 from moekit.parallel.payloads import Sent, Shape, gathered, peers, ring, there_and_back
+from moekit.ratios import ratio_of
 
 
 def distinct_blocks(top_k: int, num_experts: int, blocks: int) -> float:
@@ -106,7 +106,8 @@ def static_all_to_all(
     """
     blocks = layout.expert_ranks
     group = peers(blocks, 1, ranks_per_node=ranks_per_node)
-    limit = int(Fraction(str(capacity_factor)) * shape.top_k * shape.tokens // blocks)
+    factor = ratio_of(capacity_factor)
+    limit = factor.numerator * shape.top_k * shape.tokens // (factor.denominator * blocks)
     rows = blocks * min(shape.tokens, max(1, limit))
     sent = there_and_back(shape, group, rows, positions=positions)
     return [entry for entry in sent if entry.name != "counts"]

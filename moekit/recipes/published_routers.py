@@ -8,6 +8,7 @@ from functools import partial
 
 from moekit.dispatch import by_choice, dropless, padded
 from moekit.experts import geglu, gelu_mlp, grouped, init_gated, init_mlp, relu_mlp, simple, swiglu
+from moekit.ratios import ratio_of
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import compose, gshard
 from moekit.routing import (
@@ -132,7 +133,7 @@ def expert_choice(*, k: float = 2, per_sequence: bool = False, matmul: GroupedMa
         Zhou et al., Mixture-of-Experts with Expert Choice Routing, 2022, https://arxiv.org/abs/2202.09368
     """
     return compose(
-        partial(choose_tokens, capacity_factor=k),
+        partial(choose_tokens, capacity_factor=ratio_of(k)),
         dropless(),
         partial(gelu_mlp, matmul=matmul),
         init=init_mlp,

@@ -2,16 +2,16 @@
 
 import operator
 from collections.abc import Callable
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from moekit.ratios import is_positive, ratio_of
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, check_choice, normalized, softmax
-from moekit.types import Logits, Routing
+from moekit.types import Logits, Ratio, Routing
 
 Division = Callable[[Any, Any], Any]
 
@@ -29,7 +29,7 @@ def divide_up(numerator: Any, denominator: Any) -> Any:
 def expert_choice(
     logits: Logits,
     *,
-    capacity_factor: float,
+    capacity_factor: float | Ratio,
     score: Score = softmax,
     normalize: bool = False,
     division: Division = operator.floordiv,
@@ -110,13 +110,13 @@ def expert_capacity(
     num_tokens: Any,
     num_experts: int,
     *,
-    capacity_factor: float,
+    capacity_factor: float | Ratio,
     division: Division = operator.floordiv,
     multiple_of: int = 1,
 ) -> Any:
     """Compute how many tokens each expert takes: C = min(n, max(1, n * c / E)), in exact integers.
 
-    The factor is taken as the decimal number that was written, so that 1.1 of 10 tokens is 11.
+    The factor is taken as the number that was written (``ratio_of``), so that 1.1 of 10 tokens is 11.
 
     Args:
         num_tokens: n, the tokens of a pool: a number, or a tensor of integers.
@@ -138,12 +138,12 @@ def expert_capacity(
     References:
         Zhou et al., Mixture-of-Experts with Expert Choice Routing, 2022, equation 1, https://arxiv.org/abs/2202.09368
     """
-    if not 0 < capacity_factor < float("inf") or multiple_of < 1:
+    if not is_positive(capacity_factor) or multiple_of < 1:
         raise ValueError(
             f"expert choice: capacity_factor = {capacity_factor} and multiple_of = {multiple_of}; expected a positive, "
             f"finite factor (experts per token in the mean; 2 in the paper) and a positive multiple."
         )
-    numerator, denominator = Fraction(str(capacity_factor)).as_integer_ratio()
+    numerator, denominator = ratio_of(capacity_factor)
     rows = divide_up(division(num_tokens * numerator, denominator * num_experts), multiple_of) * multiple_of
     if isinstance(num_tokens, Tensor):
         return torch.minimum(rows.clamp_min(1), num_tokens)

@@ -1,8 +1,7 @@
 """Routing over simple experts: what is left for the real ones."""
 
-from fractions import Fraction
-
-from moekit.types import Routing
+from moekit.ratios import multiplied, ratio_of
+from moekit.types import Ratio, Routing
 
 
 def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> Routing:
@@ -32,7 +31,7 @@ def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> R
         >>> from moekit.routing import round_robin
         >>> routing = without_simple(round_robin(torch.zeros(4, 4), k=1), num_experts=2)
         >>> routing.expert_indices.flatten(), routing.pool
-        (tensor([ 0,  1, -1, -1]), Fraction(2, 1))
+        (tensor([ 0,  1, -1, -1]), 2)
 
     References:
         Jin et al., MoE++, 2024 (heterogeneous expert capacity), https://arxiv.org/abs/2410.07348
@@ -43,13 +42,14 @@ def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> R
             f"{routing.num_experts} experts; expected 1 <= num_experts <= {routing.num_experts} and tau > 0."
         )
     gone = routing.expert_indices >= num_experts
-    real = Fraction(str(tau)) * num_experts
+    weight, one = ratio_of(tau)
+    real = max(weight, 1) * num_experts
     return Routing(
         routing.token_indices,
         routing.expert_indices.masked_fill(gone, -1),
         routing.weights.masked_fill(gone, 0.0),
         routing.num_tokens,
         num_experts,
-        routing.pool * (real / (real + routing.num_experts - num_experts)),
+        multiplied(routing.pool, Ratio(real, real + one * (routing.num_experts - num_experts))),
         routing.positions,
     )

@@ -1,10 +1,9 @@
 """The topology gate: a limited share of tokens leaves the node."""
 
-from fractions import Fraction
-
 import torch
 from torch import Tensor
 
+from moekit.ratios import ratio_of
 from moekit.routing.top_k import check_choice, shifted, token_choice
 from moekit.types import Routing
 
@@ -55,7 +54,7 @@ def topology_limited(
     values, chosen = torch.topk(scores, k, dim=-1)
     at_home = torch.topk(scores.masked_fill(~local, float("-inf")), k, dim=-1).indices
     rank = values.masked_fill(local[chosen], float("-inf")).amax(-1)  # (T,), -inf for a token that stays anyway
-    numerator, denominator = Fraction(str(share)).as_integer_ratio()
+    numerator, denominator = ratio_of(share)
     may_leave = torch.sort(rank, descending=True, stable=True).indices[: num_tokens * numerator // denominator]
     kept = (rank == float("-inf")).scatter(0, may_leave, True)
     chosen = chosen.where(kept.unsqueeze(-1), at_home)

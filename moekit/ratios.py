@@ -1,0 +1,95 @@
+"""Exact ratios of whole numbers that compiled code can trace, whatever changes between its runs: sizes or factors.
+
+``fractions.Fraction`` reads digits and looks for common divisors, which Dynamo cannot do with a symbol.
+"""
+
+import math
+from collections.abc import Iterable
+
+import torch
+
+from moekit.types import Ratio
+
+_PARTS = 9_000_000  # of one: millionths, and thirds and ninths of them
+
+
+def ratio_of(number: float | Ratio) -> Ratio:
+    """Return the ratio that was meant by a number: a decimal with up to six digits behind the point, or thirds, ninths.
+
+    What a stage is bound to should be the ratio: compiled code for the second float has shapes that depend on a float,
+    which torch does not trace.
+
+    Args:
+        number: finite, rounded to 1 / 9,000,000; or a ratio, which is returned.
+
+    Returns:
+        Ratio.
+
+    Example:
+        >>> ratio_of(1.1), ratio_of(4 / 3)
+        (Ratio(numerator=11, denominator=10), Ratio(numerator=4, denominator=3))
+    """
+    return number if isinstance(number, Ratio) else _reduced(round(number * _PARTS), _PARTS)
+
+
+def is_positive(number: float | Ratio) -> bool:
+    """Say whether a number is positive and finite.
+
+    Example:
+        >>> is_positive(1.25), is_positive(Ratio(0)), is_positive(float("inf"))
+        (True, False, False)
+    """
+    return number.numerator > 0 if isinstance(number, Ratio) else 0 < number < float("inf")
+
+
+def as_ratio(number: int | Ratio) -> Ratio:
+    """Return a number as a ratio.
+
+    Example:
+        >>> as_ratio(3)
+        Ratio(numerator=3, denominator=1)
+    """
+    return number if isinstance(number, Ratio) else Ratio(number)
+
+
+def multiplied(number: int | Ratio, by: Ratio) -> int | Ratio:
+    """Return the product; eagerly an int where it is one.
+
+    Args:
+        number: whole, or a ratio.
+        by: what it is multiplied by.
+
+    Returns:
+        The number times the ratio.
+
+    Example:
+        >>> multiplied(6, Ratio(2, 3)), multiplied(5, Ratio(2, 3))
+        (4, Ratio(numerator=10, denominator=3))
+    """
+    numerator, denominator = as_ratio(number)
+    product = _reduced(numerator * by.numerator, denominator * by.denominator)
+    return product if torch.compiler.is_compiling() or product.denominator != 1 else product.numerator
+
+
+def total(ratios: Iterable[tuple[int, int]]) -> Ratio:
+    """Return a sum. Not for compiled code.
+
+    Args:
+        ratios: numerators and denominators.
+
+    Returns:
+        Ratio.
+
+    Example:
+        >>> total([(1, 3), (1, 6)])
+        Ratio(numerator=1, denominator=2)
+    """
+    numerator, denominator = 0, 1
+    for other, parts in ratios:
+        numerator, denominator = _reduced(numerator * parts + other * denominator, denominator * parts)
+    return Ratio(numerator, denominator)
+
+
+def _reduced(numerator: int, denominator: int) -> Ratio:
+    divisor = 1 if torch.compiler.is_compiling() else math.gcd(numerator, denominator)
+    return Ratio(numerator // divisor, denominator // divisor)

@@ -1,0 +1,45 @@
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moekit.ratios import as_ratio, multiplied, ratio_of, total
+from moekit.types import Ratio
+
+whole = st.integers(0, 10**6)
+positive = st.integers(1, 10**6)
+
+
+@given(st.integers(0, 10**9), st.integers(0, 6))
+def test_a_decimal_is_what_was_written(digits: int, places: int) -> None:
+    assert ratio_of(digits / 10**places) == Fraction(digits, 10**places).as_integer_ratio()
+
+
+@pytest.mark.parametrize("parts", [3, 9])
+def test_thirds_and_ninths_are_exact(parts: int) -> None:
+    for number in range(5 * parts):
+        assert ratio_of(number / parts) == Fraction(number, parts).as_integer_ratio()
+
+
+@given(whole, positive, whole, positive)
+def test_arithmetic_is_that_of_fractions(a: int, b: int, c: int, d: int) -> None:
+    product = multiplied(Ratio(a, b), Ratio(c, d))
+    assert as_ratio(product) == (Fraction(a, b) * Fraction(c, d)).as_integer_ratio()
+    assert isinstance(product, int) == (a * c % (b * d) == 0)
+    assert multiplied(a, Ratio(c, d)) == multiplied(Ratio(c, d), Ratio(a))
+    assert total([(a, b), (c, d)]) == (Fraction(a, b) + Fraction(c, d)).as_integer_ratio()
+    assert total([]) == (0, 1)
+
+
+def test_compiled_code_takes_any_number() -> None:
+    def room(x: torch.Tensor, factor: float) -> int:
+        ratio, pool = ratio_of(factor), as_ratio(multiplied(x.shape[0], ratio_of(factor / 2)))
+        return ratio.numerator * pool.numerator // (ratio.denominator * pool.denominator)
+
+    torch.compiler.reset()
+    compiled = torch.compile(room, fullgraph=True, backend="eager")
+    for rows in (10, 131_072, 7):
+        for factor in (1.0, 1.25, 4 / 3, 0.7):
+            assert compiled(torch.zeros(rows), factor) == room(torch.zeros(rows), factor)
