@@ -47,6 +47,13 @@ class Routing(NamedTuple):
             all ranks times this rank's share of their experts, which need not be whole.
         positions: (*A) int64, the place of each assignment among all that compete, which decides who is dropped; None
             is the order of the list.
+
+    Example:
+        >>> import torch
+        >>> from moekit.routing import top_k
+        >>> routing = top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2)
+        >>> routing.token_indices, routing.expert_indices, routing.num_tokens, routing.num_experts, routing.pool
+        (tensor([[0, 0]]), tensor([[1, 2]]), 1, 3, 2)
     """
 
     token_indices: Tensor
@@ -64,6 +71,12 @@ class SoftRouting(NamedTuple):
     Attributes:
         dispatch_weights: (G, T/G, E, S) float32, the share of each token in each slot's input.
         combine_weights: (G, T/G, E, S) float32, the share of each slot's output in each token.
+
+    Example:
+        >>> import torch
+        >>> from moekit.routing import soft_slots
+        >>> soft_slots(torch.zeros(6, 8), slots=2, sequence_length=3).dispatch_weights.shape
+        torch.Size([2, 3, 4, 2])
     """
 
     dispatch_weights: Tensor
@@ -77,6 +90,12 @@ class NoisyLogits(NamedTuple):
         logits: (T, E) float32, with noise: what the router decides by.
         clean: (T, E) float32, without.
         std: (T, E) float32, the standard deviation of the noise.
+
+    Example:
+        >>> import torch
+        >>> from moekit.routing import init_noisy_gate, noisy_gate
+        >>> noisy_gate(torch.ones(2, 4), init_noisy_gate(4, 3)).std.shape
+        torch.Size([2, 3])
     """
 
     logits: Tensor
@@ -93,6 +112,12 @@ class Groups(NamedTuple):
     Attributes:
         sizes: (E,) int32.
         capacity: C when every size is C and this is known without reading the device, else None.
+
+    Example:
+        >>> import torch
+        >>> groups = Groups(torch.tensor([2, 1], dtype=torch.int32), capacity=None)  # rows 0 and 1, row 2
+        >>> groups.sizes.sum()
+        tensor(3)
     """
 
     sizes: Tensor
@@ -105,6 +130,14 @@ class DispatchPlan(NamedTuple):
     Attributes:
         assignments: (R,) int64 into the flattened routing, each at most once; -1 for a padding row.
         groups: how the rows are grouped by expert.
+
+    Example:
+        >>> import torch
+        >>> from moekit.dispatch import padded_plan
+        >>> from moekit.routing import top_k
+        >>> plan = padded_plan(top_k(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1), capacity_factor=1.0)
+        >>> plan.assignments, plan.groups.capacity  # the second token is dropped, expert 1 has a padding row
+        (tensor([ 0, -1]), 1)
     """
 
     assignments: Tensor
@@ -119,6 +152,14 @@ class LayerOutput(NamedTuple):
         routing: the decision, over the flattened tokens; of a soft layer, that of its slots.
         losses: name to scalar, not yet multiplied by any coefficient.
         logits: what the gate returned, which statistics need: (T, E) float32, or such logits with noise.
+
+    Example:
+        >>> import torch
+        >>> from moekit import MoE
+        >>> from moekit.recipes import mixtral
+        >>> output = MoE(8, 4, mixtral(k=2), hidden=16)(torch.ones(2, 3, 8))
+        >>> output.y.shape, output.logits.shape, list(output.losses)
+        (torch.Size([2, 3, 8]), torch.Size([6, 4]), ['load_balance'])
     """
 
     y: Tensor
@@ -161,6 +202,12 @@ class RouterState(NamedTuple):
             and ranks.
         update: (state, sums) -> the new state, once per optimizer step; None for a state that stays.
         scales: name of the loss whose coefficient the state is, if it is one.
+
+    Example:
+        >>> from moekit.routing import selection_bias
+        >>> state = selection_bias(rate=0.001)
+        >>> state.name, state.init(4, device="cpu")
+        ('bias', tensor([0., 0., 0., 0.]))
     """
 
     name: str
@@ -177,6 +224,11 @@ class SimpleExperts(NamedTuple):
         number: how many.
         apply: (x (T, D), routing over all experts, params, num_experts=E) -> (T, D), their weighted sum.
         init: (dim, generator=, device=, dtype=) -> a NamedTuple of tensors, which may be empty.
+
+    Example:
+        >>> from moekit.experts import simple
+        >>> simple(null=1, copy=1, constants=2).number
+        4
     """
 
     number: int
@@ -212,6 +264,15 @@ class Dispatcher(NamedTuple):
         plan: routing -> DispatchPlan.
         dispatch: (x (T, D), routing, plan) -> rows (R, D).
         combine: (rows (R, D), routing, plan) -> y (T, D); the transpose of ``dispatch``, weighted.
+
+    Example:
+        >>> import torch
+        >>> from moekit.dispatch import dropless
+        >>> from moekit.routing import top_k
+        >>> x, routing, moves = torch.ones(3, 2), top_k(torch.zeros(3, 4), k=2, normalize=True), dropless()
+        >>> plan = moves.plan(routing)
+        >>> moves.combine(moves.dispatch(x, routing, plan), routing, plan).equal(x)
+        True
     """
 
     plan: Callable[[Routing], DispatchPlan]

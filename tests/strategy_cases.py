@@ -15,7 +15,6 @@ from moekit.experts import grouped, init_gated, loop, swiglu
 from moekit.parallel import (
     Grid,
     Layout,
-    Part,
     World,
     all_gather,
     all_to_all,
@@ -35,7 +34,7 @@ from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.optimizers import clip_gradients, make_optimizer
 from moekit.recipes.settings import OptimizerSettings
 from moekit.routing import linear_gate, top_k
-from moekit.types import ExpertLayer, Routing, SoftRouting
+from moekit.types import ExpertLayer, Routing
 
 E, D, F = 8, 6, 8
 STRATEGIES = ("all_to_all", "all_gather", "tensor_parallel", "ep_tp", "hierarchical", "static")
@@ -229,51 +228,6 @@ def lonely_grid(world: World) -> Grid:
         exchange=init_device_mesh("cpu", (1, 1, 1), mesh_dim_names=("others", "nodes", "experts")),
         returns={"experts": torch.distributed.new_group([0])},
     )
-
-
-class _SoftLayer:
-    """Soft slots, plainly: each slot is a mix of its pool's tokens, each token a mix of the slots' outputs."""
-
-    def __call__(self, x, routing, params):
-        pools, size = routing.dispatch_weights.shape[:2]
-        mixed = torch.einsum("gtes,gtd->egsd", routing.dispatch_weights, x.view(pools, size, D))
-        hidden = torch.nn.functional.silu(torch.einsum("egsd,edf->egsf", mixed, params.gate))
-        hidden = hidden * torch.einsum("egsd,edf->egsf", mixed, params.up)
-        outputs = torch.einsum("egsf,efd->egsd", hidden, params.down)
-        return torch.einsum("gtes,egsd->gtd", routing.combine_weights, outputs).reshape(-1, D)
-
-
-def part_of_tensor(name: str, tensor: Tensor, *, part: Part) -> Tensor:
-    """Cut this rank's part out of a parameter of all experts."""
-    block = tensor.chunk(part.blocks)[part.block]
-    return block.chunk(part.slices, dim=hidden_axes(init_gated, D, F)[name])[part.hidden]
-
-
-def compare_soft(world: World) -> None:
-    """Compare a soft layer under each strategy with one process."""
-    ranks, per_rank, pool = world.size, 12, 6
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(ranks * per_rank, D, generator=generator, dtype=torch.float64)
-    logits = torch.randn(x.shape[0] // pool, pool, E, 2, generator=generator, dtype=torch.float64)
-    params = init_gated(E, D, F, generator=generator, dtype=torch.float64)
-
-    def run(layer, x, logits, params):
-        leaves = [each.detach().clone().requires_grad_() for each in (x, logits, *params)]
-        dispatch, combine = leaves[1].softmax(1), leaves[1].flatten(2).softmax(2).view_as(logits)
-        y = layer(leaves[0], SoftRouting(dispatch, combine), type(params)(*leaves[2:]))
-        y.square().sum().backward()
-        return [y, *(leaf.grad for leaf in leaves)]
-
-    y, *grads = run(_SoftLayer(), x, logits, params)
-    own = lambda tensor: tensor.chunk(ranks)[world.rank]  # noqa: E731
-    for strategy in ("all_to_all", "static", "all_gather", "tensor_parallel"):
-        grid = make_grid(world, layout_of(strategy, ranks))
-        cut = partial(part_of_tensor, part=grid.part)
-        mine = type(params)(*(cut(name, tensor) for name, tensor in params._asdict().items()))
-        found = run(wrapped(_SoftLayer(), strategy, grid), own(x), own(logits), mine)
-        wanted = [own(y), own(grads[0]), own(grads[1]), *map(cut, params._fields, grads[2:])]
-        for mine_, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(mine_, theirs, rtol=1e-10, atol=1e-10)
 
 
 def compile_static(world: World) -> None:

@@ -85,16 +85,17 @@ FACTORS = {
     ),
 }
 
+COUNTING = ("expert_choice", "topology")  # the real tokens behind a mask
 
-@pytest.mark.parametrize("make", FACTORS.values(), ids=FACTORS)
-@pytest.mark.parametrize("masked", [False, True])
-def test_other_sizes_and_other_factors_compile_after_the_first(make, masked: bool) -> None:
+
+@pytest.mark.parametrize("name", FACTORS)
+def test_other_sizes_and_other_factors_compile_after_the_first(name: str) -> None:
     torch._dynamo.reset()
-    for factor in (1.0, 1.25, 4 / 3, 0.7):
-        moe = MoE(D, E, make(factor), hidden=F)
+    for factor in (1.0, 4 / 3):
+        moe = MoE(D, E, FACTORS[name](factor), hidden=F)
         compiled = torch.compile(moe, fullgraph=True, backend="eager")
         for tokens in (T, 31):
-            x, mask = torch.randn(tokens, D), torch.arange(tokens) % 5 != 0 if masked else None
+            x, mask = torch.randn(tokens, D), torch.arange(tokens) % 5 != 0 if name in COUNTING else None
             torch.testing.assert_close(compiled(x, token_mask=mask).y, moe(x, token_mask=mask).y)
 
 

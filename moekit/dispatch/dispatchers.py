@@ -13,9 +13,15 @@ def dropless() -> Dispatcher:
 
     Causal. No host synchronisation. Deterministic on CUDA for token choice.
 
+    Returns:
+        Dispatcher of ``dropless_plan``, ``gather_rows`` and ``scatter_rows``.
+
     Example:
         >>> dropless().plan.__name__
         'dropless_plan'
+
+    References:
+        Gale et al., MegaBlocks, 2022 (dropless MoE), https://arxiv.org/abs/2211.15841
     """
     return Dispatcher(dropless_plan, gather_rows, scatter_rows)
 
@@ -29,12 +35,18 @@ def padded(*, capacity_factor: float, priority: Priority = by_position) -> Dispa
         capacity_factor: >= 0, see ``capacity``.
         priority: who keeps a place when an expert is full.
 
+    Returns:
+        Dispatcher of ``padded_plan``, ``gather_rows`` and ``scatter_rows``, or that of ``dropless``.
+
     Raises:
         ValueError: if the capacity factor is negative or not finite.
 
     Example:
         >>> padded(capacity_factor=0) == dropless()
         True
+
+    References:
+        Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
     """
     if capacity_factor == 0:
         return dropless()

@@ -35,6 +35,9 @@ def dropless_plan(routing: Routing) -> DispatchPlan:
         >>> plan = dropless_plan(round_robin(torch.zeros(3, 2), k=1))
         >>> plan.assignments, plan.groups.sizes
         (tensor([0, 2, 1]), tensor([2, 1], dtype=torch.int32))
+
+    References:
+        Gale et al., MegaBlocks, 2022 (dropless MoE), https://arxiv.org/abs/2211.15841
     """
     check_routing("dropless_plan", routing)
     experts = routing.expert_indices.flatten()
@@ -141,6 +144,9 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
         >>> routing = top_k(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1)
         >>> padded_plan(routing, capacity_factor=1.0).assignments
         tensor([ 0, -1])
+
+    References:
+        Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
     """
     check_routing("padded_plan", routing)
     num_experts, rows_each = routing.num_experts, capacity(routing, capacity_factor=capacity_factor)
@@ -176,6 +182,10 @@ def capacity(routing: Routing, *, capacity_factor: float | Ratio) -> int:
         >>> from moekit.routing import round_robin
         >>> capacity(round_robin(torch.zeros(4096, 8), k=2), capacity_factor=1.25)
         1280
+
+    References:
+        Fedus et al., Switch Transformers, 2021, equation 3 (for one choice), https://arxiv.org/abs/2101.03961
+        Gale et al., MegaBlocks, 2022, whose released code has K in it, https://arxiv.org/abs/2211.15841
     """
     if not is_positive(capacity_factor):
         raise ValueError(

@@ -76,7 +76,25 @@ def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
 
 
 def gather_rows_by_index(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
-    """Do what ``gather_rows`` does, for any routing, leaving the gradient to autograd's ``index_add``."""
+    """Do what ``gather_rows`` does, for any routing, leaving the gradient to autograd's ``index_add``.
+
+    No host synchronisation. On CUDA the order of the gradient's sums varies. Sizes are not checked.
+
+    Args:
+        x: (T, D).
+        routing: over T tokens.
+        plan: of R rows.
+
+    Returns:
+        (R, D), the dtype of ``x``; padding rows are zero.
+
+    Example:
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(3, 2), k=1)
+        >>> gather_rows_by_index(torch.tensor([[0.0], [1.0], [2.0]]), routing, dropless_plan(routing)).flatten()
+        tensor([0., 2., 1.])
+    """
     tokens, padding = _tokens_of_rows(routing, plan)
     if routing.num_tokens == 0:
         return x.sum(0, keepdim=True).expand(tokens.shape[0], -1)  # zeros, still connected to x
@@ -84,7 +102,25 @@ def gather_rows_by_index(x: Tensor, routing: Routing, plan: DispatchPlan) -> Ten
 
 
 def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
-    """Do what ``scatter_rows`` does, for any routing, with one ``index_add``."""
+    """Do what ``scatter_rows`` does, for any routing, with one ``index_add``.
+
+    No host synchronisation. On CUDA the order of the sums varies. Sizes are not checked.
+
+    Args:
+        rows: (R, D), the experts' output; what padding rows hold is never read, NaN included.
+        routing: over T tokens.
+        plan: of R rows.
+
+    Returns:
+        (T, D), the dtype of ``rows``; sums are taken in float32 (float64 for float64 rows).
+
+    Example:
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(2, 2), k=2, normalize=True)
+        >>> scatter_rows_by_index(torch.ones(4, 1), routing, dropless_plan(routing)).flatten()
+        tensor([1., 1.])
+    """
     tokens, padding = _tokens_of_rows(routing, plan)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if routing.num_tokens == 0:

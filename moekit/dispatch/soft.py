@@ -8,6 +8,7 @@ y = spread_slots(slots, routing)
 import torch
 from torch import Tensor
 
+from moekit.autocast import outside_autocast
 from moekit.types import Routing, SoftRouting
 
 
@@ -104,7 +105,7 @@ def slot_routing(routing: SoftRouting) -> Routing:
 
 def _einsum(equation: str, weights: Tensor, rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
-    with torch.autocast(rows.device.type, enabled=False):
+    with outside_autocast(rows.device.type):
         return torch.einsum(equation, weights.to(dtype), rows.to(dtype)).to(rows.dtype)
 
 

@@ -13,6 +13,12 @@ class Activation(NamedTuple):
         gated: whether experts are f(x W_gate) * (x W_up), of a gate and an up-projection, or f(x W_up).
         alpha: the steepness of clamped_swiglu's gate.
         limit: where clamped_swiglu clamps.
+
+    Example:
+        >>> Activation("gelu", gated=True) == GEGLU
+        True
+        >>> RELU2.parts
+        1
     """
 
     function: str

@@ -24,6 +24,11 @@ class BiasedGatedParams(NamedTuple):
         gate_bias: (E, 1, F).
         up_bias: (E, 1, F).
         down_bias: (E, 1, D).
+
+    Example:
+        >>> from moekit.experts import init_biased_gated
+        >>> init_biased_gated(2, 4, 8).gate_bias.shape
+        torch.Size([2, 1, 8])
     """
 
     gate: Tensor
@@ -42,6 +47,11 @@ class BiasedMlpParams(NamedTuple):
         down: (E, F, D).
         up_bias: (E, 1, F).
         down_bias: (E, 1, D).
+
+    Example:
+        >>> from moekit.experts import init_biased_mlp
+        >>> init_biased_mlp(2, 4, 8).down_bias.shape
+        torch.Size([2, 1, 4])
     """
 
     up: Tensor

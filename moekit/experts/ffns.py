@@ -19,6 +19,11 @@ class GatedParams(NamedTuple):
         gate: (E, D, F), the projection that goes through the activation.
         up: (E, D, F), the projection that it multiplies.
         down: (E, F, D).
+
+    Example:
+        >>> params = GatedParams(torch.zeros(2, 4, 8), torch.zeros(2, 4, 8), torch.zeros(2, 8, 4))
+        >>> [w.shape for w in params] == [w.shape for w in init_gated(2, 4, 8)]
+        True
     """
 
     gate: Tensor
@@ -32,6 +37,11 @@ class MlpParams(NamedTuple):
     Attributes:
         up: (E, D, F).
         down: (E, F, D).
+
+    Example:
+        >>> params = MlpParams(torch.zeros(2, 4, 8), torch.zeros(2, 8, 4))
+        >>> [w.shape for w in params] == [w.shape for w in init_mlp(2, 4, 8)]
+        True
     """
 
     up: Tensor
@@ -49,6 +59,10 @@ def swiglu(rows: Tensor, groups: Groups, params: GatedParams, *, matmul: Grouped
 
     Returns:
         (R, D).
+
+    Raises:
+        ValueError: from the matmul, if shapes do not fit, or it does not take such groups, as ``batched`` behind a
+            dropless plan.
 
     Example:
         >>> from moekit.experts import init_gated, loop
@@ -76,6 +90,10 @@ def geglu(
 
     Returns:
         (R, D).
+
+    Raises:
+        ValueError: from the matmul, if shapes do not fit, or it does not take such groups, as ``batched`` behind a
+            dropless plan.
 
     Example:
         >>> from moekit.experts import init_gated, loop
@@ -105,7 +123,8 @@ def gelu_mlp(
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate.
+        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
+            groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop
@@ -132,7 +151,8 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate.
+        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
+            groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop
@@ -159,7 +179,8 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate.
+        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
+            groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop

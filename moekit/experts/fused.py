@@ -31,6 +31,10 @@ class Keep(NamedTuple):
         rows: the tokens copied to their rows, N D entries; else they are copied again.
         preactivation: the up-projections with their biases, N F entries each; else the backward computes them again,
             which adds a sixth of the arithmetic of forward and backward for MLP experts, and two ninths for gated ones.
+
+    Example:
+        >>> Keep(rows=False, preactivation=True) == PREACTIVATION  # what fused_layer takes unless told otherwise
+        True
     """
 
     rows: bool

@@ -65,6 +65,10 @@ def batched(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     Example:
         >>> batched(torch.ones(4, 2), Groups(torch.tensor([2, 2]), 2), torch.ones(2, 2, 3)).shape
         torch.Size([4, 3])
+
+    References:
+        Lepikhin et al., GShard, 2020, Algorithm 2 (experts as one product over (E, C, D)),
+        https://arxiv.org/abs/2006.16668
     """
     check_product(rows, groups, w)
     if groups.capacity is None:
@@ -99,6 +103,9 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     Example:
         >>> grouped(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
         torch.Size([3, 4])
+
+    References:
+        Gale et al., MegaBlocks, 2022 (experts of unequal loads as one product), https://arxiv.org/abs/2211.15841
     """
     check_product(rows, groups, w)
     rows, w = in_autocast(rows, w)

@@ -14,6 +14,12 @@ class PackedGatedParams(NamedTuple):
     Attributes:
         gate_up: (E, 2F, D), the F rows of the projection that goes through the activation, then those of the other.
         down: (E, D, F).
+
+    Example:
+        >>> from moekit.experts import init_gated
+        >>> packed = pack_gated(init_gated(2, 4, 8))
+        >>> packed.gate_up.shape, packed.down.shape
+        (torch.Size([2, 16, 4]), torch.Size([2, 4, 8]))
     """
 
     gate_up: Tensor

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.autocast import outside_autocast
 from moekit.types import Routing, SimpleExperts
 
 
@@ -23,6 +24,11 @@ class SimpleExpertParams(NamedTuple):
     Attributes:
         vectors: (J, D), the vector v of each.
         mix: (J, D, 2), from the token to the logits of its two shares.
+
+    Example:
+        >>> params = SimpleExpertParams(torch.zeros(3, 4), torch.zeros(3, 4, 2))
+        >>> [w.shape for w in params] == [w.shape for w in init_simple(4, constants=3)]
+        True
     """
 
     vectors: Tensor
@@ -72,9 +78,8 @@ def simple_experts(
     constants = params.vectors.shape[0] if isinstance(params, SimpleExpertParams) else 0
     _check_numbers(routing, (num_experts, null, copy, constants))
     tokens = x.to(torch.promote_types(x.dtype, torch.float32))
-    with torch.autocast(x.device.type, enabled=False):
-        copied = _weights_of(routing, num_experts + null, copy).to(tokens.dtype).sum(-1, keepdim=True)  # (T, 1)
-        y = copied * tokens
+    with outside_autocast(x.device.type):
+        y = _weight_within(routing, num_experts + null, copy).to(tokens.dtype) * tokens
         if isinstance(params, SimpleExpertParams):
             weights = _weights_of(routing, num_experts + null + copy, constants).to(tokens.dtype)  # (T, J)
             y = y + _constant_experts(tokens, weights, params)
@@ -141,6 +146,12 @@ def _constant_experts(x: Tensor, weights: Tensor, params: SimpleExpertParams) ->
     shares = torch.softmax(torch.einsum("td,jda->tja", x, params.mix.to(x.dtype)), dim=-1)  # (T, J, 2)
     of_token, of_vector = (weights.unsqueeze(-1) * shares).unbind(-1)
     return of_token.sum(-1, keepdim=True) * x + of_vector @ params.vectors.to(x.dtype)
+
+
+def _weight_within(routing: Routing, first: int, number: int) -> Tensor:
+    """Sum a token's weights for all of ``number`` experts from ``first`` on, (T, 1), however many they are."""
+    experts = routing.expert_indices
+    return routing.weights.masked_fill((experts < first) | (experts >= first + number), 0.0).sum(1, keepdim=True)
 
 
 def _weights_of(routing: Routing, first: int, number: int) -> Tensor:

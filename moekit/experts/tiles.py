@@ -21,6 +21,10 @@ class Tile(NamedTuple):
         specialized: whether some warps load and the others multiply, on Hopper, for 16-bit numbers. Such kernels have
             tiles of 128 x 256 x 64, two times 128 columns for gate and up, and look at ``band`` alone; the rest is for
             operands that they do not take.
+
+    Example:
+        >>> Tile(128, 256, 64, warps=8, stages=3).band
+        16
     """
 
     m: int
@@ -43,6 +47,12 @@ class LayerTiles(NamedTuple):
         grad_rows: of the gradient of the tokens' rows.
         grad_up: of the gradients of gate and up; groups of rows begin at multiples of its ``k``.
         grad_down: of the gradient of down.
+
+    Example:
+        >>> from moekit.experts import ruled_tiles
+        >>> tiles = ruled_tiles(LayerSize(torch.bfloat16, 4096, 8, 512, 1024, gated=True, capability=9))
+        >>> tiles.up.m == tiles.down.m == tiles.grad_hidden.m == tiles.grad_rows.m, tiles.grad_up.k == tiles.grad_down.k
+        (True, True)
     """
 
     up: Tile
@@ -66,6 +76,11 @@ class LayerSize(NamedTuple):
         capability: the major compute capability of the device, 9 for Hopper; 0 where there is none.
         narrow: whether a program on the device has 99 KiB of shared memory, not 163 and more.
         precision: of products of float32, "ieee" or "tf32"; means nothing for 16-bit dtypes.
+
+    Example:
+        >>> size = LayerSize(torch.bfloat16, assignments=32768, experts=8, dim=4096, hidden=14336, gated=True)
+        >>> size.capability, size.precision
+        (0, 'ieee')
     """
 
     dtype: torch.dtype

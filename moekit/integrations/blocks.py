@@ -39,6 +39,12 @@ class Block(NamedTuple):
     Attributes:
         params: what ``moe_layer`` takes.
         state: what the router remembers, as a selection bias (E,); None if it has nothing.
+
+    Example:
+        >>> import torch
+        >>> from moekit.experts import init_gated
+        >>> Block(MoEParams(torch.zeros(8, 4), init_gated(4, 8, 16))).state is None
+        True
     """
 
     params: MoEParams
@@ -53,6 +59,11 @@ class Family(NamedTuple):
         to_params: (state dict of the block, configuration) -> Block. A ValueError names entries that are missing, or
             that the family does not know.
         from_params: (Block, configuration) -> state dict of the block; the inverse, exactly.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> FAMILIES["mixtral"].recipe(SimpleNamespace(num_experts_per_tok=2, hidden_act="silu")).route.keywords["k"]
+        2
     """
 
     recipe: Callable[[Any], Recipe]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from moekit.autocast import autocast_dtype
 from moekit.dispatch import dropless
 from moekit.experts import Activation, grouped
 from moekit.experts.biased import affine
@@ -35,6 +36,13 @@ class ModuleParams(NamedTuple):
         has_own_parameters: whether ``activation`` or ``norm`` learns anything, so that rows which belong to no expert
             must be kept out of its gradient.
         known: what ``activation`` is among those of ``fused_layer``; None for any other.
+
+    Example:
+        >>> from transformers.models.mixtral import modeling_mixtral as mixtral
+        >>> config = mixtral.MixtralConfig(hidden_size=8, intermediate_size=12, num_local_experts=4)
+        >>> params = module_params(mixtral.MixtralExperts(config))
+        >>> params.down.shape, params.known.function, params.has_own_parameters
+        (torch.Size([4, 12, 8]), 'silu', False)
     """
 
     up: Tensor
@@ -230,7 +238,7 @@ def _affine(rows: Tensor, groups: Groups, w: Tensor, bias: Tensor | None, *, mat
 
 def _cast(rows: Tensor, w: Tensor) -> Tensor:
     # Norms and activations in float32 hand float32 rows to narrower weights; autocast casts both by itself.
-    return rows if torch.is_autocast_enabled(rows.device.type) else rows.to(w.dtype)
+    return rows if autocast_dtype(rows.device.type) is not None else rows.to(w.dtype)
 
 
 def _without_tail(rows: Tensor, groups: Groups) -> Tensor:

@@ -41,6 +41,11 @@ class RoutingRecorder:
 
     Attributes:
         steps: one list of calls per step.
+
+    Example:
+        >>> recorder = RoutingRecorder()  # ``track_routing`` makes one, and fills it
+        >>> recorder.steps, recorder.stats()
+        ([], {})
     """
 
     def __init__(self) -> None:

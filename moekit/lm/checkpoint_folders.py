@@ -10,6 +10,7 @@ from typing import Any
 
 from moekit.lm.checkpoint_checksums import changed_file, read_checksums
 from moekit.lm.checkpoint_index import INDEX, missing_piece, one_line
+from moekit.lm.files import sync_folder
 
 STATE = "state.json"
 
@@ -139,6 +140,7 @@ def put_in_place(new: Path, folder: Path) -> None:
 
     The old one is moved away before it is deleted, since half of it under its name would look like a whole one. A
     process that is killed between the two moves leaves it as ``.NAME.replaced``, where ``latest_checkpoint`` finds it.
+    The new one's name is on the disk before anything older is removed, here or by ``prune_checkpoints``.
 
     Args:
         new: the folder to move.
@@ -148,7 +150,9 @@ def put_in_place(new: Path, folder: Path) -> None:
     if folder.exists():
         shutil.rmtree(replaced, ignore_errors=True)
         os.replace(folder, replaced)
+    sync_folder(new)
     os.replace(new, folder)
+    sync_folder(folder.parent)
     _remove(replaced)
 
 

@@ -48,8 +48,8 @@ class ModelConfig:
     Example:
         >>> config = ModelConfig(hidden_dim=488, n_layers=12, n_heads=12, seq_len=2048, vocab_size=50432,
         ...                      post_embed_norm=False, weight_tying=False, moe_freq=2, moe_num_experts=8)
-        >>> config.head_dim, config.attention_width
-        (40, 480)
+        >>> config.head_dim  # of 12 heads, which are 480 wide together
+        40
         >>> [i for i in range(config.n_layers) if config.is_moe_layer(i)]
         [0, 2, 4, 6, 8, 10]
     """
@@ -86,11 +86,6 @@ class ModelConfig:
     def head_dim(self) -> int:
         """Width of one attention head: hidden_dim / n_heads, rounded down."""
         return self.hidden_dim // self.n_heads
-
-    @property
-    def attention_width(self) -> int:
-        """Width of all heads together: at most hidden_dim."""
-        return self.n_heads * self.head_dim
 
     def is_moe_layer(self, layer_index: int) -> bool:
         """Say whether the zero-based layer is MoE. If any is, layer 0 is."""
@@ -248,5 +243,6 @@ def _check_moe(config: ModelConfig) -> None:
         raise ValueError(f"moe_num_experts is {config.moe_num_experts}, expected at least 1 and less than 2^31")
     if not 1 <= config.moe_top_k <= config.moe_num_experts:
         raise ValueError(
-            f"moe_top_k is {config.moe_top_k}, expected between 1 and moe_num_experts = {config.moe_num_experts}"
+            f"moe_top_k is {config.moe_top_k}, expected between 1 and moe_num_experts = {config.moe_num_experts}. "
+            "Change one of the two (--moe-top-k, --moe-num-experts)"
         )

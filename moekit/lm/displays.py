@@ -41,7 +41,7 @@ class StepReport(NamedTuple):
         step: optimizer steps done.
         steps: steps in all.
         loss: cross-entropy, nats per token.
-        balance: mean over MoE layers of the balancing loss; 1 at perfect balance.
+        balance: mean over MoE layers of the balancing loss, 1 at perfect balance; None where there is no such loss.
         lr: learning rate.
         tokens_per_second: since the last report.
         layers: one per MoE layer.
@@ -50,7 +50,7 @@ class StepReport(NamedTuple):
     step: int
     steps: int
     loss: float
-    balance: float
+    balance: float | None
     lr: float
     tokens_per_second: float
     layers: Sequence[LayerLoad]
@@ -117,8 +117,9 @@ class _Lines:
     def update(self, report: StepReport) -> None:
         seconds = (time.monotonic() - self._start) / max(report.step - self._done, 1) * (report.steps - report.step)
         loads = "  ".join(f"L{layer.layer} {load_bar(layer.load)}" for layer in report.layers)
+        balance = "" if report.balance is None else f"balance {report.balance:.2f}  "
         self.say(
-            f"step {report.step:>5}/{report.steps}  loss {report.loss:.3f}  balance {report.balance:.2f}  "
+            f"step {report.step:>5}/{report.steps}  loss {report.loss:.3f}  {balance}"
             f"{report.tokens_per_second:,.0f} tokens/s  left {seconds:.0f} s  {loads}"
         )
 
@@ -141,8 +142,9 @@ class _Panel:
 
     def update(self, report: StepReport) -> None:
         self._progress.update(self._task, completed=report.step, step=f"{report.step}/{report.steps}")
+        balance = () if report.balance is None else (("   balance ", "dim"), f"{report.balance:.2f}")
         numbers = Text.assemble(
-            ("loss ", "dim"), (f"{report.loss:.3f}", "bold green"), ("   balance ", "dim"), f"{report.balance:.2f}",
+            ("loss ", "dim"), (f"{report.loss:.3f}", "bold green"), *balance,
             ("   lr ", "dim"), f"{report.lr:.1e}", ("   tokens/s ", "dim"), f"{report.tokens_per_second:,.0f}",
         )  # fmt: skip
         self.live.update(Group(self._progress, numbers, _loads(report.layers)))

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moekit.autocast import autocast_dtype, outside_autocast
 from moekit.lm._lookup import look_up
 
 EPS = 1e-5
@@ -27,11 +28,11 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalize x (..., D) over its last axis."""
         device = x.device.type
-        if not torch.is_autocast_enabled(device):
+        dtype = autocast_dtype(device)
+        if dtype is None:
             return super().forward(x)
-        dtype = torch.get_autocast_dtype(device)
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
-        with torch.autocast(device, enabled=False):
+        with outside_autocast(device):
             return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
 
 

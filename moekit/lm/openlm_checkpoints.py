@@ -179,7 +179,6 @@ def write_openlm(
     epoch: int,
     step: int | None = None,
     name: str | None = None,
-    others: Mapping[str, Any] | None = None,
 ) -> Path:
     """Write an OpenLM checkpoint, whole or not at all.
 
@@ -189,7 +188,6 @@ def write_openlm(
         epoch: epochs completed.
         step: optimizer steps done.
         name: of the run.
-        others: further plain values, for example ``samples_seen``.
 
     Returns:
         The path.
@@ -203,7 +201,7 @@ def write_openlm(
     """
     tensors = {key: own_storage(tensor) for key, tensor in state_dict.items()}
     given = {"step": step} if step is not None else {}
-    return write_torch(path, {"epoch": epoch, "name": name, "state_dict": tensors, **given, **(others or {})})
+    return write_torch(path, {"epoch": epoch, "name": name, "state_dict": tensors, **given})
 
 
 def _turned(name: str, tensor: Tensor) -> Tensor:

@@ -79,7 +79,8 @@ def shard_members(
             others.add(name.rpartition("/")[2].partition(".")[2])
     if others and not found:
         raise ShardError(
-            f"no member of shard {path} ends in .{data_key}; found {', '.join(sorted(others))}. Set --data-key",
+            f"no member of shard {path} ends in .{data_key}; found {', '.join(sorted(others))}. Set --data-key, or "
+            "--val-data-key if the shard is of --val-data",
             "bad member",
         )
 

@@ -151,20 +151,6 @@ def join_url(parent: str, name: str) -> str:
     return f"{parent.rstrip('/')}/{name}" if is_remote(parent) else os.path.join(parent, name)
 
 
-def exists_url(url: str) -> bool:
-    """Return whether there is a file at a path or URL, which is opened to see.
-
-    Raises:
-        OSError: if that cannot be told, such as without permission.
-        ValueError: if it is a command.
-    """
-    try:
-        with open_url(url):
-            return True
-    except FileNotFoundError:
-        return False
-
-
 def expand_braces(text: str) -> list[str]:
     """Expand ``{000..012}`` and ``{a,b}``, each group with each.
 

@@ -12,7 +12,7 @@ from torch.distributed import ProcessGroup
 from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
 from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, multiplied, total
-from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing, SoftRouting
+from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing
 
 
 def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
@@ -20,8 +20,7 @@ def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) 
 
     Every rank gathers tokens and routing, and its weighted sums are added to the others' and scattered back. That is
     more traffic than ``all_to_all`` unless most tokens go to most ranks, but its shapes never depend on the routing.
-    The inner layer sees E / P experts, and the tokens of all ranks in rank order. Soft routings work too, with pools
-    that lie on one rank.
+    The inner layer sees E / P experts, and the tokens of all ranks in rank order.
 
     Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
     Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
@@ -47,6 +46,9 @@ def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) 
         >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 2), k=1), init_gated(2, 4)).shape
         torch.Size([5, 4])
         >>> dist.destroy_process_group()
+
+    References:
+        Megatron-LM's token dispatcher ``allgather``, https://github.com/NVIDIA/Megatron-LM
     """
     return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=True)
 
@@ -102,6 +104,15 @@ def plan_together(
     Returns:
         A function routing -> DispatchPlan in which the assignments of other ranks are padding rows. All ranks call it
         together.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> plan_together(dropless_plan, group=dist.group.WORLD)(round_robin(torch.zeros(3, 2), k=1)).assignments
+        tensor([0, 2, 1])
+        >>> dist.destroy_process_group()
     """
     return partial(_plan_together, plan=plan, group=group, equal=equal)
 
@@ -126,7 +137,7 @@ class _Sizes(NamedTuple):
 
 def _gathered(
     x: Tensor,
-    routing: Routing | SoftRouting,
+    routing: Routing,
     params: Any,
     *,
     layer: ExpertLayer,
@@ -134,15 +145,10 @@ def _gathered(
     equal: bool,
     split_experts: bool,
 ) -> Tensor:
-    if isinstance(routing, SoftRouting):
-        sizes = _Sizes(x.shape[0], 0, 0)
-        arrived: Any = _arrived_soft(routing, group, split_experts)
-    else:
-        sizes = _sizes(routing, group, equal)
-        arrived = _arrived(routing, sizes, group, split_experts)
+    sizes = _sizes(routing, group, equal)
+    arrived = _arrived(routing, sizes, group, split_experts)
     rows = gather(_padded(narrowed(x), sizes.tokens), group=group)  # (P * T, D)
-    weights = [arrived.weights] if isinstance(arrived, Routing) else [*arrived]
-    y = connect(layer(rows, arrived, params), rows, *weights)
+    y = connect(layer(rows, arrived, params), rows, arrived.weights)
     y = reduce_scatter(y, group=group)
     return y if y.shape[0] == x.shape[0] else y[: x.shape[0]].clone()  # FSDP wants no view of its modules
 
@@ -188,14 +194,6 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
         pool=multiplied(sizes.pool, Ratio(1, num_ranks)) if split_experts else sizes.pool,
         positions=others[0].view_as(experts) if others else None,
     )
-
-
-def _arrived_soft(routing: SoftRouting, group: ProcessGroup, split_experts: bool) -> SoftRouting:
-    weights = [gather(each, group=group) for each in routing]  # (P * G, T/G, E, S)
-    if split_experts:
-        per_rank = experts_per_rank(weights[0].shape[2], group.size())
-        weights = [each.narrow(2, group.rank() * per_rank, per_rank) for each in weights]
-    return SoftRouting(*weights)
 
 
 def _padded(x: Tensor, length: int, *, value: int = 0) -> Tensor:

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from moekit.parallel.all_gather import all_gather
 from moekit.parallel.arrivals import ExchangeSizes, added, arrived_choices, arrived_list, taken
 from moekit.parallel.collectives import connect, exchange, narrowed
 from moekit.parallel.exchange_plans import (
@@ -19,7 +18,7 @@ from moekit.parallel.exchange_plans import (
 )
 from moekit.ratios import as_ratio, multiplied, ratio_of, total
 from moekit.rows import copy_rows, sum_rows
-from moekit.types import ExpertLayer, Ratio, Routing, SoftRouting
+from moekit.types import ExpertLayer, Ratio, Routing
 
 
 def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None = None) -> ExpertLayer:
@@ -29,8 +28,6 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
     choices travels back, where a token's sums are added. The inner layer sees E / P experts, and the tokens of all
     ranks in the order of the ranks; it may drop by capacity, be a strategy itself, or anything else. What an ordinary
     layer on one process would give for the tokens of all ranks, in rank order, is what comes out.
-
-    A soft routing, which sends every token everywhere, is gathered instead.
 
     Causal if ``layer`` is. Reads the device once, for the number of rows. Deterministic on CUDA for token choice.
 
@@ -166,15 +163,13 @@ def static_routing(routing: Routing, num_ranks: int, *, capacity_factor: float |
 
 def _all_to_all(
     x: Tensor,
-    routing: Routing | SoftRouting,
+    routing: Routing,
     params: Any,
     *,
     layer: ExpertLayer,
     group: ProcessGroup,
     return_group: ProcessGroup,
 ) -> Tensor:
-    if isinstance(routing, SoftRouting):
-        return all_gather(layer, group=group)(x, routing, params)  # type: ignore[arg-type]
     plan = plan_exchange(routing, group.size())
     sizes = _agree(plan, routing, group)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
@@ -182,7 +177,7 @@ def _all_to_all(
 
 def _static_all_to_all(
     x: Tensor,
-    routing: Routing | SoftRouting,
+    routing: Routing,
     params: Any,
     *,
     layer: ExpertLayer,
@@ -190,8 +185,6 @@ def _static_all_to_all(
     capacity_factor: Ratio,
     return_group: ProcessGroup,
 ) -> Tensor:
-    if isinstance(routing, SoftRouting):
-        return all_gather(layer, group=group, equal=True)(x, routing, params)  # type: ignore[arg-type]
     num_ranks = group.size()
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)

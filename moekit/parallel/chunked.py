@@ -54,7 +54,7 @@ def _chunked(
     num_chunks: int,
     streams: Sequence[torch.cuda.Stream],
 ) -> Tensor:
-    if not isinstance(routing, Routing) or routing.expert_indices.ndim != 2:
+    if routing.expert_indices.ndim != 2:
         raise ValueError(
             "chunked slices the choices of tokens, (T, K), and this router's routing is none. Leave it out"
         )

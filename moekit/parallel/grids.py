@@ -25,6 +25,12 @@ class Grid(NamedTuple):
         exchange: (others, nodes, experts), ``blocks`` split into those of a node and those across.
         returns: "nodes" and "experts" to the same ranks as in ``exchange``, with a communicator of their own for what
             travels back; empty unless asked for.
+
+    Example:
+        >>> from moekit.parallel import one_process, replicated
+        >>> grid = make_grid(one_process(), replicated(1, 8))
+        >>> list(grid.part.experts(8)), grid.dense is None
+        ([0, 1, 2, 3, 4, 5, 6, 7], True)
     """
 
     world: World
@@ -111,6 +117,14 @@ def group_of(mesh: DeviceMesh | None, name: str) -> ProcessGroup:
 
     Raises:
         ValueError: if the grid has no such mesh, on one process or where no tokens travel.
+
+    Example:
+        >>> import torch.distributed as dist
+        >>> from torch.distributed.device_mesh import init_device_mesh
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> group_of(init_device_mesh("cpu", (1, 1), mesh_dim_names=("replicas", "together")), "together").size()
+        1
+        >>> dist.destroy_process_group()
     """
     if mesh is None:
         raise ValueError(f"there is no group of ranks along {name!r}: no tokens travel in this layout")

@@ -43,8 +43,6 @@ def in_order(layer: ExpertLayer, *, rank: int, num_ranks: int, block: int | None
 def _in_order(
     x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, rank: int, num_ranks: int, block: int | None
 ) -> Tensor:
-    if not isinstance(routing, Routing):
-        return layer(x, routing, params)
     return layer(x, with_positions(routing, rank=rank, num_ranks=num_ranks, block=block), params)
 
 

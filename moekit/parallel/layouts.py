@@ -15,6 +15,11 @@ class Layout(NamedTuple):
         hidden: slices that an expert's hidden dimension F is cut into.
         nodes: expert blocks are spread over so many nodes first ...
         experts: ... and over so many ranks of a node then; the expert-parallel degree X is nodes * experts.
+
+    Example:
+        >>> layout = Layout(64, replicas=2, nodes=2, experts=8)
+        >>> layout.world_size, layout.expert_ranks, layout.exchanges
+        (32, 16, True)
     """
 
     num_experts: int
@@ -47,6 +52,10 @@ class Part(NamedTuple):
         blocks: X, how many there are.
         hidden: number of its slice of the hidden dimension.
         slices: Y, how many there are.
+
+    Example:
+        >>> Part(block=1, blocks=4).experts(8)
+        range(2, 4)
     """
 
     block: int = 0
@@ -99,18 +108,18 @@ def spread_experts(
         OpenLM, MOE.md: "if the number of GPUs exceeds the number of experts, tensor parallelism is used".
     """
     x = math.gcd(world_size, num_experts) if expert_ranks is None else expert_ranks
-    _divides("--moe-expert-ranks", x, "experts", num_experts)
-    _divides("--moe-expert-ranks", x, "ranks", world_size)
+    _divides("expert_ranks (--moe-expert-ranks)", x, "experts", num_experts)
+    _divides("expert_ranks (--moe-expert-ranks)", x, "ranks", world_size)
     left = world_size // x
     if hidden_ranks is None:
         y = math.gcd(left, hidden) if x == num_experts and expert_ranks is None else 1
     else:
         y = hidden_ranks
-    _divides("--moe-hidden-ranks", y, "hidden units of an expert", hidden)
-    _divides("--moe-hidden-ranks", y, f"ranks per expert block ({world_size} / {x})", left)
+    _divides("hidden_ranks (--moe-hidden-ranks)", y, "hidden units of an expert", hidden)
+    _divides("hidden_ranks (--moe-hidden-ranks)", y, f"ranks per expert block ({world_size} / {x})", left)
     nodes = 1
     if ranks_per_node is not None and x > ranks_per_node:
-        _divides("ranks per node", ranks_per_node, "ranks that share the experts", x)
+        _divides("ranks_per_node", ranks_per_node, "ranks that share the experts", x)
         nodes = x // ranks_per_node
     return Layout(num_experts, left // y, y, nodes, x // nodes)
 

@@ -29,6 +29,10 @@ class World(NamedTuple):
         size: how many processes train together.
         device: of this process's tensors.
         ranks_per_node: how many of the processes run on this machine.
+
+    Example:
+        >>> World(rank=0, size=8, device=torch.device("cpu"), ranks_per_node=4).size
+        8
     """
 
     rank: int

@@ -32,6 +32,13 @@ def distribute_experts(module: nn.Module, grid: Grid, hidden_axes: Mapping[str, 
         module: whose own parameters are the part; changed in place. Nothing happens unless tokens travel.
         grid: of all ranks.
         hidden_axes: name of each parameter to the axis of its hidden dimension; not needed where that stays whole.
+
+    Example:
+        >>> from moekit.parallel import make_grid, one_process, replicated
+        >>> experts = nn.Linear(2, 2)
+        >>> distribute_experts(experts, make_grid(one_process(), replicated(1, 1)), {})  # no tokens travel
+        >>> type(experts.weight).__name__
+        'Parameter'
     """
     if grid.experts is None or not grid.layout.exchanges:
         return
@@ -70,6 +77,11 @@ def shard_model(
     Example:
         >>> from moekit.parallel import make_grid, one_process, replicated
         >>> shard_model(nn.Linear(2, 2), [], make_grid(one_process(), replicated(1, 1)))
+
+    References:
+        Rajbhandari et al., ZeRO, 2019, section 5 (stage 3; stage 2 with ``keep_gathered``),
+        https://arxiv.org/abs/1910.02054
+        Zhao et al., PyTorch FSDP, 2023, https://arxiv.org/abs/2304.11277
     """
     if grid.dense is None:
         return

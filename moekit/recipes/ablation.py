@@ -25,10 +25,11 @@ from moekit.recipes.ablation_runs import Job, do, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.configuration import flat_settings, parse_settings
-from moekit.recipes.names import RECIPES, experts_per_token, users_fault
+from moekit.recipes.consoles import print_notes
+from moekit.recipes.names import RECIPES, users_fault
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.settings import TrainSettings
-from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe
+from moekit.recipes.setup import check_model, make_config, overridden_flags
 
 BASELINE = "top_k"
 _FASTER = ("--val-num-samples", "65536", "--val-every-n-steps", "1000000")  # before the user's words, which win
@@ -79,8 +80,9 @@ def main(
     cut = words.index("--") if "--" in words else len(words)
     settings = tyro.cli(AblationSettings, args=words[:cut], prog=prog)
     try:
-        jobs = plan(settings, words[cut + 1 :], prog=prog)
-        ablate(settings, jobs, _console(), command=shlex.join([*launch.split(), *words]))
+        jobs, console = plan(settings, words[cut + 1 :], prog=prog), _console()
+        print_notes(console, overridden_flags(jobs[0].settings.model))
+        ablate(settings, jobs, console, command=shlex.join([*launch.split(), *words]))
     except Exception as error:
         fault = next((fault for each in settings.recipe if (fault := users_fault(each, error))), None)
         if fault is None and not isinstance(error, _ERRORS):
@@ -264,10 +266,7 @@ def _check_words(words: Sequence[str]) -> None:
 
 def _check_recipe(job: Job) -> None:
     """Find out before the first run whether a router fits the model."""
-    config = make_config(job.settings.model)
-    assert config.moe_num_experts is not None
     try:
-        for make in (make_recipe, make_evaluation_recipe):
-            experts_per_token(make(job.settings.model), config.moe_num_experts, sequence_length=config.seq_len)
+        check_model(job.settings.model)
     except ValueError as error:
         raise ValueError(f"{job.label}: {error}") from error

@@ -7,7 +7,7 @@ import torch
 
 from moekit.dispatch import gather_rows, scatter_rows
 from moekit.recipes.choices import num_choices, undecided_logits
-from moekit.recipes.layers import Recipe, routing_of_networks
+from moekit.recipes.layers import Recipe, check_plan, routing_of_networks
 from moekit.routing import Causality, causality, clean
 from moekit.types import Dispatcher, DispatchPlan, Routing
 
@@ -27,11 +27,15 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
     Returns:
         Causality.
 
+    Raises:
+        ValueError: if the recipe's plan is not its layer's.
+
     Example:
         >>> from moekit.recipes import gshard, mixtral
         >>> audit(mixtral(), 8).leaks, audit(gshard(), 8).leaks
         (False, True)
     """
+    check_plan(recipe)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         width = clean(undecided_logits(recipe, num_experts, 1)).shape[1]
     choices = num_choices(recipe, num_experts)

@@ -1,9 +1,14 @@
 """What a recipe's router chooses from, asked without a model."""
 
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 
 from moekit.recipes.layers import Recipe
-from moekit.types import Logits
+from moekit.types import Logits, Routing, SoftRouting
 
 
 def num_choices(recipe: Recipe, num_experts: int) -> int:
@@ -44,3 +49,86 @@ def undecided_logits(recipe: Recipe, num_experts: int, num_tokens: int) -> Logit
     """
     gate = recipe.init_gate(8, num_choices(recipe, num_experts), device="cpu")
     return recipe.gate(torch.zeros(num_tokens, 8, device="cpu"), gate)
+
+
+def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int | None = None) -> float:
+    """Ask a recipe's router how many experts a token gets, the shared ones not counted.
+
+    Args:
+        recipe: the method.
+        num_experts: E.
+        sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes 1,024.
+
+    Returns:
+        Assignments per token, at most, simple experts included; for a soft router, slots per token.
+
+    Raises:
+        ValueError: if the router returns no routing, or one to experts that there are not.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> experts_per_token(mixtral(k=2), 8)
+        2.0
+    """
+    num_tokens = 1024 if sequence_length is None else sequence_length
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        routing = _undecided(recipe, num_experts, num_tokens)
+    if isinstance(routing, SoftRouting):
+        pools, _, experts, slots = routing.dispatch_weights.shape
+        return pools * experts * slots / num_tokens
+    if not isinstance(routing, Routing):
+        raise ValueError(
+            f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
+            "router maps logits (T, E) to one"
+        )
+    chosen = routing.expert_indices
+    last = num_choices(recipe, num_experts) - 1
+    if chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) <= last:
+        raise ValueError(
+            f"the router {_place(recipe.route)} chose experts from {int(chosen.min())} to {int(chosen.max())} of "
+            f"{last + 1}; expected 0 to {last}, or -1 for none."
+        )
+    # A list is made longer than what it holds.
+    return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
+
+
+def check_router(recipe: Recipe) -> None:
+    """Check that a recipe's router takes what a layer calls it with: ``bias``, and what the recipe says it needs.
+
+    Args:
+        recipe: the method.
+
+    Raises:
+        ValueError: if it does not.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> check_router(mixtral())
+    """
+    try:
+        parameters = inspect.signature(recipe.route).parameters
+    except (TypeError, ValueError):  # of a function that tells nothing of itself
+        return
+    missing = [name for name in ("bias", *recipe.needs) if name not in parameters]
+    if missing and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        raise ValueError(
+            f"the router {_place(recipe.route)} takes no {' and no '.join(missing)}; expected route(logits, bias=None"
+            f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
+        )
+
+
+def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
+    """Route tokens of zeros."""
+    logits = undecided_logits(recipe, num_experts, num_tokens)
+    state = None if recipe.state is None else recipe.state.init(num_choices(recipe, num_experts), device="cpu")
+    ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
+    known: dict[str, Any] = {"token_ids": ids, "sequence_length": num_tokens, "bias": None}
+    known |= {} if recipe.state is None else {recipe.state.name: state}
+    return recipe.route(logits, bias=known["bias"], **{name: known[name] for name in recipe.needs if name in known})
+
+
+def _place(function: Callable[..., object]) -> str:
+    while isinstance(function, partial):
+        function = function.func
+    code = getattr(function, "__code__", None)
+    return f"{function.__name__} of {code.co_filename}" if code is not None else repr(function)

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ import torch
 from moekit import __version__
 from moekit.lm._lookup import unknown_name
 from moekit.recipes import doctor as _doctor
+from moekit.recipes.choices import experts_per_token
 from moekit.recipes.layers import Recipe
-from moekit.recipes.names import RECIPES, experts_per_token
+from moekit.recipes.names import RECIPES
 from moekit.routing import round_robin
 
 _MANY_EXPERTS = 64  # enough for every recipe's own default of experts per token
@@ -79,12 +81,13 @@ def recipes(arguments: list[str]) -> None:
     """List the published methods that --recipe knows.
 
     Args:
-        arguments: the words after `recipes`; there are none.
+        arguments: the words after `recipes`; there are none but --help.
 
     Raises:
-        SystemExit: if there are any, or rich is missing.
+        SystemExit: if there are others, or rich is missing.
     """
-    _expect_none("recipes", arguments)
+    if _asks_for_help("recipes", arguments):
+        return
     try:
         from moekit.recipes.consoles import whole_lines, wide_console
     except ModuleNotFoundError as error:
@@ -192,12 +195,13 @@ def doctor(arguments: list[str]) -> None:
     """Say what is usable on this machine, what is not, and why.
 
     Args:
-        arguments: the words after `doctor`; there are none.
+        arguments: the words after `doctor`; there are none but --help.
 
     Raises:
-        SystemExit: if there are any.
+        SystemExit: if there are others.
     """
-    _expect_none("doctor", arguments)
+    if _asks_for_help("doctor", arguments):
+        return
     print("\n".join(_doctor.diagnose()))
 
 
@@ -283,9 +287,14 @@ def _program(module: str, name: str, *packages: str) -> Callable[..., None]:
     return main
 
 
-def _expect_none(program: str, arguments: list[str]) -> None:
+def _asks_for_help(program: str, arguments: list[str]) -> bool:
+    """Print the help of a program without flags, if it is asked for; every other word is refused."""
+    if arguments in (["-h"], ["--help"]):
+        print(f"usage: moekit {program}\n\n{_first_line(PROGRAMS[program])}")
+        return True
     if arguments:
         raise SystemExit(f"moekit {program}: takes no further words, but {' '.join(arguments)!r} was given.")
+    return False
 
 
 def _first_line(function: Callable[..., Any]) -> str:
@@ -293,5 +302,8 @@ def _first_line(function: Callable[..., Any]) -> str:
 
 
 def _first_reference(function: Callable[..., Any]) -> str:
+    """Return the first entry of a docstring's references; lines that go on with it are indented further."""
     _, _, references = (inspect.getdoc(function) or "").partition("References:\n")
-    return references.strip().partition("\n")[0]
+    first, *others = references.splitlines() or [""]
+    indented = " " * (len(first) - len(first.lstrip()) + 1)
+    return " ".join(line.strip() for line in (first, *takewhile(lambda line: line.startswith(indented), others)))

@@ -31,6 +31,21 @@ def whole_lines(console: Console) -> Callable[[str], None]:
     return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
+def print_notes(console: Console, lines: Iterable[str]) -> None:
+    """Print lines, each as it is.
+
+    Args:
+        console: to print to.
+        lines: of text.
+
+    Example:
+        >>> print_notes(Console(width=8), ["as [it] is, whole"])
+        as [it] is, whole
+    """
+    for line in lines:
+        whole_lines(console)(line)
+
+
 def print_warnings(console: Console, lines: Iterable[str]) -> None:
     """Print lines that nobody should miss: bold, each as it is.
 

@@ -47,8 +47,11 @@ class Evaluation(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """The exponential of the loss."""
-        return math.exp(self.loss)
+        """The exponential of the loss; infinite where that is more than a float can hold, above 709 nats."""
+        try:
+            return math.exp(self.loss)
+        except OverflowError:
+            return math.inf
 
 
 class _Sequences(NamedTuple):
@@ -88,7 +91,8 @@ def evaluate(
         Evaluation, the same on every rank.
 
     Raises:
-        ValueError: if there is no token to score, or a loss is not finite.
+        ValueError: if there is no token to score.
+        FloatingPointError: if a loss is not finite.
     """
     world = world or one_process()
     device = model.output.weight.device
@@ -152,7 +156,10 @@ def _evaluated(sums: Tensor, layers: Sequence[LayerLoad], skipped: Counter[str],
         )
     nats, tokens, num_bytes = sums.sum(0).tolist()
     if not math.isfinite(nats):
-        raise ValueError(f"the validation loss is {nats / tokens}; the model's parameters or outputs are not finite")
+        raise FloatingPointError(
+            f"the validation loss is {nats / tokens}, expected a finite number: the model's parameters or outputs are "
+            "not finite. Train with a lower --lr or a longer --warmup, or go back to an earlier checkpoint"
+        )
     low, high = bootstrap_interval(sums[:, 0], sums[:, 1])
     return Evaluation(
         loss=nats / tokens,

@@ -9,9 +9,9 @@ from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.model import Block, LanguageModel, count_parameters
 from moekit.parallel import Part
+from moekit.recipes.choices import experts_per_token
 from moekit.recipes.layers import Recipe, recompute
 from moekit.recipes.modules import MoE
-from moekit.recipes.names import experts_per_token
 
 
 def language_model(

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots
 from moekit.experts import init_gated
-from moekit.routing import init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
+from moekit.routing import clean, init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
 from moekit.types import (
     Dispatcher,
     DispatchPlan,
@@ -37,6 +37,11 @@ class MoEParams(NamedTuple):
         shared: the same for the shared experts, or None.
         shared_gate: (D, 1), which weighs the shared experts token by token, or None.
         simple: a NamedTuple of tensors for the simple experts, or None.
+
+    Example:
+        >>> params = MoEParams(init_linear_gate(8, 4), init_gated(4, 8, 16))
+        >>> params.gate.shape, params.experts.up.shape, params.shared
+        (torch.Size([8, 4]), torch.Size([4, 8, 16]), None)
     """
 
     gate: Any
@@ -56,7 +61,8 @@ class Recipe(NamedTuple):
         losses: name to balancing loss. They are returned as they are; ``coefficients`` says how to add them up.
         coefficients: name of a loss to its weight in the total.
         init: (num_experts, dim, hidden or None, generator=, device=, dtype=) -> expert parameters.
-        plan: the plan that ``layer`` makes, for statistics of what it drops.
+        plan: the plan that ``layer`` makes. The causality audit, drop rates and exchanges go by it, so who
+            replaces the dispatcher of ``layer`` replaces it too, by ``dispatcher.plan``.
         shared: experts that see every token, with weight one; or None.
         num_shared: how many of them.
         shared_gated: whether a sigmoid of the token weighs them.
@@ -66,6 +72,13 @@ class Recipe(NamedTuple):
             "sequence_length"} and the state's name.
         causal: whether a token's output is independent of later tokens.
         init_gate: (dim, num_experts, generator=, device=, dtype=) -> the gate's parameters.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> from moekit.routing import sigmoid, top_k
+        >>> recipe = mixtral()._replace(route=partial(top_k, k=4, score=sigmoid))
+        >>> recipe.causal, recipe.coefficients
+        (True, {'load_balance': 0.02})
     """
 
     gate: Gate
@@ -111,6 +124,52 @@ def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispa
     rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
     rows = experts(rows, plan.groups, params)  # (R, D)
     return dispatcher.combine(rows, routing, plan)  # (T, D)
+
+
+def check_plan(recipe: Recipe) -> None:
+    """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
+
+    Args:
+        recipe: before any parallel strategy, whose layer is composed of a dispatcher or has a plan of its own; of
+            another layer nothing is known.
+
+    Raises:
+        ValueError: if it is another one.
+
+    Example:
+        >>> from moekit.dispatch import padded
+        >>> from moekit.experts import batched, swiglu
+        >>> from moekit.recipes import mixtral
+        >>> tight = padded(capacity_factor=1.0)
+        >>> layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
+        >>> check_plan(mixtral()._replace(layer=layer, plan=tight.plan))
+    """
+    made = _plan_made_by(recipe.layer)
+    if made is not None and _parts(made) != _parts(recipe.plan):
+        raise ValueError(
+            f"the recipe's layer plans by {_words(made)}, and recipe.plan is {_words(recipe.plan)}, by which leaks are "
+            f"looked for, drops counted and ranks made to agree; expected the same. Replace both: "
+            f"recipe._replace(layer=..., plan=dispatcher.plan)."
+        )
+
+
+def _plan_made_by(layer: ExpertLayer) -> Callable[[Routing], DispatchPlan] | None:
+    keywords = layer.keywords if isinstance(layer, partial) else {}
+    if "plan" in keywords:
+        return keywords["plan"]
+    if "dispatcher" in keywords:
+        return dropless_plan if keywords["dispatcher"] is None else keywords["dispatcher"].plan
+    return None
+
+
+def _parts(function: Callable[..., Any]) -> tuple[Any, ...]:
+    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function, (), {})
+
+
+def _words(plan: Callable[..., Any]) -> str:
+    function, _, keywords = _parts(plan)
+    given = ", ".join(f"{name}={_words(value) if callable(value) else value!r}" for name, value in keywords.items())
+    return f"{getattr(function, '__name__', repr(function))}{f'({given})' if given else ''}"
 
 
 def recompute(layer: ExpertLayer) -> ExpertLayer:
@@ -159,14 +218,15 @@ def moe_layer(
         layer: to run in place of the recipe's own; it may have parameters of its own.
         state: what the router remembers, a must if there is a ``recipe.state``; else an (E,) selection bias, or None.
         token_ids: (...) int64 vocabulary ids, for routers that list them in ``recipe.needs``.
-        token_mask: (...) bool, True for real tokens. Others reach no routed expert, take no capacity and count in no
-            loss.
+        token_mask: (...) bool, True for real tokens. Others reach no routed expert, take nobody's place and count in no
+            loss; they do count in T of a capacity limit, and a router or gate that draws numbers draws for them too.
 
     Returns:
         LayerOutput: y (..., D), the routing of the T flattened tokens, the losses and the logits (T, E).
 
     Raises:
-        ValueError: if the router needs something that was not given, or a shape does not fit.
+        ValueError: if the router needs something that was not given, a shape does not fit, or the gate's logits are in
+            half precision.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -191,6 +251,12 @@ def moe_layer(
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)
+    if clean(logits).dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"the gate returned logits in {clean(logits).dtype}; expected float32 (or float64), in which every choice, "
+            f"weight and loss is computed. Let the gate compute in float32, as linear_gate does, inside autocast too: "
+            f"`with torch.autocast(x.device.type, enabled=False): return x.float() @ w.float()`."
+        )
     remembered = "bias" if recipe.state is None else recipe.state.name
     given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, "token_mask": token_mask}
     given[remembered] = state

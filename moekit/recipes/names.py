@@ -6,16 +6,13 @@ import os
 import sys
 import traceback
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from moekit.lm._lookup import look_up
-from moekit.recipes.choices import num_choices, undecided_logits
+from moekit.recipes.choices import check_router
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
-from moekit.recipes.layers import Recipe
+from moekit.recipes.layers import Recipe, check_plan
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
 from moekit.recipes.published_routers import (
     base_sinkhorn,
@@ -33,7 +30,6 @@ from moekit.recipes.published_routers import (
 )
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.sigmoid_families import deepseek_v2, deepseek_v3, ernie_moe, llama4, longcat_flash, nemotron_moe
-from moekit.types import Routing, SoftRouting
 
 RECIPES: dict[str, Callable[..., Recipe]] = {
     "openlm": openlm,
@@ -96,8 +92,8 @@ def find_recipe(
 
     Raises:
         FileNotFoundError: if the file is not there.
-        ValueError: if there is no such recipe, it does not take an option that was given, or what the file defines
-            under that name is no recipe.
+        ValueError: if there is no such recipe, it does not take an option that was given, what the file defines under
+            that name is no recipe, its plan is not its layer's, or its router takes not what it is given.
 
     Example:
         >>> find_recipe("mixtral", k=1).route.keywords["k"]
@@ -125,6 +121,8 @@ def find_recipe(
     recipe = make(**options)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe {name}: expected a moekit.Recipe or a function that returns one, got {recipe!r}.")
+    check_plan(recipe)
+    check_router(recipe)
     return recipe
 
 
@@ -170,49 +168,6 @@ def users_fault(name: str, error: Exception) -> str | None:
     return f"recipe {name!r}: {path} raised {_told(error, path)}. Mend the file"
 
 
-def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int | None = None) -> float:
-    """Ask a recipe's router how many experts a token gets, the shared ones not counted.
-
-    Args:
-        recipe: the method.
-        num_experts: E.
-        sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes 1,024.
-
-    Returns:
-        Assignments per token, at most, simple experts included; for a soft router, slots per token.
-
-    Raises:
-        ValueError: if the router returns no routing.
-
-    Example:
-        >>> experts_per_token(mixtral(k=2), 8)
-        2.0
-    """
-    num_tokens = 1024 if sequence_length is None else sequence_length
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        routing = _undecided(recipe, num_experts, num_tokens)
-    if isinstance(routing, SoftRouting):
-        pools, _, experts, slots = routing.dispatch_weights.shape
-        return pools * experts * slots / num_tokens
-    if not isinstance(routing, Routing):
-        raise ValueError(
-            f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
-            "router maps logits (T, E) to one"
-        )
-    chosen = routing.expert_indices  # a list is made longer than what it holds
-    return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
-
-
-def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
-    """Route tokens of zeros."""
-    logits = undecided_logits(recipe, num_experts, num_tokens)
-    state = None if recipe.state is None else recipe.state.init(num_choices(recipe, num_experts), device="cpu")
-    ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
-    known: dict[str, Any] = {"token_ids": ids, "sequence_length": num_tokens, "bias": None}
-    known |= {} if recipe.state is None else {recipe.state.name: state}
-    return recipe.route(logits, bias=known["bias"], **{name: known[name] for name in recipe.needs if name in known})
-
-
 def _maker(name: str) -> Callable[..., Recipe]:
     if name.startswith(PREFIX):
         return look_up(ROUTERS, name.removeprefix(PREFIX), what="router")
@@ -239,13 +194,6 @@ def _from_file(name: str) -> Callable[..., Recipe]:
         names = [key for key in vars(module) if not key.startswith("_")]
         raise ValueError(f"recipe {name!r}: {path} defines no recipe {attribute!r}; it defines {', '.join(names)}.")
     return found
-
-
-def _place(function: Callable[..., object]) -> str:
-    while isinstance(function, partial):
-        function = function.func
-    code = getattr(function, "__code__", None)
-    return f"{function.__name__} of {code.co_filename}" if code is not None else repr(function)
 
 
 def _told(error: BaseException, path: str) -> str:

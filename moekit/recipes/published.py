@@ -27,7 +27,8 @@ def openlm(*, k: int = 2, capacity_factor: float = 1.25, matmul: GroupedMatmul =
     tanh-GELU experts of width 4 D; everything drawn from N(0, 0.02); balancing loss with coefficient 0.1. The expert
     bias that upstream allocates and never uses is left out.
 
-    Causal, also when assignments are dropped: earlier positions of the batch keep their place.
+    Causal, also when assignments are dropped: earlier positions of the batch keep their place. Padding counts in T of
+    the capacity, 1.25 k T / E, so that more of it drops fewer tokens.
 
     Args:
         k: experts per token.
@@ -36,6 +37,9 @@ def openlm(*, k: int = 2, capacity_factor: float = 1.25, matmul: GroupedMatmul =
 
     Returns:
         Recipe.
+
+    Raises:
+        ValueError: if the capacity factor is negative or not finite.
 
     Example:
         >>> sorted(openlm().losses)
@@ -68,6 +72,9 @@ def switch(*, capacity_factor: float = 1.25, matmul: GroupedMatmul = grouped) ->
     Returns:
         Recipe.
 
+    Raises:
+        ValueError: if the capacity factor is negative or not finite.
+
     Example:
         >>> switch().coefficients["load_balance"]
         0.01
@@ -99,6 +106,9 @@ def gshard(*, capacity_factor: float = 1.0, training: bool = True, matmul: Group
 
     Returns:
         Recipe.
+
+    Raises:
+        ValueError: if the capacity factor is negative or not finite.
 
     Example:
         >>> gshard().causal

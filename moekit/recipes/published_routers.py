@@ -90,6 +90,9 @@ def st_moe(*, capacity_factor: float = 1.25, training: bool = True, matmul: Grou
     Returns:
         Recipe.
 
+    Raises:
+        ValueError: if the capacity factor is negative or not finite.
+
     Example:
         >>> st_moe().coefficients
         {'load_balance': 0.01, 'z': 0.001}

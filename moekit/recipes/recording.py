@@ -97,7 +97,7 @@ class Recorder:
             progress.step,
             self._run.budget.steps,
             metrics["loss"],
-            metrics.get("loss/load_balance", float("nan")),
+            metrics.get("loss/load_balance"),
             result.rate,
             metrics["tokens_per_second"],
             loads,

@@ -1,6 +1,7 @@
 """The end of a run: scores beside simple baselines, a sample of text, a picture."""
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,11 +95,12 @@ def plain(scores: Evaluation, simple: Baselines | None = None) -> dict[str, Any]
         simple: its baselines, if any.
 
     Returns:
-        Name to value; ``loss_low`` and ``loss_high`` are the 95 % interval.
+        Name to value; ``loss_low`` and ``loss_high`` are the 95 % interval. A perplexity too large for a float is None,
+        since JSON has no infinity.
     """
     values: dict[str, Any] = {
         "loss": scores.loss,
-        "perplexity": scores.perplexity,
+        "perplexity": scores.perplexity if math.isfinite(scores.perplexity) else None,
         "loss_low": scores.low,
         "loss_high": scores.high,
     }
@@ -247,7 +249,7 @@ def draw(
 
     Args:
         path: of the PNG.
-        metrics: lines of ``metrics.jsonl``.
+        metrics: lines of ``metrics.jsonl``; a step whose loss was not finite has none to draw.
         evaluations: domain to its final scores.
         simple: domain to its baselines.
 
@@ -255,6 +257,7 @@ def draw(
         The path.
     """
     scored = [line for line in metrics if "validation" in line]
+    trained = [line for line in metrics if line["loss"] is not None]
     curves = {
         domain: Curve([line["step"] for line in scored], [line["validation"][domain] for line in scored])
         for domain in evaluations
@@ -262,7 +265,7 @@ def draw(
     }
     return plot_run(
         path,
-        train=Curve([line["step"] for line in metrics], [line["loss"] for line in metrics]),
+        train=Curve([line["step"] for line in trained], [line["loss"] for line in trained]),
         validation=curves,
         baselines={domain: pair.bigram for domain, pair in simple.items() if pair.bigram is not None},
         loads={

@@ -9,9 +9,6 @@ knows them as ``--recipe router:NAME``.
 from collections.abc import Callable
 from functools import partial
 
-import torch
-from torch import Tensor
-
 from moekit import routing
 from moekit.dispatch import dropless
 from moekit.experts import grouped, init_gated, swiglu
@@ -183,33 +180,10 @@ def topology(*, k: int = 2, num_nodes: int = 2, share: float = 0.14, training: b
     The batch is cut into even parts, each of which is routed as the tokens of a node of its own. Evaluation has no
     limit, so that a score does not depend on who shares a batch.
     """
-    limited = partial(over_nodes, k=k, num_nodes=num_nodes, share=share)
-    return _balanced(limited if training else partial(routing.softmax_of_top_k, k=k))._replace(causal=not training)
-
-
-def over_nodes(logits: Tensor, *, k: int, num_nodes: int, share: float, bias: Tensor | None = None) -> Routing:
-    """Route each of ``num_nodes`` parts of the tokens as those of one node, by ``topology_limited``.
-
-    Not causal. No host synchronisation. Deterministic on CUDA.
-
-    Args:
-        logits: (T, E) float32, the tokens of node 0 first.
-        k: experts per token.
-        num_nodes: that the experts, and here the tokens too, are spread over.
-        share: of a node's tokens that may leave it.
-        bias: (E,) for the selection alone.
-
-    Returns:
-        Routing of shape (T, k).
-
-    Example:
-        >>> over_nodes(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), k=1, num_nodes=2, share=0.0).expert_indices.flatten()
-        tensor([0, 1])
-    """
-    route = partial(routing.topology_limited, k=k, num_nodes=num_nodes, share=share, bias=bias)
-    parts = [route(part, node=node) for node, part in enumerate(logits.chunk(num_nodes))]
-    chosen = torch.cat([part.expert_indices for part in parts])
-    return routing.token_choice(chosen, torch.cat([part.weights for part in parts]), logits)
+    if not training:
+        return _balanced(partial(routing.softmax_of_top_k, k=k))
+    limited = _balanced(partial(routing.over_nodes, k=k, num_nodes=num_nodes, share=share))
+    return limited._replace(needs=("token_mask",), causal=False)
 
 
 def random_choice(*, k: int = 2) -> Recipe:

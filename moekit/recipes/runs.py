@@ -18,7 +18,7 @@ from moekit.recipes.layers import Recipe
 from moekit.recipes.optimizers import make_optimizer
 from moekit.recipes.precisions import gradient_scaler, resolved_precision
 from moekit.recipes.settings import TrainSettings
-from moekit.recipes.setup import make_config, resolved_model
+from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
 from moekit.recipes.sources import Corpus, make_corpus
 
 
@@ -61,13 +61,16 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         console: where to say what takes time.
 
     Returns:
-        Run, before its first step.
+        Run, before its first step; its settings are those of the model that is made, in which keys of the model's file
+        win over flags.
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
         ValueError: if the settings make no sense together, or the data do not last.
     """
     folder = share(world, run_folder(settings))
+    check_model(settings.model)
+    settings = replace(settings, model=with_model_keys(settings.model))
     config = make_config(settings.model)
     budget = make_budget(settings, seq_len=config.seq_len, world_size=world.size)
     corpus = shared_corpus(settings, world, console)
@@ -131,10 +134,8 @@ def resolved(run: Run) -> TrainSettings:
         lr_cooldown_end=final_rate(given.optimizer),
         precision=resolved_precision(given.optimizer.precision, device),  # type: ignore[arg-type]
     )
-    model = resolved_model(given.model) if run.model.config.moe_freq else given.model
-    return replace(
-        given, model=model, optimizer=optimizer, data=replace(given.data, workers=_workers(run.settings, device))
-    )
+    data = replace(given.data, workers=_workers(given, device))
+    return replace(given, model=resolved_model(given.model), optimizer=optimizer, data=data)
 
 
 def _workers(settings: TrainSettings, device: torch.device) -> int:

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import autocast, precision_words
 from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
-from moekit.recipes.setup import make_config, resolved_model
+from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
 from moekit.recipes.sources import Corpus
 from moekit.recipes.weights import find_checkpoint, load_weights
 
@@ -47,6 +48,8 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     assert settings.run.resume is not None
     folder = run_folder(settings)
     checkpoint = find_checkpoint(_named_checkpoint(settings, folder))
+    check_model(settings.model)
+    settings = replace(settings, model=with_model_keys(settings.model))
     corpus = shared_corpus(settings, world, console)
     model, recipe, _ = make_model(settings, world)
     state = load_weights(model, checkpoint, world)

@@ -90,7 +90,7 @@ class OptimizerSettings:
     """Sequences per optimizer step over all ranks; an alternative to --batch-size."""
     accum_freq: int = 1
     """Micro-batches that a rank cuts its share of a step into. It changes memory, not the gradient, unless a capacity
-    limit drops: a limit counts within a micro-batch."""
+    limit drops or a router looks at the whole batch: both see a micro-batch."""
     lr: float = 5e-3
     """Peak learning rate."""
     warmup: int | None = None

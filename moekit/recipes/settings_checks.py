@@ -1,5 +1,6 @@
 """Which settings make no sense, alone or together, and how to mend them."""
 
+import math
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
@@ -69,6 +70,7 @@ def check_settings(settings: "TrainSettings") -> None:
     if model.moe_capacity_factor is not None and not 0 <= model.moe_capacity_factor < float("inf"):
         raise ValueError(
             f"--moe-capacity-factor is {model.moe_capacity_factor}; expected at least 0 (0 means dropless)"
+            f"{_and_finite(model.moe_capacity_factor)}"
         )
     _check_texts(settings)
     _check_batch(optimizer)
@@ -90,13 +92,18 @@ def _flag(name: str) -> str:
 def _check_positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{_flag(name)} is {value}; expected a positive number")
+            raise ValueError(f"{_flag(name)} is {value}; expected a positive number{_and_finite(value)}")
 
 
 def _check_not_negative(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{_flag(name)} is {value}; expected at least 0")
+            raise ValueError(f"{_flag(name)} is {value}; expected at least 0{_and_finite(value)}")
+
+
+def _and_finite(value: float) -> str:
+    """End what was expected of a number that is above all bounds, or none."""
+    return "" if math.isfinite(value) else ", and finite"
 
 
 def _check_texts(settings: "TrainSettings") -> None:

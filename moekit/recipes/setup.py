@@ -1,12 +1,17 @@
 """From settings to the model of a run: its shape, and the method of its MoE layers."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.recipes.automatic import automatic
+from moekit.recipes.choices import experts_per_token
 from moekit.recipes.layers import Recipe
-from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options
+from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault
 from moekit.recipes.settings import ModelSettings
+
+_OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")
+_OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
 
 
 def make_config(settings: ModelSettings) -> ModelConfig:
@@ -26,11 +31,14 @@ def make_config(settings: ModelSettings) -> ModelConfig:
         >>> make_config(ModelSettings(preset="open_lm_41m")).moe_num_experts
         8
     """
-    names = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")
-    flags = {name: getattr(settings, name) for name in names}
+    settings = with_model_keys(settings)
+    flags = {name: getattr(settings, name) for name in _OF_SHAPE}
     if settings.moe_freq:
         flags |= {"moe_num_experts": settings.moe_num_experts}
-        flags |= {} if settings.moe_top_k is None else {"moe_top_k": settings.moe_top_k}
+        if settings.moe_top_k is not None:
+            flags |= {"moe_top_k": settings.moe_top_k}
+        elif settings.moe_num_experts == 1:
+            flags |= {"moe_top_k": 1}  # nobody asked for more
     return load_config(settings.preset, defaults=flags)
 
 
@@ -53,7 +61,7 @@ def make_recipe(settings: ModelSettings) -> Recipe:
         >>> make_recipe(ModelSettings(recipe="openlm", moe_loss_weight=0.3)).coefficients
         {'load_balance': 0.3}
     """
-    settings = _with_model_keys(settings)
+    settings = with_model_keys(settings)
     recipe = _find(settings, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe
@@ -65,21 +73,55 @@ def make_recipe(settings: ModelSettings) -> Recipe:
     return recipe._replace(coefficients={**recipe.coefficients, "load_balance": settings.moe_loss_weight})
 
 
-def resolved_model(settings: ModelSettings) -> ModelSettings:
-    """Fill in what the recipe takes for the MoE flags that were left out.
+def check_model(settings: ModelSettings) -> None:
+    """Find out whether shape and method make a model, before anything is made that takes time.
 
     Args:
-        settings: of an MoE model.
+        settings: of the model.
+
+    Raises:
+        ValueError: if a name is unknown, a value makes no sense, or the recipe cannot have so many experts.
+        FileNotFoundError: if a file is not there.
+
+    Example:
+        >>> check_model(ModelSettings(recipe="deepseek_v3", moe_num_experts=6))
+        Traceback (most recent call last):
+        ValueError: recipe deepseek_v3 does not fit --moe-num-experts 6: group_limited: groups_kept = 4 of
+            num_groups = 8 groups of E = 6 experts; expected num_groups to divide E, and 1 <= groups_kept <= num_groups.
+    """
+    config = make_config(settings)
+    recipes = [make(settings) for make in (make_recipe, make_evaluation_recipe)]
+    if not config.moe_freq:
+        return
+    assert config.moe_num_experts is not None  # the configuration has checked it
+    try:
+        for recipe in recipes:
+            experts_per_token(recipe, config.moe_num_experts, sequence_length=config.seq_len)
+    except ValueError as error:
+        if users_fault(settings.recipe, error) is not None:
+            raise
+        raise ValueError(
+            f"recipe {settings.recipe} does not fit --moe-num-experts {config.moe_num_experts}: {error}"
+        ) from error
+
+
+def resolved_model(settings: ModelSettings) -> ModelSettings:
+    """Fill in what the model's file says, and what the recipe takes for the MoE flags that were left out.
+
+    Args:
+        settings: of the model.
 
     Returns:
-        The settings; what the recipe has no option for stays out.
+        The settings; what the recipe has no option for stays out, as does all of it in a dense model.
 
     Example:
         >>> resolved = resolved_model(ModelSettings(recipe="openlm"))
         >>> resolved.moe_top_k, resolved.moe_capacity_factor, resolved.moe_loss_weight
         (2, 1.25, 0.1)
     """
-    merged, options = _with_model_keys(settings), recipe_options(settings.recipe)
+    merged, options = with_model_keys(settings), recipe_options(settings.recipe)
+    if not merged.moe_freq:
+        return merged
     weight = make_recipe(settings).coefficients.get("load_balance")
     return replace(
         merged,
@@ -109,11 +151,63 @@ def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
         >>> capacity_words(make_evaluation_recipe(ModelSettings(moe_capacity_factor=1.25)))
         'dropless'
     """
-    settings = _with_model_keys(settings)
+    settings = with_model_keys(settings)
     options = recipe_options(settings.recipe)
     if "capacity_factor" not in options and "training" not in options:
         return make_recipe(settings)
     return _find(settings, capacity_factor=0.0 if "capacity_factor" in options else None, training=False)
+
+
+def with_model_keys(settings: ModelSettings) -> ModelSettings:
+    """Let the keys of the model's file win over flags, as in OpenLM.
+
+    Args:
+        settings: of the model.
+
+    Returns:
+        Settings of what is made; where the file makes it dense, those of the method are left out.
+
+    Raises:
+        ValueError: if the preset is unknown or its file holds no keys.
+        FileNotFoundError: if the preset is a path and not there.
+
+    Example:
+        >>> with_model_keys(ModelSettings(preset="llama2_7b", model_norm="layer_norm")).model_norm
+        'rms_norm'
+    """
+    found = _keys_of_flags(settings)
+    dense = dict.fromkeys(_OF_METHOD) if found.get("moe_freq") == 0 else {}
+    return replace(settings, **{**found, **dense})
+
+
+def overridden_flags(settings: ModelSettings) -> list[str]:
+    """Say which flags have no effect because the model's file says something else.
+
+    Args:
+        settings: of the model, as they were given; a flag that was given its default is not told from one left out.
+
+    Returns:
+        A line of text for each.
+
+    Raises:
+        ValueError: if the preset is unknown or its file holds no keys.
+        FileNotFoundError: if the preset is a path and not there.
+
+    Example:
+        >>> print(*overridden_flags(ModelSettings(preset="llama2_7b", model_norm="layer_norm")))
+        --model-norm layer_norm has no effect: model llama2_7b says model_norm rms_norm, and its keys win. Leave it out
+    """
+    found, lines = _keys_of_flags(settings), []
+    mend = "Leave it out" + (", or take the key out of the file" if settings.preset.endswith(".json") else "")
+    for name, default in ((field.name, field.default) for field in fields(settings)):
+        given = getattr(settings, name)
+        key = "moe_freq" if found.get("moe_freq") == 0 and name in ("moe_num_experts", *_OF_METHOD) else name
+        if given != default and key in found and (key != name or given != found[key]):
+            flag = f"--{name.replace('_', '-')}" + ("" if given is True else f" {given}")
+            lines.append(
+                f"{flag} has no effect: model {settings.preset} says {key} {found[key]}, and its keys win. {mend}"
+            )
+    return lines
 
 
 def _find(settings: ModelSettings, *, capacity_factor: float | None, training: bool = True) -> Recipe:
@@ -122,7 +216,7 @@ def _find(settings: ModelSettings, *, capacity_factor: float | None, training: b
     return automatic(find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered))
 
 
-def _with_model_keys(settings: ModelSettings) -> ModelSettings:
-    """Let the MoE keys of the model's file win over flags."""
-    concerned = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")
-    return replace(settings, **{key: value for key, value in read_config(settings.preset).items() if key in concerned})
+def _keys_of_flags(settings: ModelSettings) -> dict[str, Any]:
+    """Read the keys of the model's file that there are flags for."""
+    names = (*_OF_SHAPE, "moe_num_experts", *_OF_METHOD)
+    return {key: value for key, value in read_config(settings.preset).items() if key in names}

@@ -120,10 +120,11 @@ def take_gradient(
     """Compute the loss of an optimizer step, and add its gradient to the parameters'.
 
     The loss is a mean over the global batch, so its gradient is the same for any number of micro-batches and ranks, to
-    rounding, wherever no capacity limit drops assignments (a limit counts within a micro-batch of a rank) and the
-    router draws no random numbers. For the balancing losses that takes the load of the whole step: with several
-    micro-batches it is counted by a forward without gradients before the first backward; with several ranks it is
-    summed over them.
+    rounding, wherever tokens are routed one by one: no capacity limit drops assignments (a limit counts within a
+    micro-batch), and the router draws no random numbers and does not look at the whole batch. Losses that are no means
+    over tokens, as ``importance_loss``, are those of micro-batches. For the other balancing losses that takes the load
+    of the whole step: with several micro-batches it is counted by a forward without gradients before the first
+    backward; with several ranks it is summed over them.
 
     Args:
         model: whose MoE layers carry their recipe's coefficients.

@@ -16,6 +16,10 @@ _GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _H100 = h100_machine()
 
 
+def _microseconds(seconds: float) -> float:
+    return round(1e6 * seconds, 6)  # 6.6, not 6.6000000000000005
+
+
 @dataclass(frozen=True)
 class TrafficSettings:
     """Predict what an MoE layer's strategies send, and how long it takes, forward and backward.
@@ -46,11 +50,11 @@ class TrafficSettings:
     """GB/s that a GPU sends inside its node."""
     network_bandwidth: float = _H100.network.bandwidth / 1e9
     """GB/s that a GPU sends to other nodes."""
-    node_latency: float = _H100.node.latency * 1e6
+    node_latency: float = _microseconds(_H100.node.latency)
     """Microseconds per message inside a node."""
-    network_latency: float = _H100.network.latency * 1e6
+    network_latency: float = _microseconds(_H100.network.latency)
     """Microseconds per message between nodes."""
-    start: float = _H100.start * 1e6
+    start: float = _microseconds(_H100.start)
     """Microseconds that any collective takes before it sends."""
     capacity_factor: float = 1.25
     """Of static_all_to_all."""

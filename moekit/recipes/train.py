@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,16 @@ from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.model import LanguageModel
 from moekit.lm.signals import stop_on_signals
 from moekit.lm.trackers import read_metrics
-from moekit.parallel import World, start_processes, under_torchrun
+from moekit.parallel import World, any_true, share, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.audits import audit
+from moekit.recipes.choices import experts_per_token
 from moekit.recipes.configuration import parse_settings, write_config
-from moekit.recipes.consoles import print_warnings
+from moekit.recipes.consoles import print_notes, print_warnings
 from moekit.recipes.construction import run_layout
 from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.holdings import holding_table, plan_holdings
-from moekit.recipes.language_models import language_model, parameter_table
+from moekit.recipes.language_models import language_model, moe_layers, parameter_table
 from moekit.recipes.loop import loop, validate
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
@@ -31,7 +33,7 @@ from moekit.recipes.saving import restore, save
 from moekit.recipes.scoring import append_results, score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
-from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.setup import check_model, make_config, make_recipe, overridden_flags
 
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)
@@ -55,14 +57,15 @@ def main(
     try:
         settings = parse_settings(words, prog=prog)
         if settings.run.describe:
-            describe(settings, Console())
+            console = Console()
+            print_notes(console, overridden_flags(settings.model))
+            describe(settings, console)
             return
         if settings.run.deterministic:
             make_deterministic()
         with start_processes() as world:
             console = Console(quiet=world.rank > 0)
-            for line in notes(settings, world):
-                console.print(line, highlight=False, soft_wrap=True)
+            print_notes(console, notes(settings, world))
             if settings.evaluates_only:
                 score(settings, world, console)
             else:
@@ -81,6 +84,7 @@ def describe(settings: TrainSettings, console: Console) -> None:
         settings: of the run.
         console: where to.
     """
+    check_model(settings.model)
     config = make_config(settings.model)
     with torch.device("meta"):
         model = language_model(config, make_recipe(settings.model))
@@ -111,7 +115,7 @@ def notes(settings: TrainSettings, world: World) -> list[str]:
         >>> notes(TrainSettings(parallel=ParallelSettings(fsdp=True)), one_process())
         ['--fsdp has nothing to share with: this is one process. Start several with torchrun']
     """
-    parallel, lines = settings.parallel, without_effect(settings.legacy)
+    parallel, lines = settings.parallel, [*without_effect(settings.legacy), *overridden_flags(settings.model)]
     if world.size == 1:
         names = ("fsdp", "fsdp_amp", "fsdp_pure_bf16", "moe_weight_parallelism", "moe_expert_model_parallelism")
         lines += [
@@ -161,8 +165,10 @@ def train(
         with recording(run, console, started) as recorder, stop_on_signals() as stop:
             ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
             progress = ended.progress
-            absent = not checkpoint_folder(run.folder, progress.step).exists()
-            if progress.step > started.step or (absent and ended.trouble is None):
+            # all ranks save or none: each knows of its own trouble alone, and may see an older state of the folder
+            troubled = any_true(world, ended.trouble is not None)
+            absent = share(world, not checkpoint_folder(run.folder, progress.step).exists())
+            if progress.step > started.step or (absent and not troubled):
                 save(run, progress, ended.at)
             if ended.trouble is not None:
                 raise ended.trouble
@@ -170,7 +176,8 @@ def train(
         run.stream.close()
     if progress.step < run.budget.steps:
         folder = checkpoint_folder(run.folder, progress.step)
-        console.print(f"stopped by {ended.by} after step {progress.step}; checkpoint {folder}", highlight=False)
+        left = f"checkpoint {folder}" if folder.exists() else "nothing was saved"
+        console.print(f"stopped by {ended.by} after step {progress.step}; {left}", highlight=False)
         console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
         if under_torchrun():
             # 0 would say that the work is done, and agents on other machines would not go on with it
@@ -206,7 +213,8 @@ def announce(run: Run, console: Console) -> None:
         highlight=False,
         soft_wrap=True,
     )
-    print_warnings(console, causality_notes(run.settings) if run.world.rank == 0 else ())
+    notes = [*causality_notes(run.settings), *rounding_notes(run)] if run.world.rank == 0 else ()
+    print_warnings(console, notes)
     warmup = run.settings.optimizer.warmup
     if warmup is not None and warmup >= budget.steps:
         console.print(
@@ -239,6 +247,31 @@ def causality_notes(settings: TrainSettings) -> list[str]:
         f"warning: with --recipe {settings.model.recipe} a token's output depends on later tokens, so that the "
         "training loss (and validation, unless the method evaluates otherwise) is no loss of a model that generates",
         f"  {found.later_token}",
+    ]
+
+
+def rounding_notes(run: Run) -> list[str]:
+    """Warn of loads that are rounded to whole tiles and of which most are nearer to none.
+
+    Args:
+        run: before its first step.
+
+    Returns:
+        Lines of text; none where the router rounds nothing, or the mean load is half a tile at least.
+    """
+    layer = next((layer for _, layer in moe_layers(run.model)), None)
+    route = None if layer is None else layer.recipe.route
+    if layer is None or not isinstance(route, partial) or "tile" not in route.keywords:
+        return []
+    tile, before = route.keywords["tile"], layer.recipe._replace(route=route.args[0])
+    tokens = run.budget.tokens_per_step // (run.world.size * run.settings.optimizer.accum_freq)
+    load = experts_per_token(before, layer.num_experts) * tokens / layer.num_experts
+    if 2 * load >= tile:
+        return []
+    return [
+        f"warning: an expert has {load:.0f} rows of a micro-batch of {tokens:,} tokens in the mean, and --recipe "
+        f"{run.settings.model.recipe} rounds loads to multiples of {tile}: most become 0, and their tokens reach no "
+        "expert. Give larger micro-batches, fewer experts, or a recipe with a smaller tile"
     ]
 
 

@@ -38,7 +38,7 @@ from moekit.routing.states import fixed_table, observe_load, quantile_bias, sele
 from moekit.routing.stats import RoutingStats, routing_stats
 from moekit.routing.token_rounding import round_tokens, token_rounding
 from moekit.routing.top_k import sigmoid, softmax, softmax_of_top_k, sqrt_softplus, token_choice, top_k, weights_at
-from moekit.routing.topology import topology_limited
+from moekit.routing.topology import over_nodes, topology_limited
 
 __all__ = [
     # gates
@@ -76,6 +76,7 @@ __all__ = [
     "threshold",
     "relu_choice",
     "topology_limited",
+    "over_nodes",
     "softmax",
     "sigmoid",
     "sqrt_softplus",

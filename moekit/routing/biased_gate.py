@@ -14,6 +14,11 @@ class BiasedGateParams(NamedTuple):
     Attributes:
         w: (D, E).
         b: (E,).
+
+    Example:
+        >>> params = BiasedGateParams(torch.zeros(4, 2), torch.tensor([0.0, 1.0]))
+        >>> biased_gate(torch.ones(1, 4), params)
+        tensor([[0., 1.]])
     """
 
     w: Tensor

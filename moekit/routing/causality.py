@@ -57,6 +57,11 @@ class Causality(NamedTuple):
         later_token: an output that changed with later tokens of its own sequence; None if none was found.
         earlier_sequence: an output that changed with a sequence before it in the batch; None if none was found.
         later_sequence: an output that changed with a sequence after it in the batch; None if none was found.
+
+    Example:
+        >>> found = Causality()
+        >>> found.leaks, found.other_sequences, str(found)
+        (False, False, 'depends on no later token and on no other sequence')
     """
 
     later_token: Dependence | None = None

@@ -25,6 +25,11 @@ class LossForm(NamedTuple):
         choices: how many choices of a token f counts; None is all.
         scope: the tokens over which f and P are taken, a function of ``moekit.routing.scopes``.
         global_counts: whether f is of the whole global batch, over ranks and micro-batches.
+
+    Example:
+        >>> mine = LossForm("half of each layer's, averaged", factor=0.5, averaged=True)
+        >>> value_at_balance(mine, k=2, num_experts=8, num_layers=16)
+        0.5
     """
 
     name: str

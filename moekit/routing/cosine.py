@@ -19,6 +19,11 @@ class CosineGateParams(NamedTuple):
         projection: (D, d), from tokens to the routing space.
         experts: (E, d), the direction of each expert.
         temperature: (1,), the logarithm of the factor on the cosines.
+
+    Example:
+        >>> params = CosineGateParams(torch.eye(4, 2), torch.eye(2), torch.zeros(1))
+        >>> cosine_gate(torch.tensor([[3.0, 0.0, 0.0, 0.0]]), params)
+        tensor([[1., 0.]])
     """
 
     projection: Tensor

@@ -116,10 +116,34 @@ def _check_gate(x: Tensor, w: Tensor) -> None:
 
 
 def noisy(logits: Logits) -> Tensor:
-    """Return the logits that a router decides by, (T, E), from a gate with or without noise."""
+    """Return the logits that a router decides by, from a gate with or without noise.
+
+    Args:
+        logits: (T, E), or ``NoisyLogits`` of (T, E).
+
+    Returns:
+        (T, E): those with noise, where there is any.
+
+    Example:
+        >>> z = torch.zeros(2, 3)
+        >>> noisy(NoisyLogits(z + 1, z, std=z)).mean(), noisy(z) is z
+        (tensor(1.), True)
+    """
     return logits.logits if isinstance(logits, NoisyLogits) else logits
 
 
 def clean(logits: Logits) -> Tensor:
-    """Return the logits without noise, (T, E), from a gate with or without noise."""
+    """Return the logits without noise, from a gate with or without noise.
+
+    Args:
+        logits: (T, E), or ``NoisyLogits`` of (T, E).
+
+    Returns:
+        (T, E): what losses and statistics read.
+
+    Example:
+        >>> z = torch.zeros(2, 3)
+        >>> clean(NoisyLogits(z + 1, z, std=z)).mean(), clean(z) is z
+        (tensor(0.), True)
+    """
     return logits.clean if isinstance(logits, NoisyLogits) else logits

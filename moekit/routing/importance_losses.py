@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import clean
-from moekit.routing.scopes import Scope, hidden, mean_of_pools, real_tokens, sums_of_pools, whole_batch
+from moekit.routing.scopes import (
+    Scope,
+    hidden,
+    mean_of_pools,
+    real_tokens,
+    sums_of_pools,
+    weights_by_expert,
+    whole_batch,
+)
 from moekit.routing.top_k import Score
 from moekit.types import Logits, NoisyLogits, Routing
 
@@ -56,7 +64,7 @@ def importance_loss(
         Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, appendix A.2,
         https://arxiv.org/abs/2106.05974
     """
-    values = _weights_by_expert(routing) if score is None else score(hidden(clean(logits), token_mask))
+    values = weights_by_expert(routing) if score is None else score(hidden(clean(logits), token_mask))
     return _squared_variation(values, token_mask, scope=scope, sequence_length=sequence_length)
 
 
@@ -141,15 +149,6 @@ def _chances(logits: NoisyLogits, k: int, *, excluding_self: bool) -> Tensor:
     else:  # every expert is chosen, whatever the noise
         return clean_logits.masked_fill(torch.ones_like(clean_logits, dtype=torch.bool), 1.0)
     return torch.special.ndtr((clean_logits - threshold) / std)
-
-
-def _weights_by_expert(routing: Routing) -> Tensor:
-    """Spread the weights over experts, (T, E). A cell gets one weight only, so that no order of additions matters."""
-    num_tokens, num_experts = routing.num_tokens, routing.num_experts
-    experts = torch.where(routing.expert_indices < 0, num_experts, routing.expert_indices)  # a column to be cut off
-    cells = (routing.token_indices * (num_experts + 1) + experts).flatten()
-    table = routing.weights.new_zeros(num_tokens * (num_experts + 1))
-    return table.scatter_add(0, cells, routing.weights.flatten()).view(num_tokens, num_experts + 1)[:, :num_experts]
 
 
 def _squared_variation(

@@ -47,6 +47,7 @@ def load_balance_loss(
 
     Raises:
         ValueError: if ``choices`` is given for a routing that is not (T, K).
+        IndexError or RuntimeError: of torch, if the mask is not of T elements.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -88,6 +89,9 @@ def z_loss(
 
     Returns:
         Scalar float32.
+
+    Raises:
+        RuntimeError: of torch, if the mask is not of T elements.
 
     Example:
         >>> z_loss(torch.zeros(5, 4)).sqrt().exp()

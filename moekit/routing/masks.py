@@ -7,9 +7,10 @@ from moekit.types import Routing
 
 
 def mask_tokens(routing: Routing, token_mask: Tensor) -> Routing:
-    """Take the assignments of padding tokens out of a routing: they reach no expert and take no capacity.
+    """Take the assignments of padding tokens out of a routing: they reach no expert and take nobody's place.
 
-    The capacity itself follows ``routing.pool``, a number known without reading the device, and stays as it is.
+    The capacity itself follows ``routing.pool``, a number known without reading the device, and stays as it is: padding
+    counts in it, so that appending masked tokens makes room under a capacity limit.
 
     Args:
         routing: any routing.

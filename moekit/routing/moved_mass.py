@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.routing.scopes import weights_by_expert
 from moekit.types import Routing
 
 
@@ -50,7 +51,7 @@ def moved_mass(before: Routing, after: Routing) -> MovedMass:
             f"{before.num_experts} and {after.num_experts} experts; expected two routings of the same "
             f"tokens to the same experts."
         )
-    old, new = _dense_weights(before), _dense_weights(after)
+    old, new = weights_by_expert(before), weights_by_expert(after)
     total = old.sum()
     dropped = old.masked_fill(_exists(after), 0.0).sum()
     added = new.masked_fill(_exists(before), 0.0).sum()
@@ -63,13 +64,6 @@ def _exists(routing: Routing) -> Tensor:
     pairs, num_pairs = _pairs(routing)
     exists = torch.zeros(num_pairs + 1, dtype=torch.bool, device=pairs.device).scatter(0, pairs, True)
     return exists[:-1].view(routing.num_tokens, routing.num_experts)
-
-
-def _dense_weights(routing: Routing) -> Tensor:
-    """Return (T, E), the weight of each pair, 0 for those that a routing does not have."""
-    pairs, num_pairs = _pairs(routing)
-    weights = routing.weights.new_zeros(num_pairs + 1).index_add(0, pairs, routing.weights.flatten())
-    return weights[:-1].view(routing.num_tokens, routing.num_experts)
 
 
 def _pairs(routing: Routing) -> tuple[Tensor, int]:

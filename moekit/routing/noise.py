@@ -27,6 +27,11 @@ class NoisyGateParams(NamedTuple):
     Attributes:
         w: (D, E), of the logits.
         noise: (D, E), of the standard deviation of their noise.
+
+    Example:
+        >>> params = NoisyGateParams(torch.zeros(4, 8), torch.zeros(4, 8))
+        >>> noisy_gate(torch.ones(3, 4), params, training=False).logits.shape
+        torch.Size([3, 8])
     """
 
     w: Tensor

@@ -1,7 +1,8 @@
 """Scopes: over which tokens a balancing loss asks for balance, each as a function that splits the tokens into pools.
 
-A loss computes one number per pool and averages those of the pools that hold a real token. A smaller scope is a
-stronger wish: balance within every sequence implies balance of the batch, and not the other way round.
+A loss computes one number per pool and averages them over the real tokens: a pool counts by how many it holds, so that
+micro-batches, weighed by theirs, add up to the same. A smaller scope is a stronger wish: balance within every sequence
+implies balance of the batch, and not the other way round.
 """
 
 from collections.abc import Callable
@@ -190,8 +191,30 @@ def counts_of_pools(
     return count_tokens(keys, pools.shape[0] * routing.num_experts).view(pools.shape[0], routing.num_experts)
 
 
+def weights_by_expert(routing: Routing) -> Tensor:
+    """Spread the weights of a routing over the experts.
+
+    Args:
+        routing: any; it has each pair of a token and an expert once at most, so that no order of additions matters.
+
+    Returns:
+        (T, E), of the dtype of the weights; 0 for the pairs that the routing does not have.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> weights_by_expert(round_robin(torch.zeros(2, 3), k=1, normalize=True))
+        tensor([[1., 0., 0.],
+                [0., 1., 0.]])
+    """
+    num_tokens, num_experts = routing.num_tokens, routing.num_experts
+    experts = torch.where(routing.expert_indices < 0, num_experts, routing.expert_indices)  # a column to be cut off
+    cells = (routing.token_indices * (num_experts + 1) + experts).flatten()
+    table = routing.weights.new_zeros(num_tokens * (num_experts + 1))
+    return table.scatter_add(0, cells, routing.weights.flatten()).view(num_tokens, num_experts + 1)[:, :num_experts]
+
+
 def mean_of_pools(losses: Tensor, real: Tensor) -> Tensor:
-    """Average a loss over the pools that hold a real token; zero if none does.
+    """Average a loss over the real tokens, each with the loss of its pool; zero if there is none.
 
     Args:
         losses: (pools,).
@@ -202,6 +225,6 @@ def mean_of_pools(losses: Tensor, real: Tensor) -> Tensor:
 
     Example:
         >>> mean_of_pools(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([4, 2, 0]))
-        tensor(2.)
+        tensor(1.6667)
     """
-    return losses.masked_fill(real == 0, 0.0).sum() / (real > 0).sum().clamp_min(1)
+    return (losses.masked_fill(real == 0, 0.0) * real).sum() / real.sum().clamp_min(1)

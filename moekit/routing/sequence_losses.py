@@ -21,13 +21,14 @@ def sequence_balance_loss(
     per_token: float | None = None,
     scope: Scope = each_sequence,
 ) -> Tensor:
-    """Compute the balancing loss of every sequence by itself, and average: mean_i E * sum_e f_e(i) P_e(i).
+    """Compute the balancing loss of every sequence by itself, and average over tokens: mean_i E * sum_e f_e(i) P_e(i).
 
     f(i) and P(i) are taken over the real tokens of sequence i, so that a batch whose sequences each collapse on another
     expert, and which as a whole is balanced, still pays. **1 at perfect balance within every sequence** for any k.
     DeepSeek-V3 takes it with ``score=sigmoid`` and a coefficient of 0.0001.
 
-    Each sequence counts the same, however many real tokens it has; one without any does not count.
+    A sequence counts by its real tokens, so where all have as many, as in pretraining, each counts the same. (The paper
+    takes them one by one.) It thus makes no difference how a step is cut into micro-batches.
 
     No host synchronisation. Deterministic on CUDA.
 

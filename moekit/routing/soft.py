@@ -17,6 +17,11 @@ class SoftGateParams(NamedTuple):
     Attributes:
         slots: (D, E*S), a direction for each slot, those of one expert next to each other.
         scale: (1,), the factor on the cosines.
+
+    Example:
+        >>> params = SoftGateParams(torch.ones(4, 6), torch.ones(1))  # three experts of two slots
+        >>> soft_gate(torch.ones(5, 4), params).shape
+        torch.Size([5, 6])
     """
 
     slots: Tensor

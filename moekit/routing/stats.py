@@ -22,6 +22,15 @@ class RoutingStats(NamedTuple):
         dead_experts: scalar int64, experts without a single assignment.
         drop_rate: scalar, share of assignments that the plan dropped.
         mass_lost: scalar, share of router weight that the plan dropped.
+
+    Example:
+        >>> from moekit.dispatch import dropless_plan
+        >>> from moekit.routing import round_robin
+        >>> logits = torch.zeros(4, 2)
+        >>> routing = round_robin(logits, k=1)
+        >>> stats = routing_stats(logits, routing, dropless_plan(routing))
+        >>> stats.tokens_per_expert, stats.max_violation, stats.dead_experts
+        (tensor([2, 2]), tensor(0.), tensor(0))
     """
 
     tokens_per_expert: Tensor

@@ -14,17 +14,56 @@ _SMALLEST_SUM = 1e-20  # keeps 0/0 out of normalised sigmoid scores; DeepSeek-V3
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Turn logits (T, E) into probabilities (T, E) over all experts."""
+    """Turn logits into probabilities over all experts.
+
+    Args:
+        logits: (T, E), any floating dtype.
+
+    Returns:
+        (T, E), the dtype of ``logits``; the scores of a token sum to one.
+
+    Example:
+        >>> softmax(torch.zeros(1, 4))
+        tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
+
+    References:
+        Shazeer et al., Outrageously Large Neural Networks, 2017, equation 2, https://arxiv.org/abs/1701.06538
+    """
     return torch.softmax(logits, dim=-1)
 
 
 def sigmoid(logits: Tensor) -> Tensor:
-    """Turn logits (T, E) into independent scores (T, E) in (0, 1)."""
+    """Turn logits into independent scores in (0, 1).
+
+    Args:
+        logits: (T, E), any floating dtype.
+
+    Returns:
+        (T, E), the dtype of ``logits``; the scores of a token have no fixed sum.
+
+    Example:
+        >>> sigmoid(torch.zeros(1, 4))
+        tensor([[0.5000, 0.5000, 0.5000, 0.5000]])
+
+    References:
+        DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, equation 15, https://arxiv.org/abs/2412.19437
+    """
     return torch.sigmoid(logits)
 
 
 def sqrt_softplus(logits: Tensor) -> Tensor:
-    """Turn logits (T, E) into independent positive scores (T, E), sqrt(log(1 + exp z)), as DeepSeek-V4's router."""
+    """Turn logits into independent positive scores, sqrt(log(1 + exp z)), as DeepSeek-V4's released router.
+
+    Args:
+        logits: (T, E), any floating dtype.
+
+    Returns:
+        (T, E), the dtype of ``logits``; above zero, also where exp z underflows.
+
+    Example:
+        >>> sqrt_softplus(torch.tensor([[0.0, 100.0]]))
+        tensor([[ 0.8326, 10.0000]])
+    """
     # softplus underflows to 0 far below zero, where the gradient of the root would be infinite
     return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
 

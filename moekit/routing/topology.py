@@ -9,7 +9,14 @@ from moekit.types import Routing
 
 
 def topology_limited(
-    logits: Tensor, *, k: int = 2, num_nodes: int, node: int, share: float = 0.14, bias: Tensor | None = None
+    logits: Tensor,
+    *,
+    k: int = 2,
+    num_nodes: int,
+    node: int,
+    share: float = 0.14,
+    token_mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> Routing:
     """Choose the k largest logits, but let at most ``share`` of the tokens have experts on other nodes.
 
@@ -29,6 +36,8 @@ def topology_limited(
         num_nodes: nodes that the experts are spread over; it divides E.
         node: the number of this one.
         share: of the tokens that may leave, between 0 and 1.
+        token_mask: (T,) bool, or any shape of T elements; True for real tokens. The others take no leave from them, and
+            do not count in the share.
         bias: (E,) added to the logits for selection and rank only.
 
     Returns:
@@ -55,10 +64,59 @@ def topology_limited(
     at_home = torch.topk(scores.masked_fill(~local, float("-inf")), k, dim=-1).indices
     rank = values.masked_fill(local[chosen], float("-inf")).amax(-1)  # (T,), -inf for a token that stays anyway
     numerator, denominator = ratio_of(share)
-    may_leave = torch.sort(rank, descending=True, stable=True).indices[: num_tokens * numerator // denominator]
-    kept = (rank == float("-inf")).scatter(0, may_leave, True)
+    real: int | Tensor = num_tokens
+    if token_mask is not None:
+        mask = token_mask.flatten().bool()
+        rank, real = rank.masked_fill(~mask, float("-inf")), mask.sum()
+    order = torch.sort(rank, descending=True, stable=True).indices
+    turns = torch.arange(num_tokens, device=logits.device)
+    may_leave = torch.zeros_like(rank, dtype=torch.bool).scatter(0, order, turns < real * numerator // denominator)
+    kept = may_leave | (rank == float("-inf"))
     chosen = chosen.where(kept.unsqueeze(-1), at_home)
     return token_choice(chosen, torch.softmax(logits.gather(-1, chosen), dim=-1), logits)
+
+
+def over_nodes(
+    logits: Tensor,
+    *,
+    k: int = 2,
+    num_nodes: int,
+    share: float = 0.14,
+    token_mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Routing:
+    """Route each of ``num_nodes`` even parts of the tokens as those of one node, by ``topology_limited``.
+
+    Not causal. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        logits: (T, E) float32, the tokens of node 0 first.
+        k: experts per token.
+        num_nodes: that the experts, and here the tokens too, are spread over.
+        share: of a node's tokens that may leave it.
+        token_mask: (T,) bool, or any shape of T elements; see ``topology_limited``.
+        bias: (E,) for the selection alone.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: as ``topology_limited``.
+
+    Example:
+        >>> over_nodes(torch.tensor([[0.0, 1.0], [1.0, 0.0]]), k=1, num_nodes=2, share=0.0).expert_indices.flatten()
+        tensor([0, 1])
+
+    References:
+        He et al., FasterMoE, PPoPP 2022 (topology-aware gate), https://doi.org/10.1145/3503221.3508418
+    """
+    masks = [None] * num_nodes if token_mask is None else token_mask.flatten().chunk(num_nodes)
+    parts = [
+        topology_limited(part, k=k, num_nodes=num_nodes, node=node, share=share, token_mask=mask, bias=bias)
+        for node, (part, mask) in enumerate(zip(logits.chunk(num_nodes), masks, strict=False))
+    ]
+    chosen = torch.cat([part.expert_indices for part in parts])
+    return token_choice(chosen, torch.cat([part.weights for part in parts]), logits)
 
 
 def _check_nodes(num_experts: int, k: int, num_nodes: int, node: int, share: float) -> None:

@@ -28,10 +28,6 @@ def test_ranks_that_get_nothing_never_hang(full):
     run_ranks("strategy_cases:compare_all", 4, cases, limit=30)
 
 
-def test_a_soft_layer_is_gathered():
-    run_ranks("strategy_cases:compare_soft", 4, limit=30)
-
-
 def test_the_static_exchange_compiles_without_a_graph_break():
     run_ranks("strategy_cases:compile_static", 2, limit=120)
 

@@ -304,7 +304,7 @@ def test_the_clamped_activation_has_the_constants_of_gpt_oss() -> None:
 @pytest.mark.parametrize("weighted", [False, True])
 def test_a_group_of_many_tiles_is_added_up(weighted: bool) -> None:
     from moekit.experts.kernels._biases_triton import Weighing, bias_gradient
-    from moekit.experts.kernels._tiles_triton import schedule
+    from moekit.experts.kernels._tiles_triton import make_schedule
 
     sizes, parts, width = torch.tensor([3, 0, 1100, 16], dtype=torch.int32), 2, 5
     used, owners = int(sizes.sum()), torch.arange(4).repeat_interleave(sizes)
@@ -319,7 +319,7 @@ def test_a_group_of_many_tiles_is_added_up(weighted: bool) -> None:
         grads[:used][nobodys] = torch.nan
     weighing = Weighing(*(t.to(DEVICE) for t in (weights, bias)), products, assignments.to(DEVICE))
     weighing = weighing if weighted else None
-    plan = schedule(sizes.to(DEVICE), used + 7, 16)
+    plan = make_schedule(sizes.to(DEVICE), used + 7, 16)
     found = bias_gradient(grads.to(DEVICE), plan, height=16, parts=1 if weighted else parts, weighing=weighing).cpu()
     rows = grads[:used].double()
     if weighted:
@@ -365,7 +365,7 @@ def test_a_part_is_described_only_if_it_begins_at_whole_16_bytes(
     part: int, described: bool, tall: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from moekit.experts.kernels import _gemms_triton
-    from moekit.experts.kernels._tiles_triton import schedule
+    from moekit.experts.kernels._tiles_triton import make_schedule
     from moekit.experts.tiles import Tile
 
     chosen: list[bool] = []
@@ -373,7 +373,7 @@ def test_a_part_is_described_only_if_it_begins_at_whole_16_bytes(
     monkeypatch.setattr(_gemms_triton, "matrix", lambda t, block, tma: (chosen.append(tma), spied(t, block, tma))[1])
     _gemms_triton._rows_launch.cache_clear()
     _gemms_triton._weight_launch.cache_clear()
-    plan = schedule(torch.tensor([3, 2], dtype=torch.int32, device=DEVICE), 5, 16)
+    plan = make_schedule(torch.tensor([3, 2], dtype=torch.int32, device=DEVICE), 5, 16)
     tile = Tile(m=16, n=16, k=16, warps=4, stages=2)
     wide, narrow = torch.ones(5, 2 * part, device=DEVICE), torch.ones(5, 12, device=DEVICE)
     left, right = (wide, narrow) if tall else (narrow, wide)

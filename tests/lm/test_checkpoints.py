@@ -446,6 +446,35 @@ def test_the_one_moved_away_is_forgotten_once_its_successor_is_there(three, tmp_
     assert latest_checkpoint(tmp_path) == three[2]
 
 
+@pytest.mark.parametrize("replaces_one", [True, False])
+def test_the_new_one_is_on_the_disk_before_anything_older_is_removed(tmp_path, monkeypatch, replaces_one):
+    save_checkpoint(checkpoint_folder(tmp_path, 5), TENSORS, STATE)
+    if replaces_one:
+        save_checkpoint(checkpoint_folder(tmp_path, 7), TENSORS, STATE)
+    happened, replace, remove = [], os.replace, shutil.rmtree
+
+    def note(kind, action):
+        def done(first, *others, **options):
+            happened.append((kind, os.path.basename(others[0] if kind == "moved" else first)))
+            return action(first, *others, **options)
+
+        return done
+
+    def sync_folder(folder):
+        happened.append(("synced", folder.name))
+
+    monkeypatch.setattr(checkpoint_folders, "sync_folder", sync_folder)
+    monkeypatch.setattr(checkpoint_folders.os, "replace", note("moved", replace))
+    monkeypatch.setattr(checkpoint_folders.shutil, "rmtree", note("removed", remove))
+    save_checkpoint(checkpoint_folder(tmp_path, 7), TENSORS, STATE)
+    prune_checkpoints(tmp_path, keep=1, step=7)
+    named = happened.index(("moved", "step_00000007"))
+    assert happened[named - 1] == ("synced", ".step_00000007.unfinished"), "the names of its files"
+    assert happened[named + 1] == ("synced", "checkpoints"), "its own name"
+    gone = [place for place, event in enumerate(happened) if event[1].endswith(".removed")]
+    assert min(gone) > named + 1
+
+
 def make_training(seed, **options):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2))

@@ -74,8 +74,21 @@ def test_the_time_left_counts_the_steps_of_this_session_alone(monkeypatch):
 def test_a_dense_model_has_no_loads_to_show():
     console = plain()
     with show_training(console, 40) as display:
-        display.update(report(10, layers=[], balance=math.nan))
+        display.update(report(10, layers=[], balance=None))
     assert console.file.getvalue().rstrip().endswith(" s")
+
+
+@pytest.mark.parametrize("make_console", [plain, terminal])
+def test_without_a_balancing_loss_there_is_no_word_of_it_and_one_that_is_no_number_is_shown(make_console):
+    said = []
+    for balance in (None, math.nan):
+        console = make_console()
+        with show_training(console, 40) as display:
+            display.update(report(10, balance=balance))
+        said.append(without_escapes(console.file.getvalue()))
+    assert "balance" not in said[0]
+    assert "loss 3.250" in said[0]
+    assert "balance nan" in said[1]
 
 
 def test_on_a_terminal_there_is_a_live_panel():

@@ -1,8 +1,9 @@
+import errno
 import os
 
 import pytest
 
-from moekit.lm.files import write_whole
+from moekit.lm.files import sync_folder, write_whole
 
 
 @pytest.mark.parametrize(("content", "expected"), [("häß\n", "häß\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")])
@@ -59,3 +60,51 @@ def test_a_folder_in_its_place_is_an_error_and_stays(tmp_path):
     with pytest.raises(OSError, match="directory"):
         write_whole(tmp_path / "a", "x")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_content_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
+    synced, sync, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def move(source, target):
+        assert synced == [(os.stat(source).st_ino, len("content"))]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    assert write_whole(tmp_path / "a", "content").read_text() == "content"
+
+
+def test_content_that_does_not_reach_the_disk_replaces_nothing(tmp_path, monkeypatch):
+    path = tmp_path / "a"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_whole(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_folder_is_synced(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.fstat(descriptor).st_ino))
+    sync_folder(tmp_path)
+    assert synced == [tmp_path.stat().st_ino]
+
+
+def test_a_file_system_that_cannot_sync_folders_is_not_waited_for_but_a_broken_disk_is_told(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    sync_folder(tmp_path)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        sync_folder(tmp_path)
+
+
+def failing(number):
+    def fail(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    return fail

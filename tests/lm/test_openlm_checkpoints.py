@@ -405,14 +405,14 @@ def test_geglu_would_be_read_as_swiglu_and_is_refused():
 def test_a_written_file_has_openlms_fields_and_keeps_tied_weights_tied(tmp_path):
     config = make_config(weight_tying=True, ffn_type="gelu")
     sd = to_openlm(make_model(config).state_dict(), config=config)
-    path = write_openlm(tmp_path / "epoch_2.pt", sd, epoch=2, step=9, name="run", others={"samples_seen": 7})
+    path = write_openlm(tmp_path / "epoch_2.pt", sd, epoch=2, step=9, name="run")
     raw = torch.load(path, weights_only=True)
-    assert (raw["epoch"], raw["step"], raw["name"], raw["samples_seen"]) == (2, 9, "run", 7)
+    assert (raw["epoch"], raw["step"], raw["name"]) == (2, 9, "run")
     assert list(raw["state_dict"]) == list(sd)
     assert raw["state_dict"]["tok_embeddings.weight"].data_ptr() == raw["state_dict"]["output.weight"].data_ptr()
     assert not any(tensor.requires_grad for tensor in raw["state_dict"].values())
     assert [each.name for each in tmp_path.iterdir()] == ["epoch_2.pt"]
-    assert read_openlm(path).others == {"samples_seen": 7}
+    assert read_openlm(path).others == {}
 
 
 def test_a_part_of_a_large_tensor_is_written_alone(tmp_path):
@@ -424,6 +424,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = write_openlm(tmp_path / "epoch_1.pt", {"norm.weight": torch.ones(2)}, epoch=1)
     before = path.read_bytes()
     with pytest.raises(AttributeError, match="pickle"):
-        write_openlm(path, {"norm.weight": torch.ones(2)}, epoch=1, others={"f": lambda: None})
+        write_openlm(path, {"norm.weight": torch.ones(2)}, epoch=1, name=lambda: None)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

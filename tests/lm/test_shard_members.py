@@ -199,7 +199,9 @@ def test_the_data_key_passes_over_companions(tmp_path):
     members, error = members_of(tmp_path, content, data_key="txt")
     assert not members
     assert error.reason == "bad member"
-    assert "ends in .txt; found cls, json, json.gz, v2.json, xjson. Set --data-key" in str(error)
+    found = "cls, json, json.gz, v2.json, xjson"
+    mend = "Set --data-key, or --val-data-key if the shard is of --val-data"
+    assert str(error).endswith(f"ends in .txt; found {found}. {mend}")
     with pytest.raises(ValueError, match=r"data_key is 'npy'; expected one of txt, json, json\.gz"):
         next(shard_members(str(tmp_path / "shard.tar"), data_key="npy"))
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moekit.lm.urls import exists_url, expand_braces, join_url, open_url, parent_url, read_text_url, resolve_url
+from moekit.lm.urls import expand_braces, join_url, open_url, parent_url, read_text_url, resolve_url
 
 
 @pytest.mark.parametrize("text", ["a/b.tar", "/a/b.tar", "s3://bucket/a.tar", "gs://bucket/a b.tar", "file:///a", ""])
@@ -70,9 +70,8 @@ def test_other_commands_need_permission(command):
 
 
 def test_no_command_runs_without_permission(tmp_path):
-    for use in (read_text_url, exists_url):
-        with pytest.raises(ValueError, match="--allow-pipe-commands"):
-            use(f"pipe:touch {tmp_path}/ran")
+    with pytest.raises(ValueError, match="--allow-pipe-commands"):
+        read_text_url(f"pipe:touch {tmp_path}/ran")
     assert not list(tmp_path.iterdir())
 
 
@@ -85,7 +84,6 @@ def test_a_local_file_is_read_to_its_end(tmp_path):
         with open_url(url) as stream:
             assert (stream.read(1), stream.read()) == (b"0", b"123456789")
         assert read_text_url(url) == "0123456789"
-        assert exists_url(url)
 
 
 def test_absent_files_are_named(tmp_path):
@@ -95,7 +93,6 @@ def test_absent_files_are_named(tmp_path):
     ):
         with pytest.raises(FileNotFoundError, match=f"{words} {url}"):
             read_text_url(url)
-        assert not exists_url(url)
 
 
 def test_a_folder_is_no_file(tmp_path):

@@ -3,7 +3,7 @@ import torch
 
 from moekit.parallel import in_order, with_positions
 from moekit.routing import round_robin
-from moekit.types import Routing, SoftRouting
+from moekit.types import Routing
 
 
 def dealt(num_tokens: int, ranks: int, block: int) -> list[list[int]]:
@@ -58,12 +58,6 @@ def test_the_layer_gets_positions_and_all_else_as_it_was(block):
     assert torch.equal(given.positions, with_positions(routing, rank=1, num_ranks=2, block=block).positions)
     assert all(a is b for a, b in zip(given[:-1], routing[:-1], strict=True))
     assert routing.positions is None
-
-
-def test_a_soft_routing_has_no_order():
-    routing = SoftRouting(torch.ones(1, 4, 2, 1), torch.ones(1, 4, 2, 1))
-    layer = in_order(lambda x, given, params: given, rank=1, num_ranks=2, block=3)
-    assert layer(torch.ones(4, 2), routing, None) is routing
 
 
 @pytest.mark.parametrize(("num_tokens", "assignments", "block"), [(5, 5, 2), (4, 7, 2), (3, 3, 4)])

@@ -88,18 +88,22 @@ def test_degrees_can_be_chosen(chosen, grid):
     [
         (
             {"expert_ranks": 3},
-            "--moe-expert-ranks is 3, which does not divide 8, the experts; expected one of 1, 2, 4, 8$",
+            r"expert_ranks \(--moe-expert-ranks\) is 3, which does not divide 8, the experts; "
+            "expected one of 1, 2, 4, 8$",
         ),
-        ({"expert_ranks": 0}, "--moe-expert-ranks is 0, which does not divide 8, the experts"),
-        ({"expert_ranks": -2}, "--moe-expert-ranks is -2, which does not divide 8, the experts"),
-        ({"hidden_ranks": 3}, "--moe-hidden-ranks is 3, which does not divide 1952, the hidden units of an expert"),
+        ({"expert_ranks": 0}, r"expert_ranks \(--moe-expert-ranks\) is 0, which does not divide 8, the experts"),
+        ({"expert_ranks": -2}, r"expert_ranks \(--moe-expert-ranks\) is -2, which does not divide 8, the experts"),
+        (
+            {"hidden_ranks": 3},
+            r"hidden_ranks \(--moe-hidden-ranks\) is 3, which does not divide 1952, the hidden units of an expert",
+        ),
         ({"hidden_ranks": 3}, r"expected one of 1, 2, 4, 8, 16, 32, 61, 122 \.\.\.$"),
         (
             {"expert_ranks": 8, "hidden_ranks": 4},
-            r"--moe-hidden-ranks is 4, which does not divide 2, the ranks per expert block \(16 / 8\); "
-            "expected one of 1, 2$",
+            r"hidden_ranks \(--moe-hidden-ranks\) is 4, which does not divide 2, "
+            r"the ranks per expert block \(16 / 8\); expected one of 1, 2$",
         ),
-        ({"ranks_per_node": 3}, "ranks per node is 3, which does not divide 8, the ranks that share the experts"),
+        ({"ranks_per_node": 3}, "ranks_per_node is 3, which does not divide 8, the ranks that share the experts"),
     ],
 )
 def test_degrees_that_do_not_divide_are_refused(chosen, message):
@@ -108,7 +112,7 @@ def test_degrees_that_do_not_divide_are_refused(chosen, message):
 
 
 def test_more_blocks_than_ranks_are_refused():
-    message = "--moe-expert-ranks is 8, which does not divide 4, the ranks; expected one of 1, 2, 4$"
+    message = r"expert_ranks \(--moe-expert-ranks\) is 8, which does not divide 4, the ranks; expected one of 1, 2, 4$"
     with pytest.raises(ValueError, match=message):
         spread_experts(4, 8, 1952, expert_ranks=8)
 

@@ -1,6 +1,7 @@
 """The ablation of routers: its runs, what it does not do twice, and its table."""
 
 import json
+import math
 import re
 import signal
 from collections.abc import Callable
@@ -12,8 +13,9 @@ import torch
 import tyro
 from small_runs import numbers
 
+from moekit.lm.configs import read_config
 from moekit.lm.trackers import read_metrics
-from moekit.recipes import ablation, ablation_runs
+from moekit.recipes import ablation, ablation_runs, evaluate
 from moekit.recipes.ablation import AblationSettings, labelled, main, plan
 from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
@@ -157,6 +159,41 @@ def test_a_run_whose_loss_is_not_finite_has_a_row_and_the_others_go_on(ablate, c
     ablate("--routers", "top_k,switch", "--seeds", "1", rest=("--lr", "1e30", "--warmup", "0"))
 
 
+@pytest.fixture
+def validation_loss(monkeypatch):
+    """Let every sequence of validation have a given loss, nats per token."""
+    sums = evaluate._sequence_sums
+
+    def let(loss):
+        def replaced(*arguments):
+            found = sums(*arguments)
+            return torch.stack([loss * found[:, 1], *found[:, 1:].unbind(1)], dim=1)
+
+        monkeypatch.setattr(evaluate, "_sequence_sums", replaced)
+
+    return let
+
+
+def test_a_validation_loss_that_is_not_finite_fails_its_run_and_the_others_go_on(ablate, validation_loss, capsys):
+    validation_loss(math.nan)
+    lines = read_metrics(ablate("--routers", "top_k,switch", "--seeds", "1") / "results.jsonl")
+    assert [line["router"] for line in lines] == ["top_k", "switch"]
+    for line in lines:
+        assert line["failed"].startswith("the validation loss is nan, expected a finite number")
+    assert "collapsed: not finite" in capsys.readouterr().out
+
+
+def test_a_validation_loss_whose_exponential_is_no_float_has_a_row(ablate, validation_loss, capsys):
+    validation_loss(777.0)
+    folder = ablate("--routers", "top_k,switch", "--seeds", "1")
+    for path in (folder / "results.jsonl", folder / "switch-seed0" / "results.json"):
+        assert "Infinity" not in path.read_text()
+    lines = read_metrics(folder / "results.jsonl")
+    assert [line["validation"]["prose"]["perplexity"] for line in lines] == [None, None]
+    assert "| switch | 777.000 |" in (folder / "table.md").read_text()
+    assert "collapsed: unigram" in capsys.readouterr().out
+
+
 def test_checkpoints_are_kept_on_request(ablate):
     folder = ablate("--routers", "top_k", "--seeds", "1", "--keep-checkpoints")
     assert [path.name for path in (folder / "top_k-seed0" / "checkpoints").glob("step_*")] == ["step_00000003"]
@@ -195,6 +232,14 @@ def test_settings_that_make_no_sense_are_refused_before_the_first_run(ablate, tm
     with pytest.raises(SystemExit, match=message):
         ablate(*words, rest=rest)
     assert not (tmp_path / "a").exists()
+
+
+def test_flags_that_the_models_file_overrides_are_named(ablate, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({**read_config("moekit_tiny"), "moe_num_experts": 4}))
+    monkeypatch.setattr(ablation, "ablate", lambda *arguments, **options: None)
+    ablate("--routers", "top_k", rest=("--model", str(path), "--moe-num-experts", "16"))
+    assert f"--moe-num-experts 16 has no effect: model {path} says moe_num_experts 4" in capsys.readouterr().out
 
 
 def test_a_fault_in_a_users_file_is_told_as_such(ablate, recipe_file):

@@ -1,9 +1,13 @@
 """What recipes declare about causality is what interventions find, and the trainer warns before its first step."""
 
+from functools import partial
+
 import pytest
 import torch
 
-from moekit.recipes import mixtral
+from moekit.dispatch import by_weight, padded
+from moekit.experts import batched, swiglu
+from moekit.recipes import auto, expert_layer, mixtral, openlm
 from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
@@ -18,6 +22,20 @@ LEAKS_IN_EVALUATION = {"expert_choice", "soft_moe"}
 def test_the_declared_flag_is_what_interventions_find(name):
     assert find_recipe(name, vocab_size=64).causal == (name not in LEAKS)
     assert audit(find_recipe(name, vocab_size=64), E).leaks == (name in LEAKS)
+
+
+def test_a_layer_with_another_plan_is_refused():
+    """The plan alone is looked at: by it the recipe would drop nobody, and its layer drops by weight."""
+    tight = padded(capacity_factor=0.5, priority=by_weight)
+    layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
+    for other in (mixtral()._replace(layer=layer), openlm()._replace(layer=auto())):
+        with pytest.raises(
+            ValueError, match=r"layer plans by .*, and recipe\.plan is .*Replace both: recipe\._replace"
+        ):
+            audit(other, E)
+    assert audit(mixtral()._replace(layer=layer, plan=tight.plan), E).leaks
+    same = padded(capacity_factor=1.25)
+    assert not audit(openlm()._replace(plan=same.plan), E).leaks, "equal, though made by another call"
 
 
 @pytest.mark.parametrize("name", sorted(LEAKS))

@@ -1,5 +1,6 @@
 import ast
 import re
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -50,6 +51,39 @@ def test_an_unknown_program_is_answered_with_a_hint_and_the_list():
 def test_programs_without_flags_refuse_words(program):
     with pytest.raises(SystemExit, match=f"moekit {program}: takes no further words, but '--fast 1' was given"):
         main([program, "--fast", "1"])
+
+
+@pytest.mark.parametrize("program", sorted(PROGRAMS))
+@pytest.mark.parametrize("word", ["-h", "--help"])
+def test_every_program_prints_its_help_and_ends_well(capsys, program, word):
+    try:
+        main([program, word])
+    except SystemExit as ended:
+        assert not ended.code  # noqa: PT017, some return and some exit
+    assert f"usage: moekit {program}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["recipe"]])
+def test_the_package_runs_as_the_console_script_does(capsys, monkeypatch, words):
+    outcomes = []
+    for run in (lambda: main(words), lambda: runpy.run_module("moekit", run_name="__main__")):
+        monkeypatch.setattr("sys.argv", ["moekit", *words])
+        try:
+            run()
+            code = None
+        except SystemExit as ended:
+            code = ended.code
+        outcomes.append((code, capsys.readouterr().out))
+    assert outcomes[0] == outcomes[1]
+
+
+def test_a_reference_of_several_lines_is_shown_whole(capsys):
+    main(["recipes"])
+    lines = capsys.readouterr().out.splitlines()
+    start = "  Meta, Llama 4, 2025, https://ai.meta.com/blog/llama-4-multimodal-intelligence; its released code, "
+    assert any(line.startswith(start) and line.endswith("github.com/meta-llama/llama-models") for line in lines)
+    assert any(line.startswith("  Baidu ERNIE Team") and line.endswith("ERNIE_Technical_Report.pdf") for line in lines)
+    assert "  Dai et al., DeepSeekMoE, 2024, https://arxiv.org/abs/2401.06066" in lines, "the first of two alone"
 
 
 def test_recipes_shows_each_with_its_settings_and_source(capsys):

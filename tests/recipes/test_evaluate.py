@@ -110,6 +110,11 @@ def test_perplexity_is_the_exponential_of_the_loss():
     assert Evaluation(math.log(7), 0.0, 2.0, 1, 1, None, [], {}).perplexity == pytest.approx(7)
 
 
+@pytest.mark.parametrize(("loss", "finite"), [(709.7, True), (709.8, False), (1e9, False)])
+def test_a_perplexity_too_large_for_a_float_is_infinite(loss, finite):
+    assert math.isfinite(Evaluation(loss, 0.0, 2.0, 1, 1, None, [], {}).perplexity) is finite
+
+
 def test_an_untrained_model_is_near_the_uniform_loss(sequences):
     model = make(mixtral())
     with torch.no_grad():
@@ -223,8 +228,8 @@ def test_a_loss_that_is_not_finite_is_an_error(sequences, value):
     model = make(mixtral())
     with torch.no_grad():
         model.output.weight[3, 0] = value
-    message = "the validation loss is .*; the model's parameters or outputs are not finite"
-    with pytest.raises(ValueError, match=message):
+    message = "the validation loss is .*: the model's parameters or outputs are not finite"
+    with pytest.raises(FloatingPointError, match=message):
         evaluate(model, batches_of(sequences, 4))
     assert model.training
 

@@ -70,9 +70,12 @@ def test_every_rank_holds_all_unless_experts_are_spread(given, experts):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"moe_expert_ranks": 3}, "--moe-expert-ranks is 3, which does not divide 8, the experts"),
-        ({"moe_hidden_ranks": 3}, "--moe-hidden-ranks is 3, which does not divide 1952, the hidden units"),
-        ({"moe_hierarchical_exchange": True}, "ranks per node is 3, which does not divide 8, the ranks that share"),
+        ({"moe_expert_ranks": 3}, r"expert_ranks \(--moe-expert-ranks\) is 3, which does not divide 8, the experts"),
+        (
+            {"moe_hidden_ranks": 3},
+            r"hidden_ranks \(--moe-hidden-ranks\) is 3, which does not divide 1952, the hidden units",
+        ),
+        ({"moe_hierarchical_exchange": True}, "ranks_per_node is 3, which does not divide 8, the ranks that share"),
     ],
 )
 def test_degrees_that_do_not_divide_are_refused(given, message):
@@ -87,7 +90,7 @@ def test_names_become_strategies():
     assert nested(gathered) == nested(all_gather(layer, group=group))
     static = settings_of(moe_exchange="static", moe_exchange_capacity_factor=1.5)
     [(name, options), inner] = nested(make_exchange(static)(layer, group=group, return_group=other))
-    assert (name, options["capacity_factor"]) == ("_static_all_to_all", 1.5)
+    assert (name, options["capacity_factor"]) == ("_static_all_to_all", (3, 2))
     assert (options["group"], options["return_group"]) == (group, other)
     assert inner is layer
 
@@ -179,7 +182,7 @@ def test_evaluation_turns_a_static_exchange_into_one_that_drops_nothing(grids):
         for evaluates in (False, True)
     )
     assert nested(trained.layer)[0][0] == "_static_all_to_all"
-    assert nested(trained.layer)[0][1]["capacity_factor"] == 0.5
+    assert nested(trained.layer)[0][1]["capacity_factor"] == (1, 2)
     assert nested(scored.layer)[0] == EXPERTS
     assert scored.plan is mixtral().plan
     edit = trained.plan.keywords["edit"]

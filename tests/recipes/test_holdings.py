@@ -105,7 +105,9 @@ def test_a_dense_model_has_no_experts():
 
 
 def test_what_is_spread_nowhere_is_refused():
-    with pytest.raises(ValueError, match="--moe-expert-ranks is 3, which does not divide 8, the experts"):
+    with pytest.raises(
+        ValueError, match=r"expert_ranks \(--moe-expert-ranks\) is 3, which does not divide 8, the experts"
+    ):
         plan(f"{SPREAD} --moe-expert-ranks 3", 6)
 
 
@@ -219,7 +221,7 @@ def test_without_a_world_size_nothing_is_planned(capsys):
     [
         (
             f"--describe --world-size 16 {SPREAD} --moe-expert-ranks 3",
-            "--moe-expert-ranks is 3, which does not divide 8",
+            "expert_ranks (--moe-expert-ranks) is 3, which does not divide 8",
         ),
         (f"--describe --world-size 6 {HYBRID}", "hybrid sharding over 4 ranks; expected a divisor of the 6 ranks"),
     ],

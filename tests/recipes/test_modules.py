@@ -164,6 +164,16 @@ def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
         moe(torch.randn(3, D))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gate_in_half_precision_is_refused(dtype: torch.dtype) -> None:
+    """Its logits would be compared, exponentiated and summed in it: a z-loss in float16 is infinite at 2,048 tokens."""
+    recipe = olmoe(k=2)
+    moe, x = MoE(D, E, recipe._replace(gate=lambda x, w: x @ w), hidden=8), torch.randn(5, D)
+    torch.testing.assert_close(moe(x).y, moe_layer(x, moe.params(), recipe).y)
+    with torch.autocast("cpu", dtype=dtype), pytest.raises(ValueError, match=rf"logits in {dtype}; expected float32"):
+        moe(x)
+
+
 def test_a_router_that_remembers_is_not_asked_without_its_state() -> None:
     moe, x = MoE(D, E, deepseek_moe(k=2), hidden=8), torch.randn(3, D)
     with pytest.raises(ValueError, match=r"remembers 'bias' between steps, and no state is given; hand on state="):

@@ -2,7 +2,9 @@ import pytest
 import torch
 
 from moekit.recipes import MoE, Recipe, mixtral, moe_layer
-from moekit.recipes.names import RECIPES, experts_per_token, find_recipe, recipe_options
+from moekit.recipes.choices import experts_per_token
+from moekit.recipes.names import RECIPES, find_recipe, recipe_options
+from moekit.routing import top_k
 
 FILE = """
 from functools import partial
@@ -28,6 +30,11 @@ router = partial(top_k, k=2)
 
 def plain_router(logits, *, bias=None):
     return top_k(logits, k=2)
+
+def blind(logits):
+    return top_k(logits, k=2)
+
+BLIND = mixtral()._replace(route=blind, needs=("token_ids",))
 """
 
 
@@ -155,6 +162,24 @@ def test_options_of_a_recipe_in_a_file(file):
 def test_options_of_an_unknown_recipe():
     with pytest.raises(ValueError, match="unknown recipe 'mixtrall'; did you mean 'mixtral'"):
         recipe_options("mixtrall")
+
+
+@pytest.mark.parametrize("chosen", [-2, 8])
+def test_a_router_that_chooses_experts_that_there_are_not_is_refused(chosen):
+    def past_the_end(logits, *, bias=None):
+        routing = top_k(logits, k=2)
+        return routing._replace(expert_indices=routing.expert_indices.fill_(0).index_fill(0, torch.tensor([3]), chosen))
+
+    message = r"past_the_end of .*test_names\.py chose experts from -?\d to \d of 8; expected 0 to 7, or -1 for none"
+    with pytest.raises(ValueError, match=message):
+        experts_per_token(mixtral()._replace(route=past_the_end), 8)
+
+
+def test_a_router_must_take_what_a_layer_gives_it(file):
+    with pytest.raises(
+        ValueError, match=r"blind of .*takes no bias and no token_ids; expected route\(logits, bias=None,"
+    ):
+        find_recipe(f"{file}:BLIND")
 
 
 def test_experts_per_token_leaves_the_random_state_alone():

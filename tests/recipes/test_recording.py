@@ -56,6 +56,14 @@ def test_a_dense_run_has_no_balancing(program):
     assert "loss/load_balance" not in line
 
 
+@pytest.mark.parametrize(("recipe", "said"), [("base_sinkhorn", False), ("mixtral", True)])
+def test_the_console_speaks_of_balance_where_there_is_such_a_loss(program, capsys, recipe, said):
+    program("--recipe", recipe, "--steps", "1")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert ("balance" in line) is said
+    assert "nan" not in line
+
+
 def test_the_data_log_names_each_sequence_of_each_step(program, interrupt_after):
     interrupt_after(5)
     folder = program("--log-data", "--workers", "1")

@@ -181,13 +181,22 @@ def test_samples_are_printed_as_they_are():
     assert "sample 2" in text
 
 
+def test_a_diverged_run_has_a_table_and_results_that_every_reader_of_json_takes(tmp_path):
+    diverged = {"prose": scores(777.0, 1000.0)}
+    assert cells(rendered(report.score_table(diverged, {})), "prose")[1:4] == ["777.000", "776.750 777.500", "inf"]
+    report.write_results(tmp_path / "r.json", {}, diverged, {})
+    written = json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(f"it has {name}"))
+    assert written["validation"]["prose"]["perplexity"] is None
+    assert written["validation"]["prose"]["loss"] == 777.0
+
+
 @pytest.mark.parametrize("validated", [True, False])
 def test_draw_takes_its_curves_from_the_metrics(monkeypatch, tmp_path, validated):
     drawn = {}
     monkeypatch.setattr(report, "plot_run", lambda path, **options: drawn.update(options) or Path(path))
-    metrics = [{"step": 10, "loss": 3.0}, {"step": 20, "loss": 2.0}]
+    metrics = [{"step": 10, "loss": 3.0}, {"step": 15, "loss": None}, {"step": 20, "loss": 2.0}]  # one was left out
     if validated:
-        metrics[1]["validation"] = {"prose": 2.5, "code": 1.5}
+        metrics[2]["validation"] = {"prose": 2.5, "code": 1.5}
     found = SCORES if validated else {**SCORES, "dense": scores(1.0)}
     assert report.draw(tmp_path / "run.png", metrics, found, SIMPLE) == tmp_path / "run.png"
     assert drawn["train"] == ([10, 20], [3.0, 2.0])

@@ -16,7 +16,8 @@ from moekit.recipes.cli import function_name
 from moekit.recipes.layers import moe_layer
 from moekit.recipes.names import find_recipe, recipe_options
 from moekit.recipes.published import deepseek_moe, switch
-from moekit.recipes.routers import ROUTERS, over_nodes, with_experts
+from moekit.recipes.routers import ROUTERS, with_experts
+from moekit.routing import over_nodes
 
 B, L, D, E, V = 3, 32, 16, 8, 50
 T = B * L

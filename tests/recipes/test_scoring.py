@@ -13,6 +13,7 @@ from moekit.lm.shards import shard_bytes, write_shards
 from moekit.lm.tensor_files import write_safetensors
 from moekit.lm.tokenizers import ByteTokenizer, save_tokenizer
 from moekit.parallel import one_process
+from moekit.recipes import runs
 from moekit.recipes.configuration import unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.saving import load_weights
@@ -64,6 +65,12 @@ def loss_of(checkpoint, rows):
     with torch.no_grad():
         nats = [F.cross_entropy(model(row[None, :-1]).logits[0], row[1:], reduction="sum").double() for row in rows]
     return (torch.stack(nats).sum() / (len(rows) * SEQ_LEN)).item()
+
+
+def test_what_cannot_be_made_is_told_before_data_are_read(trained, score, monkeypatch):
+    monkeypatch.setattr(runs, "make_corpus", lambda *arguments, **options: pytest.fail("data are read"))
+    with pytest.raises(SystemExit, match="unknown recipe 'mixtrl'"):
+        score(trained, "--val-data", "absent.tar", "--recipe", "mixtrl")
 
 
 def test_tars_are_scored_alone(trained, score, tmp_path, capsys):

@@ -49,22 +49,27 @@ def refuses(message, **flags):
         settings_of(**flags)
 
 
+def finite(value):
+    return "" if math.isfinite(value) else ", and finite"
+
+
 @pytest.mark.parametrize("value", [0, -2, math.inf, math.nan])
 @pytest.mark.parametrize(("group", "name"), pairs(POSITIVE))
 def test_numbers_that_must_be_positive(group, name, value):
-    refuses(f"--{name.replace('_', '-')} is {value}; expected a positive number", **{name: value})
+    refuses(f"--{name.replace('_', '-')} is {value}; expected a positive number{finite(value)}", **{name: value})
 
 
 @pytest.mark.parametrize("value", [-1, math.inf, math.nan])
 @pytest.mark.parametrize(("group", "name"), pairs(NOT_NEGATIVE))
 def test_numbers_that_must_not_be_negative(group, name, value):
-    refuses(f"--{name.replace('_', '-')} is {value}; expected at least 0", **{name: value})
+    refuses(f"--{name.replace('_', '-')} is {value}; expected at least 0{finite(value)}", **{name: value})
     settings_of(**{name: 0})
 
 
 @pytest.mark.parametrize("value", [-0.5, math.nan, math.inf])
 def test_a_capacity_is_not_negative(value):
-    refuses(f"--moe-capacity-factor is {value}; expected at least 0 (0 means dropless)", moe_capacity_factor=value)
+    expected = f"expected at least 0 (0 means dropless){finite(value)}"
+    refuses(f"--moe-capacity-factor is {value}; {expected}", moe_capacity_factor=value)
     settings_of(moe_capacity_factor=0.0)
 
 

@@ -4,9 +4,17 @@ import pytest
 import torch
 
 from moekit.lm.configs import read_config
-from moekit.recipes.names import experts_per_token
+from moekit.recipes.choices import experts_per_token
+from moekit.recipes.names import users_fault
 from moekit.recipes.settings import ModelSettings
-from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe
+from moekit.recipes.setup import (
+    check_model,
+    make_config,
+    make_evaluation_recipe,
+    make_recipe,
+    overridden_flags,
+    resolved_model,
+)
 
 
 def own_file(tmp_path, **keys):
@@ -55,6 +63,93 @@ def test_bad_shapes_are_explained(tmp_path):
         make_config(ModelSettings(preset=str(tmp_path / "absent.json")))
     with pytest.raises(ValueError, match="moe_top_k is 9, expected between 1 and moe_num_experts = 8"):
         make_config(ModelSettings(preset="moekit_tiny", moe_num_experts=8, moe_top_k=9))
+
+
+def test_a_file_may_make_a_model_moe_whose_flags_say_dense(tmp_path):
+    config = make_config(ModelSettings(preset=own_file(tmp_path, moe_freq=1), moe_freq=0, moe_num_experts=4))
+    assert (config.moe_freq, config.moe_num_experts) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("keys", "flags", "lines"),
+    [
+        ({}, {"moe_freq": 0, "moe_num_experts": 16, "qk_norm": True}, []),
+        ({"moe_freq": 1, "moe_num_experts": 4}, {}, []),  # what was not given cannot be in vain
+        ({"moe_freq": 1, "moe_num_experts": 4}, {"moe_freq": 1, "moe_num_experts": 4}, []),
+        (
+            {"moe_freq": 1, "moe_num_experts": 4, "moe_loss_weight": 0.5, "qk_norm": False},
+            {"moe_freq": 0, "moe_num_experts": 16, "moe_loss_weight": 0.1, "qk_norm": True},
+            [
+                "--qk-norm has no effect: model FILE says qk_norm False",
+                "--moe-freq 0 has no effect: model FILE says moe_freq 1",
+                "--moe-num-experts 16 has no effect: model FILE says moe_num_experts 4",
+                "--moe-loss-weight 0.1 has no effect: model FILE says moe_loss_weight 0.5",
+            ],
+        ),
+        (
+            {"moe_freq": 0},
+            {"moe_num_experts": 4, "moe_top_k": 2, "moe_loss_weight": 0.1},
+            [
+                "--moe-num-experts 4 has no effect: model FILE says moe_freq 0",
+                "--moe-top-k 2 has no effect: model FILE says moe_freq 0",
+                "--moe-loss-weight 0.1 has no effect: model FILE says moe_freq 0",
+            ],
+        ),
+    ],
+)
+def test_flags_that_the_file_overrides_are_named(tmp_path, keys, flags, lines):
+    path = own_file(tmp_path, **keys)
+    mend = ", and its keys win. Leave it out, or take the key out of the file"
+    expected = [line.replace("FILE", path) + mend for line in lines]
+    assert overridden_flags(ModelSettings(preset=path, **flags)) == expected
+
+
+def test_settings_that_are_resolved_are_those_of_the_model_that_is_made(tmp_path):
+    keys = {"moe_freq": 1, "moe_num_experts": 4, "moe_top_k": 3, "qk_norm": True}
+    path = own_file(tmp_path, **keys)
+    found = resolved_model(ModelSettings(preset=path, moe_freq=0, moe_num_experts=16, moe_capacity_factor=2.0))
+    assert {name: getattr(found, name) for name in keys} == keys
+    assert (found.moe_capacity_factor, found.moe_loss_weight) == (2.0, 0.1)
+    dense = resolved_model(ModelSettings(preset=own_file(tmp_path, moe_freq=0), moe_top_k=3, moe_loss_weight=0.1))
+    assert (dense.moe_freq, dense.moe_top_k, dense.moe_capacity_factor, dense.moe_loss_weight) == (0, None, None, None)
+
+
+# Shape and method together.
+
+
+@pytest.mark.parametrize(
+    ("recipe", "experts", "message"),
+    [
+        ("mixtrl", 8, "unknown recipe 'mixtrl'; did you mean 'mixtral'"),
+        ("deepseek_v3", 6, "recipe deepseek_v3 does not fit --moe-num-experts 6: group_limited: "),
+        ("gshard", 1, r"recipe gshard does not fit --moe-num-experts 1: .* asked of E = 1 experts"),
+    ],
+)
+def test_a_method_that_does_not_fit_is_told_from_the_settings(recipe, experts, message):
+    with pytest.raises(ValueError, match=message):
+        check_model(ModelSettings(preset="moekit_tiny", recipe=recipe, moe_num_experts=experts))
+
+
+def test_one_expert_is_enough_for_a_method_that_takes_one():
+    settings = ModelSettings(preset="moekit_tiny", recipe="switch", moe_num_experts=1)
+    check_model(settings)
+    assert make_config(settings).moe_top_k == 1
+
+
+def test_a_dense_model_asks_no_router():
+    check_model(ModelSettings(preset="moekit_tiny", recipe="deepseek_v3", moe_freq=0, moe_num_experts=6))
+
+
+def test_a_fault_in_a_users_router_stays_the_users(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from moekit.recipes import mixtral\n\n\ndef route(logits, bias=None):\n    raise ValueError('mine')\n\n\n"
+        "recipe = mixtral()._replace(route=route)\n"
+    )
+    name = f"{path}:recipe"
+    with pytest.raises(ValueError, match=r"^mine$") as caught:
+        check_model(ModelSettings(preset="moekit_tiny", recipe=name))
+    assert "raised ValueError: mine (line 5)" in users_fault(name, caught.value)
 
 
 # The recipe.

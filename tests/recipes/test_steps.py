@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from moekit.lm.configs import load_config
-from moekit.recipes import deepseek_moe, gshard, mixtral, olmoe, openlm
+from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, gshard, mixtral, olmoe, openlm
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import weighted_sum
 from moekit.recipes.steps import (
@@ -26,6 +26,8 @@ RECIPES = {
     "gshard": gshard(capacity_factor=0),
     "openlm": openlm(k=2, capacity_factor=2.0),  # E / K: an expert may take every token
     "deepseek_moe": deepseek_moe(k=2),
+    "deepseek_v2": deepseek_v2(k=2, num_groups=2, groups_kept=2),  # whose losses are taken within sequences
+    "deepseek_v3": deepseek_v3(k=2, num_groups=2, groups_kept=2),
 }
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from moekit.parallel.link_times import h100_machine
 from moekit.parallel.payloads import Sent
 from moekit.recipes.cli import main as moekit
 from moekit.recipes.traffic import TrafficSettings, machine_of, main, predict, shape_of, strategies
@@ -43,6 +44,17 @@ def test_every_strategy_has_a_row_for_2_to_1024_gpus(capsys):
     assert network["all_to_all"][:4] == ["0", "0", "0", "457"]
     assert "cheapest on 4, 8 GPUs: all_to_all\n" in text
     assert "8 GPUs in a node: 450 GB/s and 0.6 us inside, 50 GB/s and 2.7 us between nodes; 6.6 us to start" in text
+
+
+def test_defaults_are_those_of_the_machine_in_numbers_that_can_be_read(capsys):
+    ours, machine = machine_of(TrafficSettings()), h100_machine()
+    assert (ours.node, ours.network) == (machine.node, machine.network)
+    assert ours.start == pytest.approx(machine.start, rel=1e-12)
+    with pytest.raises(SystemExit):
+        moekit(["traffic", "--help"])
+    defaults = re.findall(r"\(default: ([\d.]+)\)", capsys.readouterr().out)
+    assert {"0.6", "2.7", "6.6"} <= set(defaults)
+    assert max(map(len, defaults)) < 7
 
 
 def test_flags_change_the_shape_and_the_links(capsys):

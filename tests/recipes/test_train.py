@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from ranks import run_ranks
 from small_runs import differing, files, numbers, tensors_of, words
 
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.configs import read_config
 from moekit.lm.preparation import PreparedDomain
 from moekit.lm.shards import write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.lm.trackers import read_metrics
-from moekit.recipes import sources, train
+from moekit.recipes import runs, sources, train
 from moekit.recipes.train import main
 
 ROUTER = '''\
@@ -232,6 +234,16 @@ def test_other_flags_than_the_checkpoints_are_refused(program, flags, message):
     assert files(folder) == before
 
 
+@pytest.mark.parametrize(("flags", "warned"), [((), False), (("--accum-freq", "2"), True)])
+def test_loads_that_are_rounded_to_nothing_are_warned_of(program, capsys, flags, warned):
+    """4 sequences of 64 tokens, 2 of 8 experts each: 64 rows in the mean, half a tile; and 32."""
+    program("--recipe", "sonic_token_rounding", "--steps", "1", *flags)
+    told = (
+        "warning: an expert has 32 rows of a micro-batch of 128 tokens in the mean, and --recipe sonic_token_rounding"
+    )
+    assert (told in capsys.readouterr().out) == warned
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(program, tmp_path):
     message = r"the loss or its gradient is not finite at step 2\. .*step_00000001 has .*Lower --lr, lengthen --warmup"
     with pytest.raises(SystemExit, match=message):
@@ -293,6 +305,50 @@ def test_bad_input_is_explained_and_leaves_nothing(program, tmp_path, flags, mes
     with pytest.raises(SystemExit, match=rf"^train_moe\.py: .*{message}"):
         program("--moe-num-experts", "8", *flags)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--recipe", "mixtrl"], "unknown recipe 'mixtrl'"),
+        (["--recipe", "deepseek_v3", "--moe-num-experts", "6"], "recipe deepseek_v3 does not fit --moe-num-experts 6"),
+        (["--moe-num-experts", "4", "--moe-top-k", "5"], "moe_top_k is 5, expected between 1 and moe_num_experts = 4"),
+    ],
+)
+def test_what_cannot_be_made_is_told_before_data_are_prepared(program, monkeypatch, flags, message):
+    monkeypatch.setattr(runs, "make_corpus", lambda *arguments, **options: pytest.fail("data are prepared"))
+    with pytest.raises(SystemExit, match=message):
+        program(*flags)
+
+
+def test_a_models_file_that_wins_over_flags_is_told_and_written_down(program, tmp_path, capsys):
+    path = tmp_path / "m4.json"
+    path.write_text(json.dumps({**read_config("moekit_tiny"), "moe_freq": 1, "moe_num_experts": 4}))
+    flags = ["--model", str(path), "--steps", "1", "--moe-freq", "0", "--moe-num-experts", "16"]
+    folder = program(*flags)
+    said = capsys.readouterr().out
+    assert f"--moe-freq 0 has no effect: model {path} says moe_freq 1" in said
+    assert f"--moe-num-experts 16 has no effect: model {path} says moe_num_experts 4" in said
+    written = json.loads((folder / "config.json").read_text())
+    params = dict(line.split(": ", 1) for line in (folder / "params.txt").read_text().splitlines())
+    stored = read_state(checkpoint_folder(folder, 1))["settings"]
+    for values in (written, params, stored):
+        assert (str(values["moe_freq"]), str(values["moe_num_experts"])) == ("1", "4")
+    assert (written["moe_top_k"], written["moe_loss_weight"]) == (2, 0.1)
+    main([*flags, "--describe"])
+    assert "--moe-freq 0 has no effect" in capsys.readouterr().out
+    main(["--config", str(folder / "config.json"), "--name", "again"])
+    assert "has no effect" not in capsys.readouterr().out
+    assert numbers(folder.with_name("again")) == numbers(folder)
+
+
+def test_a_dense_file_leaves_no_word_of_experts(program, tmp_path, capsys):
+    path = tmp_path / "dense.json"
+    path.write_text(json.dumps({**read_config("moekit_tiny"), "moe_freq": 0}))
+    folder = program("--model", str(path), "--steps", "1", "--moe-top-k", "2", "--moe-loss-weight", "0.1")
+    assert f"--moe-top-k 2 has no effect: model {path} says moe_freq 0" in capsys.readouterr().out
+    written = json.loads((folder / "config.json").read_text())
+    assert (written["moe_freq"], written["moe_top_k"], written["moe_loss_weight"]) == (0, None, None)
 
 
 @pytest.mark.parametrize(
@@ -403,6 +459,15 @@ def test_with_a_tokenizer_there_are_bits_per_byte_and_samples(shards, tmp_path, 
     text = capsys.readouterr().out
     assert "sample 1" in text
     assert train.PROMPTS[0].rsplit(maxsplit=1)[0] in text  # the last word may be wrapped
+
+
+@pytest.mark.distributed
+def test_a_rank_that_cannot_read_its_first_batch_leaves_no_other_waiting(shards, tmp_path):
+    line = words(shards, tmp_path, "--recipe", "mixtral")
+    said = run_ranks("failing_ranks:first_batch_fails", 2, line, limit=30)
+    assert said[1] == "OSError: the disk of rank 1 is gone"
+    assert "stopped by another rank's signal or error after step 0; nothing was saved" in said[0]
+    assert not (tmp_path / "a" / "checkpoints").exists()
 
 
 def test_a_checkpoint_that_dies_in_the_middle_loses_no_earlier_one(program, monkeypatch):

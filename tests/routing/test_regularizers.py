@@ -100,7 +100,7 @@ def test_entropy_and_its_gradient_follow_the_formula(scope, score, kept: int) ->
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
     step = {None: T, each_sequence: L, each_token: 1}[scope]
     pools = [range(start, min(start + step, kept)) for start in range(0, kept, step)]
-    expected = sum(negative_entropy(logits, pool, score) for pool in pools) / len(pools)
+    expected = sum(len(pool) * negative_entropy(logits, pool, score) for pool in pools) / kept
     given = {} if scope is None else {"scope": scope}
     mask = torch.arange(T) < kept if kept < T else None
     loss = entropy_loss(logits, token_mask=mask, score=score, sequence_length=L, **given)

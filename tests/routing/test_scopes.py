@@ -86,8 +86,8 @@ def test_what_is_hidden_gets_no_gradient() -> None:
     assert torch.autograd.grad(shown.sum(), values)[0].tolist() == [[0, 0], [1, 1]]
 
 
-def test_pools_without_tokens_do_not_count() -> None:
-    assert mean_of_pools(torch.tensor([torch.nan, 4.0, 2.0]), torch.tensor([0, 1, 9])).item() == 3
+def test_pools_count_by_their_tokens() -> None:
+    assert mean_of_pools(torch.tensor([torch.nan, 4.0, 2.0]), torch.tensor([0, 1, 9])).item() == pytest.approx(2.2)
     assert mean_of_pools(torch.tensor([5.0]), torch.tensor([0])).item() == 0
 
 

@@ -14,8 +14,8 @@ loss_of = partial(sequence_balance_loss, sequence_length=L)
 
 
 def deepseek(logits: torch.Tensor, experts: torch.Tensor, mask: torch.Tensor, score) -> torch.Tensor:
-    """Equations 17 to 20 of DeepSeek-V3, sequence by sequence."""
-    losses = []
+    """Equations 17 to 20 of DeepSeek-V3, sequence by sequence, and the mean over all tokens."""
+    total = 0
     for start in range(0, T, L):
         tokens = [t for t in range(start, start + L) if mask[t]]
         if not tokens:
@@ -24,8 +24,8 @@ def deepseek(logits: torch.Tensor, experts: torch.Tensor, mask: torch.Tensor, sc
         for i in range(E):
             f = E / (K * len(tokens)) * sum(experts[t].tolist().count(i) for t in tokens)
             loss = loss + f * sum(score(logits[t])[i] / score(logits[t]).sum() for t in tokens) / len(tokens)
-        losses.append(loss)
-    return sum(losses) / len(losses)
+        total = total + loss * len(tokens)
+    return total / mask.sum()
 
 
 @pytest.mark.parametrize("kept", [15, 13, 8], ids=["no mask", "a short sequence", "an empty sequence"])
@@ -66,12 +66,16 @@ def test_one_sequence_is_the_batch() -> None:
     torch.testing.assert_close(loss_of(logits, routing, choices=1, per_token=1, scope=whole_batch), expected)
 
 
-def test_sequences_may_come_in_other_batches() -> None:
-    """The mean over micro-batches of as many sequences is the loss of all: nothing has to be added up beforehand."""
-    logits = torch.randn(4 * L, E, dtype=torch.float64)
-    whole = loss_of(logits, top_k(logits, k=K))
-    parts = [loss_of(part, top_k(part, k=K)) for part in logits.split(2 * L)]
-    torch.testing.assert_close(sum(parts) / 2, whole)
+@pytest.mark.parametrize("kept", [4 * L, 3 * L + 2, 2 * L + 1])
+def test_sequences_may_come_in_other_batches(kept: int) -> None:
+    """The mean over micro-batches, weighed by their tokens, is the loss of all: nothing is added up beforehand."""
+    logits, mask = torch.randn(4 * L, E, dtype=torch.float64), torch.arange(4 * L) < kept
+    whole = loss_of(logits, top_k(logits, k=K), token_mask=mask)
+    parts = [
+        real.sum() / kept * loss_of(part, top_k(part, k=K), token_mask=real)
+        for part, real in zip(logits.split(2 * L), mask.split(2 * L), strict=True)
+    ]
+    torch.testing.assert_close(sum(parts), whole)
 
 
 def test_counts_from_elsewhere_change_nothing() -> None:

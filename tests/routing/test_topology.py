@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.top_k import softmax_of_top_k
-from moekit.routing.topology import topology_limited
+from moekit.routing.topology import over_nodes, topology_limited
 
 T, E, NODES = 23, 6, 2
 
@@ -108,3 +108,18 @@ def test_one_graph() -> None:
 def test_errors_say_what_was_given(options: dict, words: str) -> None:
     with pytest.raises(ValueError, match=f"topology_limited: {words}"):
         topology_limited(torch.zeros(T, E), **options)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_masked_tokens_take_no_leave_from_real_ones(share: float) -> None:
+    logits, mask = torch.randn(T, E), torch.rand(T) < 0.6
+    spoiled = logits.masked_fill(~mask.unsqueeze(1), torch.nan)
+    spoiled[torch.arange(T)[~mask][:3]] = 1e9
+    alone = topology_limited(logits[mask], k=2, num_nodes=NODES, node=0, share=share)
+    found = topology_limited(spoiled, k=2, num_nodes=NODES, node=0, share=share, token_mask=mask)
+    assert torch.equal(found.expert_indices[mask], alone.expert_indices)
+    assert torch.equal(found.weights[mask], alone.weights)
+    parts = over_nodes(spoiled, k=2, num_nodes=1, share=share, token_mask=mask.view(1, T))
+    assert torch.equal(
+        parts.expert_indices[mask], topology_limited(logits[mask], k=2, num_nodes=1, node=0).expert_indices
+    )

@@ -103,7 +103,7 @@ def _back_launch(num_rows: int, width: int, activation: Activation) -> Launch:
 
 def back_through(
     grads: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     down: Tensor,
     pre: Tensor,
     weights: Tensor,
@@ -119,7 +119,7 @@ def back_through(
 
     Args:
         grads: (R, D), of the output rows, before the router's weights.
-        plan: of tiles as high as ``tile.m``.
+        schedule: of tiles as high as ``tile.m``.
         down: (E, F, D), one of the last two strides 1.
         pre: (R, P F), the pre-activation; P is 2 for gated experts.
         weights: (*A) float32, the router's.
@@ -137,14 +137,14 @@ def back_through(
         begins_whole(grads, matrix, pre), tile,
     )  # fmt: skip
     if special is None:
-        hidden = grouped_rows(grads, plan, (matrix,), precision=precision, tile=tile)
+        hidden = grouped_rows(grads, schedule, (matrix,), precision=precision, tile=tile)
         grad_weights = torch.zeros_like(weights)
         grad_pre = back(hidden, pre, weights, grad_weights, assignments, activation=activation)
         return hidden, grad_pre, grad_weights
     launch, num_parts = special
     hidden, grad_pre = grads.new_empty(grads.shape[0], down.shape[1]), torch.empty_like(pre)
     parts = weights.new_zeros(num_parts, *weights.shape)  # of the inner products, a tile's columns each
-    launch(grads, matrix, pre, grad_pre, hidden, parts, weights, assignments, plan.table)
+    launch(grads, matrix, pre, grad_pre, hidden, parts, weights, assignments, schedule.table)
     return hidden, grad_pre, parts[0] if num_parts == 1 else parts.sum(0)
 
 

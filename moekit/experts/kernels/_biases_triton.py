@@ -94,7 +94,7 @@ def _groups_kernel(  # type: ignore[no-untyped-def]
 
 
 def bias_gradient(
-    grads: Tensor, plan: Schedule, *, height: int, parts: int = 1, weighing: Weighing | None = None
+    grads: Tensor, schedule: Schedule, *, height: int, parts: int = 1, weighing: Weighing | None = None
 ) -> Tensor:
     """Add up each group's rows, weighted if they are those of a bias behind the router's weights.
 
@@ -102,7 +102,7 @@ def bias_gradient(
 
     Args:
         grads: (R, parts * F), the gradients of rows.
-        plan: of tiles of ``height`` rows.
+        schedule: of tiles of ``height`` rows.
         height: of a tile.
         parts: how many biases lie side by side in ``grads``.
         weighing: of the rows, whose weights get a gradient from the bias too; None counts each row once.
@@ -110,12 +110,12 @@ def bias_gradient(
     Returns:
         (parts, E, 1, F), the dtype of ``grads``; zero for an empty group.
     """
-    num_groups, num_tiles, width = plan.num_groups, plan.most_tiles, grads.shape[1]
+    num_groups, num_tiles, width = schedule.num_groups, schedule.most_tiles, grads.shape[1]
     sums = grads.new_empty(num_tiles, width, dtype=torch.float32)
     out = grads.new_empty(parts, num_groups, 1, width // parts)
     given = () if weighing is None else weighing
-    _tiles_launch(num_groups, num_tiles, width, height, weighing is not None)(grads, *given, sums, plan.table)
-    _groups_launch(num_groups, width, width // parts)(sums, out, plan.table)
+    _tiles_launch(num_groups, num_tiles, width, height, weighing is not None)(grads, *given, sums, schedule.table)
+    _groups_launch(num_groups, width, width // parts)(sums, out, schedule.table)
     return out
 
 

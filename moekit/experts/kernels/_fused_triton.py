@@ -160,11 +160,11 @@ def backward(
     )  # fmt: skip
     grad_biases: tuple[Tensor, ...] = ()
     if experts.down_bias is not None:
-        add_up = partial(bias_gradient, plan=schedule, height=tiles.up.m)
+        add_up = partial(bias_gradient, schedule=schedule, height=tiles.up.m)
         weighing = Weighing(weights, experts.down_bias, grad_weights, plan.assignments)
         grad_bias = add_up(grad_rows, weighing=weighing)[0]  # which also adds to the gradients of the weights
         grad_biases = () if frozen else (add_up(grad_pre, parts=len(ups)), grad_bias)
-    weight_grad = partial(_weight_gradient, plan=schedule, precision=precision)
+    weight_grad = partial(_weight_gradient, schedule=schedule, precision=precision)
     grad_ups, grad_down = None, None
     if not frozen:
         grad_down = weight_grad(hidden, grads=grad_rows, transposed=experts.down_transposed, tile=tiles.grad_down)[0]
@@ -187,10 +187,10 @@ def backward(
 
 
 def _weight_gradient(
-    rows: Tensor, *, grads: Tensor, plan: Schedule, transposed: bool, parts: int = 1, precision: str, tile: Tile
+    rows: Tensor, *, grads: Tensor, schedule: Schedule, transposed: bool, parts: int = 1, precision: str, tile: Tile
 ) -> Tensor:
     """Return the gradients of ``parts`` matrices that rows were multiplied by, each in its matrix's order of memory."""
     left, right = (grads, rows) if transposed else (rows, grads)
     return _gemms_triton.grouped_weight(
-        left, plan, right, parts=parts, tall=transposed, aligned=True, precision=precision, tile=tile
+        left, schedule, right, parts=parts, tall=transposed, aligned=True, precision=precision, tile=tile
     )

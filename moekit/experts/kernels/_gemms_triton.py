@@ -20,10 +20,10 @@ from moekit.experts.kernels._tiles_triton import (
     load_bias,
     load_rows,
     load_weight,
+    make_schedule,
     matrices,
     place,
     programs,
-    schedule,
     store_group,
     store_rows,
     store_tile,
@@ -140,7 +140,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 
 def grouped_rows(
     rows: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     weights: tuple[Tensor, ...],
     *,
     bias: Tensor | None = None,
@@ -153,7 +153,7 @@ def grouped_rows(
 
     Args:
         rows: (R, D), or (R, 2 D) for two weights.
-        plan: of tiles as high as ``tile.m``.
+        schedule: of tiles as high as ``tile.m``.
         weights: one of (E, D, F), or two with the same strides; one of the last two is 1.
         bias: (E, 1, F), contiguous, which is added.
         precision: of float32 products, "ieee" or "tf32".
@@ -169,7 +169,7 @@ def grouped_rows(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), len(weights) == 2, bias is not None,
         begins_whole(rows, *weights), precision, tile,
     )  # fmt: skip
-    launch(rows, *weights, *([] if bias is None else [bias]), out, plan.table)
+    launch(rows, *weights, *([] if bias is None else [bias]), out, schedule.table)
     return out
 
 
@@ -217,7 +217,7 @@ def _rows_launch(
 
 def grouped_weight(
     rows: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     grad: Tensor,
     *,
     parts: int = 1,
@@ -230,7 +230,7 @@ def grouped_weight(
 
     Args:
         rows: (R, D), or (R, parts * D) if ``tall``.
-        plan: whose starts and sizes are read alone.
+        schedule: whose starts and sizes are read alone.
         grad: (R, parts * F), or (R, F) if ``tall``.
         parts: how many matrices lie side by side in ``grad``, or in ``rows``.
         tall: in which of the two.
@@ -243,14 +243,14 @@ def grouped_weight(
     """
     height, width = rows.shape[1], grad.shape[1]
     height, width = (height // parts, width) if tall else (height, width // parts)
-    out = rows.new_empty(parts, plan.num_groups, height, width)
+    out = rows.new_empty(parts, schedule.num_groups, height, width)
     if out.numel() == 0 or rows.shape[0] == 0:
         return out.zero_()
     launch = _weight_launch(
-        rows.device, rows.dtype, tuple(rows.shape), tuple(grad.shape), plan.num_groups, parts, tall, aligned,
+        rows.device, rows.dtype, tuple(rows.shape), tuple(grad.shape), schedule.num_groups, parts, tall, aligned,
         begins_whole(rows, grad), precision, tile,
     )  # fmt: skip
-    launch(rows, grad, out, plan.table)
+    launch(rows, grad, out, schedule.table)
     return out
 
 
@@ -295,12 +295,12 @@ def _weight_launch(
 def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
     tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], narrow=is_narrow(rows.device))
-    plan = schedule(sizes, rows.shape[0], tile.m)
-    return grouped_rows(rows, plan, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
+    schedule = make_schedule(sizes, rows.shape[0], tile.m)
+    return grouped_rows(rows, schedule, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
 
 
 def multiply_transposed(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F)."""
-    plan = schedule(sizes, rows.shape[0], 128)
+    schedule = make_schedule(sizes, rows.shape[0], 128)
     tile = weight_tile(rows.dtype, narrow=is_narrow(rows.device))
-    return grouped_weight(rows, plan, grad, precision=precision, tile=tile)[0]
+    return grouped_weight(rows, schedule, grad, precision=precision, tile=tile)[0]

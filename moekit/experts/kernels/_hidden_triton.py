@@ -90,7 +90,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
 
 def up(
     rows: Tensor,
-    plan: Schedule,
+    schedule: Schedule,
     weights: tuple[Tensor, ...],
     *,
     biases: tuple[Tensor, ...] = (),
@@ -106,7 +106,7 @@ def up(
 
     Args:
         rows: (R, D).
-        plan: of tiles as high as ``tile.m``.
+        schedule: of tiles as high as ``tile.m``.
         weights: (up,) or (gate, up), each (E, D, F), with the same strides; one of the last two is 1.
         biases: none, or one (E, 1, F) of each, contiguous.
         activation: gated if there are two weights.
@@ -125,7 +125,7 @@ def up(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), activation, len(biases) > 0,
         keep_pre, keep_hidden, begins_whole(rows, *weights), precision, tile,
     )  # fmt: skip
-    launch(rows, *weights, *biases, *((pre,) if keep_pre else ()), *((hidden,) if keep_hidden else ()), plan.table)
+    launch(rows, *weights, *biases, *((pre,) if keep_pre else ()), *((hidden,) if keep_hidden else ()), schedule.table)
     return pre, hidden
 
 

@@ -90,7 +90,7 @@ def aligned_rows(num_assignments: int, num_experts: int, align: int) -> int:
     return -(-(num_assignments + min(num_experts, num_assignments) * (align - 1)) // align) * align
 
 
-def schedule(sizes: Tensor, num_rows: int, m: int) -> Schedule:
+def make_schedule(sizes: Tensor, num_rows: int, m: int) -> Schedule:
     """Cut the groups of ``sizes`` (E,) int32 into tiles of ``m`` rows; past ``num_rows`` rows there is no group."""
     num_groups = sizes.shape[0]
     num_owners = most_tiles(num_rows, num_groups, m)

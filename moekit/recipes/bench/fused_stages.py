@@ -60,8 +60,8 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     rows_of, assignments, table = make_plan()
     schedule = Schedule(table, num_experts)
     plan = Plan(rows_of, assignments, schedule)
-    product = partial(_gemms_triton.grouped_rows, plan=schedule)
-    of_matrix = partial(_gemms_triton.grouped_weight, plan=schedule, aligned=True)
+    product = partial(_gemms_triton.grouped_rows, schedule=schedule)
+    of_matrix = partial(_gemms_triton.grouped_weight, schedule=schedule, aligned=True)
 
     copy = partial(dispatched, x, plan)
     rows = copy()

@@ -106,7 +106,7 @@ def schedule_of(operands: Operands, height: int) -> Any:
     """
     from moekit.experts.kernels import _tiles_triton
 
-    return _tiles_triton.schedule(operands.sizes, operands.rows.shape[0], height)
+    return _tiles_triton.make_schedule(operands.sizes, operands.rows.shape[0], height)
 
 
 @dataclass(frozen=True)
