@@ -37,7 +37,20 @@ def test_the_rule_gives_tiles_that_fit(dtype: torch.dtype, rows: int) -> None:
     tiles = ruled_tiles(SIZE._replace(dtype=dtype, assignments=64 * rows))
     assert check_tiles(tiles) is tiles
     assert (tiles.down.m == 128) == (rows == 4096 and dtype != torch.float32)
-    assert 2 * tiles.up.n == tiles.down.n
+    assert 2 * tiles.up.n <= tiles.down.n
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+@pytest.mark.parametrize(("rows", "gated"), [(10, True), (4096, True), (4096, False)])
+def test_float32_has_wide_tiles_where_units_of_matrices_multiply(rows: int, gated: bool, narrow: bool) -> None:
+    exact = SIZE._replace(dtype=torch.float32, assignments=64 * rows, gated=gated, narrow=narrow)
+    units = exact._replace(precision="tf32")
+    for size, m in ((exact, 64), (units, 64 if rows == 10 else 128)):
+        tiles = check_tiles(ruled_tiles(size))
+        assert tiles.down.m == m
+        assert tiles.up.n == (tiles.down.n if not gated else 32 if size == exact else tiles.down.n // 2)
+        for tile in tiles:
+            assert 4 * (tile.m + tile.n) * tile.k * tile.stages <= (72 if narrow else 96) * 2**10, tile
 
 
 @pytest.mark.parametrize(("capability", "dtype", "rows"), [(9, torch.bfloat16, 4096), (9, torch.float16, 49)])

@@ -393,6 +393,7 @@ def test_the_origin_names_device_and_versions() -> None:
 
 def test_the_program_hands_every_flag_on(monkeypatch) -> None:
     asked = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(tune_program, "tune", lambda sizes, **options: (asked.append(options), [fake_tuned()])[1])
     words = "tune --shape 64,16,24,8,2 --device cuda:1 --workers 3 --rounds 5 --precision tf32"
     main(words.split())

@@ -27,6 +27,7 @@ from moekit.experts.kernels._tiles_triton import (
     store_group,
     store_rows,
     store_tile,
+    straightened,
 )
 from moekit.experts.tiles import Tile, is_narrow, row_tile, weight_tile
 from moekit.operators import blocks_of
@@ -149,7 +150,7 @@ def grouped_rows(
 ) -> Tensor:
     """Multiply grouped rows by their group's matrix, or by two matrices, one for each half of their columns.
 
-    Matrices are read as they lie in memory, a transposed view as what it is a view of.
+    Matrices are read as they lie in memory, a transposed view as what it is a view of, but for ``straightened``.
 
     Args:
         rows: (R, D), or (R, 2 D) for two weights.
@@ -165,6 +166,7 @@ def grouped_rows(
     out = rows.new_empty(rows.shape[0], weights[0].shape[2])
     if out.numel() == 0:
         return out
+    weights = straightened(weights, rows.shape[0], precision)
     launch = _rows_launch(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), len(weights) == 2, bias is not None,
         begins_whole(rows, *weights), precision, tile,
@@ -294,7 +296,7 @@ def _weight_launch(
 
 def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
-    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], narrow=is_narrow(rows.device))
+    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], narrow=is_narrow(rows.device), precision=precision)
     schedule = make_schedule(sizes, rows.shape[0], tile.m)
     return grouped_rows(rows, schedule, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
 

@@ -23,6 +23,7 @@ from moekit.experts.kernels._tiles_triton import (
     place,
     programs,
     store_tile,
+    straightened,
 )
 from moekit.experts.tiles import Tile
 
@@ -102,7 +103,7 @@ def up(
 ) -> tuple[Tensor, Tensor]:
     """Multiply rows by one matrix, or by gate and up together, add biases, and apply the activation.
 
-    Matrices are read as they lie in memory, a transposed view as what it is a view of.
+    Matrices are read as they lie in memory, a transposed view as what it is a view of, but for ``straightened``.
 
     Args:
         rows: (R, D).
@@ -121,6 +122,7 @@ def up(
     num_rows, width = rows.shape[0], weights[0].shape[2]
     pre = rows.new_empty(num_rows if keep_pre else 0, len(weights) * width)
     hidden = rows.new_empty(num_rows if keep_hidden else 0, width)
+    weights = straightened(weights, num_rows, precision)
     launch = _up_launch(
         rows.device, rows.dtype, tuple(rows.shape), matrices(weights[0]), activation, len(biases) > 0,
         keep_pre, keep_hidden, begins_whole(rows, *weights), precision, tile,

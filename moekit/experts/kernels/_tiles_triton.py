@@ -265,6 +265,18 @@ def matrices(w: Tensor) -> Matrices:
     return Matrices(tuple(w.shape), w.stride())
 
 
+def straightened(weights: tuple[Tensor, ...], num_rows: int, precision: str) -> tuple[Tensor, ...]:
+    """Return matrices (E, K, N) in an order of memory in which products are fast: as they lie, but for exact float32.
+
+    Those read transposed matrices at a quarter of the speed of others. A copy takes as long as is saved by 13 rows an
+    expert.
+    """
+    exact = weights[0].dtype == torch.float32 and precision == "ieee"
+    if weights[0].stride(2) == 1 or not exact or num_rows < 16 * weights[0].shape[0]:
+        return weights
+    return tuple(w.contiguous() for w in weights)
+
+
 @cache
 def programs(device: torch.device) -> int:
     """Return how many programs fill the device when each takes a whole multiprocessor."""
