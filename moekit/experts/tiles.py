@@ -215,8 +215,8 @@ def _up_tile(rows: Tile, size: LayerSize) -> Tile:
     if size.dtype.itemsize == 2:  # results are gathered in shared memory, from where they are written
         return rows._replace(n=rows.n // 2)
     if size.gated and precision_of(size) == "ieee":  # registers hold no more beside the operands
-        return rows._replace(n=32, warps=4)
-    return rows._replace(n=rows.n // 2) if size.gated else rows
+        return rows._replace(n=64, k=16, warps=4)
+    return rows._replace(n=rows.n // 2) if size.gated and size.narrow else rows
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:

@@ -48,9 +48,10 @@ def test_float32_has_wide_tiles_where_units_of_matrices_multiply(rows: int, gate
     for size, m in ((exact, 64), (units, 64 if rows == 10 else 128)):
         tiles = check_tiles(ruled_tiles(size))
         assert tiles.down.m == m
-        assert tiles.up.n == (tiles.down.n if not gated else 32 if size == exact else tiles.down.n // 2)
-        for tile in tiles:
-            assert 4 * (tile.m + tile.n) * tile.k * tile.stages <= (72 if narrow else 96) * 2**10, tile
+        for name, tile in tiles._asdict().items():
+            columns = (1 + (gated and name == "up")) * tile.n
+            assert 4 * (tile.m + columns) * tile.k * tile.stages <= (72 if narrow else 144) * 2**10, name
+            assert tile.m * columns <= 256 * 32 * tile.warps // 2, f"{name}: sums that no registers hold"
 
 
 @pytest.mark.parametrize(("capability", "dtype", "rows"), [(9, torch.bfloat16, 4096), (9, torch.float16, 49)])
@@ -338,3 +339,26 @@ def test_an_entry_fits_a_card_of_little_shared_memory_by_the_loads_in_flight() -
         size = narrow._replace(gated=gated)
         found = from_table([entry_of(size, tiles, origin="")])(size)
         assert found == (tiles if taken else ruled_tiles(size))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "precision", "rows", "copied"),
+    [
+        (torch.float32, "ieee", 16, "transposed"),
+        (torch.float32, "ieee", 15, None),
+        (torch.float32, "tf32", 128, "plain"),
+        (torch.float32, "tf32", 127, None),
+        (torch.bfloat16, "ieee", 4096, None),
+    ],
+)
+def test_matrices_are_copied_where_their_order_of_memory_makes_products_slow(dtype, precision, rows, copied) -> None:
+    pytest.importorskip("triton")
+    from moekit.experts.kernels._tiles_triton import straightened
+
+    plain, halves = torch.randn(3, 8, 5).to(dtype), torch.randn(3, 8, 10).to(dtype).chunk(2, 2)
+    transposed = torch.randn(3, 5, 8).to(dtype).transpose(1, 2)
+    for kind, weights in (("plain", (plain,)), ("plain", halves), ("transposed", (transposed, transposed))):
+        found = straightened(weights, 3 * rows, precision)
+        assert all(map(torch.equal, found, weights))
+        assert all(new is old for new, old in zip(found, weights, strict=True)) == (kind != copied)
+        assert all((w.stride(2) == 1) == ((kind == "plain") != (kind == copied)) for w in found)
