@@ -178,6 +178,16 @@ def test_cuda_alignment_error_names_the_width() -> None:
         _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_rows_of_another_dtype_are_refused_outside_autocast(matmul) -> None:
+    rows, w = torch.randn(6, D), torch.randn(2, D, F)
+    groups = Groups(torch.full((2,), 3, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match=r"torch\.float32, torch\.bfloat16; expected one dtype for all"):
+        matmul(rows, groups, w.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(matmul(rows, groups, w.bfloat16()), matmul(rows, groups, w))
+
+
 @pytest.mark.parametrize("matmul", [loop, grouped])
 def test_no_experts_give_zeros_that_have_gradients(matmul) -> None:
     rows, w = torch.randn(3, D, requires_grad=True), torch.randn(0, D, F, requires_grad=True)
