@@ -7,7 +7,8 @@ import torch
 
 from moekit.dispatch import gather_rows, scatter_rows
 from moekit.recipes.choices import num_choices, undecided_logits
-from moekit.recipes.layers import Recipe, check_plan, routing_of_networks
+from moekit.recipes.layers import Recipe, routing_of_networks
+from moekit.recipes.recipe_checks import check_plan
 from moekit.routing import Causality, causality, clean
 from moekit.types import Dispatcher, DispatchPlan, Routing
 

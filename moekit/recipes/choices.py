@@ -1,6 +1,5 @@
 """What a recipe's router chooses from, asked without a model."""
 
-import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -78,43 +77,18 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
         return pools * experts * slots / num_tokens
     if not isinstance(routing, Routing):
         raise ValueError(
-            f"the router {_place(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
+            f"the router {place_of(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
             "router maps logits (T, E) to one"
         )
     chosen = routing.expert_indices
     last = num_choices(recipe, num_experts) - 1
     if chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) <= last:
         raise ValueError(
-            f"the router {_place(recipe.route)} chose experts from {int(chosen.min())} to {int(chosen.max())} of "
+            f"the router {place_of(recipe.route)} chose experts from {int(chosen.min())} to {int(chosen.max())} of "
             f"{last + 1}; expected 0 to {last}, or -1 for none."
         )
     # A list is made longer than what it holds.
     return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
-
-
-def check_router(recipe: Recipe) -> None:
-    """Check that a recipe's router takes what a layer calls it with: ``bias``, and what the recipe says it needs.
-
-    Args:
-        recipe: the method.
-
-    Raises:
-        ValueError: if it does not.
-
-    Example:
-        >>> from moekit.recipes import mixtral
-        >>> check_router(mixtral())
-    """
-    try:
-        parameters = inspect.signature(recipe.route).parameters
-    except (TypeError, ValueError):  # of a function that tells nothing of itself
-        return
-    missing = [name for name in ("bias", *recipe.needs) if name not in parameters]
-    if missing and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        raise ValueError(
-            f"the router {_place(recipe.route)} takes no {' and no '.join(missing)}; expected route(logits, bias=None"
-            f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
-        )
 
 
 def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
@@ -127,7 +101,19 @@ def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
     return recipe.route(logits, bias=known["bias"], **{name: known[name] for name in recipe.needs if name in known})
 
 
-def _place(function: Callable[..., object]) -> str:
+def place_of(function: Callable[..., object]) -> str:
+    """Say what a function is called, and the file that it is in.
+
+    Args:
+        function: bound or not.
+
+    Returns:
+        As "NAME of FILE".
+
+    Example:
+        >>> place_of(partial(place_of)).startswith("place_of of ")
+        True
+    """
     while isinstance(function, partial):
         function = function.func
     code = getattr(function, "__code__", None)

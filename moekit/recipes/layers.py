@@ -126,52 +126,6 @@ def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispa
     return dispatcher.combine(rows, routing, plan)  # (T, D)
 
 
-def check_plan(recipe: Recipe) -> None:
-    """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
-
-    Args:
-        recipe: before any parallel strategy, whose layer is composed of a dispatcher or has a plan of its own; of
-            another layer nothing is known.
-
-    Raises:
-        ValueError: if it is another one.
-
-    Example:
-        >>> from moekit.dispatch import padded
-        >>> from moekit.experts import batched, swiglu
-        >>> from moekit.recipes import mixtral
-        >>> tight = padded(capacity_factor=1.0)
-        >>> layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
-        >>> check_plan(mixtral()._replace(layer=layer, plan=tight.plan))
-    """
-    made = _plan_made_by(recipe.layer)
-    if made is not None and _parts(made) != _parts(recipe.plan):
-        raise ValueError(
-            f"the recipe's layer plans by {_words(made)}, and recipe.plan is {_words(recipe.plan)}, by which leaks are "
-            f"looked for, drops counted and ranks made to agree; expected the same. Replace both: "
-            f"recipe._replace(layer=..., plan=dispatcher.plan)."
-        )
-
-
-def _plan_made_by(layer: ExpertLayer) -> Callable[[Routing], DispatchPlan] | None:
-    keywords = layer.keywords if isinstance(layer, partial) else {}
-    if "plan" in keywords:
-        return keywords["plan"]
-    if "dispatcher" in keywords:
-        return dropless_plan if keywords["dispatcher"] is None else keywords["dispatcher"].plan
-    return None
-
-
-def _parts(function: Callable[..., Any]) -> tuple[Any, ...]:
-    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function, (), {})
-
-
-def _words(plan: Callable[..., Any]) -> str:
-    function, _, keywords = _parts(plan)
-    given = ", ".join(f"{name}={_words(value) if callable(value) else value!r}" for name, value in keywords.items())
-    return f"{getattr(function, '__name__', repr(function))}{f'({given})' if given else ''}"
-
-
 def recompute(layer: ExpertLayer) -> ExpertLayer:
     """Let an expert layer keep nothing for its backward but tokens, routing and parameters, and compute the rest again.
 

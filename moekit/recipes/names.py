@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from moekit.lm._lookup import look_up
-from moekit.recipes.choices import check_router
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
-from moekit.recipes.layers import Recipe, check_plan
+from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
 from moekit.recipes.published_routers import (
     base_sinkhorn,
@@ -28,6 +27,7 @@ from moekit.recipes.published_routers import (
     st_moe,
     xmoe,
 )
+from moekit.recipes.recipe_checks import check_plan, check_router
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.sigmoid_families import deepseek_v2, deepseek_v3, ernie_moe, llama4, longcat_flash, nemotron_moe
 
