@@ -90,10 +90,16 @@ def test_nan_stays_nan(name: str) -> None:
 
 
 @runs_kernels
-def test_products_of_tf32_are_near_those_of_float32() -> None:
-    case = draw(SHAPES["usual"], SWIGLU)
-    found = run(fused(precision="tf32"), case, device=DEVICE)
-    compare(found, run(reference(swiglu), case, torch.float64), 1e-2)  # ten bits of mantissa
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("name", ["swiglu", "relu2"])
+@pytest.mark.parametrize("shape", [SHAPES["usual"], SHAPES["by pointers"], (270, 16, 24, 2, 2)], ids=str)
+def test_products_of_tf32_are_near_those_of_float32(shape: tuple[int, ...], name: str) -> None:
+    """In the last shape experts have rows enough for a copy of their matrices, the other way round."""
+    activation, experts = ACTIVATIONS[name]
+    case = draw(shape, activation)
+    expected = run(reference(experts), case, torch.float64)
+    compare(run(fused(activation=activation, precision="tf32"), case, device=DEVICE), expected, 1e-2)  # of ten bits
+    compare(run(fused(activation=activation), case, device=DEVICE), expected, TOLERANCE[torch.float32])
 
 
 @runs_kernels
