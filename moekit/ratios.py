@@ -16,11 +16,13 @@ _PARTS = 9_000_000  # of one: millionths, and thirds and ninths of them
 def ratio_of(number: float | Ratio) -> Ratio:
     """Return the ratio that was meant by a number: a decimal with up to six digits behind the point, or thirds, ninths.
 
-    What a stage is bound to should be the ratio: compiled code for the second float has shapes that depend on a float,
-    which torch does not trace.
+    What a stage is bound to should be the ratio: where shapes depend on it, torch does not trace the second float.
 
     Args:
-        number: finite, rounded to 1 / 9,000,000; or a ratio, which is returned.
+        number: rounded to 1 / 9,000,000, but no positive one to 0; or a ratio, which is returned.
+
+    Raises:
+        ValueError: if it is not finite.
 
     Returns:
         Ratio.
@@ -29,7 +31,12 @@ def ratio_of(number: float | Ratio) -> Ratio:
         >>> ratio_of(1.1), ratio_of(4 / 3)
         (Ratio(numerator=11, denominator=10), Ratio(numerator=4, denominator=3))
     """
-    return number if isinstance(number, Ratio) else _reduced(round(number * _PARTS), _PARTS)
+    if isinstance(number, Ratio):
+        return number
+    if not float("-inf") < number < float("inf"):
+        raise ValueError(f"{number} is no ratio of whole numbers; expected a finite number.")
+    parts = round(number * _PARTS)
+    return _reduced(1 if number > 0 and parts == 0 else parts, _PARTS)
 
 
 def is_positive(number: float | Ratio) -> bool:

@@ -19,10 +19,27 @@ from torch import Tensor
 
 
 class Ratio(NamedTuple):
-    """An exact ratio of whole numbers, the second positive; see ``moekit.ratios``."""
+    """An exact ratio of whole numbers, the second positive. ``moekit.ratios`` computes with them."""
 
     numerator: int
     denominator: int = 1
+
+    def __str__(self) -> str:
+        """Write it as a number.
+
+        Example:
+            >>> str(Ratio(5, 4))
+            '1.25'
+        """
+        return str(self.numerator / self.denominator)
+
+    def __mul__(self, other: object) -> Any:
+        """Refuse what would repeat the tuple."""
+        raise TypeError(f"{self!r} times {other!r}: a ratio is a tuple; use moekit.ratios (as_ratio, multiplied).")
+
+    def __rmul__(self, other: object) -> Any:
+        """Refuse it from the other side, too."""
+        return self * other
 
 
 class Routing(NamedTuple):

@@ -74,6 +74,23 @@ def test_a_mask_compiles_too(name: str) -> None:
     check(RECIPES[name], backend="aot_eager", masked=True)
 
 
+@pytest.mark.parametrize("name", ["openlm", "mixtral", "deepseek_moe"])
+def test_an_exported_layer_takes_other_sizes(name: str) -> None:
+    class Output(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.moe = MoE(D, E, RECIPES[name], hidden=F)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.moe(x).y
+
+    layer, dims = Output(), {0: torch.export.Dim("B"), 1: torch.export.Dim("L")}
+    exported = torch.export.export(layer, (torch.randn(4, 5, D),), dynamic_shapes=(dims,)).module()
+    for shape in ((4, 5), (3, 7)):
+        x = torch.randn(*shape, D)
+        torch.testing.assert_close(exported(x), layer(x))
+
+
 # A recipe with a factor, whatever it limits. The compiler takes what changes between calls for a symbol.
 FACTORS = {
     "openlm": lambda factor: openlm(capacity_factor=factor),
@@ -96,7 +113,9 @@ def test_other_sizes_and_other_factors_compile_after_the_first(name: str) -> Non
         compiled = torch.compile(moe, fullgraph=True, backend="eager")
         for tokens in (T, 31):
             x, mask = torch.randn(tokens, D), torch.arange(tokens) % 5 != 0 if name in COUNTING else None
-            torch.testing.assert_close(compiled(x, token_mask=mask).y, moe(x, token_mask=mask).y)
+            found, expected = compiled(x, token_mask=mask), moe(x, token_mask=mask)
+            torch.testing.assert_close(found.y, expected.y)
+            torch.testing.assert_close(found.losses, expected.losses)
 
 
 @pytest.mark.slow

@@ -17,6 +17,25 @@ def test_a_decimal_is_what_was_written(digits: int, places: int) -> None:
     assert ratio_of(digits / 10**places) == Fraction(digits, 10**places).as_integer_ratio()
 
 
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+def test_what_is_not_finite_is_refused(number: float) -> None:
+    with pytest.raises(ValueError, match="is no ratio of whole numbers; expected a finite number"):
+        ratio_of(number)
+
+
+def test_no_positive_number_becomes_zero() -> None:
+    assert ratio_of(1e-9) == (1, 9_000_000)
+    assert ratio_of(0.0) == (0, 1)
+    assert ratio_of(ratio_of(1.25)) == (5, 4)
+
+
+def test_a_ratio_is_not_repeated_by_mistake() -> None:
+    assert str(Ratio(5, 4)) == "1.25"
+    for product in (lambda: Ratio(5, 4) * 2, lambda: 2 * Ratio(5, 4)):
+        with pytest.raises(TypeError, match=r"a ratio is a tuple; use moekit\.ratios"):
+            product()
+
+
 @pytest.mark.parametrize("parts", [3, 9])
 def test_thirds_and_ninths_are_exact(parts: int) -> None:
     for number in range(5 * parts):

@@ -4,8 +4,8 @@ from functools import partial
 
 from moekit.dispatch.plans import Priority, by_position, dropless_plan, padded_plan
 from moekit.dispatch.rows import gather_rows, scatter_rows
-from moekit.ratios import ratio_of
-from moekit.types import Dispatcher
+from moekit.ratios import is_positive, ratio_of
+from moekit.types import Dispatcher, Ratio
 
 
 def dropless() -> Dispatcher:
@@ -26,7 +26,7 @@ def dropless() -> Dispatcher:
     return Dispatcher(dropless_plan, gather_rows, scatter_rows)
 
 
-def padded(*, capacity_factor: float, priority: Priority = by_position) -> Dispatcher:
+def padded(*, capacity_factor: float | Ratio, priority: Priority = by_position) -> Dispatcher:
     """Return the dispatcher that gives every expert C rows; a capacity factor of 0 means dropless, as in OpenLM.
 
     Causal with ``by_position`` only. No host synchronisation. Deterministic on CUDA for token choice.
@@ -50,7 +50,7 @@ def padded(*, capacity_factor: float, priority: Priority = by_position) -> Dispa
     """
     if capacity_factor == 0:
         return dropless()
-    if not 0 < capacity_factor < float("inf"):
+    if not is_positive(capacity_factor):
         raise ValueError(
             f"capacity_factor = {capacity_factor}; expected a finite number >= 0, where 0 means dropless. "
             f"1.25 is OpenLM's default."

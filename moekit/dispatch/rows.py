@@ -164,8 +164,8 @@ def _tokens_of_rows(routing: Routing, plan: DispatchPlan) -> tuple[Tensor, Tenso
 
 def _links(routing: Routing, plan: DispatchPlan) -> Links:
     tokens, padding = _tokens_of_rows(routing, plan)
-    shape = routing.expert_indices.shape
-    return Links(tokens, padding, rows_of_assignments(plan.assignments, shape.numel()).view(shape))
+    experts = routing.expert_indices  # whose shape's numel() would be a constant of an exported program
+    return Links(tokens, padding, rows_of_assignments(plan.assignments, experts.numel()).view(experts.shape))
 
 
 def _check_rows(name: str, tensor: Tensor, expected: int, meaning: str) -> None:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moekit.autocast import autocast_dtype
+from moekit.autocast import dtype_in_products
 from moekit.checks import check_devices
 from moekit.experts.activations import CLAMPED_SWIGLU, FUNCTIONS, Activation
 from moekit.types import Groups
@@ -97,7 +97,7 @@ def check_product(rows: Tensor, groups: Groups, w: Tensor) -> None:
         w: (E, D, F).
 
     Raises:
-        ValueError: if the shapes do not fit, the tensors are on several devices, or, outside autocast, of two dtypes.
+        ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too.
 
     Example:
         >>> check_product(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4))
@@ -109,7 +109,8 @@ def check_product(rows: Tensor, groups: Groups, w: Tensor) -> None:
             f"not fit; expected (R, D), (E,) and (E, D, F) with the same D and E. Weights are stored (E, in, out)."
         )
     check_devices("grouped matmul", rows, groups.sizes, w)
-    if autocast_dtype(rows.device.type) is None:
+    of_rows, of_w = (dtype_in_products(t.dtype, t.device.type) for t in (rows, w))
+    if of_rows != of_w:
         check_dtypes("grouped matmul", rows, w)
     if groups.capacity is not None and rows.shape[0] != groups.capacity * w.shape[0]:
         raise ValueError(

@@ -67,7 +67,7 @@ def with_positions(routing: Routing, *, rank: int, num_ranks: int, block: int | 
         tensor([[2, 3]])
     """
     shape = routing.expert_indices.shape
-    places = torch.arange(shape.numel(), device=routing.expert_indices.device)
+    places = torch.arange(routing.expert_indices.numel(), device=routing.expert_indices.device)
     if block is None:
         places = places + rank * _FAR
     else:

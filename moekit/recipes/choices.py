@@ -96,7 +96,7 @@ def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
     logits = undecided_logits(recipe, num_experts, num_tokens)
     state = None if recipe.state is None else recipe.state.init(num_choices(recipe, num_experts), device="cpu")
     ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
-    known: dict[str, Any] = {"token_ids": ids, "sequence_length": num_tokens, "bias": None}
+    known: dict[str, Any] = {"token_ids": ids, "token_mask": None, "sequence_length": num_tokens, "bias": None}
     known |= {} if recipe.state is None else {recipe.state.name: state}
     return recipe.route(logits, bias=known["bias"], **{name: known[name] for name in recipe.needs if name in known})
 

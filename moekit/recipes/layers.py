@@ -97,6 +97,10 @@ class Recipe(NamedTuple):
     causal: bool = True
     init_gate: Callable[..., Any] = init_linear_gate
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
+        """Return itself: it is a value, and one that is spread over ranks holds their groups, which nobody can copy."""
+        return self
+
 
 def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
     """Compose a dispatcher and experts into an expert layer.

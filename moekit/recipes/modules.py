@@ -37,6 +37,7 @@ class MoE(nn.Module):
             trainer's job, once per optimizer step: see ``update_state``. It keeps its dtype when the module is cast.
 
     Raises:
+        TypeError: if the recipe is none.
         ValueError: if a size is not positive.
         RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none.
 
@@ -65,6 +66,8 @@ class MoE(nn.Module):
             if size < 1:
                 raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        if not isinstance(recipe, Recipe):
+            raise TypeError(f"MoE: recipe = {recipe!r}; expected a Recipe. A method is called: mixtral(), not mixtral.")
         choices = num_choices(recipe, num_experts)
         self.recipe = recipe
         self.dim, self.num_experts = dim, num_experts
@@ -96,12 +99,13 @@ class MoE(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> "MoE":
         """Move the router's state with the parameters, but keep its dtype: steps of 0.001 vanish in bfloat16."""
-        before = self.state
+        states = dict(self._buffers)  # of the recipe that it was made of, whatever it has now
         super()._apply(fn, recurse)
-        after = self.state
-        if before is not None and after is not None and after.dtype != before.dtype:
-            kept = torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
-            self._buffers[self.recipe.state.name] = kept  # type: ignore[union-attr]
+        for name, before in states.items():
+            after = self._buffers[name]
+            if before is not None and after is not None and after.dtype != before.dtype:
+                kept = torch.empty_like(after, dtype=before.dtype) if before.is_meta else before.to(after.device)
+                self._buffers[name] = kept
         return self
 
     def params(self) -> MoEParams:

@@ -350,6 +350,7 @@ def sonic_token_rounding(
     """Compose SonicMoE's layer with token rounding: the load of every expert is a multiple of a tile of the product.
 
     Not causal in training: who is left out, or taken besides, depends on the batch. Evaluation is plain top-k, and is.
+    A load below half a tile is rounded to none: with fewer than 64 rows an expert most tokens reach no expert.
 
     Args:
         k: experts per token.

@@ -6,17 +6,20 @@ from functools import partial
 from typing import Any
 
 from moekit.dispatch import dropless_plan
+from moekit.experts import fused_cpu, fused_layer
+from moekit.ratios import ratio_of
 from moekit.recipes.choices import place_of
 from moekit.recipes.layers import Recipe
-from moekit.types import DispatchPlan, ExpertLayer, Routing
+from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Ratio, Routing
+
+Plan = Callable[[Routing], DispatchPlan]
 
 
 def check_plan(recipe: Recipe) -> None:
     """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
 
     Args:
-        recipe: before any parallel strategy, whose layer is composed of a dispatcher or has a plan of its own; of
-            another layer nothing is known.
+        recipe: before any parallel strategy. Of a layer that is none of moekit's, nothing is known.
 
     Raises:
         ValueError: if it is another one.
@@ -30,7 +33,7 @@ def check_plan(recipe: Recipe) -> None:
         >>> check_plan(mixtral()._replace(layer=layer, plan=tight.plan))
     """
     made = _plan_made_by(recipe.layer)
-    if made is not None and _parts(made) != _parts(recipe.plan):
+    if made is not None and not _is_same(made, recipe.plan):
         raise ValueError(
             f"the recipe's layer plans by {_words(made)}, and recipe.plan is {_words(recipe.plan)}, by which leaks are "
             f"looked for, drops counted and ranks made to agree; expected the same. Replace both: "
@@ -52,31 +55,57 @@ def check_router(recipe: Recipe) -> None:
         >>> check_router(mixtral())
     """
     try:
-        parameters = inspect.signature(recipe.route).parameters
+        parameters = inspect.signature(recipe.route, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # of a function that tells nothing of itself
         return
-    missing = [name for name in ("bias", *recipe.needs) if name not in parameters]
-    if missing and not any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    taken = {each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
+    missing = [name for name in dict.fromkeys(("bias", *recipe.needs)) if name not in taken]
+    if missing and not any(each.kind is each.VAR_KEYWORD for each in parameters):
         raise ValueError(
             f"the router {place_of(recipe.route)} takes no {' and no '.join(missing)}; expected route(logits, bias=None"
             f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
         )
 
 
-def _plan_made_by(layer: ExpertLayer) -> Callable[[Routing], DispatchPlan] | None:
-    keywords = layer.keywords if isinstance(layer, partial) else {}
-    if "plan" in keywords:
-        return keywords["plan"]
-    if "dispatcher" in keywords:
-        return dropless_plan if keywords["dispatcher"] is None else keywords["dispatcher"].plan
+def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
+    while isinstance(layer, partial):
+        if layer.func is fused_layer().func:  # type: ignore[attr-defined]
+            return dropless_plan
+        if layer.func is fused_cpu(plan=dropless_plan).func:  # type: ignore[attr-defined]
+            return layer.keywords["plan"]
+        if isinstance(layer.keywords.get("dispatcher"), Dispatcher):
+            return layer.keywords["dispatcher"].plan
+        layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None
 
 
-def _parts(function: Callable[..., Any]) -> tuple[Any, ...]:
-    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function, (), {})
+def _is_same(one: Any, other: Any) -> bool:
+    """Say whether two values, or functions bound to values, are known to do the same."""
+    if one is other:
+        return True
+    if isinstance(one, float | Ratio) and isinstance(other, float | Ratio):
+        return ratio_of(one) == ratio_of(other)
+    if not (callable(one) and callable(other)):
+        return False
+    (function, options), (others_function, others_options) = _bound(one), _bound(other)
+    return (
+        function is others_function
+        and options.keys() == others_options.keys()
+        and all(_is_same(value, others_options[name]) for name, value in options.items())
+    )
+
+
+def _bound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
+    """Take a function bound to keywords apart; defaults count as bound."""
+    keywords: dict[Any, Any] = {}
+    while isinstance(function, partial):
+        keywords = {**dict(enumerate(function.args)), **function.keywords, **keywords}
+        function = function.func
+    given = inspect.signature(function).parameters.values()
+    return function, {p.name: p.default for p in given if p.default is not p.empty} | keywords
 
 
 def _words(plan: Callable[..., Any]) -> str:
-    function, _, keywords = _parts(plan)
-    given = ", ".join(f"{name}={_words(value) if callable(value) else value!r}" for name, value in keywords.items())
+    function, options = _bound(plan)
+    given = ", ".join(f"{name}={_words(value) if callable(value) else value}" for name, value in options.items())
     return f"{getattr(function, '__name__', repr(function))}{f'({given})' if given else ''}"

@@ -3,7 +3,6 @@
 import shlex
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from moekit.recipes.scoring import append_results, score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 from moekit.recipes.setup import check_model, make_config, make_recipe, overridden_flags
+from moekit.routing.token_rounding import rounding_of
 
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)
@@ -260,12 +260,12 @@ def rounding_notes(run: Run) -> list[str]:
         Lines of text; none where the router rounds nothing, or the mean load is half a tile at least.
     """
     layer = next((layer for _, layer in moe_layers(run.model)), None)
-    route = None if layer is None else layer.recipe.route
-    if layer is None or not isinstance(route, partial) or "tile" not in route.keywords:
+    rounding = None if layer is None else rounding_of(layer.recipe.route)
+    if layer is None or rounding is None:
         return []
-    tile, before = route.keywords["tile"], layer.recipe._replace(route=route.args[0])
+    route, tile = rounding
     tokens = run.budget.tokens_per_step // (run.world.size * run.settings.optimizer.accum_freq)
-    load = experts_per_token(before, layer.num_experts) * tokens / layer.num_experts
+    load = experts_per_token(layer.recipe._replace(route=route), layer.num_experts) * tokens / layer.num_experts
     if 2 * load >= tile:
         return []
     return [

@@ -1,10 +1,12 @@
 """Routing over simple experts: what is left for the real ones."""
 
-from moekit.ratios import multiplied, ratio_of
+from moekit.ratios import is_positive, multiplied, ratio_of
 from moekit.types import Ratio, Routing
 
+EVEN = Ratio(1)
 
-def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> Routing:
+
+def without_simple(routing: Routing, *, num_experts: int, tau: float | Ratio = EVEN) -> Routing:
     """Take the assignments to simple experts out of a routing; the real experts keep theirs.
 
     A capacity factor then means what it means in MoE++, where real experts have room for cf * tau N / (tau E + Z) of
@@ -36,14 +38,14 @@ def without_simple(routing: Routing, *, num_experts: int, tau: float = 1.0) -> R
     References:
         Jin et al., MoE++, 2024 (heterogeneous expert capacity), https://arxiv.org/abs/2410.07348
     """
-    if not 1 <= num_experts <= routing.num_experts or not 0 < tau < float("inf"):
+    if not 1 <= num_experts <= routing.num_experts or not is_positive(tau):
         raise ValueError(
             f"without_simple: num_experts = {num_experts} and tau = {tau} were given for a routing over "
             f"{routing.num_experts} experts; expected 1 <= num_experts <= {routing.num_experts} and tau > 0."
         )
     gone = routing.expert_indices >= num_experts
     weight, one = ratio_of(tau)
-    real = max(weight, 1) * num_experts
+    real = weight * num_experts
     return Routing(
         routing.token_indices,
         routing.expert_indices.masked_fill(gone, -1),

@@ -51,6 +51,25 @@ def token_rounding(
     return partial(_route_and_round, route, tile=tile, rounding=rounding, score=score)
 
 
+def rounding_of(route: Router) -> tuple[Router, int] | None:
+    """Take a router of ``token_rounding`` apart.
+
+    Args:
+        route: any.
+
+    Returns:
+        The router that it wraps, and the tile; None if it rounds nothing.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> rounding_of(token_rounding(partial(top_k, k=1), tile=2))[1], rounding_of(partial(top_k, k=1))
+        (2, None)
+    """
+    if not isinstance(route, partial) or route.func is not _route_and_round:
+        return None
+    return route.args[0], route.keywords["tile"]
+
+
 def round_tokens(
     logits: Logits,
     routing: Routing,

@@ -110,6 +110,7 @@ def over_nodes(
     References:
         He et al., FasterMoE, PPoPP 2022 (topology-aware gate), https://doi.org/10.1145/3503221.3508418
     """
+    _check_nodes(logits.shape[1], k, num_nodes, 0, share)
     masks = [None] * num_nodes if token_mask is None else token_mask.flatten().chunk(num_nodes)
     parts = [
         topology_limited(part, k=k, num_nodes=num_nodes, node=node, share=share, token_mask=mask, bias=bias)

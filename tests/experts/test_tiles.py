@@ -62,6 +62,18 @@ def test_the_rule_parts_the_warps_on_hopper_alone(capability: int, dtype: torch.
         assert not any(tile.specialized for tile in ruled_tiles(size._replace(**other))), other
 
 
+def test_float32_tiles_are_those_that_were_measured() -> None:
+    """As docs/lab.md has them."""
+    exact = SIZE._replace(dtype=torch.float32)
+    low, wide = Tile(64, 64, 32, 4, 3), Tile(128, 128, 32, 8, 3)
+    assert ruled_tiles(exact)[:3] == (Tile(64, 64, 16, 4, 3), *[Tile(64, 128, 32, 8, 3)] * 2)
+    assert ruled_tiles(exact._replace(gated=False)).up == Tile(64, 128, 32, 8, 3)
+    assert ruled_tiles(exact._replace(precision="tf32")) == LayerTiles(*[wide] * 6)
+    assert ruled_tiles(exact._replace(precision="tf32", assignments=640))[:4] == (low,) * 4
+    narrow = ruled_tiles(exact._replace(precision="tf32", narrow=True))
+    assert narrow == LayerTiles(Tile(128, 32, 32, 8, 3), *[Tile(128, 64, 32, 8, 3)] * 3, low, low)
+
+
 def test_a_table_comes_back_from_its_text(tmp_path) -> None:
     overlapping = SIZE._replace(dtype=torch.float32, capability=8, gated=False)
     table = (marked(4), marked(8, overlapping), marked(2, SIZE._replace(dim=100)))

@@ -5,11 +5,12 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.dispatch import by_weight, padded
-from moekit.experts import batched, swiglu
+from moekit.dispatch import by_weight, padded, padded_plan
+from moekit.experts import batched, fused_cpu, fused_layer, swiglu
 from moekit.recipes import auto, expert_layer, mixtral, openlm
 from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings
+from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
 from moekit.recipes.train import causality_notes
 
@@ -34,6 +35,17 @@ def test_a_layer_with_another_plan_is_refused():
         ):
             audit(other, E)
     assert audit(mixtral()._replace(layer=layer, plan=tight.plan), E).leaks
+    for plan in (padded(capacity_factor=0.5).plan, padded(capacity_factor=1.25, priority=by_weight).plan):
+        with pytest.raises(ValueError, match="layer plans by padded_plan"):
+            audit(openlm()._replace(plan=plan), E)
+    with pytest.raises(ValueError, match="layer plans by padded_plan"):
+        audit(mixtral()._replace(layer=fused_cpu(plan=tight.plan)), E)
+    with pytest.raises(ValueError, match="layer plans by padded_plan"):
+        audit(mixtral()._replace(layer=recompute(layer)), E)
+    with pytest.raises(ValueError, match="layer plans by dropless_plan"):
+        audit(openlm()._replace(layer=fused_layer()), E)
+    assert not audit(openlm()._replace(plan=partial(padded_plan, capacity_factor=1.25)), E).leaks, "as a float"
+    assert not audit(mixtral()._replace(layer=partial(layer, dispatcher="sorted")), E).leaks, "none of moekit's"
     same = padded(capacity_factor=1.25)
     assert not audit(openlm()._replace(plan=same.plan), E).leaks, "equal, though made by another call"
 

@@ -1,3 +1,7 @@
+import copy
+import threading
+from functools import partial
+
 import pytest
 import torch
 
@@ -162,6 +166,31 @@ def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
     moe.recipe = deepseek_moe(k=2)
     with pytest.raises(RuntimeError, match="its recipe remembers 'bias', and the one that it was made of did not"):
         moe(torch.randn(3, D))
+
+
+def test_a_method_that_is_not_called_is_no_recipe() -> None:
+    with pytest.raises(TypeError, match=r"expected a Recipe. A method is called: mixtral\(\), not mixtral"):
+        MoE(D, E, mixtral)
+
+
+def test_a_copy_shares_what_cannot_be_copied() -> None:
+    """As the groups of ranks in a recipe whose experts are spread over them."""
+    lock = threading.Lock()
+    recipe = mixtral()._replace(layer=lambda x, routing, params, lock=lock: mixtral().layer(x, routing, params))
+    moe, x = MoE(D, E, recipe._replace(layer=partial(recipe.layer, lock=lock)), hidden=8), torch.randn(5, D)
+    copied = copy.deepcopy(moe)
+    assert torch.equal(copied(x).y, moe(x).y)
+    assert copied.gate is not moe.gate
+
+
+def test_a_state_keeps_its_dtype_whatever_the_recipe_is_meanwhile() -> None:
+    moe = MoE(D, E, deepseek_moe(k=2), hidden=8)
+    recipe = moe.recipe
+    moe.recipe = recipe._replace(state=None)
+    moe.bfloat16()
+    moe.recipe = recipe
+    assert moe.state.dtype == torch.float32
+    assert moe.gate.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -1,14 +1,19 @@
+import functools
+from functools import partial
+
 import pytest
 import torch
 
-from moekit.recipes import MoE, Recipe, mixtral, moe_layer
+from moekit.recipes import MoE, Recipe, mixtral, moe_layer, moe_plus_plus
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
+from moekit.recipes.recipe_checks import check_router
 from moekit.routing import top_k
+from moekit.types import Routing
 
 FILE = """
 from functools import partial
-from moekit.recipes import mixtral, olmoe
+from moekit.recipes import mixtral, olmoe, openlm
 from moekit.routing import top_k
 
 VALUE = mixtral(k=3)
@@ -35,6 +40,7 @@ def blind(logits):
     return top_k(logits, k=2)
 
 BLIND = mixtral()._replace(route=blind, needs=("token_ids",))
+OTHER_PLAN = mixtral()._replace(layer=openlm().layer)
 """
 
 
@@ -180,6 +186,36 @@ def test_a_router_must_take_what_a_layer_gives_it(file):
         ValueError, match=r"blind of .*takes no bias and no token_ids; expected route\(logits, bias=None,"
     ):
         find_recipe(f"{file}:BLIND")
+
+
+def test_a_plan_must_be_that_of_the_layer(file):
+    with pytest.raises(ValueError, match=r"plans by padded_plan\(.*, and recipe\.plan is dropless_plan, by"):
+        find_recipe(f"{file}:OTHER_PLAN")
+
+
+def test_routers_that_take_what_they_are_given_somehow_are_taken():
+    def plain(logits):
+        return top_k(logits, k=2)
+
+    @functools.wraps(plain)
+    def wrapped(logits, **options):
+        return plain(logits)
+
+    for route in (wrapped, partial(wrapped), lambda logits, **options: plain(logits), max):
+        check_router(mixtral()._replace(route=route, needs=("token_mask",)))
+    for route in (plain, lambda logits, bias, /: plain(logits)):
+        with pytest.raises(ValueError, match="takes no bias; expected"):
+            check_router(mixtral()._replace(route=route))
+
+
+def test_simple_experts_and_empty_lists_are_choices():
+    def last(logits, *, bias=None):
+        routing = top_k(logits, k=2)
+        return routing._replace(expert_indices=torch.full_like(routing.expert_indices, logits.shape[1] - 1))
+
+    assert experts_per_token(moe_plus_plus()._replace(route=last), 8) == 2
+    nobody = Routing(*[torch.zeros(0, dtype=torch.int64)] * 2, torch.zeros(0), 1024, 8, 0)
+    assert experts_per_token(mixtral()._replace(route=lambda logits, bias=None: nobody), 8) == 0
 
 
 def test_experts_per_token_leaves_the_random_state_alone():

@@ -130,6 +130,32 @@ def test_a_method_that_does_not_fit_is_told_from_the_settings(recipe, experts, m
         check_model(ModelSettings(preset="moekit_tiny", recipe=recipe, moe_num_experts=experts))
 
 
+def test_a_dense_file_wins_over_what_it_says_of_the_method_too(tmp_path):
+    path = own_file(tmp_path, moe_freq=0, moe_top_k=3)
+    assert resolved_model(ModelSettings(preset=path)).moe_top_k is None
+    [line] = overridden_flags(ModelSettings(preset=path, moe_capacity_factor=0.0))
+    assert line.startswith("--moe-capacity-factor 0.0 has no effect")
+
+
+def test_two_experts_leave_the_choice_to_the_recipe():
+    assert make_config(ModelSettings(preset="moekit_tiny", recipe="olmoe", moe_num_experts=2)).moe_top_k == 2
+
+
+def test_a_method_is_asked_as_it_is_scored_and_for_a_sequence(tmp_path):
+    path = tmp_path / "mine.py"
+    path.write_text(
+        "from moekit.recipes import mixtral\n"
+        "from moekit.routing import top_k\n"
+        "def route(logits, *, bias=None):\n"
+        "    assert logits.shape[0] == 64\n"
+        "    return top_k(logits, k=2)\n"
+        "def mine(*, training=True):\n"
+        "    return mixtral()._replace(route=route) if training else mixtral(k=99)\n"
+    )
+    with pytest.raises(ValueError, match=r"does not fit --moe-num-experts 8: .*99"):
+        check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
+
+
 def test_one_expert_is_enough_for_a_method_that_takes_one():
     settings = ModelSettings(preset="moekit_tiny", recipe="switch", moe_num_experts=1)
     check_model(settings)

@@ -192,6 +192,20 @@ def test_compiles_to_one_graph() -> None:
     torch.testing.assert_close(*grads)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_generated_code_computes_the_same_gradient() -> None:
+    """At eight experts, Inductor's vectors on the CPU: its gradient of a gather from a transposed softmax is wrong."""
+    torch._dynamo.reset()
+    route = partial(expert_choice, capacity_factor=2)
+    logits = torch.randn(64, 8, requires_grad=True)
+    grads = []
+    for run in (route, torch.compile(route, fullgraph=True)):
+        grads += torch.autograd.grad(run(logits).weights.square().sum(), logits)
+    torch.testing.assert_close(*grads)
+
+
 def test_errors_say_what_was_given() -> None:
     logits = torch.zeros(T, E)
     with pytest.raises(ValueError, match="capacity_factor = 0 and multiple_of = 1; expected a positive, finite factor"):

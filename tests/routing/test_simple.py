@@ -36,12 +36,12 @@ def test_missing_assignments_and_positions_stay() -> None:
     assert after.positions is positions
 
 
-@pytest.mark.parametrize(("tau", "num_simple"), [(1.0, 3), (0.75, 3), (0.1, 12), (0.75, 0)])
+@pytest.mark.parametrize(("tau", "num_simple"), [(1.0, 3), (0.75, 3), (0.1, 12), (0.75, 0), (1e-6, 3)])
 @pytest.mark.parametrize("capacity_factor", [1.0, 1.1, 1.25])
 def test_capacity_is_that_of_moe_plus_plus(tau: float, num_simple: int, capacity_factor: float) -> None:
     routing = without_simple(top_k(torch.randn(1000, E + num_simple), k=K), num_experts=E, tau=tau)
     share = Fraction(str(tau)) / (Fraction(str(tau)) * E + num_simple)
-    expected = int(Fraction(str(capacity_factor)) * share * 1000 * K)
+    expected = max(1, int(Fraction(str(capacity_factor)) * share * 1000 * K))
     assert padded_plan(routing, capacity_factor=capacity_factor).groups.capacity == expected
 
 

@@ -119,7 +119,14 @@ def test_masked_tokens_take_no_leave_from_real_ones(share: float) -> None:
     found = topology_limited(spoiled, k=2, num_nodes=NODES, node=0, share=share, token_mask=mask)
     assert torch.equal(found.expert_indices[mask], alone.expert_indices)
     assert torch.equal(found.weights[mask], alone.weights)
-    parts = over_nodes(spoiled, k=2, num_nodes=1, share=share, token_mask=mask.view(1, T))
-    assert torch.equal(
-        parts.expert_indices[mask], topology_limited(logits[mask], k=2, num_nodes=1, node=0).expert_indices
-    )
+    even, mask = T // 2 * 2, mask[: T // 2 * 2]
+    parts = over_nodes(spoiled[:even], k=2, num_nodes=2, share=share, token_mask=mask.view(2, -1))
+    pieces = zip(logits[:even].chunk(2), mask.chunk(2), parts.expert_indices.chunk(2), strict=True)
+    for node, (part, real, chosen) in enumerate(pieces):
+        alone = topology_limited(part[real], k=2, num_nodes=2, node=node, share=share)
+        assert torch.equal(chosen[real], alone.expert_indices)
+
+
+def test_parts_of_no_nodes_are_refused() -> None:
+    with pytest.raises(ValueError, match="num_nodes = 0 and node = 0 were given"):
+        over_nodes(torch.zeros(T, E), k=2, num_nodes=0)
