@@ -49,7 +49,7 @@ def layer_tiles(size: LayerSize) -> LayerTiles:
     Example:
         >>> from moekit.experts.tiles import LayerSize
         >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
-        Tile(m=64, n=64, k=32, warps=4, stages=3, band=16, overlap=False, specialized=False)
+        Tile(m=64, n=128, k=32, warps=8, stages=3, band=16, overlap=False, specialized=False)
     """
     known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
     return _layer_tiles_once(size) if known else _layer_tiles(size)

@@ -156,7 +156,7 @@ def test_errors_say_what_was_given_and_expected() -> None:
         ValueError, match=r"float64, torch\.float64; expected one dtype of torch.float32, torch.bfloat16, torch.float16"
     ):
         triton(rows.double(), groups, w.double())
-    with pytest.raises(ValueError, match=r"float16, torch\.float32; expected one dtype of"):
+    with pytest.raises(ValueError, match=r"float16, torch\.float32; expected one dtype for all"):
         triton(rows.half(), groups, w)
     with pytest.raises(ValueError, match="precision = 'bf16'; expected 'ieee' or 'tf32'"):
         triton(rows, groups, w, precision="bf16")
