@@ -21,11 +21,11 @@ def ratio_of(number: float | Ratio) -> Ratio:
     Args:
         number: rounded to 1 / 9,000,000, but no positive one to 0; or a ratio, which is returned.
 
-    Raises:
-        ValueError: if it is not finite.
-
     Returns:
         Ratio.
+
+    Raises:
+        ValueError: if it is not finite.
 
     Example:
         >>> ratio_of(1.1), ratio_of(4 / 3)

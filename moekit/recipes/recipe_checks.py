@@ -83,7 +83,7 @@ def _is_same(one: Any, other: Any) -> bool:
     """Say whether two values, or functions bound to values, are known to do the same."""
     if one is other:
         return True
-    if isinstance(one, float | Ratio) and isinstance(other, float | Ratio):
+    if isinstance(one, int | float | Ratio) and isinstance(other, int | float | Ratio):
         return ratio_of(one) == ratio_of(other)
     if not (callable(one) and callable(other)):
         return False

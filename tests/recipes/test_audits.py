@@ -45,6 +45,8 @@ def test_a_layer_with_another_plan_is_refused():
     with pytest.raises(ValueError, match="layer plans by dropless_plan"):
         audit(openlm()._replace(layer=fused_layer()), E)
     assert not audit(openlm()._replace(plan=partial(padded_plan, capacity_factor=1.25)), E).leaks, "as a float"
+    whole = openlm(capacity_factor=1.0)
+    assert not audit(whole._replace(plan=partial(padded_plan, capacity_factor=1)), E).leaks, "as a whole number"
     assert not audit(mixtral()._replace(layer=partial(layer, dispatcher="sorted")), E).leaks, "none of moekit's"
     same = padded(capacity_factor=1.25)
     assert not audit(openlm()._replace(plan=same.plan), E).leaks, "equal, though made by another call"
