@@ -109,8 +109,7 @@ def check_product(rows: Tensor, groups: Groups, w: Tensor) -> None:
             f"not fit; expected (R, D), (E,) and (E, D, F) with the same D and E. Weights are stored (E, in, out)."
         )
     check_devices("grouped matmul", rows, groups.sizes, w)
-    of_rows, of_w = (dtype_in_products(t.dtype, t.device.type) for t in (rows, w))
-    if of_rows != of_w:
+    if rows.dtype != w.dtype and len({dtype_in_products(t.dtype, t.device.type) for t in (rows, w)}) > 1:
         check_dtypes("grouped matmul", rows, w)
     if groups.capacity is not None and rows.shape[0] != groups.capacity * w.shape[0]:
         raise ValueError(

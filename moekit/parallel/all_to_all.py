@@ -16,7 +16,7 @@ from moekit.parallel.exchange_plans import (
     plan_exchange,
     tokens_of_rows,
 )
-from moekit.ratios import as_ratio, multiplied, ratio_of, total
+from moekit.ratios import as_ratio, is_positive, multiplied, ratio_of, total
 from moekit.rows import copy_rows, sum_rows
 from moekit.types import ExpertLayer, Ratio, Routing
 
@@ -62,7 +62,7 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
 
 
 def static_all_to_all(
-    layer: ExpertLayer, *, group: ProcessGroup, capacity_factor: float, return_group: ProcessGroup | None = None
+    layer: ExpertLayer, *, group: ProcessGroup, capacity_factor: float | Ratio, return_group: ProcessGroup | None = None
 ) -> ExpertLayer:
     """Do what ``all_to_all`` does with shapes known beforehand: nothing is read from the device, and it compiles.
 
@@ -101,7 +101,7 @@ def static_all_to_all(
     References:
         Lepikhin et al., GShard, 2020, section 2.2 (capacity per source group), https://arxiv.org/abs/2006.16668
     """
-    if not 0 < capacity_factor < float("inf"):
+    if not is_positive(capacity_factor):
         raise ValueError(
             f"static_all_to_all: capacity_factor = {capacity_factor}; expected a positive, finite number. The number "
             "of ranks drops nothing"

@@ -31,19 +31,20 @@ def whole_lines(console: Console) -> Callable[[str], None]:
     return partial(console.print, highlight=False, markup=False, soft_wrap=True)
 
 
-def print_notes(console: Console, lines: Iterable[str]) -> None:
+def print_notes(console: Console, lines: Iterable[str], *, style: str | None = None) -> None:
     """Print lines, each as it is.
 
     Args:
         console: to print to.
         lines: of text.
+        style: of rich; None is plain.
 
     Example:
         >>> print_notes(Console(width=8), ["as [it] is, whole"])
         as [it] is, whole
     """
     for line in lines:
-        whole_lines(console)(line)
+        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
 
 
 def print_warnings(console: Console, lines: Iterable[str]) -> None:
@@ -57,5 +58,4 @@ def print_warnings(console: Console, lines: Iterable[str]) -> None:
         >>> print_warnings(Console(width=8), ["warning: as [it] is"])
         warning: as [it] is
     """
-    for line in lines:
-        console.print(line, style="bold", highlight=False, markup=False, soft_wrap=True)
+    print_notes(console, lines, style="bold")
