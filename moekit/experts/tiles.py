@@ -165,21 +165,30 @@ def is_narrow(device: torch.device) -> bool:
 
 
 def row_tile(
-    dtype: torch.dtype, num_rows: int, num_groups: int, *, narrow: bool = False, precision: str = "ieee"
+    dtype: torch.dtype,
+    num_rows: int,
+    num_groups: int,
+    *,
+    capability: int = 0,
+    narrow: bool = False,
+    precision: str = "ieee",
 ) -> Tile:
     """Choose the tile of products whose rows are grouped: wide for full groups, low for groups of few rows."""
     m, warps = (64, 4) if num_rows <= 48 * num_groups else (128, 8)
     if dtype.itemsize == 4 and precision == "ieee":  # by arithmetic units, not by those of matrices
         return Tile(m=64, n=128, k=32, warps=8, stages=3)
     if dtype.itemsize == 4:
-        return Tile(m=m, n=64 if narrow or m == 64 else 128, k=32, warps=warps, stages=3)
+        stages = 4 if capability == 9 and m == 128 else 3
+        return Tile(m=m, n=64 if narrow or m == 64 else 128, k=32, warps=warps, stages=stages)
     if narrow:
         return Tile(m=m, n=128, k=64, warps=warps, stages=3)
     return Tile(m=m, n=256, k=64, warps=warps, stages=4, overlap=True)
 
 
-def weight_tile(dtype: torch.dtype, *, narrow: bool = False) -> Tile:
+def weight_tile(dtype: torch.dtype, *, capability: int = 0, narrow: bool = False, precision: str = "ieee") -> Tile:
     """Choose the tile of products whose sum runs over a group's rows."""
+    if dtype.itemsize == 4 and precision == "tf32" and capability == 9:
+        return Tile(128, 256, 32, 8, 3)
     if dtype.itemsize == 4:
         return Tile(64, 64, 32, 4, 3) if narrow else Tile(128, 128, 32, 8, 3)
     if narrow:
@@ -200,10 +209,13 @@ def ruled_tiles(size: LayerSize) -> LayerTiles:
         >>> ruled_tiles(LayerSize(torch.bfloat16, 32768, 8, 768, 2048, gated=True)).up.n
         128
     """
-    rows = row_tile(size.dtype, size.assignments, size.experts, narrow=size.narrow, precision=precision_of(size))
-    weight = weight_tile(size.dtype, narrow=size.narrow)
+    capability, narrow, precision = size.capability, size.narrow, precision_of(size)
+    rows = row_tile(
+        size.dtype, size.assignments, size.experts, capability=capability, narrow=narrow, precision=precision
+    )
+    weight = weight_tile(size.dtype, capability=capability, narrow=narrow, precision=precision)
     alone = rows._replace(overlap=False)  # two matrices are two loops, which cannot overlap with the next tile's
-    grad_rows = alone._replace(stages=min(rows.stages, 3)) if size.gated else rows
+    grad_rows = alone._replace(stages=3) if size.gated and size.dtype.itemsize == 2 else rows
     tiles = LayerTiles(_up_tile(alone, size), rows, rows, grad_rows, weight, weight)
     if size.capability == 9 and size.dtype.itemsize == 2 and rows.m == 128:
         return LayerTiles(*(tile._replace(band=32, specialized=True) for tile in tiles))
@@ -214,9 +226,10 @@ def _up_tile(rows: Tile, size: LayerSize) -> Tile:
     """Choose the tile of the up-projection: of gated experts it has two sums, and of any two results."""
     if size.dtype.itemsize == 2:  # results are gathered in shared memory, from where they are written
         return rows._replace(n=rows.n // 2)
-    if size.gated and precision_of(size) == "ieee":  # registers hold no more beside the operands
-        return rows._replace(n=64, k=16, warps=4)
-    return rows._replace(n=rows.n // 2) if size.gated and size.narrow else rows
+    if precision_of(size) == "ieee":
+        return rows
+    alone = rows._replace(stages=3)  # of two results, or two matrices, no more fits the shared memory
+    return alone._replace(n=rows.n // 2) if size.gated and size.narrow else alone
 
 
 def check_tiles(tiles: LayerTiles) -> LayerTiles:

@@ -34,8 +34,8 @@ def _low_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         from moekit.experts.tiles import Tile
 
         small = Tile(m=16, n=16, k=16, warps=4, stages=2, band=2, overlap=True)
-        monkeypatch.setattr(_gemms_triton, "row_tile", lambda *_, narrow, precision: small)
-        monkeypatch.setattr(_gemms_triton, "weight_tile", lambda *_, narrow: small)
+        monkeypatch.setattr(_gemms_triton, "row_tile", lambda *_, **__: small)
+        monkeypatch.setattr(_gemms_triton, "weight_tile", lambda *_, **__: small)
 
 
 def make(sizes: list[int], widths: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Groups, Tensor]:

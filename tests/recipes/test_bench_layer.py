@@ -3,24 +3,30 @@ import json
 import re
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from statistics import median
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from torch import Tensor
 
+from moekit.dispatch import dropless
+from moekit.experts import fused_cpu, loop
 from moekit.recipes.bench import layer as module
+from moekit.recipes.bench import program
+from moekit.recipes.bench import rows as row_module
 from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, Row, Table, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
 from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, reason_of, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import Stage, shares
-from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of, stages_of
+from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of, stages_of, title
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
+from moekit.types import Groups
 
 SMALL = LayerShape("small", 64, 16, 24, 8, 2)
 RUNNING = [
@@ -308,8 +314,8 @@ def test_json_and_markdown_say_the_same(report: Report) -> None:
 def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
     files = tmp_path / "a.json", tmp_path / "a.md"
     main(
-        f"bench layer --shape 32,8,8,4,2 --shape 16,8,8,4,2 8,8,8,4,2 --rounds 1 --only loop --load uniform zipf "
-        f"--json {files[0]} --markdown {files[1]}".split()
+        f"bench layer --device cpu --shape 32,8,8,4,2 --shape 16,8,8,4,2 8,8,8,4,2 --rounds 1 --only loop "
+        f"--load uniform zipf --json {files[0]} --markdown {files[1]}".split()
     )
     shown = capsys.readouterr().out
     assert "32,8,8,4,2 (T 32, D 8, F 8, E 4, K 2), cpu float32, zipf" in shown
@@ -352,7 +358,10 @@ def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is one"),
         ),
         (f"bench layer --shape {10**20},8,8,4,2", r"a tensor of it has 1,\S+ numbers; expected fewer than 1,152,921,"),
-        (f"bench layer --shape {2**50},64,8,4,2", r"tokens and experts alone take 536,870,912.0 GiB, which this"),
+        (
+            f"bench layer --device cpu --shape {2**50},64,8,4,2",
+            r"tokens and experts alone take 536,870,912.0 GiB, which this",
+        ),
         ("bench layer --load cold", r"--load cold; expected some of uniform, zipf, hot, dead"),
         (
             "bench layer --only loop moe --shape 8,8,8,2,1",
@@ -364,6 +373,10 @@ def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
         (
             "bench layer --json a.md --markdown a.md",
             r"--json and --markdown are both a.md; give each a file of its own",
+        ),
+        (
+            "bench layer --device cpu --precision tf32",
+            r"--precision tf32 with float32 on cpu; it is of float32 products on CUDA alone\. Leave it out, or give",
         ),
         ("bench layer --device mps", r"--device mps; expected cpu, cuda, or one of several as cuda:1"),
         ("bench layer --device cuda:x", r"layer: --device cuda:x; expected cpu, cuda, or one of several as cuda:1"),
@@ -388,6 +401,58 @@ def test_a_device_that_is_not_there_is_refused(count: int, found: str, monkeypat
             main(["bench", "layer", "--device", name])
     assert device_of(f"cuda:{count - 1}") == torch.device("cuda", count - 1)
     assert device_of("cuda") == torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"), [("--precision tf32", "high"), ("--precision ieee", "highest"), ("", "medium")]
+)
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_program_multiplies_float32_as_it_is_told(words: str, expected: str, fails: bool, monkeypatch) -> None:
+    found = []
+
+    def measure(shapes: list[LayerShape], **options: Any) -> None:
+        found.append((options["dtype"], torch.get_float32_matmul_precision()))
+        if fails:
+            raise ValueError("no")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(program, "bench_layer", measure)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        with pytest.raises(SystemExit, match="no") if fails else nullcontext():
+            main(f"bench layer --device cuda --dtype float32 {words}".split())
+        assert found == [(torch.float32, expected)]
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    with pytest.raises(
+        SystemExit, match="--precision ieee with bfloat16 on cuda; it is of float32 products on CUDA al"
+    ):
+        main(["bench", "layer", "--device", "cuda", "--precision", "ieee"])
+
+
+def test_rows_of_kernels_multiply_float32_as_torch_is_set(monkeypatch) -> None:
+    asked = []
+
+    def layer(**options: Any) -> Any:
+        asked.append(options["precision"])
+        return fused_cpu(plan=dropless().plan)
+
+    def matmul(rows: Tensor, groups: Groups, w: Tensor, *, precision: str) -> Tensor:
+        asked.append(precision)
+        return loop(rows, groups, w)
+
+    monkeypatch.setattr(row_module, "_need_gpu", lambda x, name: None)
+    monkeypatch.setattr(row_module, "fused_layer", layer)
+    monkeypatch.setattr(row_module, "triton", matmul)
+    monkeypatch.setattr(row_module, "float32_products", lambda: "some")
+    builds = moekit_rows()
+    for name in ("fused_layer", "fused_layer, inputs kept", "fused_layer, tokens rounded", "triton"):
+        assert not isinstance(try_build(builds[name], case()), str)
+        assert set(asked) == {"some"}, name
+        asked.clear()
 
 
 def test_what_was_measured_before_a_failure_is_written_and_printed(tmp_path, capsys, monkeypatch) -> None:
@@ -432,6 +497,8 @@ def test_a_row_s_cells_are_in_the_units_of_their_headings() -> None:
     shape = LayerShape("", 1000, 100, 100, 8, 2)
     row = Row("x", [0.001], [0.004], [0.0005], Memory(2**20, 3 * 2**20), 0.25, 0.5, 0.75)
     table = Table(shape, "uniform", "cpu", "float32", 1.0, 0, [row], {})
+    assert ", cpu float32, uniform" in title(table)
+    assert ", cpu float32 by TF32, uniform" in title(table._replace(precision="tf32"))
     assert dict(zip(HEADINGS, rows_of(table)[0], strict=True)) == {
         "": "x",
         "forward ms": "1.00",

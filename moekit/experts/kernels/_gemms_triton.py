@@ -27,9 +27,9 @@ from moekit.experts.kernels._tiles_triton import (
     store_group,
     store_rows,
     store_tile,
-    straightened,
 )
-from moekit.experts.tiles import Tile, is_narrow, row_tile, weight_tile
+from moekit.experts.kernels._transposes_triton import straightened, transposed
+from moekit.experts.tiles import Tile, capability_of, is_narrow, row_tile, weight_tile
 from moekit.operators import blocks_of
 
 
@@ -99,6 +99,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
     BAND: tl.constexpr,
     TALL: tl.constexpr,
     ALIGNED: tl.constexpr,
+    ACROSS: tl.constexpr,
     TMA: tl.constexpr,
     TMA_STORE: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -106,7 +107,7 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
 ):
     """Multiply groups of a (R, height), transposed, by those of b (R, parts * width): (parts, E, height, width).
 
-    If ``TALL``, a is (R, parts * height) and b (R, width).
+    If ``TALL``, a is (R, parts * height) and b (R, width). If ``ACROSS``, both lie transposed in memory.
     """
     num_tiles = tl.cdiv(height, M) * tl.cdiv(width, N) * parts
     a_width = height * parts if TALL else height
@@ -118,9 +119,13 @@ def _weight_kernel(  # type: ignore[no-untyped-def]
         whole = end if ALIGNED else start + (end - start) // K * K
         sums = tl.zeros((M, N), tl.float32)
         for k in range(start, whole, K):
-            left = load_rows(a, k, end, a_column, a_width, a_width, K, M, TMA)
-            right = load_rows(b, k, end, b_column, b_width, b_width, K, N, TMA)
-            sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
+            if ACROSS:
+                left, right = a.load([a_column, k]), b.load([b_column, k])
+                sums = tl.dot(left, right.T, sums, input_precision=PRECISION)
+            else:
+                left = load_rows(a, k, end, a_column, a_width, a_width, K, M, TMA)
+                right = load_rows(b, k, end, b_column, b_width, b_width, K, N, TMA)
+                sums = tl.dot(left.T, right, sums, input_precision=PRECISION)
         # Two conditions: one is known when the kernel is compiled, the other is not.
         if not ALIGNED:  # noqa: SIM102
             # The rest is peeled off: a mask inside the loop would keep its loads from being pipelined.
@@ -237,7 +242,8 @@ def grouped_weight(
         parts: how many matrices lie side by side in ``grad``, or in ``rows``.
         tall: in which of the two.
         aligned: whether sizes are multiples of ``tile.k``, with zero rows at the end of a group.
-        precision: of float32 products, "ieee" or "tf32".
+        precision: of float32 products, "ieee" or "tf32". For TF32, whose units want sums to run along memory, both
+            operands are copied, transposed, if they are ``aligned`` and the card has descriptors.
         tile: of the product.
 
     Returns:
@@ -248,12 +254,20 @@ def grouped_weight(
     out = rows.new_empty(parts, schedule.num_groups, height, width)
     if out.numel() == 0 or rows.shape[0] == 0:
         return out.zero_()
+    across = _is_read_across(rows, aligned, precision)
     launch = _weight_launch(
         rows.device, rows.dtype, tuple(rows.shape), tuple(grad.shape), schedule.num_groups, parts, tall, aligned,
-        begins_whole(rows, grad), precision, tile,
+        across, begins_whole(rows, grad), precision, tile,
     )  # fmt: skip
+    if across:
+        rows, grad = transposed(rows), transposed(grad)
     launch(rows, grad, out, schedule.table)
     return out
+
+
+def _is_read_across(rows: Tensor, aligned: bool, precision: str) -> bool:
+    tf32 = precision == "tf32" and rows.dtype == torch.float32
+    return tf32 and aligned and has_tma(rows.device) and is_whole(rows.shape[0], rows.dtype)
 
 
 @lru_cache(maxsize=512)
@@ -266,6 +280,7 @@ def _weight_launch(
     parts: int,
     tall: bool,
     aligned: bool,
+    across: bool,
     whole: bool,
     precision: str,
     tile: Tile,
@@ -274,29 +289,31 @@ def _weight_launch(
     tma = whole and has_tma(device) and all(describable(each, (each[1], 1), dtype) for each in (left, right))
     tma = tma and (parts == 1 or is_whole(height if tall else width, dtype))
     out = (parts * num_groups * height, width)
-    tma_store = tma and is_whole(width, dtype) and out[0] < MOST_ROWS
+    tma_store = (tma or across) and is_whole(width, dtype) and out[0] < MOST_ROWS
     if tma_store and aligned and is_specialized(device, dtype, left[0], tile):
         from moekit.experts.kernels import _ring_weights_triton
 
         return _ring_weights_triton.weight_launch(
             device, left, right, num_groups, size=(height, width), parts=parts, tall=tall, tile=tile
         )
+    if across:
+        operands = matrix(left[::-1], (tile.m, tile.k), True), matrix(right[::-1], (tile.n, tile.k), True)
+    else:
+        operands = matrix(left, (tile.k, tile.m), tma), matrix(right, (tile.k, tile.n), tma)
     tiles = num_groups * blocks_of(height, tile.m) * blocks_of(width, tile.n) * parts
     return Launch(
         _weight_kernel, (min(programs(device), tiles),),
-        (
-            matrix(left, (tile.k, tile.m), tma), matrix(right, (tile.k, tile.n), tma),
-            groups(out, tile) if tma_store else POINTER, POINTER, num_groups, height, width, parts,
-        ),
-        M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall, ALIGNED=aligned, TMA=tma, TMA_STORE=tma_store,
-        OVERLAP=tile.overlap and tma_store and aligned, PRECISION=precision,
+        (*operands, groups(out, tile) if tma_store else POINTER, POINTER, num_groups, height, width, parts),
+        M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, TALL=tall, ALIGNED=aligned, ACROSS=across, TMA=tma,
+        TMA_STORE=tma_store, OVERLAP=tile.overlap and tma_store and aligned, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision: str) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F), or (E, F, D) if ``transposed``, to (R, F)."""
-    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], narrow=is_narrow(rows.device), precision=precision)
+    capability, narrow = capability_of(rows.device), is_narrow(rows.device)
+    tile = row_tile(rows.dtype, rows.shape[0], w.shape[0], capability=capability, narrow=narrow, precision=precision)
     schedule = make_schedule(sizes, rows.shape[0], tile.m)
     return grouped_rows(rows, schedule, (w.transpose(1, 2) if transposed else w,), precision=precision, tile=tile)
 
@@ -304,5 +321,5 @@ def multiply(rows: Tensor, sizes: Tensor, w: Tensor, transposed: bool, precision
 def multiply_transposed(rows: Tensor, sizes: Tensor, grad: Tensor, precision: str) -> Tensor:
     """Multiply each group's rows (R, D), transposed, by its grad (R, F), to (E, D, F)."""
     schedule = make_schedule(sizes, rows.shape[0], 128)
-    tile = weight_tile(rows.dtype, narrow=is_narrow(rows.device))
+    tile = weight_tile(rows.dtype, narrow=is_narrow(rows.device))  # not aligned, so nothing is read across
     return grouped_weight(rows, schedule, grad, precision=precision, tile=tile)[0]

@@ -23,8 +23,8 @@ from moekit.experts.kernels._tiles_triton import (
     place,
     programs,
     store_tile,
-    straightened,
 )
+from moekit.experts.kernels._transposes_triton import straightened
 from moekit.experts.tiles import Tile
 
 
@@ -54,6 +54,7 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     ALPHA: tl.constexpr,
     LIMIT: tl.constexpr,
     TRANSPOSED: tl.constexpr,
+    APART: tl.constexpr,
     BIASED: tl.constexpr,
     KEEP_PRE: tl.constexpr,
     KEEP_HIDDEN: tl.constexpr,
@@ -61,6 +62,8 @@ def _up_kernel(  # type: ignore[no-untyped-def]
     TMA_STORE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
+    """Multiply rows by ``gate``, and by ``up`` if ``GATED``: in a loop of its own if ``APART``."""
+    together: tl.constexpr = GATED and not APART
     num_n = tl.cdiv(width, N)
     parts: tl.constexpr = 2 if GATED else 1
     total = first_tile(schedule, num_groups, num_groups) * num_n
@@ -73,9 +76,14 @@ def _up_kernel(  # type: ignore[no-untyped-def]
             left = load_rows(x, row, end, k, depth, depth, M, K, TMA)
             right = load_weight(gate, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
             gates = tl.dot(left, right, gates, input_precision=PRECISION)
-            if GATED:
-                second = load_weight(up, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
-                ups = tl.dot(left, second, ups, input_precision=PRECISION)
+            if together:
+                right = load_weight(up, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
+                ups = tl.dot(left, right, ups, input_precision=PRECISION)
+        if APART:
+            for k in range(0, depth, K):
+                left = load_rows(x, row, end, k, depth, depth, M, K, TMA)
+                right = load_weight(up, group, k, n, depth, width, batch, stride, K, N, TRANSPOSED, TMA)
+                ups = tl.dot(left, right, ups, input_precision=PRECISION)
         if BIASED:
             gates += load_bias(gate_bias, group, n, width, N)
             if GATED:
@@ -147,6 +155,7 @@ def _up_launch(
 ) -> Launch:
     num_groups, depth, width = weights.shape
     gated, num_rows = activation.gated, shape[0]
+    apart = gated and dtype == torch.float32 and precision == "ieee"  # by units that read operands from registers
     tma = whole and has_tma(device) and describable(shape, (shape[1], 1), dtype)
     tma = tma and describable(weights.shape, weights.strides, dtype)
     if tma and is_specialized(device, dtype, num_rows, tile):
@@ -170,7 +179,7 @@ def _up_launch(
             num_groups, depth, width, *weights.steps,
         ),
         M=tile.m, N=tile.n, K=tile.k, BAND=tile.band, ACTIVATION=activation.function, GATED=gated,
-        ALPHA=activation.alpha, LIMIT=activation.limit, TRANSPOSED=weights.transposed, BIASED=biased,
+        ALPHA=activation.alpha, LIMIT=activation.limit, TRANSPOSED=weights.transposed, APART=apart, BIASED=biased,
         KEEP_PRE=keep_pre, KEEP_HIDDEN=keep_hidden, TMA=tma, TMA_STORE=tma_store, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

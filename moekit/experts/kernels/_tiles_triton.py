@@ -265,23 +265,6 @@ def matrices(w: Tensor) -> Matrices:
     return Matrices(tuple(w.shape), w.stride())
 
 
-def straightened(weights: tuple[Tensor, ...], num_rows: int, precision: str) -> tuple[Tensor, ...]:
-    """Return matrices (E, K, N) in the order of memory in which their products are fast, if a copy is worth it.
-
-    Products of 16-bit numbers take them as they lie. Exact float32 products read transposed matrices at a quarter of
-    the speed of others, and TF32 products, whose units want sums to run along memory, others at a third of that of
-    transposed ones.
-    """
-    experts, transposed = weights[0].shape[0], weights[0].stride(2) != 1
-    if weights[0].dtype != torch.float32 or transposed == (precision == "tf32"):
-        return weights
-    if precision == "tf32" and num_rows >= 128 * experts:
-        return tuple(w.transpose(1, 2).contiguous().transpose(1, 2) for w in weights)
-    if precision == "ieee" and num_rows >= 16 * experts:
-        return tuple(w.contiguous() for w in weights)
-    return weights
-
-
 @cache
 def programs(device: torch.device) -> int:
     """Return how many programs fill the device when each takes a whole multiprocessor."""

@@ -9,6 +9,7 @@ from moekit.experts import SWIGLU
 from moekit.experts._fused_plan import plan_layer
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, capability_of, is_narrow
+from moekit.recipes.backends import float32_products
 from moekit.recipes.bench.rows import Case
 from moekit.recipes.bench.times import Work
 from moekit.routing import linear_gate, score_and_pass
@@ -54,26 +55,27 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     dim, width, num_experts = case.shape.dim, case.shape.hidden, case.shape.experts
     x, (gate, up, down) = case.x.detach(), (w.detach() for w in case.experts)
     ups, device = (gate, up), x.device
-    size = LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, capability_of(device), is_narrow(device))
-    tiles = layer_tiles(size)
+    precision, card = float32_products(), (capability_of(device), is_narrow(device))
+    tiles = layer_tiles(LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, *card, precision))
     make_plan = partial(plan_layer, indices, num_experts, tiles.up.m, tiles.grad_up.k)
     rows_of, assignments, table = make_plan()
     schedule = Schedule(table, num_experts)
     plan = Plan(rows_of, assignments, schedule)
-    product = partial(_gemms_triton.grouped_rows, schedule=schedule)
-    of_matrix = partial(_gemms_triton.grouped_weight, schedule=schedule, aligned=True)
+    product = partial(_gemms_triton.grouped_rows, schedule=schedule, precision=precision)
+    of_matrix = partial(_gemms_triton.grouped_weight, schedule=schedule, aligned=True, precision=precision)
 
     copy = partial(dispatched, x, plan)
     rows = copy()
-    go_up = partial(_hidden_triton.up, rows, schedule, ups, activation=SWIGLU, tile=tiles.up)
+    go_up = partial(_hidden_triton.up, rows, schedule, ups, activation=SWIGLU, precision=precision, tile=tiles.up)
     pre, hidden = go_up()
     go_down = partial(product, hidden, weights=(down,), tile=tiles.down)
     add_up = partial(combined, go_down(), weights, plan)
     copy_grads = partial(dispatched, case.grad, plan)
     grad_rows = copy_grads()
     go_through = partial(
-        back_through, grad_rows, schedule, down, pre, weights, assignments, activation=SWIGLU, tile=tiles.grad_hidden
-    )
+        back_through, grad_rows, schedule, down, pre, weights, assignments,
+        activation=SWIGLU, precision=precision, tile=tiles.grad_hidden,
+    )  # fmt: skip
     weighted, grad_pre, _ = go_through()
     of_down = partial(of_matrix, weighted, grad=grad_rows, tile=tiles.grad_down)
     of_ups = partial(of_matrix, rows, grad=grad_pre, parts=2, tile=tiles.grad_up)

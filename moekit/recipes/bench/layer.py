@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from moekit.recipes.backends import choose_backend
+from moekit.recipes.backends import choose_backend, float32_products
 from moekit.recipes.bench.dense import dense_bound, dense_expert
 from moekit.recipes.bench.devices import device_of, on_device
 from moekit.recipes.bench.peers import peer_rows
@@ -61,6 +61,7 @@ class Table(NamedTuple):
         empty: experts without a row.
         rows: the dense bound first.
         stages: of layers whose stages are measured alone, by ``measure_stages``.
+        precision: of float32 products on CUDA, "ieee" or "tf32", by torch's own setting; else "".
     """
 
     shape: LayerShape
@@ -71,6 +72,7 @@ class Table(NamedTuple):
     empty: int
     rows: list[Row]
     stages: Mapping[str, list[Stage]]
+    precision: str = ""
 
 
 class Report(NamedTuple):
@@ -97,6 +99,8 @@ def bench_layer(
     done: Callable[[Report], object] = lambda report: None,
 ) -> Report:
     """Measure whole MoE layers, forward and backward, against the dense bound of the same run.
+
+    Float32 products on CUDA are exact or by TF32 as ``torch.set_float32_matmul_precision`` was told.
 
     Args:
         shapes: of layers.
@@ -197,7 +201,8 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
     ]
     device, dtype = str(case.x.device), str(case.x.dtype).removeprefix("torch.")
     stages = measure_stages(case, rounds, fused="fused_layer" in contenders, tell=tell)
-    return Table(case.shape, case.load, device, dtype, imbalance, empty, rows, stages)
+    precision = float32_products() if case.x.is_cuda and case.x.dtype == torch.float32 else ""
+    return Table(case.shape, case.load, device, dtype, imbalance, empty, rows, stages, precision)
 
 
 def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None) -> Row:

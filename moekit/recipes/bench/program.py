@@ -31,6 +31,9 @@ class BenchLayerSettings:
     """cpu, or cuda; without it, CUDA where there is a device."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
     """Of tokens and experts; without it, float32 on the CPU and bfloat16 on CUDA."""
+    precision: Literal["", "ieee", "tf32"] = ""
+    """Of float32 products on CUDA, the bound's and every row's: exact, or of TF32's ten bits; without it, as torch is
+    set, which is exact unless this process changed it."""
     load: tuple[str, ...] = ("uniform",)
     """How experts are loaded: uniform, zipf, hot, dead; several make a table each."""
     rounds: int = 9
@@ -115,17 +118,26 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         check_file(path)
     if len({path.absolute() for path in files}) < len(files):
         raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
+    dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
+    if settings.precision and not (on_cuda and dtype == "float32"):
+        raise ValueError(
+            f"--precision {settings.precision} with {dtype} on {device}; it is of float32 products on CUDA alone. "
+            f"Leave it out, or give --dtype float32 and --device cuda."
+        )
     measured: list[Report] = []
 
     def keep(report: Report) -> None:
         measured[:] = [report]
         _write(report, settings)
 
+    before = torch.get_float32_matmul_precision()
     try:
+        if settings.precision:
+            torch.set_float32_matmul_precision("high" if settings.precision == "tf32" else "highest")
         bench_layer(
             shapes,
             device=device,
-            dtype=DTYPES[settings.dtype or ("bfloat16" if on_cuda else "float32")],
+            dtype=DTYPES[dtype],
             loads=settings.load,
             rounds=settings.rounds,
             only=settings.only,
@@ -133,6 +145,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
             done=keep,
         )
     finally:
+        torch.set_float32_matmul_precision(before)
         for report in measured:
             print_report(report, console)
 

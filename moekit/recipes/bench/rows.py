@@ -14,7 +14,7 @@ from moekit.experts import GatedParams, batched, grouped, loop, swiglu
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.experts.triton_matmul import triton
-from moekit.recipes.backends import auto
+from moekit.recipes.backends import auto, float32_products
 from moekit.recipes.bench.shapes import LayerShape, load_offsets
 from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
 from moekit.routing import fused_top_k, linear_gate, softmax, token_rounding, top_k
@@ -136,6 +136,8 @@ def loads_of(case: Case) -> tuple[float, int]:
 def moekit_rows() -> Mapping[str, Build]:
     """List moekit's backends, those that this installation has.
 
+    Products of float32 are exact or by TF32 in all of them as torch's own setting has it.
+
     Returns:
         Name to what builds the row. Building or running may raise where a backend does not work.
 
@@ -217,18 +219,19 @@ def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 def _fused(case: Case, *, keep: Keep = PREACTIVATION) -> Contender:
     _need_gpu(case.x, "fused_layer")
-    return of_layer(case, layer=fused_layer(keep=keep))
+    return of_layer(case, layer=fused_layer(keep=keep, precision=float32_products()))
 
 
 def _rounded(case: Case) -> Contender:
     # Another routing than the other rows': every expert's load is a multiple of a tile's rows, so no tile is wasted.
     _need_gpu(case.x, "fused_layer")
-    return of_layer(case, layer=fused_layer(), route=token_rounding(case.route, tile=128))
+    layer = fused_layer(precision=float32_products())
+    return of_layer(case, layer=layer, route=token_rounding(case.route, tile=128))
 
 
 def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     _need_gpu(rows, "triton")
-    return triton(rows, groups, w)
+    return triton(rows, groups, w, precision=float32_products())
 
 
 def _need_gpu(x: Tensor, name: str) -> None:

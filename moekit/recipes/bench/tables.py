@@ -26,7 +26,7 @@ def as_json(report: Report) -> str:
     tables = [
         {
             **table.shape._asdict(),
-            **{name: getattr(table, name) for name in ("load", "device", "dtype", "imbalance", "empty")},
+            **{name: getattr(table, name) for name in ("load", "device", "dtype", "precision", "imbalance", "empty")},
             "rows": [{**row._asdict(), "memory": row.memory and row.memory._asdict()} for row in table.rows],
             "stages": {name: [_rated(stage) for stage in stages] for name, stages in table.stages.items()},
         }
@@ -71,7 +71,8 @@ def title(table: Table) -> str:
     s = table.shape
     sizes = f"T {s.tokens:,}, D {s.dim:,}, F {s.hidden:,}, E {s.experts}, K {s.k}"
     load = f"{table.load}: largest load {table.imbalance:.2f} of the mean, {table.empty} experts empty"
-    return f"{s.name} ({sizes}), {table.device} {table.dtype}, {load}"
+    by = " by TF32" if table.precision == "tf32" else ""
+    return f"{s.name} ({sizes}), {table.device} {table.dtype}{by}, {load}"
 
 
 def rows_of(table: Table) -> list[tuple[str, ...]]:

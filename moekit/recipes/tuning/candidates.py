@@ -32,6 +32,9 @@ _WIDE = (  # of 32-bit numbers, any product
     (64, 64, 32, 4, 3), (64, 64, 32, 4, 2), (64, 128, 32, 4, 3), (64, 128, 32, 8, 3), (128, 64, 32, 4, 3),
     (128, 64, 32, 8, 3), (128, 128, 32, 8, 3), (64, 64, 16, 4, 4), (64, 128, 16, 4, 3), (128, 128, 16, 8, 3),
 )  # fmt: skip
+_TF32 = (  # besides those
+    (128, 128, 32, 8, 4), (128, 128, 32, 4, 4), (64, 256, 32, 4, 4), (128, 256, 32, 8, 3), (64, 128, 32, 4, 4),
+)  # fmt: skip
 
 
 def candidates_of(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
@@ -50,7 +53,8 @@ def candidates_of(size: LayerSize) -> dict[str, tuple[Tile, ...]]:
         {'up': 15, 'down': 19, 'grad_hidden': 19, 'grad_rows': 12, 'grad_up': 20, 'grad_down': 20}
     """
     if size.dtype.itemsize == 4:
-        wide = tuple(Tile(*numbers) for numbers in _WIDE)
+        numbers = (*_WIDE, *(_TF32 if size.precision == "tf32" else ()))
+        wide = tuple(Tile(*each) for each in numbers)
         up = tuple(tile._replace(n=tile.n // 2) for tile in wide) if size.gated else wide
         return dict(zip(LayerTiles._fields, (up, *[wide] * 5), strict=True))
     rows = tuple(Tile(*numbers) for numbers in _ROWS)
