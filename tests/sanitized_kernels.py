@@ -1,11 +1,12 @@
 """Run every kernel of the fused layer, its plan and its routers on awkward shapes, for compute-sanitizer on a GPU.
 
 PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --report-api-errors no \\
-    python tests/sanitized_kernels.py
+    python tests/sanitized_kernels.py [layers float32 plans routers roundings whole]
 
 Errors of the driver's functions are left out, for by one of them a launch learns how many parameters a kernel has.
 """
 
+import sys
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from moekit.routing.fused_top_k import fused_top_k_and_load
 CUDA = torch.device("cuda")
 # T, D, F, E, K: tails of tiles, several tiles a program, few rows
 LAYERS = ((700, 320, 384, 5, 3), (1500, 256, 512, 16, 2), (100, 512, 256, 3, 2), (700, 256, 320, 5, 2))
+FLOAT32_LAYERS = ((700, 320, 384, 5, 3), (2100, 130, 200, 3, 2), (300, 203, 101, 5, 3), (40, 64, 72, 16, 1))
 WHOLE_LAYERS = ((513, 320, 384, 12, 3), (130, 264, 136, 512, 8))
 # T, K, E, height of tiles, alignment: more experts than blocks of assignments, one of everything, many blocks
 PLANS = (
@@ -36,17 +38,22 @@ ROUNDINGS = (
 ROUTERS = ((1, 1, 1), (7, 1024, 32), (1000, 64, 8), (333, 129, 4), (5000, 8, 2), (2049, 512, 8))  # T, E, k
 
 
-def run_layer(shape: tuple[int, ...], kind: str, keep: Any) -> None:
+def run_layer(
+    shape: tuple[int, ...], kind: str, keep: Any, *, dtype: torch.dtype = torch.bfloat16, precision: str = "ieee"
+) -> None:
     num_tokens, dim, hidden, num_experts, k = shape
-    x = torch.randn(num_tokens, dim, device=CUDA, dtype=torch.bfloat16, requires_grad=True)
+    x = torch.randn(num_tokens, dim, device=CUDA, dtype=dtype, requires_grad=True)
     routing = top_k(torch.randn(num_tokens, num_experts, device=CUDA), k=k)
     experts = torch.where(torch.rand(num_tokens, k, device=CUDA) < 0.1, -1, routing.expert_indices)
     weights = routing.weights.detach().requires_grad_()
     init = init_mlp if kind == "mlp" else init_gated
-    params: Any = init(num_experts, dim, hidden, device=CUDA, dtype=torch.bfloat16)
+    params: Any = init(num_experts, dim, hidden, device=CUDA, dtype=dtype)
     params = pack_gated(params) if kind == "packed" else params
+    if kind == "turned":
+        params = type(params)(*(each.transpose(1, 2).contiguous().transpose(1, 2) for each in params))
     params = type(params)(*(each.detach().requires_grad_() for each in params))
-    layer = fused_layer(activation=GELU_MLP if isinstance(params, MlpParams) else SWIGLU, keep=keep)
+    activation = GELU_MLP if isinstance(params, MlpParams) else SWIGLU
+    layer = fused_layer(activation=activation, keep=keep, precision=precision)
     y = layer(x, routing._replace(expert_indices=experts, weights=weights), params)
     torch.autograd.grad(y, [x, weights, *params], torch.randn_like(y))
 
@@ -67,7 +74,7 @@ def run_rounding(num_tokens: int, num_experts: int, k: int, tile: int) -> None:
         round_tokens(logits, routing, tile=tile, rounding=rounding).weights.square().sum().backward(retain_graph=True)
 
 
-def main() -> None:
+def layers() -> None:
     for shape in LAYERS:
         for kind, keep in (
             *((kind, PREACTIVATION) for kind in ("gated", "packed", "mlp")), ("gated", INPUTS), ("gated", EVERYTHING),
@@ -75,20 +82,41 @@ def main() -> None:
             run_layer(shape, kind, keep)
             torch.cuda.synchronize()
             print("layer", shape, kind, keep, flush=True)
+
+
+def float32() -> None:
+    for shape in FLOAT32_LAYERS:
+        for precision in ("ieee", "tf32"):
+            for kind in ("gated", "packed", "turned", "mlp"):
+                run_layer(shape, kind, PREACTIVATION, dtype=torch.float32, precision=precision)
+                torch.cuda.synchronize()
+                print("layer", shape, kind, precision, flush=True)
+
+
+def plans() -> None:
     for tokens, k, experts, height, align in PLANS:
         chosen = torch.randint(-1, experts, (tokens, k), device=CUDA)
         make_plan(chosen, experts, height=height, align=align)
         counting_sort(chosen.view(-1), experts)
         torch.cuda.synchronize()
         print("plan", tokens, k, experts, flush=True)
+
+
+def routers() -> None:
     for sizes in ROUTERS:
         run_router(*sizes)
         torch.cuda.synchronize()
         print("router", *sizes, flush=True)
+
+
+def roundings() -> None:
     for sizes in ROUNDINGS:
         run_rounding(*sizes)
         torch.cuda.synchronize()
         print("rounding", *sizes, flush=True)
+
+
+def whole() -> None:
     for shape in WHOLE_LAYERS:
         for dtype in (torch.bfloat16, torch.float16):
             case = make_case(LayerShape("odd", *shape), "uniform", device="cuda", dtype=dtype)
@@ -100,4 +128,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    parts = {each.__name__: each for each in (layers, float32, plans, routers, roundings, whole)}
+    for name in sys.argv[1:] or parts:
+        parts[name]()
