@@ -105,13 +105,63 @@ def _are_plain(args: Sequence[Any]) -> bool:
     return True
 
 
+def is_transformed() -> bool:
+    """Say whether a transform of ``torch.func`` is at work: grad, vjp, jvp, vmap and what is made of them.
+
+    An ``autograd.Function`` that saves what it computes on the way cannot be transformed; operators of torch can. In
+    compiled code it is False, for compilers see through transforms themselves.
+
+    Returns:
+        Whether one is.
+
+    Example:
+        >>> is_transformed(), torch.func.vmap(lambda x: x * is_transformed())(torch.ones(1))
+        (False, tensor([1.]))
+    """
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def transformable(
+    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> Callable[..., Any]:
+    """Let reverse-mode transforms of ``torch.func`` through an operator whose gradient torch has registered.
+
+    A registered gradient is one that they do not know. So where one is at work, the operator is called in an
+    ``autograd.Function`` of the same gradient.
+
+    Args:
+        function: the operator, of positional arguments.
+        backward: its gradient, as registered.
+        setup_context: what it saves, as registered.
+
+    Returns:
+        A function of the same arguments and results.
+
+    Example:
+        >>> doubled = transformable(lambda x: 2 * x, lambda ctx, grad: 2 * grad, lambda ctx, inputs, output: None)
+        >>> torch.func.grad(doubled)(torch.tensor(3.0))
+        tensor(2.)
+    """
+    name = getattr(function, "__name__", type(function).__name__)
+    methods = {"forward": function, "backward": backward, "setup_context": setup_context}
+    whole: Any = type(name, (torch.autograd.Function,), {key: staticmethod(each) for key, each in methods.items()})
+
+    def call(*args: Any) -> Any:
+        return whole.apply(*args) if is_transformed() else function(*args)
+
+    return call
+
+
 class _Refusal(torch.autograd.Function):
     """(name, how many inputs, *inputs, *gradients) -> the gradients, which cannot be differentiated by the inputs."""
 
     @staticmethod
-    def forward(ctx, name: str, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:  # type: ignore[no-untyped-def]
-        ctx.name = name
+    def forward(name: str, num_inputs: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         return tuple(grad.view_as(grad) for grad in tensors[num_inputs:])
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
+        ctx.name = inputs[0]
 
     @staticmethod
     def backward(ctx, *grads: Tensor) -> tuple[None, ...]:  # type: ignore[no-untyped-def]

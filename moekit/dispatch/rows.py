@@ -8,6 +8,7 @@ the tests compare with.
 import torch
 from torch import Tensor
 
+from moekit.operators import is_transformed
 from moekit.rows import Links, copy_rows, differentiable, summed, weighed_back
 from moekit.segments import rows_of_assignments
 from moekit.types import DispatchPlan, Routing
@@ -16,8 +17,8 @@ from moekit.types import DispatchPlan, Routing
 def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """Copy each token to the rows that the plan gives its assignments. Padding rows are zero.
 
-    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings add gradients with
-    ``index_add``, whose order on CUDA varies.
+    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings, and every one in a transform
+    of ``torch.func``, add gradients with ``index_add``, whose order on CUDA varies.
 
     Args:
         x: (T, D).
@@ -38,7 +39,7 @@ def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         tensor([0., 2., 1.])
     """
     _check_rows("gather_rows: x", x, routing.num_tokens, "T, the tokens of the routing")
-    if routing.expert_indices.ndim == 2:
+    if routing.expert_indices.ndim == 2 and not is_transformed():
         return copy_rows(x, _links(routing, plan))
     return gather_rows_by_index(x, routing, plan)
 
@@ -48,8 +49,8 @@ def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
 
     A token all of whose assignments were dropped gets zero. Sums are taken in float32 (float64 for float64 rows).
 
-    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings use ``index_add``, whose
-    order on CUDA varies.
+    No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings, and every one in a transform
+    of ``torch.func``, use ``index_add``, whose order on CUDA varies.
 
     Args:
         rows: (R, D), the experts' output.
@@ -70,7 +71,7 @@ def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         tensor([1., 1.])
     """
     _check_rows("scatter_rows: rows", rows, plan.assignments.shape[0], "R, the rows of the plan")
-    if routing.expert_indices.ndim == 2:
+    if routing.expert_indices.ndim == 2 and not is_transformed():
         return _WeighRows.apply(rows, routing.weights, *_links(routing, plan), plan.assignments)
     return scatter_rows_by_index(rows, routing, plan)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._huge_pages import empty
 from moekit.experts._workers import share
-from moekit.operators import differentiated_once
+from moekit.operators import differentiated_once, transformable
 from moekit.rows import summed
 from moekit.segments import rows_of_assignments
 
@@ -238,9 +238,11 @@ def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  
     if grad is None:
         return (None,) * 10
     frozen, saved = not any(ctx.needs_input_grad[5:8]), ctx.saved_tensors
-    d_x, d_weights, *d_matrices = _fused_backward(grad, *saved, ctx.activation, frozen)
+    with torch.no_grad():
+        d_x, d_weights, *d_matrices = _fused_backward(grad, *saved, ctx.activation, frozen)
     grads = d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None
     return differentiated_once("fused_cpu", (grad, *saved), *grads)
 
 
 fused.register_autograd(_backward, setup_context=_save)
+fused_experts = transformable(fused, _backward, _save)

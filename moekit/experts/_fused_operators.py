@@ -109,6 +109,36 @@ class Fused(torch.autograd.Function):
         return differentiated_once("fused_layer", inputs, *none, grad_x, grad_weights, None, None, *parameters)
 
 
+class FusedOnce(torch.autograd.Function):
+    """``Fused`` for transforms of ``torch.func``: what it keeps it returns too, behind y, as they ask of a function."""
+
+    @staticmethod
+    def forward(
+        settings: str, constants: list[float], keep_rows: bool, keep_pre: bool, height: int, align: int, *rest: Tensor
+    ) -> tuple[Tensor, ...]:
+        """Run the layer."""
+        x, weights, experts, tokens, *projections = rest
+        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
+        y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
+        return y, rows, pre, *plan
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
+        """Keep what is to be kept."""
+        settings, constants, _, _, _, _, x, weights, _, _, *projections = inputs
+        _, rows, pre, *plan = output
+        ctx.mark_non_differentiable(rows, pre, *plan)
+        ctx.set_materialize_grads(False)
+        ctx.decided, ctx.num_plan = (settings, constants), len(plan)
+        ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
+        ctx.save_for_backward(x, weights, rows, pre, *plan, *projections)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        """Return the gradients of tokens, routing weights and parameters."""
+        return (None,) * len(ctx.needs_input_grad) if grad is None else Fused.backward(ctx, grad)
+
+
 def _forward_fake(
     x: Tensor,
     weights: Tensor,

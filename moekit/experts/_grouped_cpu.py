@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts._huge_pages import empty
+from moekit.operators import differentiated_once, transformable
 
 
 @torch.library.custom_op("moekit::grouped_mm_cpu", mutates_args=(), device_types="cpu")
@@ -38,18 +39,22 @@ def _save(ctx, inputs: tuple[Tensor, ...], output: Tensor) -> None:  # type: ign
     ctx.save_for_backward(*inputs)
 
 
-def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, None, Tensor | None]:  # type: ignore[no-untyped-def]
+def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     rows, sizes, w = ctx.saved_tensors
     grad = grad.contiguous()
-    grad_rows = grouped_mm(grad, sizes, w.transpose(1, 2)) if ctx.needs_input_grad[0] else None
+    grad_rows = product(grad, sizes, w.transpose(1, 2)) if ctx.needs_input_grad[0] else None
     if not ctx.needs_input_grad[2]:
         return grad_rows, None, None
-    if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
-        return grad_rows, None, _grad_w(grad, sizes, rows).transpose(1, 2)
-    return grad_rows, None, _grad_w(rows, sizes, grad)
+    with torch.no_grad():
+        if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
+            grad_w = _grad_w(grad, sizes, rows).transpose(1, 2)
+        else:
+            grad_w = _grad_w(rows, sizes, grad)
+    return grad_rows, *differentiated_once("grouped", (grad, rows), None, grad_w)
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)
+product = transformable(grouped_mm, _backward, _save)
 
 
 def _bounds(sizes: Tensor) -> tuple[list[int], list[int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moekit.autocast import in_autocast
 from moekit.checks import check_devices, check_routing
-from moekit.experts._fused_operators import Fused, Layout, Settings
+from moekit.experts._fused_operators import Fused, FusedOnce, Layout, Settings
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_dtypes, check_precision
@@ -20,7 +20,7 @@ from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
-from moekit.operators import wants_gradient
+from moekit.operators import is_transformed, wants_gradient
 from moekit.types import ExpertLayer, Routing
 
 
@@ -132,10 +132,11 @@ def _fused_layer(
     write = _text if torch.compiler.is_compiling() else _text_once
     settings = write(chosen, layout, activation.function, activation.gated, precision)
     kept = keep if wants_gradient(x, weights, *parameters) else INPUTS
-    y: Tensor = Fused.apply(
+    given = (
         settings, [activation.alpha, activation.limit], *kept, chosen.up.m, chosen.grad_up.k,
         x, weights.to(torch.float32), experts, tokens, *parameters,
     )  # fmt: skip
+    y: Tensor = FusedOnce.apply(*given)[0] if is_transformed() else Fused.apply(*given)
     return y
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from moekit.autocast import in_autocast
 from moekit.checks import check_devices, check_routing
 from moekit.experts._activations_cpu import ACTIVATIONS
-from moekit.experts._fused_cpu import fused
+from moekit.experts._fused_cpu import fused_experts
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.checks import check_activation, check_dtypes
 from moekit.experts.ffns import GatedParams, MlpParams
@@ -69,7 +69,7 @@ def _fused_cpu(
     assignments, groups = plan(routing)
     gate, up, down = projections if activation.gated else (None, *projections)
     keep = wants_gradient(x, routing.weights, *projections)
-    y, _ = fused(
+    y, _ = fused_experts(
         x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function, keep
     )
     return y

@@ -114,7 +114,7 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
         return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0).to(torch.int32))
     refuse_tangents("grouped", rows, w)
-    return _grouped_cpu.grouped_mm(rows, groups.sizes, w)
+    return _grouped_cpu.product(rows, groups.sizes, w)
 
 
 def _check_alignment(rows: Tensor, w: Tensor) -> None:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moekit.autocast import in_autocast
 from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_precision, check_product
-from moekit.operators import differentiated_once, operator, refuse_tangents
+from moekit.operators import differentiated_once, operator, refuse_tangents, transformable
 from moekit.types import Groups
 
 
@@ -37,7 +37,7 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
     check_dtypes("triton", rows, w, allowed=KERNEL_DTYPES)
     check_precision("triton", precision)
     refuse_tangents("triton", rows, w)
-    return _product(rows, groups.sizes.to(torch.int32), w, precision)
+    return _transformable(rows, groups.sizes.to(torch.int32), w, precision)
 
 
 def _grouped_mm_triton_fake(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:
@@ -77,7 +77,7 @@ def _save(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> No
 def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     rows, sizes, w = ctx.saved_tensors
     needs_rows, _, needs_w, _ = ctx.needs_input_grad
-    grad_rows = _product(grad, sizes, w.transpose(1, 2), ctx.precision) if needs_rows else None
+    grad_rows = _transformable(grad, sizes, w.transpose(1, 2), ctx.precision) if needs_rows else None
     if not needs_w:
         grad_w = None
     elif w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
@@ -88,3 +88,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
 
 
 torch.library.register_autograd("moekit::grouped_mm_triton", _backward, setup_context=_save)
+_transformable = transformable(_product, _backward, _save)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import outside_autocast
-from moekit.operators import HAS_TRITON, differentiated_once, operator
+from moekit.operators import HAS_TRITON, differentiated_once, is_transformed, operator
 from moekit.routing._half_steps import HALF, PLAIN, Steps
 
 
 def takes(x: Tensor, w: Tensor) -> bool:
     """Say whether ``logits`` is for these tensors."""
-    return x.is_cuda and x.dtype == HALF and w.dtype in (HALF, torch.float32)
+    return x.is_cuda and x.dtype == HALF and w.dtype in (HALF, torch.float32) and not is_transformed()
 
 
 def _steps(x: Tensor) -> Steps:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moekit.operators import HAS_TRITON
+from moekit.operators import HAS_TRITON, is_transformed
 from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, top_k
 from moekit.segments import tokens_per_expert
 from moekit.types import Routing
@@ -24,9 +24,10 @@ def fused_top_k(
     """Choose the k best-scored experts of each token as ``top_k`` does, in one Triton kernel on CUDA.
 
     The formula is that of ``moekit.routing.top_k``, and so are the weights, up to the rounding of exp. On CUDA float32
-    logits take the kernel; others, and those on the CPU, take ``top_k`` itself. Ties, which ``torch.topk`` breaks in no
-    stated way, the kernel breaks in favour of the lower expert number, and NaN is the best score, as it is there.
-    Scores that differ in the last bit may be ordered otherwise than by ``top_k``, whose exp rounds otherwise.
+    logits take the kernel; others, those on the CPU, and those in a transform of ``torch.func`` take ``top_k`` itself.
+    Ties, which ``torch.topk`` breaks in no stated way, the kernel breaks in favour of the lower expert number, and NaN
+    is the best score, as it is there. Scores that differ in the last bit may be ordered otherwise than by ``top_k``,
+    whose exp rounds otherwise.
 
     Causal. No host synchronisation. Deterministic on CUDA.
 
@@ -115,7 +116,7 @@ def kernel_takes(num_experts: int, k: int, score: Score) -> bool:
 
 
 def _has_kernel(logits: Tensor) -> bool:
-    return logits.is_cuda and HAS_TRITON and logits.dtype == torch.float32
+    return logits.is_cuda and HAS_TRITON and logits.dtype == torch.float32 and not is_transformed()
 
 
 def _by_kernel(
