@@ -3,12 +3,16 @@
 import re
 import shlex
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from moekit.experts.tile_files import read_tiles, shipped
-from moekit.recipes import cli
+from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
+from moekit.lm.configs import load_config
+from moekit.recipes import cli, openlm
 from moekit.recipes.configuration import parse_settings
+from moekit.recipes.language_models import language_model
 from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.tuning.files import write_tiles
 
@@ -27,7 +31,14 @@ def commands(start: str) -> list[list[str]]:
     ]
 
 
-def test_python_blocks_run_one_after_the_other() -> None:
+def test_python_blocks_run_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=8)
+    tensors = {f"model.{name}": each for name, each in language_model(config, openlm()).state_dict().items()}
+    settings = {"model": "moekit_tiny", "recipe": "openlm"}
+    save_checkpoint(checkpoint_folder(tmp_path / "logs" / "short", 200), tensors, {"step": 200, "settings": settings})
+    tokenizer = SimpleNamespace(encode=lambda text: [*text.encode()], decode=str)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("moekit.lm.preparation.prepare", lambda **_: SimpleNamespace(tokenizer=tokenizer))
     scope: dict[str, object] = {}
     assert len(blocks("python")) >= 2
     for block in blocks("python"):

@@ -11,14 +11,12 @@ import tyro
 from torch import Tensor
 
 from moekit import __version__
-from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
+from moekit.lm.checkpoints import load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.tensor_files import write_safetensors
-from moekit.recipes.configuration import stored_model
-from moekit.recipes.language_models import language_model, moe_layers
-from moekit.recipes.names import RECIPES
-from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.trained import model_of, newest_of
 
 _SUFFIXES = (".pt", ".safetensors")
 
@@ -64,7 +62,7 @@ def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: 
     Args:
         checkpoint: its folder, or a run folder for its newest.
         to: the file; the suffix says of which kind.
-        recipe: see ``model_of``.
+        recipe: see ``trained_model``.
         overwrite: replace the file if it is there.
 
     Returns:
@@ -81,7 +79,7 @@ def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: 
         raise FileExistsError(f"{to} is there already; choose another name, or replace the file with --overwrite")
     if not to.parent.is_dir():
         raise FileNotFoundError(f"there is no folder {to.parent} to write {to.name} into; create it first")
-    checkpoint = _checkpoint_folder(checkpoint)
+    checkpoint = newest_of(checkpoint)
     model = model_of(checkpoint, recipe=recipe)
     if to.suffix == ".pt":
         _check_method(model, read_state(checkpoint)["settings"].get("recipe"))
@@ -89,47 +87,6 @@ def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: 
     state = load_checkpoint(checkpoint, {f"model.{name}": tensor for name, tensor in tensors.items()})
     write = _write_openlm if to.suffix == ".pt" else _write_safetensors
     return write(to, model, tensors, state)
-
-
-def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
-    """Rebuild the model of a checkpoint from the settings in it, without weights: on the meta device.
-
-    A recipe from a file is code, and the checkpoint may be a stranger's: it is run only if the caller names it.
-
-    Args:
-        checkpoint: its folder.
-        recipe: for a checkpoint whose recipe is in a file, ``path/to/file.py:name`` of that recipe on this machine.
-
-    Returns:
-        The model.
-
-    Raises:
-        FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
-        ValueError: if the checkpoint holds no settings, or its recipe is in a file and ``recipe`` is None.
-    """
-    settings = read_state(checkpoint).get("settings")
-    if not isinstance(settings, dict):
-        raise ValueError(
-            f"{checkpoint} holds no settings of its model; expected a checkpoint that `moekit train` wrote"
-        )
-    given = stored_model(settings)
-    if recipe is None and given.recipe not in RECIPES:
-        raise ValueError(
-            f"{checkpoint} was trained with the recipe {given.recipe!r}, which is code in a file. If it is yours, say "
-            f"so with --recipe {given.recipe}"
-        )
-    given = dataclasses.replace(given, recipe=recipe or given.recipe)
-    with torch.device("meta"):
-        return language_model(make_config(given), make_recipe(given))
-
-
-def _checkpoint_folder(folder: Path) -> Path:
-    if not (folder / "checkpoints").is_dir():
-        return folder
-    newest = latest_checkpoint(folder)
-    if newest is None:
-        raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
-    return newest
 
 
 def _empty_like(model: LanguageModel) -> dict[str, Tensor]:

@@ -11,9 +11,10 @@ from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
 from moekit.lm.configs import ModelConfig
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.tensor_files import read_safetensors
-from moekit.recipes.export import export, main, model_of
+from moekit.recipes.export import export, main
 from moekit.recipes.language_models import language_model
 from moekit.recipes.names import find_recipe
+from moekit.recipes.trained import model_of
 
 SHAPE = {
     "hidden_dim": 16, "n_layers": 3, "n_heads": 2, "seq_len": 8, "vocab_size": 24,

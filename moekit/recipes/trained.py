@@ -1,0 +1,116 @@
+"""Models of checkpoints, for Python and notebooks: rebuilt from the settings that a run stored."""
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
+from moekit.lm.model import LanguageModel
+from moekit.recipes.configuration import stored_model
+from moekit.recipes.language_models import language_model
+from moekit.recipes.names import RECIPES
+from moekit.recipes.routers import PREFIX
+from moekit.recipes.setup import make_config, make_recipe
+
+
+def trained_model(
+    checkpoint: str | os.PathLike[str], *, recipe: str | None = None, device: torch.device | str = "cpu"
+) -> LanguageModel:
+    """Load the model that a run trained, with its weights and what its routers remember.
+
+    It has the recipe of its training. With fewer ranks than the run had, or another device, it is the same model.
+
+    Args:
+        checkpoint: a checkpoint folder, step_NNNNNNNN, or a run folder for its newest.
+        recipe: for a checkpoint whose recipe is in a file, ``path/to/file.py:name`` of that recipe on this machine; its
+            code is run.
+        device: of the parameters, in the dtype of training.
+
+    Returns:
+        The model, in training mode, as every new module.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
+        ValueError: if the checkpoint holds no settings or is damaged, its recipe is in a file and ``recipe`` is None,
+            or the device is meta.
+
+    Example:
+        >>> import tempfile
+        >>> from moekit.lm.checkpoints import save_checkpoint
+        >>> from moekit.lm.configs import load_config
+        >>> config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=8)
+        >>> tensors = language_model(config, RECIPES["openlm"]()).state_dict()  # as `moekit train --model moekit_tiny`
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     place = save_checkpoint(
+        ...         f"{folder}/step_00000001",
+        ...         {f"model.{name}": tensor for name, tensor in tensors.items()},
+        ...         {"step": 1, "settings": {"model": "moekit_tiny", "recipe": "openlm"}},
+        ...     )
+        ...     model = trained_model(place)
+        >>> all(torch.equal(tensor, tensors[name]) for name, tensor in model.state_dict().items())
+        True
+    """
+    if torch.device(device).type == "meta":
+        raise ValueError("trained_model: device = meta, which holds no weights; expected cpu or cuda. See model_of.")
+    folder = newest_of(Path(checkpoint))
+    with torch.device(device):
+        model = _built(folder, recipe)
+    load_checkpoint(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
+    return model
+
+
+def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
+    """Rebuild the model of a checkpoint from the settings in it, without weights: on the meta device.
+
+    Args:
+        checkpoint: its folder.
+        recipe: see ``trained_model``.
+
+    Returns:
+        The model.
+
+    Raises:
+        FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
+        ValueError: if the checkpoint holds no settings, or its recipe is in a file and ``recipe`` is None.
+    """
+    with torch.device("meta"):
+        return _built(checkpoint, recipe)
+
+
+def newest_of(folder: Path) -> Path:
+    """Return the newest checkpoint of a run; of anything else, itself.
+
+    Args:
+        folder: of a run, or a checkpoint.
+
+    Returns:
+        A folder, which may be none.
+
+    Raises:
+        FileNotFoundError: if the run has no complete checkpoint.
+    """
+    if not (folder / "checkpoints").is_dir():
+        return folder
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
+    return newest
+
+
+def _built(checkpoint: Path, recipe: str | None) -> LanguageModel:
+    settings = read_state(checkpoint).get("settings")
+    if not isinstance(settings, dict):
+        raise ValueError(
+            f"{checkpoint} holds no settings of its model; expected a checkpoint that `moekit train` wrote"
+        )
+    given = stored_model(settings)
+    # A recipe from a file is code, and the checkpoint may be a stranger's.
+    if recipe is None and given.recipe not in RECIPES and not given.recipe.startswith(PREFIX):
+        raise ValueError(
+            f"{checkpoint} was trained with the recipe {given.recipe!r}, which is code in a file. If it is yours, say "
+            f"so with --recipe {given.recipe}, in Python recipe="
+        )
+    given = dataclasses.replace(given, recipe=recipe or given.recipe)
+    return language_model(make_config(given), make_recipe(given))

@@ -1,0 +1,63 @@
+"""Models of checkpoints, in Python: what a run trained comes back, weights and what routers remember."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
+from moekit.lm.configs import load_config
+from moekit.lm.generation import generate
+from moekit.recipes.language_models import language_model, moe_layers
+from moekit.recipes.names import find_recipe
+from moekit.recipes.trained import newest_of, trained_model
+
+
+def checkpoint_of(folder: Path, recipe: str, *, step: int = 3, seed: int = 0, **shape):
+    torch.manual_seed(seed)
+    model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=8, **shape), find_recipe(recipe))
+    for _, moe in moe_layers(model):
+        if moe.state is not None:
+            moe.state.normal_()
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    settings = {"model": "moekit_tiny", "recipe": recipe}
+    return save_checkpoint(checkpoint_folder(folder, step), tensors, {"step": step, "settings": settings}), model
+
+
+@pytest.mark.parametrize("recipe", ["openlm", "remoe", "router:relu", "router:sigmoid_bias", "expert_choice"])
+def test_a_model_comes_back_with_what_its_routers_remember(recipe: str, tmp_path: Path) -> None:
+    checkpoint_of(tmp_path, recipe, step=2, seed=1)
+    newest, model = checkpoint_of(tmp_path, recipe, step=10)
+    for place in (tmp_path, str(tmp_path), newest):
+        found = trained_model(place)
+        assert found.training
+        assert found.state_dict().keys() == model.state_dict().keys()
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(found.state_dict()[name], tensor), name
+    prompt = torch.tensor([5, 6, 7])
+    assert torch.equal(
+        generate(found, prompt, max_new_tokens=4, temperature=0),
+        generate(model, prompt, max_new_tokens=4, temperature=0),
+    )
+    sum(p.sum() for p in found.parameters()).backward()  # it can be trained on
+    with pytest.raises(ValueError, match="device = meta, which holds no weights; expected cpu or cuda"):
+        trained_model(newest, device="meta")
+
+
+def test_names_of_checkpoints(tmp_path: Path) -> None:
+    newest, _ = checkpoint_of(tmp_path, "mixtral")
+    assert newest_of(tmp_path) == newest_of(newest) == newest
+    with pytest.raises(FileNotFoundError, match="there is no checkpoint at"):
+        trained_model(tmp_path / "nothing")
+
+
+def test_a_recipe_of_a_file_is_run_if_it_is_named(tmp_path: Path) -> None:
+    code = tmp_path / "mine.py"
+    code.write_text("from moekit.recipes import mixtral\n")
+    newest, model = checkpoint_of(tmp_path, f"{code}:mixtral")
+    with pytest.raises(
+        ValueError, match=r"is code in a file\. If it is yours, say so with --recipe .*, in Python recip"
+    ):
+        trained_model(newest)
+    found = trained_model(newest, recipe=f"{code}:mixtral")
+    assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
