@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.parallel import Part
+from moekit.parallel import Part, fill
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
@@ -71,6 +71,7 @@ class MoE(nn.Module):
         choices = num_choices(recipe, num_experts)
         self.recipe = recipe
         self.dim, self.num_experts = dim, num_experts
+        self._hidden, self._part = hidden, part
         self.gate, self._gate_type = _held(recipe.init_gate(dim, choices, **options))
         self.experts = RoutedExperts(draw_experts(recipe.init, num_experts, dim, hidden, part=part, **options))
         shared = gate = simple = None
@@ -135,6 +136,32 @@ class MoE(nn.Module):
             state = self.state
             assert state is not None
             state.copy_(self.recipe.state.update(state, observed))
+
+    @torch.no_grad()
+    def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
+        """Draw all parameters anew, in place, and let the router forget: for a module that was made on the meta device.
+
+        Sharded parameters (``fully_shard``) get their shares of what each rank draws whole, so all ranks must draw
+        alike: give them generators of one seed.
+
+        Args:
+            generator: of the weights, on the parameters' device; None takes torch's global one.
+
+        Example:
+            >>> from moekit.recipes import mixtral
+            >>> with torch.device("meta"):
+            ...     moe = MoE(16, 4, mixtral(), hidden=32)
+            >>> moe.to_empty(device="cpu").reset_parameters(generator=torch.Generator().manual_seed(0))
+            >>> torch.equal(moe.gate, MoE(16, 4, mixtral(), hidden=32, generator=torch.Generator().manual_seed(0)).gate)
+            True
+        """
+        like = next(self.parameters())
+        drawn = MoE(
+            self.dim, self.num_experts, self.recipe, hidden=self._hidden, part=self._part, generator=generator,
+            device=like.device, dtype=like.dtype,
+        ).state_dict()  # fmt: skip
+        for name, tensor in self.state_dict().items():
+            fill(tensor, drawn[name])
 
     def extra_repr(self) -> str:
         """Describe the sizes in ``print(moe)``."""

@@ -4,7 +4,11 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from moekit.parallel import Part
 from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, remoe, switch
 from moekit.segments import tokens_per_expert
 
@@ -82,6 +86,37 @@ def test_initial_weights_follow_the_generator(recipe) -> None:
     for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters(), strict=True):
         assert torch.equal(a, b), name
         assert not torch.equal(a, c), name
+
+
+@every_recipe
+def test_a_module_of_the_meta_device_is_drawn_as_a_new_one(recipe) -> None:
+    expected = MoE(D, E, recipe, hidden=8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.device("meta"):
+        moe = MoE(D, E, recipe, hidden=8, dtype=torch.float64)
+    moe.to_empty(device="cpu")
+    for tensor in moe.state_dict().values():
+        tensor.fill_(torch.nan if tensor.is_floating_point() else 7)
+    kept = dict(moe.named_parameters())
+    moe.reset_parameters(generator=torch.Generator().manual_seed(1))
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(moe.state_dict()[name], tensor), name
+    assert all(parameter is kept[name] for name, parameter in moe.named_parameters())
+    assert all(parameter.requires_grad for parameter in moe.parameters())
+
+
+def test_shards_are_drawn_as_the_whole() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            moe = MoE(D, E, mixtral(), hidden=8, part=Part(1, 2))
+        fully_shard(moe, mesh=init_device_mesh("cpu", (1,)))
+        moe.to_empty(device="cpu")
+        moe.reset_parameters(generator=torch.Generator().manual_seed(1))
+        expected = MoE(D, E, mixtral(), hidden=8, part=Part(1, 2), generator=torch.Generator().manual_seed(1))
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(moe.state_dict()[name].full_tensor(), tensor), name
+    finally:
+        dist.destroy_process_group()
 
 
 def test_scale_of_the_gate() -> None:
