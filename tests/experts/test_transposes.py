@@ -105,3 +105,29 @@ def test_both_operands_are_copied_for_aligned_tf32_alone(dtype, precision, align
     assert torch.equal(found, torch.full_like(found, 16.0))
     described = DEVICE != "cuda" or torch.cuda.get_device_capability()[0] >= 9
     assert copied == ([(32, 24), (32, 8)] if across and described else [])
+
+
+@runs_kernels
+@pytest.mark.parametrize(("precision", "turned"), [("ieee", False), ("tf32", True)])
+def test_products_read_matrices_in_the_order_that_is_fast(precision: str, turned: bool, monkeypatch) -> None:
+    from moekit._operators_triton import Launch
+    from moekit.experts.activations import SWIGLU
+    from moekit.experts.kernels._gemms_triton import grouped_rows
+    from moekit.experts.kernels._hidden_triton import up
+    from moekit.experts.kernels._tiles_triton import make_schedule
+
+    read, run = [], Launch.__call__
+
+    def watched(launch: Launch, *tensors: Tensor) -> None:
+        if launch.kernel.__name__ in ("_up_kernel", "_rows_kernel"):
+            read.extend(each.stride() for each in tensors if each.shape == (2, 8, 4))
+        run(launch, *tensors)
+
+    schedule = make_schedule(torch.tensor([128, 128], dtype=torch.int32, device=DEVICE), 256, 16)
+    rows = torch.ones(256, 8, device=DEVICE)
+    plain, other = torch.ones(2, 8, 4, device=DEVICE), torch.ones(2, 4, 8, device=DEVICE).transpose(1, 2)
+    monkeypatch.setattr(Launch, "__call__", watched)
+    for w in (plain, other):
+        up(rows, schedule, (w, w), activation=SWIGLU, precision=precision, tile=TILE)
+        grouped_rows(rows, schedule, (w,), precision=precision, tile=TILE)
+    assert read == [(32, 1, 8) if turned else (32, 4, 1)] * 6
