@@ -108,8 +108,9 @@ def _are_plain(args: Sequence[Any]) -> bool:
 def is_transformed() -> bool:
     """Say whether a transform of ``torch.func`` is at work: grad, vjp, jvp, vmap and what is made of them.
 
-    An ``autograd.Function`` that saves what it computes on the way cannot be transformed; operators of torch can. In
-    compiled code it is False, for compilers see through transforms themselves.
+    An ``autograd.Function`` that saves what it computes on the way cannot be transformed; operators of torch can. True
+    for dual tensors, too. Compiled code has the answer of when it was compiled, inside of the transform: Dynamo would
+    take the gradient of another ``autograd.Function`` for zero there.
 
     Returns:
         Whether one is.
@@ -118,11 +119,11 @@ def is_transformed() -> bool:
         >>> is_transformed(), torch.func.vmap(lambda x: x * is_transformed())(torch.ones(1))
         (False, tensor([1.]))
     """
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def transformable(
-    function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
+    name: str, function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
     """Let reverse-mode transforms of ``torch.func`` through an operator whose gradient torch has registered.
 
@@ -130,6 +131,7 @@ def transformable(
     ``autograd.Function`` of the same gradient.
 
     Args:
+        name: of what users call, for the messages of transforms that do not go through.
         function: the operator, of positional arguments.
         backward: its gradient, as registered.
         setup_context: what it saves, as registered.
@@ -138,11 +140,11 @@ def transformable(
         A function of the same arguments and results.
 
     Example:
-        >>> doubled = transformable(lambda x: 2 * x, lambda ctx, grad: 2 * grad, lambda ctx, inputs, output: None)
+        >>> save = lambda ctx, inputs, output: None
+        >>> doubled = transformable("doubled", lambda x: 2 * x, lambda ctx, grad: 2 * grad, save)
         >>> torch.func.grad(doubled)(torch.tensor(3.0))
         tensor(2.)
     """
-    name = getattr(function, "__name__", type(function).__name__)
     methods = {"forward": function, "backward": backward, "setup_context": setup_context}
     whole: Any = type(name, (torch.autograd.Function,), {key: staticmethod(each) for key, each in methods.items()})
 

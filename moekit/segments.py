@@ -32,7 +32,7 @@ def tokens_per_expert(expert_indices: Tensor, num_experts: int) -> Tensor:
         return _segments_triton.tokens_per_expert(expert_indices.flatten(), num_experts)
     keys = _missing_last(expert_indices.flatten(), num_experts)
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=keys.device)
-    return counts.scatter_add_(0, keys, torch.ones_like(keys))[:num_experts]
+    return counts.scatter_add(0, keys, torch.ones_like(keys))[:num_experts]  # in place is closed to vmap
 
 
 def exclusive_cumsum(sizes: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
     """Copy each token to the rows that the plan gives its assignments. Padding rows are zero.
 
     No host synchronisation. Deterministic on CUDA for token choice (T, K); other routings, and every one in a transform
-    of ``torch.func``, add gradients with ``index_add``, whose order on CUDA varies.
+    of ``torch.func``, add gradients with ``index_add``, in the dtype of ``x`` and on CUDA in an order that varies.
 
     Args:
         x: (T, D).

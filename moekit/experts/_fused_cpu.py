@@ -245,4 +245,4 @@ def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  
 
 
 fused.register_autograd(_backward, setup_context=_save)
-fused_experts = transformable(fused, _backward, _save)
+fused_experts = transformable("fused_cpu", fused, _backward, _save)

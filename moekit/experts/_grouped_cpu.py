@@ -54,7 +54,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
 
 
 grouped_mm.register_autograd(_backward, setup_context=_save)
-product = transformable(grouped_mm, _backward, _save)
+product = transformable("grouped", grouped_mm, _backward, _save)
 
 
 def _bounds(sizes: Tensor) -> tuple[list[int], list[int]]:

@@ -20,7 +20,7 @@ from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
-from moekit.operators import is_transformed, wants_gradient
+from moekit.operators import is_transformed, refuse_tangents, wants_gradient
 from moekit.types import ExpertLayer, Routing
 
 
@@ -136,8 +136,10 @@ def _fused_layer(
         settings, [activation.alpha, activation.limit], *kept, chosen.up.m, chosen.grad_up.k,
         x, weights.to(torch.float32), experts, tokens, *parameters,
     )  # fmt: skip
-    y: Tensor = FusedOnce.apply(*given)[0] if is_transformed() else Fused.apply(*given)
-    return y
+    if not is_transformed():
+        return Fused.apply(*given)
+    refuse_tangents("fused_layer", x, weights, *parameters)
+    return FusedOnce.apply(*given)[0]
 
 
 def _text(tiles: LayerTiles, layout: Layout, function: str, gated: bool, precision: str) -> str:

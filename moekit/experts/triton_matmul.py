@@ -88,4 +88,4 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
 
 
 torch.library.register_autograd("moekit::grouped_mm_triton", _backward, setup_context=_save)
-_transformable = transformable(_product, _backward, _save)
+_transformable = transformable("triton", _product, _backward, _save)

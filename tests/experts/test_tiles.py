@@ -71,6 +71,9 @@ def test_float32_tiles_are_those_that_were_measured() -> None:
     assert ruled_tiles(units) == LayerTiles(wide, *[wide._replace(stages=4)] * 3, *[Tile(128, 256, 32, 8, 3)] * 2)
     assert ruled_tiles(units._replace(assignments=640))[:4] == (low,) * 4
     assert ruled_tiles(units._replace(capability=8)) == LayerTiles(*[wide] * 6)
+    assert ruled_tiles(units._replace(capability=10)) == LayerTiles(*[wide] * 6)
+    assert ruled_tiles(units._replace(capability=8, narrow=True, gated=False)).up == Tile(128, 64, 32, 8, 3)
+    assert ruled_tiles(units._replace(capability=12, narrow=True))[4:] == (low, low)
     narrow = ruled_tiles(units._replace(capability=8, narrow=True))
     assert narrow == LayerTiles(Tile(128, 32, 32, 8, 3), *[Tile(128, 64, 32, 8, 3)] * 3, low, low)
 

@@ -105,6 +105,58 @@ def test_both_operands_are_copied_for_aligned_tf32_alone(dtype, precision, align
     assert torch.equal(found, torch.full_like(found, 16.0))
     described = DEVICE != "cuda" or torch.cuda.get_device_capability()[0] >= 9
     assert copied == ([(32, 24), (32, 8)] if across and described else [])
+    copied.clear()
+    monkeypatch.setattr(_gemms_triton, "has_tma", lambda device: False)
+    _gemms_triton._weight_launch.cache_clear()
+    found = _gemms_triton.grouped_weight(rows, schedule, grad, aligned=aligned, precision=precision, tile=TILE)
+    _gemms_triton._weight_launch.cache_clear()
+    assert torch.equal(found, torch.full_like(found, 16.0))
+    assert copied == []
+
+
+@runs_kernels
+@pytest.mark.parametrize(("width", "stored"), [(8, True), (6, False)])
+def test_copies_are_read_by_descriptors_wherever_their_operands_began(width: int, stored: bool) -> None:
+    from moekit.experts.kernels._gemms_triton import _weight_launch
+
+    described = DEVICE != "cuda" or torch.cuda.get_device_capability()[0] >= 9
+    if not described:
+        pytest.skip("needs a card with descriptors")
+    launch = _weight_launch(
+        torch.device(DEVICE), torch.float32, (32, 6), (32, width), 2, 1, False, True, True, False, "tf32", TILE
+    )
+    assert launch.constants["ACROSS"]
+    assert launch.constants["TMA_STORE"] is stored
+
+
+@runs_kernels
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "precision"), [(torch.float32, "ieee"), (torch.float32, "tf32"), (torch.float16, "ieee")]
+)
+def test_gate_and_up_are_multiplied_apart_in_exact_float32_alone(dtype, precision, gated: bool) -> None:
+    from moekit.experts.activations import GELU_MLP, SWIGLU
+    from moekit.experts.kernels._hidden_triton import _up_launch
+    from moekit.experts.kernels._tiles_triton import Matrices
+
+    launch = _up_launch(
+        torch.device(DEVICE), dtype, (32, 8), Matrices((2, 8, 16), (128, 16, 1)), SWIGLU if gated else GELU_MLP,
+        False, True, True, True, precision, TILE,
+    )  # fmt: skip
+    assert launch.constants["APART"] is (gated and dtype == torch.float32 and precision == "ieee")
+
+
+@runs_kernels
+@pytest.mark.parametrize("capability", [8, 9])
+def test_a_product_alone_has_the_tile_of_its_card(capability: int, monkeypatch) -> None:
+    from moekit.experts.kernels import _gemms_triton
+
+    asked = []
+    monkeypatch.setattr(_gemms_triton, "capability_of", lambda device: capability)
+    monkeypatch.setattr(_gemms_triton, "row_tile", lambda *_, **card: (asked.append(card), TILE)[1])
+    sizes = torch.tensor([16, 16], dtype=torch.int32, device=DEVICE)
+    _gemms_triton.multiply(torch.ones(32, 8, device=DEVICE), sizes, torch.ones(2, 8, 4, device=DEVICE), False, "tf32")
+    assert [(card["capability"], card["precision"]) for card in asked] == [(capability, "tf32")]
 
 
 @runs_kernels

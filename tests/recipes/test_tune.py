@@ -82,6 +82,13 @@ def test_a_specialized_tile_is_told_from_a_plain_one() -> None:
     assert len({tile_words(tile) for tile in (ruled, *plain)}) == 1 + len(plain)
 
 
+def test_tf32_has_candidates_that_exact_products_have_not() -> None:
+    size = SIZE._replace(dtype=torch.float32, capability=9)
+    exact, units = candidates_of(size), candidates_of(size._replace(precision="tf32"))
+    assert [{len(tiles) for tiles in each.values()} for each in (exact, units)] == [{10}, {15}]
+    assert all(rule in units[name] for name, rule in ruled_tiles(size._replace(precision="tf32"))._asdict().items())
+
+
 def test_candidates_of_other_products_are_refused() -> None:
     with pytest.raises(ValueError, match=r"candidates of the products \['down', 'sideways'\]; expected up, down, "):
         with_rule({"down": [TILE], "sideways": [TILE]}, SIZE)
