@@ -3,7 +3,7 @@
 Between the products nothing of size (R, F) is kept but h, the pre-activations, which the backward needs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,10 +67,12 @@ def fused(
     up: Tensor,
     down: Tensor,
     activation: str,
+    packed: bool,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return y (T, D) and h (1 or 2, R, F): up, or gate and up, before the activation; undefined past the R' rows.
 
+    If ``packed``, gate is None and up (E, D, 2 F) both of them, side by side, and so is h (1, R, 2 F).
     Without ``keep`` h has no rows, and a backward, if there is one all the same, computes it again.
     x is (T, D); weights and tokens (*A), of the routing; assignments (R,) and sizes (E,), of the plan.
     """
@@ -79,20 +81,20 @@ def fused(
     out = empty((rows.ends[-1], x.shape[1]), x.dtype)
 
     def prepare():  # type: ignore[no-untyped-def]
-        of_dim, of_hidden = rows.scratch(x.shape[1], 1, x.dtype)[0], rows.scratch(up.shape[2], 1, x.dtype)[0]
+        of_dim, of_hidden = rows.scratch(x.shape[1], 1, x.dtype)[0], rows.scratch(down.shape[1], 1, x.dtype)[0]
         of_firsts = _room(h, rows)
 
         def do(expert: int) -> None:
             for block in rows.blocks(expert):
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[:n])
-                parts = _project(x_e, firsts, expert, of_firsts(block))
+                parts = _parts(_project(x_e, firsts, expert, of_firsts(block)), packed)
                 a = ACTIVATIONS[activation].forward(parts[0], of_hidden[:n])
-                torch.mm(a if gate is None else a.mul_(parts[1]), down[expert], out=out[block])
+                torch.mm(a if len(parts) == 1 else a.mul_(parts[1]), down[expert], out=out[block])
 
         return do
 
-    share([2 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
+    share([2 * size * _numbers(firsts, down) for size in rows.sizes], prepare)
     return _summed(out, rows, weights, tokens, x), h
 
 
@@ -109,16 +111,20 @@ def _fused_backward(
     up: Tensor,
     down: Tensor,
     activation: str,
+    packed: bool,
     frozen: bool,
 ) -> list[Tensor]:
-    """Return the gradients of x, weights and, unless experts are frozen, of gate if there is one, up and down."""
+    """Return the gradients of x, weights and, unless experts are frozen, of gate if there is one, up and down.
+
+    Those of matrices are in the order of memory of their matrices.
+    """
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
-    d_matrices = [] if frozen else [empty(w.shape, w.dtype) for w in (*firsts, down)]
+    d_matrices = [] if frozen else [_empty_like(w) for w in (*firsts, down)]
     d_rows = empty((rows.ends[-1], x.shape[1]), x.dtype)
     d_chosen = torch.empty_like(rows.weights, dtype=_wide(x))
 
     def prepare():  # type: ignore[no-untyped-def]
-        of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), rows.scratch(up.shape[2], 4, x.dtype)
+        of_dim, of_hidden = rows.scratch(x.shape[1], 2, x.dtype), _hidden_scratch(rows, down.shape[1], packed, x.dtype)
         of_firsts, kept = _room(h, rows), h.shape[1] > 0
 
         def do(expert: int) -> None:
@@ -129,9 +135,11 @@ def _fused_backward(
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[0, :n])
                 d_y = torch.index_select(grad, 0, rows.tokens[block], out=of_dim[1, :n])
-                d_a = torch.mm(d_y, down[expert].T, out=of_hidden[0, :n])
-                parts = of_firsts(block) if kept else _project(x_e, firsts, expert, of_firsts(block))
-                a, d_h = _through(parts, d_a, of_hidden[1:, :n], activation, d_chosen[block])
+                d_a, *rest = (each[:n] for each in of_hidden)
+                torch.mm(d_y, down[expert].T, out=d_a)
+                pre = of_firsts(block) if kept else _project(x_e, firsts, expert, of_firsts(block))
+                a, d_h = _through(_parts(pre, packed), d_a, rest, activation, d_chosen[block])
+                d_h = [_side_by_side(d_h)] if packed else d_h
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
                 if not frozen:
@@ -140,7 +148,7 @@ def _fused_backward(
 
         return do
 
-    share([4 * size * up[0].numel() * (len(firsts) + 1) for size in rows.sizes], prepare)
+    share([4 * size * _numbers(firsts, down) for size in rows.sizes], prepare)
     d_weights = weights.new_zeros(weights.numel())
     d_weights[rows.assignments] = d_chosen.squeeze(1).to(weights.dtype)
     return [_summed(d_rows, rows, weights, tokens, x), d_weights.view(weights.shape), *d_matrices]
@@ -154,6 +162,36 @@ def _room(h: Tensor, rows: _Rows) -> Callable[[slice], Tensor]:
     return lambda block: room[:, : block.stop - block.start]
 
 
+def _parts(h: Tensor, packed: bool) -> Sequence[Tensor]:
+    """Return up, or gate and up, (n, F) each, of a block's pre-activations."""
+    return h[0].chunk(2, 1) if packed else h.unbind(0)
+
+
+def _hidden_scratch(rows: _Rows, width: int, packed: bool, dtype: torch.dtype) -> list[Tensor]:
+    """Allocate four (rows, F); if ``packed``, the first two of them are the halves of one (rows, 2 F)."""
+    if not packed:
+        return [*rows.scratch(width, 4, dtype)]
+    return [*rows.scratch(2 * width, 1, dtype)[0].chunk(2, 1), *rows.scratch(width, 2, dtype)]
+
+
+def _side_by_side(halves: Sequence[Tensor]) -> Tensor:
+    """Return the (n, 2 F) of which two tensors (n, F) are the halves."""
+    first, second = halves
+    assert second.data_ptr() == first.data_ptr() + first.shape[1] * first.element_size()
+    return first.as_strided((first.shape[0], 2 * first.shape[1]), (first.stride(0), 1))
+
+
+def _numbers(firsts: list[Tensor], down: Tensor) -> int:
+    """Count the entries of an expert's matrices."""
+    return sum(w[0].numel() for w in (*firsts, down))
+
+
+def _empty_like(w: Tensor) -> Tensor:
+    if w.stride(1) == 1 != w.stride(2):
+        return empty(w.transpose(1, 2).shape, w.dtype).transpose(1, 2)
+    return empty(w.shape, w.dtype)
+
+
 def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Tensor:
     """Multiply the rows of an expert (n, D) by its first matrices, into (1 or 2, n, F), and return that."""
     for part, w in zip(out, firsts, strict=True):
@@ -162,12 +200,12 @@ def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Ten
 
 
 def _through(
-    h: Tensor, d_a: Tensor, scratch: Tensor, activation: str, d_weights: Tensor
+    h: Sequence[Tensor], d_a: Tensor, scratch: Sequence[Tensor], activation: str, d_weights: Tensor
 ) -> tuple[Tensor, list[Tensor]]:
-    """Go back through the activation of a block of n rows, overwriting ``d_a`` and ``scratch`` (3, n, F).
+    """Go back through the activation of a block of n rows, overwriting ``d_a`` and ``scratch``, three (n, F).
 
     ``d_a`` (n, F) is dy W_down^T, not weighted: its inner product with a is the gradient of the router's weight.
-    Returns a, and the gradients of ``h``, not weighted either.
+    Returns a, and the gradients of ``h``, not weighted either: of gate in ``d_a``, of up in the first of ``scratch``.
     """
     act, (s, a, product) = ACTIVATIONS[activation], scratch
     if len(h) == 1:
@@ -217,30 +255,30 @@ def _summed(values: Tensor, rows: _Rows, weights: Tensor, tokens: Tensor, x: Ten
 
 
 @fused.register_fake
-def _(x, weights, tokens, assignments, sizes, gate, up, down, activation, keep):  # type: ignore[no-untyped-def]
+def _(x, weights, tokens, assignments, sizes, gate, up, down, activation, packed, keep):  # type: ignore[no-untyped-def]
     rows = assignments.shape[0] if keep else 0
     return x.new_empty(x.shape), x.new_empty(1 if gate is None else 2, rows, up.shape[2])
 
 
 @_fused_backward.register_fake
-def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation, frozen):  # type: ignore[no-untyped-def]
-    wanted = (x, weights) if frozen else (x, weights, gate, up, down)
-    return [each.new_empty(each.shape) for each in wanted if each is not None]
+def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation, packed, frozen):  # type: ignore[no-untyped-def]
+    grads = [x.new_empty(x.shape), weights.new_empty(weights.shape)]
+    return grads if frozen else [*grads, *(torch.empty_like(w) for w in (gate, up, down) if w is not None)]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    *tensors, ctx.activation, _keep = inputs
+    *tensors, ctx.activation, ctx.packed, _keep = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1], *tensors)
 
 
 def _backward(ctx, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
     if grad is None:
-        return (None,) * 10
+        return (None,) * 11
     frozen, saved = not any(ctx.needs_input_grad[5:8]), ctx.saved_tensors
     with torch.no_grad():
-        d_x, d_weights, *d_matrices = _fused_backward(grad, *saved, ctx.activation, frozen)
-    grads = d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None
+        d_x, d_weights, *d_matrices = _fused_backward(grad, *saved, ctx.activation, ctx.packed, frozen)
+    grads = d_x, d_weights, None, None, None, *[None] * (3 - len(d_matrices)), *d_matrices, None, None, None
     return differentiated_once("fused_cpu", (grad, *saved), *grads)
 
 

@@ -13,6 +13,7 @@ from moekit.experts._fused_cpu import fused_experts
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.checks import check_activation, check_dtypes
 from moekit.experts.ffns import GatedParams, MlpParams
+from moekit.experts.packed import PackedGatedParams
 from moekit.operators import refuse_tangents, wants_gradient
 from moekit.types import DispatchPlan, ExpertLayer, Routing
 
@@ -25,13 +26,14 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
     pre-activations alone, R F entries for each up-projection; where gradients are off, or nothing wants one, nothing.
     The gradient of a router weight is the inner product <a, dy W_down^T>, which needs no expert's output.
 
-    Gradients of frozen experts, whose parameters want none, are not computed.
+    Matrices are read as they lie in memory, also transposed, and gradients come back in that order. Gradients of frozen
+    experts, whose parameters want none, are not computed.
 
     As causal as the plan. Deterministic for a given number of threads. CPU tensors only.
 
     Args:
         plan: which assignments get a row, of a dispatcher.
-        activation: what experts do, and which parameters they have.
+        activation: what experts do. Gated ones take ``GatedParams`` or ``PackedGatedParams``, others ``MlpParams``.
 
     Returns:
         A function (x (T, D), routing, params) -> (T, D) of any floating dtype; sums are taken in float32, float64 for
@@ -67,11 +69,15 @@ def _fused_cpu(
     check_dtypes("fused_cpu", x, *projections)
     refuse_tangents("fused_cpu", x, routing.weights, *projections)
     assignments, groups = plan(routing)
-    gate, up, down = projections if activation.gated else (None, *projections)
+    packed = isinstance(params, PackedGatedParams)
+    if packed:
+        projections = [w.transpose(1, 2) for w in projections]
+    gate, up, down = projections if activation.gated and not packed else (None, *projections)
     keep = wants_gradient(x, routing.weights, *projections)
     y, _ = fused_experts(
-        x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down, activation.function, keep
-    )
+        x, routing.weights, routing.token_indices, assignments, groups.sizes, gate, up, down,
+        activation.function, packed, keep,
+    )  # fmt: skip
     return y
 
 
@@ -80,19 +86,28 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
     if x.device.type != "cpu":
         raise ValueError(f"fused_cpu: x is on {x.device}; expected the CPU. Use fused_layer on a GPU.")
     check_devices("fused_cpu", x, *routing[:3], *params)
-    kind = GatedParams if activation.gated else MlpParams
-    if len(params) != len(kind._fields):
+    packed = activation.gated and isinstance(params, PackedGatedParams)
+    kind = PackedGatedParams if packed else GatedParams if activation.gated else MlpParams
+    if len(params) != len(kind._fields) or isinstance(params, PackedGatedParams) != packed:
         raise ValueError(
             f"fused_cpu: {len(params)} projections were given for {activation}; expected those of {kind.__name__}, "
             f"{', '.join(kind._fields)}. Pass the activation that fits the parameters."
         )
-    shapes = [tuple(w.shape) for w in params]
-    fits = len(shapes[0]) == 3 and shapes[0][0] == routing.num_experts
-    if fits:
-        num_experts, dim, hidden = shapes[0]
-        fits = shapes == [shapes[0]] * (len(shapes) - 1) + [(num_experts, hidden, dim)] and x.shape[-1] == dim
-    if not fits or x.shape[:-1] != (routing.num_tokens,):
+    shapes, sizes = (
+        [tuple(w.shape) for w in params],
+        (routing.num_experts, x.shape[-1], params.down.shape[-1 - (not packed)]),
+    )
+    num_experts, dim, hidden = sizes
+    if packed:
+        wanted, said = (
+            [(num_experts, 2 * hidden, dim), (num_experts, dim, hidden)],
+            "(E, 2F, D) and, for down, (E, D, F)",
+        )
+    else:
+        wanted = [sizes] * (len(shapes) - 1) + [(num_experts, hidden, dim)]
+        said = "(E, D, F) and, for down, (E, F, D)"
+    if shapes != wanted or x.shape[:-1] != (routing.num_tokens,):
         raise ValueError(
             f"fused_cpu: x {tuple(x.shape)} and projections {shapes} do not fit a routing of {routing.num_tokens} "
-            f"tokens over {routing.num_experts} experts; expected (T, D), (E, D, F) and, for down, (E, F, D)."
+            f"tokens over {routing.num_experts} experts; expected (T, D), {said}."
         )

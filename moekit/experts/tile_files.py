@@ -7,9 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moekit.experts.tile_tables import Table, TileEntry, choose
+from moekit.experts.tile_tables import Table, TileEntry, choose, remembered
 from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
 from moekit.operators import constant_in_graphs
 
@@ -47,12 +45,12 @@ def layer_tiles(size: LayerSize) -> LayerTiles:
         LayerTiles.
 
     Example:
+        >>> import torch
         >>> from moekit.experts.tiles import LayerSize
         >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
         Tile(m=64, n=128, k=32, warps=8, stages=3, band=16, overlap=False, specialized=False)
     """
-    known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
-    return _layer_tiles_once(size) if known else _layer_tiles(size)
+    return remembered(_layer_tiles, _layer_tiles_once, size)
 
 
 def _layer_tiles(size: LayerSize) -> LayerTiles:

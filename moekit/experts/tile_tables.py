@@ -2,8 +2,10 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from typing import NamedTuple
+
+import torch
 
 from moekit.experts.tiles import NARROW_BYTES, LayerSize, LayerTiles, precision_of, ruled_tiles
 
@@ -116,7 +118,30 @@ def from_table(
         >>> tiles(size._replace(dim=1536)).up.m, tiles(size._replace(dim=256)).up.m
         (64, 128)
     """
-    return partial(choose, tuple(table), otherwise)
+    pick = partial(choose, tuple(table), otherwise)
+    return partial(remembered, pick, lru_cache(maxsize=512)(pick))
+
+
+def remembered(
+    pick: Callable[[LayerSize], LayerTiles], once: Callable[[LayerSize], LayerTiles], size: LayerSize
+) -> LayerTiles:
+    """Choose the tiles of one size of layer, looking for each size once, but in a graph that is traced.
+
+    Args:
+        pick: chooses.
+        once: ``pick``, which remembers.
+        size: of the layer.
+
+    Returns:
+        LayerTiles.
+
+    Example:
+        >>> import torch
+        >>> remembered(len, list, LayerSize(torch.bfloat16, 8, 8, 8, 8, gated=True))[:3]
+        [torch.bfloat16, 8, 8]
+    """
+    known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
+    return once(size) if known else pick(size)
 
 
 def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: LayerSize) -> LayerTiles:

@@ -1,4 +1,4 @@
-"""The experts of a Hugging Face model on moekit's fused layer, where its kernels know them; and why not elsewhere.
+"""The experts of a Hugging Face model on moekit's fused layers, where these know them; and why not elsewhere.
 
 Weights are read where the module keeps them, and gradients come back in their layout.
 """
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from moekit.autocast import autocast_dtype, dtype_in_products
+from moekit.dispatch import dropless
 from moekit.experts import (
     PREACTIVATION,
     Activation,
@@ -20,6 +21,7 @@ from moekit.experts import (
     LayerTiles,
     MlpParams,
     PackedGatedParams,
+    fused_cpu,
     fused_layer,
     layer_tiles,
 )
@@ -96,17 +98,48 @@ def _fused_module_layer(
     return layer(x, routing, fused_params(params))
 
 
+def cpu_module_layer() -> ExpertLayer:
+    """Return ``fused_cpu`` for transformers experts modules: dropless, expert by expert in the cache, a thread each.
+
+    As causal and deterministic as ``fused_cpu``. It knows the experts without biases that the kernels know, but for the
+    clamped activation.
+
+    Returns:
+        A function (x (T, D), routing, ModuleParams) -> (T, D) in the dtype of the parameters, inside autocast in its.
+
+    Raises:
+        ValueError: from the layer, if it does not know this form of experts, or tensors are elsewhere.
+
+    Example:
+        >>> from moekit.experts import SWIGLU
+        >>> from moekit.routing import top_k
+        >>> params = ModuleParams(torch.ones(2, 3, 8), None, torch.ones(2, 4, 3), None, torch.relu, None, False, SWIGLU)
+        >>> cpu_module_layer()(torch.ones(5, 3), top_k(torch.zeros(5, 2), k=1), params).shape
+        torch.Size([5, 3])
+    """
+    return _cpu_module_layer
+
+
+def _cpu_module_layer(x: Tensor, routing: Routing, params: ModuleParams) -> Tensor:
+    layer = fused_cpu(plan=dropless().plan, activation=_known(params))
+    if autocast_dtype(x.device.type) is None:
+        x = x.to(params.up.dtype)
+    return layer(x, routing, fused_params(params))
+
+
 def auto_module_layer(
     *,
     fused: ExpertLayer = fused_module_layer(),  # noqa: B008, an immutable function
+    on_cpu: ExpertLayer = cpu_module_layer(),  # noqa: B008, an immutable function
     otherwise: ExpertLayer = module_layer(),  # noqa: B008, an immutable function
 ) -> ExpertLayer:
-    """Return the layer that takes ``fused`` for the experts modules that its kernels know, and another for the rest.
+    """Return the layer that takes ``fused`` for the experts modules that its kernels know, and others for the rest.
 
     It asks in each call, reading the module and the device; ``why_not_fused`` tells what it will do and why.
 
     Args:
         fused: over ``ModuleParams``.
+        on_cpu: over ``ModuleParams``, for the modules on the CPU that ``fused_cpu`` knows.
         otherwise: over ``ModuleParams``, for every module, device and dtype; as ``module_layer()``.
 
     Returns:
@@ -116,20 +149,36 @@ def auto_module_layer(
         >>> from moekit.experts import loop
         >>> layer = auto_module_layer(otherwise=module_layer(matmul=loop))
     """
-    return partial(_auto_module_layer, fused=fused, otherwise=otherwise)
+    return partial(_auto_module_layer, fused=fused, on_cpu=on_cpu, otherwise=otherwise)
 
 
 def _auto_module_layer(
-    x: Tensor, routing: Routing, params: ModuleParams, *, fused: ExpertLayer, otherwise: ExpertLayer
+    x: Tensor,
+    routing: Routing,
+    params: ModuleParams,
+    *,
+    fused: ExpertLayer,
+    on_cpu: ExpertLayer,
+    otherwise: ExpertLayer,
 ) -> Tensor:
-    layer = otherwise if _why_not(params, x.device, _dtypes(params, x.device)) else fused
-    return layer(x, routing, params)
+    if not _why_not(params, x.device, _dtypes(params, x.device)):
+        return fused(x, routing, params)
+    return (on_cpu if x.device.type == "cpu" and _is_for_cpu(params) else otherwise)(x, routing, params)
+
+
+def _is_for_cpu(params: ModuleParams) -> bool:
+    if _why_unknown(params) or len(_dtypes(params, params.up.device)) > 1:
+        return False
+    assert params.known is not None
+    return not backends.why_not_fused_cpu(params.known, type(fused_params(params)))
 
 
 def why_not_fused(
     model: nn.Module, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> dict[str, str]:
-    """Say for each experts module of a model why ``auto_module_layer`` does not take the fused layer.
+    """Say for each experts module of a model why ``auto_module_layer`` does not take ``fused_layer``.
+
+    On the CPU it takes ``fused_cpu`` for those that this one knows.
 
     Args:
         model: any module with transformers experts modules in it, or one of these.

@@ -1,21 +1,27 @@
-"""Letting a recipe choose its backend: the layer that it composes, as ``auto`` would run it."""
+"""Letting a recipe choose its backend: the layer that it composes, as ``auto`` would run it, with tiles of a file."""
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
+
+import torch
 
 from moekit.experts import grouped
 from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
-from moekit.recipes.backends import auto, auto_top_k
+from moekit.experts.tile_files import layer_tiles, read_tiles
+from moekit.experts.tile_tables import from_table
+from moekit.experts.tiles import LayerSize, LayerTiles
+from moekit.recipes.backends import auto, auto_top_k, why_not_fused
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import Recipe, expert_layer
 from moekit.routing import top_k
-from moekit.types import Router
+from moekit.types import ExpertLayer, Router
 
 _ACTIVATIONS = (SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU_MLP, RELU2)
 
 
-def automatic(recipe: Recipe) -> Recipe:
+def automatic(recipe: Recipe, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
     """Let a recipe's layer run on what ``auto`` chooses for the device and dtype of its tokens.
 
     It computes the same, to rounding, with the same plan. Only what nobody has chosen is replaced: a layer composed of
@@ -24,6 +30,8 @@ def automatic(recipe: Recipe) -> Recipe:
 
     Args:
         recipe: the method.
+        choose: makes the layer of ``dispatcher`` and ``activation``; ``partial(auto, keep=..., tiles=...)`` is ``auto``
+            with something else for ``fused_layer``.
 
     Returns:
         The recipe with another layer, and perhaps another router; unchanged if its layer is of another kind.
@@ -46,7 +54,63 @@ def automatic(recipe: Recipe) -> Recipe:
     activation = _activation_of(experts)
     if activation is None:
         return recipe
-    return recipe._replace(layer=auto(dispatcher=dispatcher, activation=activation), route=_quick(recipe.route))
+    return recipe._replace(layer=choose(dispatcher=dispatcher, activation=activation), route=_quick(recipe.route))
+
+
+def why_not_on_kernels(recipe: Recipe, device: torch.device) -> str:
+    """Say why an automatic recipe's layer will not be ``fused_layer``, in any of its dtypes; "" if it will.
+
+    Args:
+        recipe: of ``automatic``.
+        device: of tokens and parameters.
+
+    Returns:
+        A reason, or "".
+
+    Raises:
+        ValueError: if it is a CUDA device that torch cannot use here.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> why_not_on_kernels(automatic(mixtral()), torch.device("cpu"))
+        'its kernels are for CUDA devices, not cpu'
+    """
+    layer = recipe.layer
+    if not isinstance(layer, partial) or layer.func is not auto().func:  # type: ignore[attr-defined]
+        return "the recipe has a layer or a backend of its own"
+    return why_not_fused(device, torch.float32, dispatcher=layer.keywords["dispatcher"])
+
+
+def tiles_of(path: Path | None, *, flag: str) -> Callable[[LayerSize], LayerTiles]:
+    """Choose the tiles of ``fused_layer``'s kernels by a file that somebody gave, or by what comes with the package.
+
+    Args:
+        path: of a file that ``moekit tune --write`` wrote; None takes ``layer_tiles``.
+        flag: that it was given by, for messages.
+
+    Returns:
+        A function LayerSize -> LayerTiles; sizes that the file has no entry near enough for go by rule.
+
+    Raises:
+        ValueError: if the file cannot be read, or is no table of tiles.
+
+    Example:
+        >>> tiles_of(Path("tuned.json"), flag="--tiles")
+        Traceback (most recent call last):
+        ValueError: --tiles tuned.json: No such file or directory; expected a file that `moekit tune --write` wrote.
+            Give one, or leave --tiles out.
+    """
+    if path is None:
+        return layer_tiles
+    expected = f"expected a file that `moekit tune --write` wrote. Give one, or leave {flag} out."
+    try:
+        return from_table(read_tiles(path))
+    except OSError as error:
+        raise ValueError(f"{flag} {path}: {error.strerror}; {expected}") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path}: it is no text; {expected}") from error
+    except ValueError as error:  # which begins with the path
+        raise ValueError(f"{flag} {error}") from error
 
 
 def _quick(route: Router) -> Router:

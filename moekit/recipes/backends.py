@@ -24,6 +24,7 @@ from moekit.experts import (
     loop,
 )
 from moekit.experts.checks import KERNEL_DTYPES
+from moekit.experts.fused import PREACTIVATION, Keep
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
@@ -60,6 +61,7 @@ def choose_backend(
     activation: Activation = SWIGLU,
     params: type[Any] | None = None,
     widths: tuple[int, int] | None = None,
+    keep: Keep = PREACTIVATION,
     tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
 ) -> Choice:
     """Choose an expert layer for a device and a dtype, and say why.
@@ -75,13 +77,15 @@ def choose_backend(
         params: the type of their parameters, as ``BiasedGatedParams`` or ``PackedGatedParams``; None is that of experts
             without biases, ``GatedParams`` or ``MlpParams``.
         widths: (D, F), for a backend that asks for alignment; None takes them to be aligned.
+        keep: what ``fused_layer`` keeps from the forward to the backward; the others keep what they do.
         tiles: chooses the tiles of ``fused_layer``'s kernels; ``from_table`` makes one of what `moekit tune` wrote.
 
     Returns:
         Choice.
 
     Raises:
-        ValueError: if there is no such activation among moekit's expert networks, or none with such parameters.
+        ValueError: if there is no such activation among moekit's expert networks, or none with such parameters; if a
+            CUDA device cannot be used here; if ``fused_layer`` is chosen and ``keep`` is no ``Keep``.
 
     Example:
         >>> choice = choose_backend("cpu", torch.float32)
@@ -92,15 +96,15 @@ def choose_backend(
     dispatcher = dropless() if dispatcher is None else dispatcher
     experts = experts_of(activation, params)
     if device.type == "cpu":
-        fused, unusable = "fused_cpu", _why_not_fused_cpu(activation, params)
+        fused, unusable = "fused_cpu", why_not_fused_cpu(activation, params)
         if not unusable:
             return Choice(fused, fused_cpu(plan=dispatcher.plan, activation=activation), _CPU)
     else:
         fused, unusable = "fused_layer", why_not_fused(device, dtype, dispatcher=dispatcher)
         if not unusable:
-            what = "activates inside the products, and keeps pre-activations alone"
+            layer = fused_layer(activation=activation, keep=keep, precision=float32_products(), tiles=tiles)
+            what = f"activates inside the products, and keeps {_what_is_kept(keep)}"
             reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: {what}"
-            layer = fused_layer(activation=activation, precision=float32_products(), tiles=tiles)
             return Choice(fused, layer, reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
     layer = expert_layer(dispatcher=dispatcher, experts=partial(experts, matmul=matmul))
@@ -111,6 +115,7 @@ def auto(
     *,
     dispatcher: Dispatcher | None = None,
     activation: Activation = SWIGLU,
+    keep: Keep = PREACTIVATION,
     tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
 ) -> ExpertLayer:
     """Return an expert layer that chooses its backend when called: by the tokens' device and dtype, and the parameters.
@@ -120,10 +125,14 @@ def auto(
     Args:
         dispatcher: of the layer; None is dropless.
         activation: of the experts.
+        keep: what ``fused_layer`` keeps from the forward to the backward, where that is chosen; the others ignore it.
         tiles: chooses the tiles of ``fused_layer``'s kernels, where that is chosen.
 
     Returns:
         A function (x (T, D), routing, params) -> (T, D).
+
+    Raises:
+        ValueError: from the layer, as ``choose_backend``, and as what it chooses.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -133,7 +142,7 @@ def auto(
         torch.Size([5, 4])
     """
     dispatcher = dropless() if dispatcher is None else dispatcher
-    return partial(_auto, dispatcher=dispatcher, activation=activation, tiles=tiles)
+    return partial(_auto, dispatcher=dispatcher, activation=activation, keep=keep, tiles=tiles)
 
 
 def _auto(
@@ -143,6 +152,7 @@ def _auto(
     *,
     dispatcher: Dispatcher,
     activation: Activation,
+    keep: Keep,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
     kind = type(params)
@@ -151,7 +161,7 @@ def _auto(
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
     choice = choose_backend(
         x.device, dtype_in_products(x.dtype, x.device.type), dispatcher=dispatcher, activation=activation, params=kind,
-        widths=(x.shape[1], hidden), tiles=tiles,
+        widths=(x.shape[1], hidden), keep=keep, tiles=tiles,
     )  # fmt: skip
     return choice.layer(x, routing, params)
 
@@ -203,6 +213,9 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
     Returns:
         A reason, or "".
 
+    Raises:
+        ValueError: if it is a CUDA device that torch cannot use here, so that nothing is known of it.
+
     Example:
         >>> why_not_fused(torch.device("cpu"), torch.float32)
         'its kernels are for CUDA devices, not cpu'
@@ -213,13 +226,24 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
         return "its kernels are for NVIDIA cards"
     if not _has_triton():
         return "Triton is not installed (pip install triton)"
-    capability = compute_capability(device)
+    capability = _capability(device)
     if capability < _OLDEST:
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
     if dtype not in KERNEL_DTYPES:
         return f"its kernels do not compute in {_word(dtype)}"
     drops = dispatcher is not None and dispatcher.plan is not dropless().plan
     return "it drops nothing, and the dispatcher has a capacity" if drops else ""
+
+
+@constant_in_graphs
+def _capability(device: torch.device) -> tuple[int, int]:
+    try:
+        return compute_capability(device)
+    except (AssertionError, RuntimeError) as error:  # torch's, of one without CUDA, without a driver, or a wrong number
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise ValueError(
+            f"device = {device}, which torch cannot use here: {why}. Give one that `moekit doctor` lists."
+        ) from error
 
 
 @constant_in_graphs
@@ -237,8 +261,21 @@ def float32_products() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def _why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
-    if params not in (None, GatedParams, MlpParams):
+def why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
+    """Say why ``fused_cpu`` cannot run such experts; "" if it can.
+
+    Args:
+        activation: of the experts.
+        params: the type of their parameters; None is that of experts without biases.
+
+    Returns:
+        A reason, or "".
+
+    Example:
+        >>> why_not_fused_cpu(SWIGLU, PackedGatedParams), why_not_fused_cpu(CLAMPED_SWIGLU, None)
+        ('', 'it does not know clamped_swiglu')
+    """
+    if params not in (None, GatedParams, PackedGatedParams, MlpParams):
         return f"it does not take {params.__name__}"
     return "it does not know clamped_swiglu" if activation.function == CLAMPED_SWIGLU.function else ""
 
@@ -262,6 +299,12 @@ def _matmul_for(
     if padded:
         return "batched", batched, f"{device.type} in {_word(dtype)}, groups of equal size: one batched product"
     return "loop", loop, f"{device.type} in {_word(dtype)}, widths {widths}: no grouped product takes them"
+
+
+def _what_is_kept(keep: Keep) -> str:
+    if keep.rows and keep.preactivation:
+        return "the rows of tokens and pre-activations"
+    return f"{'the rows of tokens' if keep.rows else 'pre-activations' if keep.preactivation else 'its inputs'} alone"
 
 
 def _word(dtype: torch.dtype) -> str:

@@ -1,18 +1,26 @@
 """Building the model of a run: the same weights for any number of ranks, spread over them as the settings say."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
 
+from moekit.experts import EVERYTHING, INPUTS, PREACTIVATION
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Grid, Layout, World, distribute_experts, make_grid, shard_experts, shard_model
+from moekit.recipes.automatic import tiles_of, why_not_on_kernels
+from moekit.recipes.backends import auto
 from moekit.recipes.exchanges import make_layout, spread_recipe
 from moekit.recipes.expert_parameters import RoutedExperts, hidden_axes, hidden_size
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import parameter_dtype
-from moekit.recipes.settings import ParallelSettings, TrainSettings
+from moekit.recipes.settings import ParallelSettings, RunSettings, TrainSettings
 from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe
+from moekit.types import ExpertLayer
+
+_KEEPS = {"preactivation": PREACTIVATION, "inputs": INPUTS, "everything": EVERYTHING}
 
 
 class BuiltModel(NamedTuple):
@@ -40,9 +48,10 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
         BuiltModel.
 
     Raises:
-        ValueError: if it does not fit the device, or cannot be spread as the settings want.
+        ValueError: if it does not fit the device, or cannot be spread as the settings want; or as ``run_layer``.
     """
-    config, recipe, given = make_config(settings.model), make_recipe(settings.model), settings.parallel
+    config, given, choose = make_config(settings.model), settings.parallel, run_layer(settings.run)
+    recipe = make_recipe(settings.model, choose=choose)
     grid = make_run_grid(settings, world)
     torch.manual_seed(settings.run.seed)
     try:
@@ -69,10 +78,55 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
         model.compile()
     evaluation = None
     if config.moe_freq:
-        evaluation = spread_recipe(
-            make_evaluation_recipe(settings.model), grid, given, block=config.seq_len, evaluates=True
-        )
+        evaluation = make_evaluation_recipe(settings.model, choose=choose)
+        evaluation = spread_recipe(evaluation, grid, given, block=config.seq_len, evaluates=True)
     return BuiltModel(model, evaluation, grid)
+
+
+def run_layer(run: RunSettings) -> Callable[..., ExpertLayer]:
+    """Return what makes the expert layers of a run: ``auto``, with what the settings say for ``fused_layer``.
+
+    Args:
+        run: settings of the run.
+
+    Returns:
+        A function of ``dispatcher`` and ``activation``, for ``make_recipe``.
+
+    Raises:
+        ValueError: if the file of ``--moe-tiles`` is not there, or holds no tiles.
+
+    Example:
+        >>> run_layer(RunSettings(moe_keep="inputs")).keywords["keep"]
+        Keep(rows=False, preactivation=False)
+    """
+    return partial(auto, keep=_KEEPS[run.moe_keep], tiles=tiles_of(run.moe_tiles, flag="--moe-tiles"))
+
+
+def kernel_notes(settings: TrainSettings, device: torch.device) -> list[str]:
+    """Say which flags of ``fused_layer`` have no effect in training, and why.
+
+    Args:
+        settings: of the run.
+        device: that trains.
+
+    Returns:
+        A line of text for each.
+
+    Raises:
+        ValueError: if there is no such model or recipe.
+        FileNotFoundError: if one of them is a path and not there.
+
+    Example:
+        >>> kernel_notes(TrainSettings(run=RunSettings(moe_keep="inputs")), torch.device("cpu"))
+        ['--moe-keep inputs is of fused_layer, which trains no layer here: its kernels are for CUDA devices, not cpu']
+    """
+    given = {"--moe-keep": settings.run.moe_keep, "--moe-tiles": settings.run.moe_tiles}
+    flags = [f"{flag} {value}" for flag, value in given.items() if value not in (None, RunSettings.moe_keep)]
+    if not flags:
+        return []
+    dense = not make_config(settings.model).moe_freq
+    why = "the model is dense" if dense else why_not_on_kernels(make_recipe(settings.model), device)
+    return [f"{flag} is of fused_layer, which trains no layer here: {why}" for flag in flags] if why else []
 
 
 def make_run_grid(settings: TrainSettings, world: World) -> Grid:

@@ -1,14 +1,17 @@
 """From settings to the model of a run: its shape, and the method of its MoE layers."""
 
+from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.recipes.automatic import automatic
+from moekit.recipes.backends import auto
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault
 from moekit.recipes.settings import ModelSettings
+from moekit.types import ExpertLayer
 
 _OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")
 _OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
@@ -42,13 +45,14 @@ def make_config(settings: ModelSettings) -> ModelConfig:
     return load_config(settings.preset, defaults=flags)
 
 
-def make_recipe(settings: ModelSettings) -> Recipe:
+def make_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
     """Find the recipe and apply the flags that concern it; keys in the model's file win over them, as in OpenLM.
 
     Its experts run on what ``auto`` chooses, unless the recipe itself chose a backend.
 
     Args:
         settings: of the model.
+        choose: makes their layer, see ``automatic``.
 
     Returns:
         Recipe.
@@ -62,7 +66,7 @@ def make_recipe(settings: ModelSettings) -> Recipe:
         {'load_balance': 0.3}
     """
     settings = with_model_keys(settings)
-    recipe = _find(settings, capacity_factor=settings.moe_capacity_factor)
+    recipe = _find(settings, choose, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe
     if "load_balance" not in recipe.losses:
@@ -133,7 +137,7 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
     )
 
 
-def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
+def make_evaluation_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
     """Find the recipe that evaluation runs: the same with no capacity limit, and without what is for training alone.
 
     What a limit drops depends on which sequences share a batch, so with one a score would depend on the batch size and
@@ -142,6 +146,7 @@ def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
 
     Args:
         settings: of the model.
+        choose: makes the layer of its experts, see ``automatic``.
 
     Returns:
         Recipe; that of training if its function takes neither ``capacity_factor`` nor ``training``.
@@ -154,8 +159,8 @@ def make_evaluation_recipe(settings: ModelSettings) -> Recipe:
     settings = with_model_keys(settings)
     options = recipe_options(settings.recipe)
     if "capacity_factor" not in options and "training" not in options:
-        return make_recipe(settings)
-    return _find(settings, capacity_factor=0.0 if "capacity_factor" in options else None, training=False)
+        return make_recipe(settings, choose=choose)
+    return _find(settings, choose, capacity_factor=0.0 if "capacity_factor" in options else None, training=False)
 
 
 def with_model_keys(settings: ModelSettings) -> ModelSettings:
@@ -210,10 +215,17 @@ def overridden_flags(settings: ModelSettings) -> list[str]:
     return lines
 
 
-def _find(settings: ModelSettings, *, capacity_factor: float | None, training: bool = True) -> Recipe:
+def _find(
+    settings: ModelSettings,
+    choose: Callable[..., ExpertLayer],
+    *,
+    capacity_factor: float | None,
+    training: bool = True,
+) -> Recipe:
     vocab_size = make_config(settings).vocab_size
     offered = {"training": training, "vocab_size": vocab_size}
-    return automatic(find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered))
+    found = find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered)
+    return automatic(found, choose=choose)
 
 
 def _keys_of_flags(settings: ModelSettings) -> dict[str, Any]:

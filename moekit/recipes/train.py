@@ -19,7 +19,7 @@ from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.configuration import parse_settings, write_config
 from moekit.recipes.consoles import print_notes, print_warnings
-from moekit.recipes.construction import run_layout
+from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import language_model, moe_layers, parameter_table
@@ -56,6 +56,7 @@ def main(
     settings = None
     try:
         settings = parse_settings(words, prog=prog)
+        run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = Console()
             print_notes(console, overridden_flags(settings.model))
@@ -116,6 +117,7 @@ def notes(settings: TrainSettings, world: World) -> list[str]:
         ['--fsdp has nothing to share with: this is one process. Start several with torchrun']
     """
     parallel, lines = settings.parallel, [*without_effect(settings.legacy), *overridden_flags(settings.model)]
+    lines += kernel_notes(settings, world.device)
     if world.size == 1:
         names = ("fsdp", "fsdp_amp", "fsdp_pure_bf16", "moe_weight_parallelism", "moe_expert_model_parallelism")
         lines += [

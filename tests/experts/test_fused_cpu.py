@@ -30,13 +30,20 @@ from moekit.experts import (
 )
 from moekit.experts.activations import CLAMPED_SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
 from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.packed import PackedGatedParams, pack_gated
 from moekit.recipes import expert_layer
+from moekit.recipes.expert_networks import experts_of
 from moekit.routing import expert_choice, top_k
 from moekit.routing.top_k import token_choice
 from moekit.types import DispatchPlan, Routing
 
 # It comes from torch's own compiler: Dynamo instantiates torch.autograd.Function.
 pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+
+
+def packed(num_experts: int, dim: int, hidden: int, dtype: torch.dtype | None = None) -> PackedGatedParams:
+    return pack_gated(init_gated(num_experts, dim, hidden, dtype=dtype))
+
 
 D, F, E = 5, 7, 4
 KINDS = {
@@ -46,6 +53,7 @@ KINDS = {
     "gelu_mlp": (GELU_MLP, gelu_mlp, init_mlp),
     "relu_mlp": (RELU_MLP, relu_mlp, init_mlp),
     "relu2": (RELU2, relu2, init_mlp),
+    "packed": (GEGLU, experts_of(GEGLU, PackedGatedParams), packed),
 }
 DISPATCHERS = {
     "dropless": dropless(),
@@ -137,6 +145,31 @@ def test_every_activation(kind: str) -> None:
     compare(outputs(layer, some_missing, tensors, init), outputs(composed, some_missing, tensors, init))
 
 
+@pytest.mark.usefixtures("poison", "schedule")
+@pytest.mark.parametrize("route", ROUTERS.values(), ids=ROUTERS)
+def test_packed_experts_are_the_same_in_blocks_and_threads(route) -> None:
+    tensors = draw(packed)
+    composed = expert_layer(dispatcher=dropless(), experts=partial(experts_of(SWIGLU, PackedGatedParams), matmul=loop))
+    compare(outputs(fused_cpu(plan=dropless().plan), route, tensors, packed), outputs(composed, route, tensors, packed))
+
+
+@pytest.mark.parametrize("kind", ["swiglu", "relu2", "packed"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_gradients_of_matrices_lie_in_memory_as_their_matrices(kind: str, turned: bool) -> None:
+    activation, _, init = KINDS[kind]
+    x, logits, *params = draw(init)
+    leaves = [w.detach().transpose(1, 2).contiguous().requires_grad_() if turned else w for w in params]
+    given = type(init(1, 1, 1))(*(w.transpose(1, 2) if turned else w for w in leaves))
+    y = fused_cpu(plan=dropless().plan, activation=activation)(x, top_k(logits, k=2), given)
+    expected = fused_cpu(plan=dropless().plan, activation=activation)(
+        x, top_k(logits, k=2), type(given)(*(w.contiguous() for w in given))
+    )
+    torch.testing.assert_close(y, expected)
+    y.square().sum().backward()
+    for w in leaves:
+        assert w.grad.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("route", [ROUTERS["top 2"], as_list], ids=["token choice", "list"])
 def test_narrow_dtypes_stay_close_to_float64(dtype: torch.dtype, route) -> None:
@@ -189,7 +222,7 @@ def test_gradcheck_with_frozen_parts() -> None:
     assert torch.autograd.gradcheck(lambda x: layer(x, routing, params), (x,))
 
 
-@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2", "packed"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_nothing_is_kept_where_gradients_are_off(kind: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused_cpu, "_BLOCK", 3)
@@ -223,7 +256,7 @@ def test_threads_work_in_the_mode_that_they_are_asked_in(mode: Any) -> None:
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2", "packed"])
 def test_what_was_not_kept_is_computed_again(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_fused_cpu, "_BLOCK", 3)
     activation, _, init = KINDS[kind]
@@ -232,22 +265,24 @@ def test_what_was_not_kept_is_computed_again(kind: str, monkeypatch: pytest.Monk
     assignments, groups = dropless().plan(routing)
     leaves = [x, routing.weights.detach().requires_grad_(), *projections]
     found = []
+    matrices = [w.transpose(1, 2) for w in projections] if kind == "packed" else projections
     for keep in (True, False):
-        gate = projections[0] if activation.gated else None
+        gate = matrices[0] if kind == "swiglu" else None
         inputs = (
-            x, leaves[1], routing.token_indices, assignments, groups.sizes, gate, *projections[-2:],
-            activation.function, keep,
+            x, leaves[1], routing.token_indices, assignments, groups.sizes, gate, *matrices[-2:],
+            activation.function, kind == "packed", keep,
         )  # fmt: skip
         torch.library.opcheck(_fused_cpu.fused, inputs, test_utils=("test_schema", "test_faketensor"))
         y, h = _fused_cpu.fused(*inputs)
-        assert h.shape == (1 + activation.gated, assignments.shape[0] if keep else 0, F)
+        parts, width = (1, 2 * F) if kind == "packed" else (1 + activation.gated, F)
+        assert h.shape == (parts, assignments.shape[0] if keep else 0, width)
         found.append([y, *torch.autograd.grad(y.sin().sum(), leaves)])
     for each, again in zip(*found, strict=True):
         assert torch.equal(each, again)
 
 
 @pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("kind", ["swiglu", "relu2"])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2", "packed"])
 def test_gradients_of_frozen_experts_are_not_computed(kind: str) -> None:
     activation, _, init = KINDS[kind]
     layer, tensors = fused_cpu(plan=dropless().plan, activation=activation), draw(init)
@@ -322,6 +357,10 @@ def test_errors_say_what_was_given() -> None:
     gated = type(init_gated(1, 1, 1))(*params)
     with pytest.raises(ValueError, match=r"3 projections were given for .*; expected those of MlpParams, up, down"):
         fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, gated)
+    with pytest.raises(ValueError, match=r"2 projections were given for .*; expected those of MlpParams, up, down"):
+        fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, pack_gated(gated))
+    with pytest.raises(ValueError, match=r"expected \(T, D\), \(E, 2F, D\) and, for down, \(E, D, F\)\."):
+        layer(x, routing, PackedGatedParams(gated.gate, gated.down))
     with pytest.raises(ValueError, match=r"fused_cpu: activation = .*'clamped_swiglu'.*; expected an Activation"):
         fused_cpu(plan=dropless().plan, activation=CLAMPED_SWIGLU)
     with pytest.raises(ValueError, match=r"x \(12, 5\) and projections .* do not fit a routing of 13 tokens over 4"):

@@ -88,6 +88,14 @@ def test_a_table_comes_back_from_its_text(tmp_path) -> None:
     assert max(map(len, table_text(table).splitlines())) < 200  # to be read
 
 
+def test_a_table_is_looked_through_once_for_each_size() -> None:
+    asked = []
+    tiles = from_table([], lambda size: (asked.append(size), ruled_tiles(size))[1])
+    sizes = [SIZE, SIZE._replace(assignments=1), SIZE]
+    assert [tiles(size) for size in sizes] == [ruled_tiles(size) for size in sizes]
+    assert asked == sizes[:2]
+
+
 def test_the_shipped_table_is_read_once_and_has_entries_that_fit() -> None:
     assert shipped() is shipped()
     for entry in shipped():

@@ -200,6 +200,7 @@ def chosen(experts: Any, given: tuple[Tensor, Tensor, Tensor]) -> str:
     taken = []
     layer = auto_module_layer(
         fused=lambda x, *rest: (taken.append("fused"), zeros(x, *rest))[1],
+        on_cpu=lambda x, *rest: (taken.append("on the CPU"), zeros(x, *rest))[1],
         otherwise=lambda x, *rest: (taken.append("otherwise"), zeros(x, *rest))[1],
     )
     experts_forward(experts, *given, layer=layer)
@@ -212,7 +213,9 @@ def test_the_layer_does_what_why_not_fused_says(monkeypatch: pytest.MonkeyPatch)
     given = inputs(known)
     if DEVICE == "cpu":
         assert why_not_fused(known) == {"": "its kernels are for CUDA devices, not cpu"}
-        assert chosen(known, given) == "otherwise"
+        assert chosen(known, given) == "on the CPU"
+        for other in (unknown, normed, module("GptOssExperts")):
+            assert chosen(other, inputs(other)) == "otherwise"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     asked = []
 

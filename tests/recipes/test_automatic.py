@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from moekit.dispatch import by_weight, dropless, padded
-from moekit.experts import batched, grouped, loop, swiglu
+from moekit.experts import INPUTS, batched, grouped, loop, swiglu
 from moekit.experts.activations import GELU_MLP, RELU_MLP, SWIGLU
+from moekit.experts.tile_files import layer_tiles, table_text
+from moekit.experts.tile_tables import entry_of
+from moekit.experts.tiles import LayerSize, ruled_tiles
 from moekit.recipes import MoE, expert_layer, mixtral, olmoe, openlm, switch
-from moekit.recipes.automatic import automatic
-from moekit.recipes.backends import auto_top_k
+from moekit.recipes.automatic import automatic, tiles_of, why_not_on_kernels
+from moekit.recipes.backends import auto, auto_top_k
 from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe
 from moekit.recipes.settings import ModelSettings
@@ -66,6 +69,62 @@ def test_a_run_s_recipes_are_automatic_in_training_and_in_evaluation() -> None:
     for recipe in (make_recipe(settings), make_evaluation_recipe(settings)):
         assert recipe.layer.keywords["activation"] == GELU_MLP
     assert make_recipe(settings).plan is not make_evaluation_recipe(settings).plan
+
+
+def test_a_layer_is_made_by_what_is_given() -> None:
+    settings, choose = ModelSettings(recipe="openlm"), partial(auto, keep=INPUTS)
+    recipes = [automatic(olmoe(), choose=choose)]
+    recipes += [make(settings, choose=choose) for make in (make_recipe, make_evaluation_recipe)]
+    recipes.append(make_evaluation_recipe(ModelSettings(recipe="router:sigmoid_bias"), choose=choose))
+    for recipe in recipes:
+        assert recipe.layer.func is auto().func
+        assert recipe.layer.keywords["keep"] == INPUTS
+    assert automatic(olmoe()).layer.keywords["keep"] != INPUTS
+
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_why_a_recipe_is_not_on_the_kernels(monkeypatch) -> None:
+    asked = []
+    monkeypatch.setattr(
+        "moekit.recipes.automatic.why_not_fused",
+        lambda device, dtype, *, dispatcher: asked.append((device, dispatcher)) or "a reason",
+    )
+    recipe = automatic(openlm())
+    assert why_not_on_kernels(recipe, CUDA) == "a reason"
+    assert asked == [(CUDA, recipe.layer.keywords["dispatcher"])]
+    for own in (mixtral(matmul=loop), mixtral()._replace(layer=lambda x, routing, params: x)):
+        assert why_not_on_kernels(automatic(own), CUDA) == "the recipe has a layer or a backend of its own"
+
+
+def test_tiles_are_those_of_the_file(tmp_path) -> None:
+    size = LayerSize(torch.bfloat16, 131072, 64, 2048, 1024, gated=True, capability=9)
+    low = type(ruled_tiles(size))(*(tile._replace(m=64, k=64, specialized=False) for tile in ruled_tiles(size)))
+    path = tmp_path / "tiles.json"
+    path.write_text(table_text([entry_of(size, low, origin="a test")]))
+    assert tiles_of(path, flag="--tiles")(size) == low != layer_tiles(size)
+    assert tiles_of(None, flag="--tiles") is layer_tiles
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            None,
+            r"^--tiles \S+/t\.json: No such file or directory; expected a file that .* Give one, or leave --tiles out",
+        ),
+        (b"\xff\xfe", r"^--tiles \S+/t\.json: it is no text; expected a file that `moekit tune --write` wrote\. Give"),
+        (b"{", r"^--tiles \S+/t\.json: no JSON: .* or remove it and let moekit tune --write make it again\.$"),
+        (b'{"format": "moekit tiles 1", "entries": []}', r"^--tiles \S+/t\.json, format: .*; expected \"moekit tiles"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_by_its_flag(tmp_path, content, message) -> None:
+    path = tmp_path / "t.json"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        tiles_of(path, flag="--tiles")
 
 
 def test_which_recipes_keep_their_own_layer() -> None:

@@ -7,9 +7,12 @@ import torch
 from moekit.dispatch import dropless, padded
 from moekit.experts import (
     CLAMPED_SWIGLU,
+    EVERYTHING,
     GEGLU,
     GEGLU_TANH,
     GELU_MLP,
+    INPUTS,
+    PREACTIVATION,
     RELU2,
     RELU_MLP,
     SWIGLU,
@@ -17,6 +20,7 @@ from moekit.experts import (
     BiasedGatedParams,
     BiasedMlpParams,
     GatedParams,
+    Keep,
     MlpParams,
     PackedGatedParams,
     geglu,
@@ -32,7 +36,7 @@ from moekit.experts import (
     swiglu,
 )
 from moekit.recipes import MoEParams, Recipe, backends, expert_layer, moe_layer
-from moekit.recipes.backends import auto, choose_backend, experts_of
+from moekit.recipes.backends import auto, choose_backend, experts_of, why_not_fused
 from moekit.routing import linear_gate, sigmoid, softmax, top_k
 from moekit.routing.top_k import sqrt_softplus
 
@@ -67,6 +71,71 @@ def test_a_gpu_with_triton_is_given_the_fused_kernels(hopper, dtype) -> None:
     assert choice.name == "fused_layer"
     assert choice.layer.keywords["activation"] == GEGLU
     assert "with Triton: activates inside the products, and keeps pre-activations alone" in choice.reason
+
+
+@pytest.mark.parametrize(
+    ("keep", "words"),
+    [
+        (EVERYTHING, "keeps the rows of tokens and pre-activations"),
+        (PREACTIVATION, "keeps pre-activations alone"),
+        (INPUTS, "keeps its inputs alone"),
+        (Keep(rows=True, preactivation=False), "keeps the rows of tokens alone"),
+    ],
+)
+def test_the_fused_kernels_keep_what_they_are_told_and_the_reason_says_it(hopper, keep, words) -> None:
+    choice = choose_backend("cuda", BF16, keep=keep)
+    assert choice.layer.keywords["keep"] == keep
+    assert choice.reason.endswith(f"with Triton: activates inside the products, and {words}")
+    for device, dispatcher in (("cpu", None), ("cuda", padded(capacity_factor=1.25))):
+        other, plain = (
+            choose_backend(device, BF16, dispatcher=dispatcher, keep=keep),
+            choose_backend(device, BF16, dispatcher=dispatcher),
+        )
+        assert (other.name, other.reason) == (plain.name, plain.reason)
+
+
+def test_what_is_no_keep_is_refused_where_it_counts(hopper) -> None:
+    with pytest.raises(ValueError, match=r"fused_layer: keep = 'inputs'; expected EVERYTHING, PREACTIVATION, INPUTS"):
+        choose_backend("cuda", BF16, keep="inputs")
+
+
+def test_auto_hands_keep_and_tiles_on(monkeypatch) -> None:
+    given = []
+    monkeypatch.setattr(backends, "why_not_fused", lambda device, dtype, **options: "")
+    monkeypatch.setattr(backends, "fused_layer", lambda **options: given.append(options) or (lambda x, r, p: x))
+    with torch.device("meta"):  # neither the CPU nor a device that has to be there
+        x, params, routing = torch.randn(7, 6), init_gated(3, 6, 10), top_k(torch.randn(7, 3), k=2)
+    tiles = lambda size: None  # noqa: E731
+    auto()(x, routing, params)
+    auto(keep=INPUTS, tiles=tiles)(x, routing, params)
+    assert [each["keep"] for each in given] == [PREACTIVATION, INPUTS]
+    assert given[1]["tiles"] is tiles
+
+
+@pytest.mark.parametrize(
+    ("error", "why"),
+    [
+        (AssertionError("Torch not compiled with CUDA enabled"), "Torch not compiled with CUDA enabled"),
+        (RuntimeError("No CUDA GPUs are available.\nmore"), "No CUDA GPUs are available"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_a_device_that_torch_cannot_use_is_refused_in_words(hopper, monkeypatch, error, why) -> None:
+    def fail(device: torch.device) -> tuple[int, int]:
+        raise error
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", fail)
+    words = rf"^device = cuda:3, which torch cannot use here: {why}\. Give one that `moekit doctor` lists\.$"
+    for ask in (choose_backend, why_not_fused):
+        with pytest.raises(ValueError, match=words):
+            ask(torch.device("cuda:3"), BF16)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="without Triton no device is asked")
+def test_a_torch_that_finds_no_cuda_says_so_in_words() -> None:
+    with pytest.raises(ValueError, match="device = cuda, which torch cannot use here: "):
+        choose_backend("cuda", BF16)
 
 
 def test_a_card_of_another_maker_is_not_given_the_fused_kernels(hopper, monkeypatch) -> None:
@@ -263,7 +332,6 @@ def test_every_network_is_fused_on_a_gpu(hopper, activation: Activation, kind: t
     ("activation", "kind", "why"),
     [
         (SWIGLU, BiasedGatedParams, "it does not take BiasedGatedParams"),
-        (SWIGLU, PackedGatedParams, "it does not take PackedGatedParams"),
         (RELU2, BiasedMlpParams, "it does not take BiasedMlpParams"),
         (CLAMPED_SWIGLU, GatedParams, "it does not know clamped_swiglu"),
         (CLAMPED_SWIGLU, None, "it does not know clamped_swiglu"),

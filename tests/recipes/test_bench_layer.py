@@ -14,10 +14,14 @@ from torch import Tensor
 
 from moekit.dispatch import dropless
 from moekit.experts import fused_cpu, loop
+from moekit.experts.tile_files import layer_tiles, table_text
+from moekit.experts.tile_tables import from_table
+from moekit.experts.tiles import LayerSize
 from moekit.recipes.bench import layer as module
 from moekit.recipes.bench import program
 from moekit.recipes.bench import rows as row_module
 from moekit.recipes.bench.devices import device_of
+from moekit.recipes.bench.fused_stages import fused_stages
 from moekit.recipes.bench.layer import Report, Row, Table, bench_layer, row_of
 from moekit.recipes.bench.peers import peer_rows
 from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, reason_of, try_build
@@ -378,6 +382,10 @@ def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
             "bench layer --device cpu --precision tf32",
             r"--precision tf32 with float32 on cpu; it is of float32 products on CUDA alone\. Leave it out, or give",
         ),
+        (
+            "bench layer --device cpu --tiles t.json",
+            r"--tiles t\.json on cpu; they are of fused_layer's kernels, which run on CUDA alone\. Leave it out, or",
+        ),
         ("bench layer --device mps", r"--device mps; expected cpu, cuda, or one of several as cuda:1"),
         ("bench layer --device cuda:x", r"layer: --device cuda:x; expected cpu, cuda, or one of several as cuda:1"),
         ("bench layer --device gpu", r"--device gpu; expected cpu, cuda, or one of several as cuda:1"),
@@ -455,6 +463,77 @@ def test_rows_of_kernels_multiply_float32_as_torch_is_set(monkeypatch) -> None:
         asked.clear()
 
 
+@pytest.fixture
+def two_devices(monkeypatch) -> None:
+    """Let torch find two CUDA devices, of which nothing is asked."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+
+
+@pytest.mark.usefixtures("two_devices")
+def test_a_file_of_tiles_is_read_before_anything_is_measured(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(program, "bench_layer", lambda *given, **options: pytest.fail("measured"))
+    path = tmp_path / "tiles.json"
+    words = ["bench", "layer", "--device", "cuda", "--tiles", str(path)]
+    with pytest.raises(SystemExit, match=r"^moekit bench layer: --tiles \S+: No such file .*, or leave --tiles out"):
+        main(words)
+    path.write_text('{"format": 3}')
+    with pytest.raises(SystemExit, match=r"^moekit bench layer: --tiles \S+: no field 'entries'; expected the fields"):
+        main(words)
+
+
+@pytest.mark.usefixtures("two_devices")
+@pytest.mark.parametrize("flags", [True, False])
+def test_the_program_hands_its_tiles_on_and_reports_them(flags: bool, tmp_path, monkeypatch) -> None:
+    given, path, file = [], tmp_path / "tiles.json", tmp_path / "a.json"
+
+    def measure(shapes: list[LayerShape], *, done: Any, tiles: Any, **options: Any) -> None:
+        given.append(tiles)
+        done(Report({"device": "a card"}, []))
+
+    monkeypatch.setattr(program, "bench_layer", measure)
+    path.write_text(table_text([]))
+    main(f"bench layer --device cuda --json {file} {f'--tiles {path}' if flags else ''}".split())
+    machine = json.loads(file.read_text())["machine"]
+    if flags:
+        assert given[0].func is from_table([]).func
+        assert given[0].args[0].args[0] == ()  # the table
+        assert machine["tiles"] == str(path)
+    else:
+        assert (given, "tiles" in machine) == ([layer_tiles], False)
+
+
+def test_kernels_are_cut_into_the_tiles_that_are_given(monkeypatch) -> None:
+    asked, mine = [], lambda size: None
+
+    def layer(**options: Any) -> Any:
+        asked.append(options["tiles"])
+        return fused_cpu(plan=dropless().plan)
+
+    monkeypatch.setattr(row_module, "_need_gpu", lambda x, name: None)
+    monkeypatch.setattr(row_module, "fused_layer", layer)
+    monkeypatch.setattr(row_module, "auto", layer)
+    monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
+    monkeypatch.setattr(module, "measure_stages", lambda case, rounds, **options: asked.append(case.tiles) or {})
+    names = [name for name in moekit_rows() if name.startswith(("fused_layer", "auto"))]
+    for options, tiles in (({"tiles": mine}, mine), ({}, layer_tiles)):
+        table = bench_layer([SMALL], rounds=1, only=["fused_layer", "auto"], **options).tables[0]
+        ran = [row.name for row in table.rows[1:] if not row.skipped]
+        assert ran == [name for name in names if name != "fused_layer, CUDA graph"]
+        assert asked == [tiles] * (len(ran) + 1)  # and the stages
+        asked.clear()
+
+
+def test_stages_of_kernels_ask_for_the_tiles_that_are_given() -> None:
+    pytest.importorskip("triton")
+
+    def mine(size: LayerSize) -> Any:
+        raise RuntimeError(f"asked for {size.assignments} rows of {size.dim}")
+
+    with pytest.raises(RuntimeError, match="asked for 128 rows of 16"):
+        fused_stages(case()._replace(tiles=mine))
+
+
 def test_what_was_measured_before_a_failure_is_written_and_printed(tmp_path, capsys, monkeypatch) -> None:
     def drawn(shape: LayerShape, load: str, **options: Any) -> Case:
         if shape.tokens == 16:
@@ -499,6 +578,9 @@ def test_a_row_s_cells_are_in_the_units_of_their_headings() -> None:
     table = Table(shape, "uniform", "cpu", "float32", 1.0, 0, [row], {})
     assert ", cpu float32, uniform" in title(table)
     assert ", cpu float32 by TF32, uniform" in title(table._replace(precision="tf32"))
+    read = json.loads(as_json(Report({}, [table, table._replace(precision="tf32")])))
+    assert [each["precision"] for each in read["tables"]] == ["", "tf32"]
+    assert bench_layer([SMALL], rounds=1, only=["dense bound"]).tables[0].precision == ""
     assert dict(zip(HEADINGS, rows_of(table)[0], strict=True)) == {
         "": "x",
         "forward ms": "1.00",

@@ -10,6 +10,7 @@ import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from small_runs import differing, files, numbers, tensors_of, words
 
+from moekit.experts.tile_files import table_text
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
 from moekit.lm.configs import read_config
 from moekit.lm.preparation import PreparedDomain
@@ -17,7 +18,9 @@ from moekit.lm.shards import write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import runs, sources, train
+from moekit.recipes.export import export
 from moekit.recipes.train import main
+from moekit.recipes.trained import trained_model
 
 ROUTER = '''\
 """Top-p routing: a token takes its best experts until their probabilities sum to p, at most k of them."""
@@ -321,6 +324,46 @@ def test_bad_input_is_explained_and_leaves_nothing(program, tmp_path, flags, mes
     with pytest.raises(SystemExit, match=rf"^train_moe\.py: .*{message}"):
         program("--moe-num-experts", "8", *flags)
     assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, r"^train_moe\.py: --moe-tiles \S+/tiles\.json: No such file or directory; .* or leave --moe-tiles out"),
+        ("[]", r"^train_moe\.py: --moe-tiles \S+/tiles\.json: \[\]; expected an object of the fields format, entries"),
+    ],
+)
+def test_a_file_of_tiles_is_read_before_data_are_prepared(program, tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(runs, "make_corpus", lambda *arguments, **options: pytest.fail("data are prepared"))
+    path = tmp_path / "tiles.json"
+    if content is not None:
+        path.write_text(content)
+    for flags in ((), ("--describe",), ("--val-data", "a.tar", "--resume", "a.pt")):
+        with pytest.raises(SystemExit, match=message):
+            program("--moe-tiles", str(path), *flags)
+    assert not (tmp_path / "logs").exists()
+
+
+def test_a_run_outlives_its_file_of_tiles(program, tmp_path, capsys):
+    path = tmp_path / "tiles.json"
+    path.write_text(table_text([]))
+    folder = program("--steps", "1", "--recipe", "mixtral", "--moe-keep", "inputs", "--moe-tiles", str(path))
+    said = capsys.readouterr().out
+    for flag in ("--moe-keep inputs", f"--moe-tiles {path}"):
+        assert f"{flag} is of fused_layer, which trains no layer here: its kernels are for CUDA devices" in said
+    written, stored = json.loads((folder / "config.json").read_text()), read_state(checkpoint_folder(folder, 1))
+    for values in (written, stored["settings"]):
+        assert (values["moe_keep"], values["moe_tiles"]) == ("inputs", str(path))
+    config = (folder / "config.json").rename(tmp_path / "config.json")  # the next launch writes another
+    path.unlink()
+    assert trained_model(folder).config.moe_num_experts == 8
+    assert export(folder, tmp_path / "a.safetensors").is_file()
+    program("--steps", "1", "--recipe", "mixtral", "--resume", "latest")  # ends at once, with its validation
+    assert numbers(folder) == numbers(program("--steps", "1", "--recipe", "mixtral", name="b"))
+    with pytest.raises(SystemExit, match=r"--moe-tiles \S+: No such file or directory"):
+        main(["--config", str(config), "--name", "again"])
+    main(["--config", str(config), "--name", "again", "--moe-tiles", "None"])
+    assert numbers(folder.with_name("again")) == numbers(folder)
 
 
 @pytest.mark.parametrize(

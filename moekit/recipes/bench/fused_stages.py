@@ -7,7 +7,6 @@ from torch import Tensor
 
 from moekit.experts import SWIGLU
 from moekit.experts._fused_plan import plan_layer
-from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, capability_of, is_narrow
 from moekit.recipes.backends import float32_products
 from moekit.recipes.bench.rows import Case
@@ -56,7 +55,7 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     x, (gate, up, down) = case.x.detach(), (w.detach() for w in case.experts)
     ups, device = (gate, up), x.device
     precision, card = float32_products(), (capability_of(device), is_narrow(device))
-    tiles = layer_tiles(LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, *card, precision))
+    tiles = case.tiles(LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, *card, precision))
     make_plan = partial(plan_layer, indices, num_experts, tiles.up.m, tiles.grad_up.k)
     rows_of, assignments, table = make_plan()
     schedule = Schedule(table, num_experts)

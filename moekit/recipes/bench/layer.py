@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from moekit.experts.tile_files import layer_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.recipes.backends import choose_backend, float32_products
 from moekit.recipes.bench.dense import dense_bound, dense_expert
 from moekit.recipes.bench.devices import device_of, on_device
@@ -95,6 +97,7 @@ def bench_layer(
     loads: Sequence[str] = ("uniform",),
     rounds: int = 9,
     only: Sequence[str] = (),
+    tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
     tell: Callable[[str], object] = lambda line: None,
     done: Callable[[Report], object] = lambda report: None,
 ) -> Report:
@@ -109,6 +112,7 @@ def bench_layer(
         loads: how experts are loaded, of ``LOADS``.
         rounds: how often each row is measured, in turn with the others.
         only: beginnings of the names of rows to measure beside the bound; empty measures all.
+        tiles: chooses the tiles of ``fused_layer``'s kernels, in its rows, in that of ``auto``, and in its stages.
         tell: gets a line of progress now and then.
         done: gets the report after each table, which is the last one's if what comes next does not fit the memory.
 
@@ -132,7 +136,8 @@ def bench_layer(
         for load in loads:
             tell(f"{shape.name}, {load}: {len(builds) + 1} rows, {rounds} rounds")
             with on_device(place):
-                table = _table(make_case(shape, load, device=device, dtype=dtype), builds, rounds, tell)
+                case = make_case(shape, load, device=device, dtype=dtype)._replace(tiles=tiles)
+                table = _table(case, builds, rounds, tell)
             report.tables.append(table)
             done(report)
     return report

@@ -11,6 +11,7 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.files import write_whole
+from moekit.recipes.automatic import tiles_of
 from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
@@ -40,6 +41,9 @@ class BenchLayerSettings:
     """How often each row is measured, in turn with the others."""
     only: tuple[str, ...] = ()
     """Beginnings of the names of rows to measure beside the bound."""
+    tiles: Path | None = None
+    """File of `moekit tune --write`, by which the kernels of fused_layer are cut into tiles, in its rows and stages and
+    where auto takes it; without it, by what comes with the package."""
     json: Path | None = None
     """File to write every round's times to."""
     markdown: Path | None = None
@@ -124,9 +128,17 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
             f"--precision {settings.precision} with {dtype} on {device}; it is of float32 products on CUDA alone. "
             f"Leave it out, or give --dtype float32 and --device cuda."
         )
+    if settings.tiles is not None and not on_cuda:
+        raise ValueError(
+            f"--tiles {settings.tiles} on {device}; they are of fused_layer's kernels, which run on CUDA alone. "
+            f"Leave it out, or give --device cuda."
+        )
+    tiles = tiles_of(settings.tiles, flag="--tiles")
     measured: list[Report] = []
 
     def keep(report: Report) -> None:
+        if settings.tiles is not None:
+            report = report._replace(machine={**report.machine, "tiles": str(settings.tiles)})
         measured[:] = [report]
         _write(report, settings)
 
@@ -141,6 +153,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
             loads=settings.load,
             rounds=settings.rounds,
             only=settings.only,
+            tiles=tiles,
             tell=whole_lines(console),
             done=keep,
         )

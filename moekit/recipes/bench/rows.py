@@ -13,6 +13,8 @@ from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.tile_files import layer_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto, float32_products
 from moekit.recipes.bench.shapes import LayerShape, load_offsets
@@ -24,7 +26,7 @@ from moekit.types import ExpertLayer, Groups, Router, Routing
 
 
 class Case(NamedTuple):
-    """The tensors that all rows of one table compute with.
+    """What all rows of one table compute with.
 
     Attributes:
         shape: of the layer.
@@ -34,6 +36,7 @@ class Case(NamedTuple):
         experts: leaves.
         grad: (T, D), of the output.
         offsets: (E,) float32, added to the logits.
+        tiles: chooses the tiles of ``fused_layer``'s kernels, in its rows, in that of ``auto``, and in its stages.
     """
 
     shape: LayerShape
@@ -43,6 +46,7 @@ class Case(NamedTuple):
     experts: GatedParams
     grad: Tensor
     offsets: Tensor
+    tiles: Callable[[LayerSize], LayerTiles] = layer_tiles
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -159,7 +163,7 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["fused_layer, tokens rounded"] = _rounded
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
-    rows["auto"] = partial(of_layer, layer=auto())
+    rows["auto"] = _auto
     return rows
 
 
@@ -219,14 +223,18 @@ def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 def _fused(case: Case, *, keep: Keep = PREACTIVATION) -> Contender:
     _need_gpu(case.x, "fused_layer")
-    return of_layer(case, layer=fused_layer(keep=keep, precision=float32_products()))
+    return of_layer(case, layer=fused_layer(keep=keep, precision=float32_products(), tiles=case.tiles))
 
 
 def _rounded(case: Case) -> Contender:
     # Another routing than the other rows': every expert's load is a multiple of a tile's rows, so no tile is wasted.
     _need_gpu(case.x, "fused_layer")
-    layer = fused_layer(precision=float32_products())
+    layer = fused_layer(precision=float32_products(), tiles=case.tiles)
     return of_layer(case, layer=layer, route=token_rounding(case.route, tile=128))
+
+
+def _auto(case: Case) -> Contender:
+    return of_layer(case, layer=auto(tiles=case.tiles))
 
 
 def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
