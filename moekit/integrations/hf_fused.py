@@ -189,7 +189,7 @@ def why_not_fused(
         From the module's name in the model to the reason; "" where the fused layer runs.
 
     Raises:
-        ValueError: if the model has no experts modules.
+        ValueError: if the model has no experts modules, or a CUDA device is asked about that torch cannot use here.
 
     Example:
         >>> from transformers.models.mixtral import modeling_mixtral as mixtral
