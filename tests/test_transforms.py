@@ -1,73 +1,26 @@
 """Layers in transforms of torch.func, against autograd: gradients by all, the rest by those on torch's operators."""
 
-from functools import partial
 from importlib import import_module
-from typing import Any
 
 import pytest
 import torch
-from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
+from transform_cases import D, E, K, T, case, check_compiled, check_gradients, check_refusals, composed
 
 from moekit.dispatch import dropless, padded
-from moekit.experts import INPUTS, GatedParams, batched, fused_cpu, fused_layer, grouped, init_gated, loop, swiglu
-from moekit.experts.triton_matmul import triton
-from moekit.recipes import MoE, auto, expert_layer
+from moekit.experts import GatedParams, batched, fused_cpu, grouped, loop
+from moekit.recipes import MoE, auto
 from moekit.recipes.names import RECIPES
 from moekit.routing import _half_gates, fused_top_k, linear_gate, top_k
-from moekit.types import ExpertLayer, Routing
+from moekit.types import ExpertLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),  # torch's linearize
     pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),  # by torch itself
-    pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # rows that nobody reads
 ]
-
-T, D, F, E, K = 7, 8, 12, 4, 2
-
-
-def composed(matmul: Any, dispatcher: Any = None) -> ExpertLayer:
-    return expert_layer(dispatcher=dispatcher or dropless(), experts=partial(swiglu, matmul=matmul))
-
 
 PLAIN = {"loop": composed(loop), "batched": composed(batched, padded(capacity_factor=0.75))}
 LAYERS = {**PLAIN, "grouped": composed(grouped), "fused_cpu": fused_cpu(plan=dropless().plan), "auto": auto()}
-ON_KERNELS = {
-    "fused_layer": fused_layer(),
-    "fused_layer, inputs kept": fused_layer(keep=INPUTS),
-    "triton": composed(triton),
-}
-
-
-@starts_interpreter
-def test_under_the_interpreter() -> None:
-    run_interpreted(__file__)
-
-
-def case(device: str = "cpu") -> tuple[Tensor, Routing, GatedParams]:
-    generator = torch.Generator().manual_seed(0)
-    routing = top_k(torch.randn(T, E, generator=generator).to(device), k=K)
-    x, params = torch.randn(T, D, generator=generator), init_gated(E, D, F, generator=generator)
-    return x.to(device), routing, GatedParams(*(w.to(device) for w in params))
-
-
-def check_gradients(layer: ExpertLayer, device: str = "cpu") -> None:
-    x, routing, params = case(device)
-    inputs = {"x": x, "weights": routing.weights, **params._asdict()}
-
-    def total(inputs: dict[str, Tensor]) -> Tensor:
-        x, weights, *matrices = inputs.values()
-        return layer(x, routing._replace(weights=weights), GatedParams(*matrices)).square().sum()
-
-    leaves = {name: each.detach().requires_grad_() for name, each in inputs.items()}
-    wanted = torch.autograd.grad(total(leaves), [*leaves.values()])
-    found, value = torch.func.grad_and_value(total)(inputs)
-    torch.testing.assert_close(value, total(inputs))
-    for (name, gradient), expected in zip(found.items(), wanted, strict=True):
-        torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-5, msg=name)
-    for name, expected in zip(inputs, wanted, strict=True):  # of one alone, and the others are constants
-        alone = torch.func.grad(lambda each, name=name: total({**inputs, name: each}))(inputs[name])
-        torch.testing.assert_close(alone, expected, rtol=1e-5, atol=1e-5, msg=name)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -75,55 +28,9 @@ def test_gradients_are_those_of_autograd(name: str) -> None:
     check_gradients(LAYERS[name])
 
 
-@runs_kernels
-@pytest.mark.usefixtures("poison")
-@pytest.mark.parametrize("name", ON_KERNELS)
-def test_gradients_of_kernels_are_those_of_autograd(name: str) -> None:
-    check_gradients(ON_KERNELS[name], DEVICE)
-
-
-@runs_kernels
-def test_a_transform_computes_no_more_than_autograd(monkeypatch) -> None:
-    from moekit.experts import _fused_operators
-
-    (x, routing, params), frozen, backward = case(DEVICE), [], _fused_operators._backward
-    monkeypatch.setattr(_fused_operators, "_backward", lambda *given: (frozen.append(given[-1]), backward(*given))[1])
-    layer = ON_KERNELS["fused_layer"]
-    torch.func.grad(lambda x: layer(x, routing, params).sum())(x)
-    torch.func.grad(lambda up: layer(x, routing, params._replace(up=up)).sum())(params.up)
-    assert frozen == [True, False]
-    monkeypatch.setattr(_fused_operators.FusedOnce, "apply", None)
-    monkeypatch.setattr("moekit.experts.fused.FusedOnce", None)
-    layer(x.requires_grad_(), routing, params).sum().backward()  # by Fused
-    assert frozen == [True, False, True]
-
-
-def check_compiled(layer: ExpertLayer, device: str = "cpu") -> None:
-    x, routing, params = case(device)
-
-    def total(x: Tensor) -> Tensor:
-        return layer(x, routing, params).square().sum()
-
-    torch.compiler.reset()
-    expected = torch.func.grad(total)(x)
-    try:
-        found = torch.compile(torch.func.grad(total), backend="aot_eager")(x)
-    except Exception as error:  # whatever a compiler raises: it is not a wrong gradient
-        assert type(error).__module__.startswith("torch._dynamo")  # noqa: PT017
-    else:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
-    assert expected.any()
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_compiled_gradients_are_right_or_refused(name: str) -> None:
     check_compiled(LAYERS[name])
-
-
-@runs_kernels
-@pytest.mark.parametrize("name", ON_KERNELS)
-def test_compiled_gradients_of_kernels_are_right_or_refused(name: str) -> None:
-    check_compiled(ON_KERNELS[name], DEVICE)
 
 
 @pytest.mark.parametrize("name", PLAIN)
@@ -141,30 +48,9 @@ def test_compiled_gradients_of_gradients_are_right(name: str) -> None:
     torch.testing.assert_close(found, twice(x), rtol=1e-4, atol=1e-4)
 
 
-def check_refusals(layer: ExpertLayer, name: str, device: str = "cpu") -> None:
-    x, routing, params = case(device)
-
-    def total(x: Tensor) -> Tensor:
-        return layer(x, routing, params).square().sum()
-
-    with pytest.raises(RuntimeError, match=f"{name}: its gradient has no gradient"):
-        torch.func.grad(lambda x: torch.func.grad(total)(x).sum())(x)
-    for forward_mode in (lambda: torch.func.jvp(total, (x,), (x,)), lambda: torch.func.linearize(total, x)):
-        with pytest.raises(NotImplementedError, match=f"{name}: it has no forward-mode gradient"):
-            forward_mode()
-    with pytest.raises(RuntimeError, match="vmap support"):
-        torch.func.vmap(total)(torch.stack([x, x]))
-
-
 @pytest.mark.parametrize(("name", "said"), [("fused_cpu", "fused_cpu"), ("auto", "fused_cpu")])
 def test_what_has_no_other_transforms_says_so(name: str, said: str) -> None:
     check_refusals(LAYERS[name], said)
-
-
-@runs_kernels
-@pytest.mark.parametrize(("name", "said"), [("fused_layer", "fused_layer"), ("triton", "triton")])
-def test_what_has_no_other_transforms_says_so_on_kernels(name: str, said: str) -> None:
-    check_refusals(ON_KERNELS[name], said, DEVICE)
 
 
 @pytest.mark.parametrize("name", PLAIN)
