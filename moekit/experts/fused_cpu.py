@@ -93,18 +93,13 @@ def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> 
             f"fused_cpu: {len(params)} projections were given for {activation}; expected those of {kind.__name__}, "
             f"{', '.join(kind._fields)}. Pass the activation that fits the parameters."
         )
-    shapes, sizes = (
-        [tuple(w.shape) for w in params],
-        (routing.num_experts, x.shape[-1], params.down.shape[-1 - (not packed)]),
-    )
-    num_experts, dim, hidden = sizes
+    shapes, num_experts, dim = [tuple(w.shape) for w in params], routing.num_experts, x.shape[-1]
+    hidden = (shapes[-1 if packed else 0] or (0,))[-1]
     if packed:
-        wanted, said = (
-            [(num_experts, 2 * hidden, dim), (num_experts, dim, hidden)],
-            "(E, 2F, D) and, for down, (E, D, F)",
-        )
+        wanted = [(num_experts, 2 * hidden, dim), (num_experts, dim, hidden)]
+        said = "(E, 2F, D) and, for down, (E, D, F)"
     else:
-        wanted = [sizes] * (len(shapes) - 1) + [(num_experts, hidden, dim)]
+        wanted = [*[(num_experts, dim, hidden)] * (len(shapes) - 1), (num_experts, hidden, dim)]
         said = "(E, D, F) and, for down, (E, F, D)"
     if shapes != wanted or x.shape[:-1] != (routing.num_tokens,):
         raise ValueError(

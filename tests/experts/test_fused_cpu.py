@@ -561,6 +561,8 @@ def test_matrices_that_do_not_fit_each_other_are_refused() -> None:
         params._replace(down=params.down[:, :6]),
         params._replace(down=params.down[..., :4]),
         params._replace(down=params.down[:3]),
+        params._replace(down=params.down.flatten()),
+        params._replace(gate=params.gate.sum()),
     ):
         with pytest.raises(ValueError, match=r"x \(13, 5\) and projections .* do not fit"):
             layer(x, routing, wrong)
