@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._huge_pages import empty
+from moekit.experts._memory_order import is_transposed
 from moekit.experts._workers import share
 from moekit.operators import differentiated_once, transformable
 from moekit.rows import summed
@@ -187,7 +188,7 @@ def _numbers(firsts: list[Tensor], down: Tensor) -> int:
 
 
 def _empty_like(w: Tensor) -> Tensor:
-    if w.stride(1) == 1 != w.stride(2):
+    if is_transposed(w):
         return empty(w.transpose(1, 2).shape, w.dtype).transpose(1, 2)
     return empty(w.shape, w.dtype)
 

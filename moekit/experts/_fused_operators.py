@@ -86,9 +86,7 @@ class Fused(torch.autograd.Function):
         projections = list(parameters)
         plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
-        ctx.decided, ctx.num_plan = (settings, constants), len(plan)
-        ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
-        ctx.save_for_backward(x, weights, rows, pre, *plan, *projections)
+        _save(ctx, (settings, constants), (x, weights, rows, pre), plan, projections)
         return y
 
     @staticmethod
@@ -129,14 +127,20 @@ class FusedOnce(torch.autograd.Function):
         _, rows, pre, *plan = output
         ctx.mark_non_differentiable(rows, pre, *plan)
         ctx.set_materialize_grads(False)
-        ctx.decided, ctx.num_plan = (settings, constants), len(plan)
-        ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
-        ctx.save_for_backward(x, weights, rows, pre, *plan, *projections)
+        _save(ctx, (settings, constants), (x, weights, rows, pre), plan, projections)
 
     @staticmethod
     def backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         """Return the gradients of tokens, routing weights and parameters."""
         return (None,) * len(ctx.needs_input_grad) if grad is None else Fused.backward(ctx, grad)
+
+
+def _save(  # type: ignore[no-untyped-def]
+    ctx, decided: tuple[Any, ...], saved: tuple[Tensor, ...], plan: list[Tensor], projections: list[Tensor]
+) -> None:
+    ctx.decided, ctx.num_plan = decided, len(plan)
+    ctx.frozen = not any(ctx.needs_input_grad[-len(projections) :])
+    ctx.save_for_backward(*saved, *plan, *projections)
 
 
 def _forward_fake(

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.experts._huge_pages import empty
+from moekit.experts._memory_order import is_transposed
 from moekit.operators import differentiated_once, transformable
 
 
@@ -46,10 +47,8 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
     if not ctx.needs_input_grad[2]:
         return grad_rows, None, None
     with torch.no_grad():
-        if w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
-            grad_w = _grad_w(grad, sizes, rows).transpose(1, 2)
-        else:
-            grad_w = _grad_w(rows, sizes, grad)
+        # Of a transposed view autograd would copy a gradient of the other layout.
+        grad_w = _grad_w(grad, sizes, rows).transpose(1, 2) if is_transposed(w) else _grad_w(rows, sizes, grad)
     return grad_rows, *differentiated_once("grouped", (grad, rows), None, grad_w)
 
 

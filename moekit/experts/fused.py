@@ -13,6 +13,7 @@ from torch import Tensor
 from moekit.autocast import in_autocast
 from moekit.checks import check_devices, check_routing
 from moekit.experts._fused_operators import Fused, FusedOnce, Layout, Settings
+from moekit.experts._memory_order import is_transposed
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
 from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_dtypes, check_precision
@@ -154,14 +155,10 @@ def _in_memory(params: Any) -> tuple[list[Tensor], Layout]:
     packed, biased = isinstance(params, PackedGatedParams), isinstance(params, BiasedGatedParams | BiasedMlpParams)
     matrices, biases = (params[: len(params) // 2], params[len(params) // 2 :]) if biased else (params, ())
     *ups, down = (p.transpose(1, 2) for p in matrices) if packed else matrices  # (E, D, .) and (E, F, D)
-    layout = Layout(packed, biased, all(map(_is_transposed, ups)), _is_transposed(down))
+    layout = Layout(packed, biased, all(map(is_transposed, ups)), is_transposed(down))
     ups = [p.transpose(1, 2) for p in ups] if layout.up_transposed else ups
     down = down.transpose(1, 2) if layout.down_transposed else down
     return [*ups, down, *biases], layout
-
-
-def _is_transposed(w: Tensor) -> bool:
-    return w.stride(1) == 1 != w.stride(2)
 
 
 def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import in_autocast
+from moekit.experts._memory_order import is_transposed
 from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_precision, check_product
 from moekit.operators import differentiated_once, operator, refuse_tangents, transformable
 from moekit.types import Groups
@@ -80,7 +81,7 @@ def _backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[n
     grad_rows = _transformable(grad, sizes, w.transpose(1, 2), ctx.precision) if needs_rows else None
     if not needs_w:
         grad_w = None
-    elif w.stride(1) == 1 != w.stride(2):  # a transposed view: autograd would copy a gradient of the other layout
+    elif is_transposed(w):  # a transposed view: autograd would copy a gradient of the other layout
         grad_w = _grad_w(grad, sizes, rows, ctx.precision).transpose(1, 2)
     else:
         grad_w = _grad_w(rows, sizes, grad, ctx.precision)

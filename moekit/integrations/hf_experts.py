@@ -232,12 +232,26 @@ def _as_in_out(w: Tensor, is_transposed: bool) -> Tensor:
 
 
 def _affine(rows: Tensor, groups: Groups, w: Tensor, bias: Tensor | None, *, matmul: GroupedMatmul) -> Tensor:
-    rows = _cast(rows, w)
+    rows = as_weights(rows, w)
     return matmul(rows, groups, w) if bias is None else affine(rows, groups, (w, bias.unsqueeze(1)), matmul=matmul)
 
 
-def _cast(rows: Tensor, w: Tensor) -> Tensor:
-    # Norms and activations in float32 hand float32 rows to narrower weights; autocast casts both by itself.
+def as_weights(rows: Tensor, w: Tensor) -> Tensor:
+    """Cast rows to the dtype of weights, but inside autocast, which casts both by itself.
+
+    Norms and activations in float32 hand float32 rows to narrower weights.
+
+    Args:
+        rows: (R, D).
+        w: that they are multiplied by.
+
+    Returns:
+        (R, D).
+
+    Example:
+        >>> as_weights(torch.ones(2, 3), torch.ones(1, 3, 4, dtype=torch.bfloat16)).dtype
+        torch.bfloat16
+    """
     return rows if autocast_dtype(rows.device.type) is not None else rows.to(w.dtype)
 
 

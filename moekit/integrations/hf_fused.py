@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moekit.autocast import autocast_dtype, dtype_in_products
+from moekit.autocast import dtype_in_products
 from moekit.dispatch import dropless
 from moekit.experts import (
     PREACTIVATION,
@@ -25,7 +25,7 @@ from moekit.experts import (
     fused_layer,
     layer_tiles,
 )
-from moekit.integrations.hf_experts import ModuleParams, is_experts, module_layer, module_params
+from moekit.integrations.hf_experts import ModuleParams, as_weights, is_experts, module_layer, module_params
 from moekit.recipes import backends
 from moekit.types import ExpertLayer, Routing
 
@@ -93,9 +93,7 @@ def _fused_module_layer(
     x: Tensor, routing: Routing, params: ModuleParams, *, keep: Keep, tiles: Callable[[LayerSize], LayerTiles]
 ) -> Tensor:
     layer = fused_layer(activation=_known(params), keep=keep, precision=backends.float32_products(), tiles=tiles)
-    if autocast_dtype(x.device.type) is None:
-        x = x.to(params.up.dtype)  # norms in float32 hand float32 tokens to narrower experts
-    return layer(x, routing, fused_params(params))
+    return layer(as_weights(x, params.up), routing, fused_params(params))
 
 
 def cpu_module_layer() -> ExpertLayer:
@@ -122,9 +120,7 @@ def cpu_module_layer() -> ExpertLayer:
 
 def _cpu_module_layer(x: Tensor, routing: Routing, params: ModuleParams) -> Tensor:
     layer = fused_cpu(plan=dropless().plan, activation=_known(params))
-    if autocast_dtype(x.device.type) is None:
-        x = x.to(params.up.dtype)
-    return layer(x, routing, fused_params(params))
+    return layer(as_weights(x, params.up), routing, fused_params(params))
 
 
 def auto_module_layer(
@@ -161,16 +157,11 @@ def _auto_module_layer(
     on_cpu: ExpertLayer,
     otherwise: ExpertLayer,
 ) -> Tensor:
-    if not _why_not(params, x.device, _dtypes(params, x.device)):
+    dtypes = _dtypes(params, x.device)
+    if not _why_not(params, x.device, dtypes):
         return fused(x, routing, params)
-    return (on_cpu if x.device.type == "cpu" and _is_for_cpu(params) else otherwise)(x, routing, params)
-
-
-def _is_for_cpu(params: ModuleParams) -> bool:
-    if _why_unknown(params) or len(_dtypes(params, params.up.device)) > 1:
-        return False
-    assert params.known is not None
-    return not backends.why_not_fused_cpu(params.known, type(fused_params(params)))
+    layer = on_cpu if x.device.type == "cpu" and not _why_not_on_cpu(params, dtypes) else otherwise
+    return layer(x, routing, params)
 
 
 def why_not_fused(
@@ -211,12 +202,18 @@ def why_not_fused(
 
 
 def _why_not(params: ModuleParams, device: torch.device, dtypes: set[torch.dtype]) -> str:
+    return _why_neither(params, dtypes) or backends.why_not_fused(device, next(iter(dtypes)))
+
+
+def _why_not_on_cpu(params: ModuleParams, dtypes: set[torch.dtype]) -> str:
+    return _why_neither(params, dtypes) or backends.why_not_fused_cpu(_known(params), type(fused_params(params)))
+
+
+def _why_neither(params: ModuleParams, dtypes: set[torch.dtype]) -> str:
     unknown = _why_unknown(params)
-    if unknown:
+    if unknown or len(dtypes) == 1:
         return unknown
-    if len(dtypes) > 1:
-        return f"its parameters are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
-    return backends.why_not_fused(device, next(iter(dtypes)))
+    return f"its parameters are of several dtypes: {', '.join(sorted(map(str, dtypes)))}"
 
 
 def _why_unknown(params: ModuleParams) -> str:

@@ -112,27 +112,10 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         raise ValueError(
             f"--device {device}, and torch finds no CUDA device here; use --device cpu, or look at moekit doctor."
         )
+    dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
     names = tuple(chain(*settings.shape)) or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
     shapes = [shape_of(name) for name in names]
-    unknown = set(settings.load) - set(LOADS)
-    if unknown:
-        raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
-    files = [path for path in (settings.json, settings.markdown) if path is not None]
-    for path in files:  # before an hour of measuring, not after
-        check_file(path)
-    if len({path.absolute() for path in files}) < len(files):
-        raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
-    dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
-    if settings.precision and not (on_cuda and dtype == "float32"):
-        raise ValueError(
-            f"--precision {settings.precision} with {dtype} on {device}; it is of float32 products on CUDA alone. "
-            f"Leave it out, or give --dtype float32 and --device cuda."
-        )
-    if settings.tiles is not None and not on_cuda:
-        raise ValueError(
-            f"--tiles {settings.tiles} on {device}; they are of fused_layer's kernels, which run on CUDA alone. "
-            f"Leave it out, or give --device cuda."
-        )
+    _check_settings(settings, device=device, on_cuda=on_cuda, dtype=dtype)
     tiles = tiles_of(settings.tiles, flag="--tiles")
     measured: list[Report] = []
 
@@ -161,6 +144,27 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         torch.set_float32_matmul_precision(before)
         for report in measured:
             print_report(report, console)
+
+
+def _check_settings(settings: BenchLayerSettings, *, device: str, on_cuda: bool, dtype: str) -> None:
+    unknown = set(settings.load) - set(LOADS)
+    if unknown:
+        raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
+    files = [path for path in (settings.json, settings.markdown) if path is not None]
+    for path in files:  # before an hour of measuring, not after
+        check_file(path)
+    if len({path.absolute() for path in files}) < len(files):
+        raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
+    if settings.precision and not (on_cuda and dtype == "float32"):
+        raise ValueError(
+            f"--precision {settings.precision} with {dtype} on {device}; it is of float32 products on CUDA alone. "
+            f"Leave it out, or give --dtype float32 and --device cuda."
+        )
+    if settings.tiles is not None and not on_cuda:
+        raise ValueError(
+            f"--tiles {settings.tiles} on {device}; they are of fused_layer's kernels, which run on CUDA alone. "
+            f"Leave it out, or give --device cuda."
+        )
 
 
 def _write(report: Report, settings: BenchLayerSettings) -> None:
