@@ -415,7 +415,8 @@ def test_a_process_killed_between_writing_and_renaming_loses_nothing(tmp_path):
             save_checkpoint(checkpoint_folder(run, 7), {"w": torch.full((2,), 1.0)}, {"new": False})
     arguments = json.dumps([(str(run), *moment) for run, moment in runs.items()])
     words = [sys.executable, "-c", KILLED, arguments, str(tmp_path / "first")]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    plain = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}  # a forked process cannot ask for devices
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env=plain)
     assert json.loads(done.stdout) == [-9] * len(runs), done.stderr
     seen = set()
     for run in runs:
