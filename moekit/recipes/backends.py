@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import dtype_in_products
-from moekit.dispatch import dropless
+from moekit.dispatch import dropless, gather_rows, scatter_rows
 from moekit.experts import (
     CLAMPED_SWIGLU,
     SWIGLU,
@@ -96,7 +96,7 @@ def choose_backend(
     dispatcher = dropless() if dispatcher is None else dispatcher
     experts = experts_of(activation, params)
     if device.type == "cpu":
-        fused, unusable = "fused_cpu", why_not_fused_cpu(activation, params)
+        fused, unusable = "fused_cpu", why_not_fused_cpu(activation, params, dispatcher=dispatcher)
         if not unusable:
             return Choice(fused, fused_cpu(plan=dispatcher.plan, activation=activation), _CPU)
     else:
@@ -231,8 +231,15 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
     if dtype not in KERNEL_DTYPES:
         return f"its kernels do not compute in {_word(dtype)}"
-    drops = dispatcher is not None and dispatcher.plan is not dropless().plan
-    return "it drops nothing, and the dispatcher has a capacity" if drops else ""
+    dispatcher = dropless() if dispatcher is None else dispatcher
+    drops = dispatcher.plan is not dropless().plan
+    return _why_not_moved(dispatcher) or ("it drops nothing, and the dispatcher has a capacity" if drops else "")
+
+
+def _why_not_moved(dispatcher: Dispatcher) -> str:
+    """Say why a fused layer, which has the movement of rows in it, cannot take a dispatcher's place; "" if it can."""
+    plain = dispatcher.dispatch is gather_rows and dispatcher.combine is scatter_rows
+    return "" if plain else "it copies rows and adds them up by weight, and the dispatcher has ways of its own"
 
 
 @constant_in_graphs
@@ -261,12 +268,13 @@ def float32_products() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-def why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
+def why_not_fused_cpu(activation: Activation, params: type[Any] | None, *, dispatcher: Dispatcher | None = None) -> str:
     """Say why ``fused_cpu`` cannot run such experts; "" if it can.
 
     Args:
         activation: of the experts.
         params: the type of their parameters; None is that of experts without biases.
+        dispatcher: of the layer; None is dropless.
 
     Returns:
         A reason, or "".
@@ -277,7 +285,9 @@ def why_not_fused_cpu(activation: Activation, params: type[Any] | None) -> str:
     """
     if params not in (None, GatedParams, PackedGatedParams, MlpParams):
         return f"it does not take {params.__name__}"
-    return "it does not know clamped_swiglu" if activation.function == CLAMPED_SWIGLU.function else ""
+    if activation.function == CLAMPED_SWIGLU.function:
+        return "it does not know clamped_swiglu"
+    return "" if dispatcher is None else _why_not_moved(dispatcher)
 
 
 @constant_in_graphs

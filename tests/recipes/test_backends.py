@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.dispatch import dropless, padded
+from moekit.dispatch import dropless, padded, weigh_inputs
 from moekit.experts import (
     CLAMPED_SWIGLU,
     EVERYTHING,
@@ -191,6 +191,16 @@ def test_what_the_fused_kernels_cannot_do_is_said(hopper, device, dtype, factor,
     assert choice.name == name
     assert choice.reason.endswith(f"; not fused_layer: {why}")
     assert choice.layer.keywords["experts"].keywords["matmul"].__name__ == name
+
+
+@pytest.mark.parametrize(("device", "fused"), [("cpu", "fused_cpu"), ("cuda", "fused_layer")])
+@pytest.mark.parametrize("dispatcher", [dropless(), padded(capacity_factor=0.8)], ids=["dropless", "padded"])
+def test_a_dispatcher_that_does_more_than_move_rows_keeps_its_place(hopper, device, fused, dispatcher) -> None:
+    weighing = weigh_inputs(dispatcher)
+    choice = choose_backend(device, torch.float32, dispatcher=weighing)
+    assert choice.layer.keywords["dispatcher"] is weighing
+    said = "it copies rows and adds them up by weight, and the dispatcher has ways of its own"
+    assert choice.reason.endswith(f"; not {fused}: {said}")
 
 
 def test_an_old_gpu_and_a_missing_triton(hopper) -> None:
