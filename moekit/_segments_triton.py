@@ -19,7 +19,7 @@ from moekit.operators import blocks_of, operator, power_of_two
 # time that E doubles, and half a byte below E = 32.
 BLOCK = 256
 _SCAN_BINS, _SCAN_BLOCKS = 4, 512  # experts that one program of the scan carries along, and blocks that it adds at once
-_INVERTED = 1024  # rows that one program of an inversion writes the places of
+_INVERTED = 1024  # rows that one program of an inversion writes the places of, or places that one writes of a group
 
 
 @triton.jit
@@ -113,6 +113,18 @@ def _invert_kernel(assignments, rows, num_rows, BLOCK: tl.constexpr):  # type: i
     tl.store(rows + targets, places, mask=targets >= 0)
 
 
+@triton.jit
+def _first_kernel(  # type: ignore[no-untyped-def]
+    order, sizes, firsts, number, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Write a block of the ``number`` places of a group, of which there are no more than BINS."""
+    group, bins = tl.program_id(0), tl.arange(0, BINS)
+    begin = tl.sum(tl.load(sizes + bins, mask=bins < group, other=0))
+    slots = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    found = tl.load(order + begin + slots, mask=slots < tl.minimum(tl.load(sizes + group), number), other=-1)
+    tl.store(firsts + group.to(tl.int64) * number + slots, found, mask=slots < number)
+
+
 @lru_cache(maxsize=512)
 def _count_launch(num_assignments: int, num_experts: int, bins: int, num_rows: int | None) -> Launch:
     """Decide the counting kernel; ``num_rows`` of None is that nothing is filled."""
@@ -153,6 +165,17 @@ def _place_launch(num_assignments: int, num_experts: int, bins: int) -> Launch:
 def _invert_launch(num_rows: int) -> Launch:
     grid = (blocks_of(num_rows, _INVERTED),)
     return Launch(_invert_kernel, grid, (POINTER, POINTER, num_rows), BLOCK=_INVERTED)
+
+
+@lru_cache(maxsize=512)
+def _first_launch(num_groups: int, number: int) -> Launch:
+    return Launch(
+        _first_kernel,
+        (num_groups, blocks_of(number, _INVERTED)),
+        (POINTER, POINTER, POINTER, number),
+        BINS=power_of_two(num_groups),
+        BLOCK=_INVERTED,
+    )
 
 
 def counted_blocks(
@@ -233,6 +256,19 @@ def _tokens_per_expert_fake(experts: Tensor, num_experts: int) -> Tensor:
 def tokens_per_expert(experts: Tensor, num_experts: int) -> Tensor:
     """Count the assignments of each expert: (N,) int64 to (E,) int64; as ``counting_sort``, without the order."""
     return counted(experts.contiguous(), num_experts)[2]
+
+
+def _first_of_groups_fake(order: Tensor, sizes: Tensor, number: int) -> Tensor:
+    return order.new_empty(sizes.shape[0] * number)
+
+
+@operator("first_of_groups", _first_of_groups_fake)
+def first_of_groups(order: Tensor, sizes: Tensor, number: int) -> Tensor:
+    """Take the first entries of each group: order (N,), sizes (E,), int64, to (E * number,), -1 where it has fewer."""
+    firsts = order.new_empty(sizes.shape[0] * number)
+    if firsts.shape[0]:
+        _first_launch(sizes.shape[0], number)(order.contiguous(), sizes.contiguous(), firsts)
+    return firsts
 
 
 def _rows_of_assignments_fake(assignments: Tensor, num_assignments: int) -> Tensor:

@@ -78,6 +78,33 @@ def sort_by_expert(expert_indices: Tensor, num_experts: int) -> tuple[Tensor, Te
     return order, tokens_per_expert(expert_indices, num_experts)
 
 
+def first_of_groups(order: Tensor, sizes: Tensor, number: int) -> Tensor:
+    """Take as many entries of each group, the first ones.
+
+    No host synchronisation. Deterministic.
+
+    Args:
+        order: (N,) int64, group after group.
+        sizes: (E,) int64, the entries of each group.
+        number: C, how many to take.
+
+    Returns:
+        (E * C,) int64, C of each group, -1 where it has fewer.
+
+    Example:
+        >>> first_of_groups(torch.tensor([4, 0, 2, 1]), torch.tensor([3, 1]), 2)
+        tensor([ 4,  0,  1, -1])
+    """
+    if _has_kernels(order, sizes.shape[0]):
+        from moekit import _segments_triton
+
+        return _segments_triton.first_of_groups(order, sizes, number)
+    slots = torch.arange(number, device=order.device)  # (C,)
+    sources = exclusive_cumsum(sizes).unsqueeze(1) + slots  # (E, C)
+    sources = torch.where(slots < sizes.unsqueeze(1), sources, order.shape[0])
+    return torch.cat([order, order.new_full((1,), -1)])[sources].flatten()  # the last entry is what is missing
+
+
 def rows_of_assignments(assignments: Tensor, num_assignments: int) -> Tensor:
     """Invert a plan: where each assignment's row is.
 

@@ -6,7 +6,7 @@ from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_int
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from moekit.segments import rows_of_assignments, sort_by_expert, tokens_per_expert
+from moekit.segments import first_of_groups, rows_of_assignments, sort_by_expert, tokens_per_expert
 
 # assignments, experts: no assignments, one of each, blocks cut anywhere, E = 2^n, E above that of the operators of
 # segments, which a plan of the fused layer may have, on the GPU many blocks
@@ -70,6 +70,16 @@ def test_counts(number, num_experts) -> None:
 
 
 @runs_kernels
+@pytest.mark.usefixtures("poison")
+@sizes
+@pytest.mark.parametrize("most", [0, 1, 3, 1500])
+def test_the_first_of_each_group(number, num_experts, most) -> None:
+    order, sizes = sort_by_expert(draw(number, num_experts), num_experts)
+    found = kernels().first_of_groups(order.to(DEVICE), sizes.to(DEVICE), most).cpu()
+    assert torch.equal(found, first_of_groups(order, sizes, most))
+
+
+@runs_kernels
 def test_the_scan_carries_on_past_the_blocks_it_takes_at_once() -> None:
     experts = draw(129 * 256 + 1, 3)
     earlier, totals, _ = (each.cpu() for each in kernels().counted(experts.to(DEVICE), 3))
@@ -109,7 +119,8 @@ def test_cuda_tensors_take_the_kernels() -> None:
         assert (order.shape, sizes.shape, order.device.type) == ((12,), (1024,), "cuda")
         assert tokens_per_expert(experts.view(6, 2), 5).shape == (5,)
         assert rows_of_assignments(order, 20).shape == (20,)
-    assert calls.own() == ["counting_sort", "tokens_per_expert", "rows_of_assignments"]
+        assert first_of_groups(order, sizes, 3).shape == (3072,)
+    assert calls.own() == ["counting_sort", "tokens_per_expert", "rows_of_assignments", "first_of_groups"]
 
 
 @runs_kernels
@@ -128,6 +139,8 @@ def test_operators_are_well_formed() -> None:
     torch.library.opcheck(torch.ops.moekit.counting_sort.default, (experts, 3))
     torch.library.opcheck(torch.ops.moekit.tokens_per_expert.default, (experts, 3))
     torch.library.opcheck(torch.ops.moekit.rows_of_assignments.default, (torch.randperm(9).to(DEVICE), 12))
+    sizes = torch.tensor([4, 0, 5]).to(DEVICE)
+    torch.library.opcheck(torch.ops.moekit.first_of_groups.default, (torch.randperm(9).to(DEVICE), sizes, 3))
 
 
 @runs_kernels

@@ -1,7 +1,15 @@
 """Dispatch: a routing to a plan, and tokens to grouped rows and back."""
 
 from moekit.dispatch.dispatchers import dropless, padded
-from moekit.dispatch.plans import by_choice, by_position, by_weight, capacity, dropless_plan, padded_plan
+from moekit.dispatch.plans import (
+    by_choice,
+    by_position,
+    by_weight,
+    capacity,
+    dropless_plan,
+    padded_plan,
+    without_dropped,
+)
 from moekit.dispatch.rows import gather_rows, gather_rows_by_index, scatter_rows, scatter_rows_by_index
 from moekit.dispatch.soft import mix_tokens, slot_routing, spread_slots
 from moekit.dispatch.weighing import weigh_inputs
@@ -12,6 +20,7 @@ __all__ = [
     "dropless_plan",
     "padded_plan",
     "capacity",
+    "without_dropped",
     "by_position",
     "by_choice",
     "by_weight",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moekit.checks import check_routing
 from moekit.ratios import as_ratio, is_positive, ratio_of
-from moekit.segments import exclusive_cumsum, sort_by_expert
+from moekit.segments import first_of_groups, rows_of_assignments, sort_by_expert
 from moekit.types import DispatchPlan, Groups, Ratio, Routing
 
 Priority = Callable[[Routing], Tensor]
@@ -151,14 +151,39 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
     check_routing("padded_plan", routing)
     num_experts, rows_each = routing.num_experts, capacity(routing, capacity_factor=capacity_factor)
     experts = routing.expert_indices.flatten()
-    preferred = priority(routing)
-    order, sizes = sort_by_expert(experts[preferred], num_experts)
-    order = torch.cat([preferred[order], preferred.new_full((1,), -1)])  # the last entry is what padding points to
-    slots = torch.arange(rows_each, device=experts.device)  # (C,)
-    sources = exclusive_cumsum(sizes).unsqueeze(1) + slots  # (E, C)
-    sources = torch.where(slots < sizes.unsqueeze(1), sources, experts.shape[0])
-    return DispatchPlan(
-        order[sources].flatten(), Groups(torch.full_like(sizes, rows_each, dtype=torch.int32), rows_each)
+    if priority is by_position and routing.positions is None:  # the order that sorting keeps anyway
+        order, sizes = sort_by_expert(experts, num_experts)
+    else:
+        preferred = priority(routing)
+        order, sizes = sort_by_expert(experts[preferred], num_experts)
+        order = preferred[order]
+    groups = Groups(torch.full_like(sizes, rows_each, dtype=torch.int32), rows_each)
+    return DispatchPlan(first_of_groups(order, sizes, rows_each), groups)
+
+
+def without_dropped(routing: Routing, plan: DispatchPlan) -> Routing:
+    """Return the part of a routing that a plan carries out, for a layer that drops nothing itself.
+
+    Causal if the plan is. No host synchronisation. Deterministic on CUDA.
+
+    Args:
+        routing: any routing.
+        plan: of it.
+
+    Returns:
+        The routing with expert -1 and weight 0 for the assignments that have no row in the plan; the pool stays.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> routing = top_k(torch.tensor([[1.0, 0.0], [1.0, 0.0]]), k=1)
+        >>> without_dropped(routing, padded_plan(routing, capacity_factor=1.0)).expert_indices
+        tensor([[ 0],
+                [-1]])
+    """
+    experts = routing.expert_indices
+    dropped = (rows_of_assignments(plan.assignments, experts.numel()) < 0).view(experts.shape)
+    return routing._replace(
+        expert_indices=experts.masked_fill(dropped, -1), weights=routing.weights.masked_fill(dropped, 0.0)
     )
 
 

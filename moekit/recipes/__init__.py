@@ -2,7 +2,16 @@
 
 from moekit.recipes.backends import auto, choose_backend
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
-from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer, recompute, shared_experts, weighted_sum
+from moekit.recipes.layers import (
+    MoEParams,
+    Recipe,
+    expert_layer,
+    limited,
+    moe_layer,
+    recompute,
+    shared_experts,
+    weighted_sum,
+)
 from moekit.recipes.modules import MoE
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
 from moekit.recipes.published_routers import (
@@ -27,6 +36,7 @@ __all__ = [
     "Recipe",
     "expert_layer",
     "moe_layer",
+    "limited",
     "recompute",
     "shared_experts",
     "weighted_sum",

@@ -29,13 +29,14 @@ from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
-from moekit.recipes.layers import expert_layer
+from moekit.recipes.layers import expert_layer, limited
 from moekit.routing import fused_top_k, softmax, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
 from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
 
 _OLDEST = (8, 0)  # Ampere: the first GPUs with bfloat16 in Triton's products
+_DROPPING = "without what the dispatcher's plan drops"
 _CPU = "the CPU: computes expert by expert in the cache, a thread each, and keeps pre-activations alone"
 
 
@@ -103,9 +104,10 @@ def choose_backend(
         fused, unusable = "fused_layer", why_not_fused(device, dtype, dispatcher=dispatcher)
         if not unusable:
             layer = fused_layer(activation=activation, keep=keep, precision=float32_products(), tiles=tiles)
+            drops = dispatcher.plan is not dropless().plan
             what = f"activates inside the products, and keeps {_what_is_kept(keep)}"
-            reason = f"{device.type} in {_word(dtype)}, dropless, with Triton: {what}"
-            return Choice(fused, layer, reason)
+            reason = f"{device.type} in {_word(dtype)}, {_DROPPING if drops else 'dropless'}, with Triton: {what}"
+            return Choice(fused, limited(layer, plan=dispatcher.plan) if drops else layer, reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
     layer = expert_layer(dispatcher=dispatcher, experts=partial(experts, matmul=matmul))
     return Choice(name, layer, f"{reason}; not {fused}: {unusable}")
@@ -231,9 +233,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
         return f"compute capability {capability[0]}.{capability[1]} is below {_OLDEST[0]}.{_OLDEST[1]}"
     if dtype not in KERNEL_DTYPES:
         return f"its kernels do not compute in {_word(dtype)}"
-    dispatcher = dropless() if dispatcher is None else dispatcher
-    drops = dispatcher.plan is not dropless().plan
-    return _why_not_moved(dispatcher) or ("it drops nothing, and the dispatcher has a capacity" if drops else "")
+    return "" if dispatcher is None else _why_not_moved(dispatcher)
 
 
 def _why_not_moved(dispatcher: Dispatcher) -> str:

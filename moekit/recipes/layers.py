@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots
+from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots, without_dropped
 from moekit.experts import init_gated
 from moekit.routing import clean, init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
 from moekit.types import (
@@ -128,6 +128,38 @@ def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispa
     rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
     rows = experts(rows, plan.groups, params)  # (R, D)
     return dispatcher.combine(rows, routing, plan)  # (T, D)
+
+
+def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> ExpertLayer:
+    """Let an expert layer that drops nothing leave out what a plan drops, so that it keeps to a capacity limit.
+
+    Of the plan it takes what is dropped, and nothing else: rows are ordered and padded as the layer does it. As causal,
+    synchronising and deterministic as the two are.
+
+    Args:
+        layer: a dropless one, as ``fused_layer()``.
+        plan: routing -> DispatchPlan, as ``padded(...).plan``.
+
+    Returns:
+        A function (x (T, D), routing, params) -> (T, D).
+
+    Example:
+        >>> from moekit.dispatch import padded
+        >>> from moekit.experts import fused_layer
+        >>> from moekit.recipes import openlm
+        >>> plan = padded(capacity_factor=1.25).plan
+        >>> recipe = openlm()._replace(layer=limited(fused_layer(), plan=plan), plan=plan)
+
+    References:
+        Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
+    """
+    return partial(_limited, layer=layer, plan=plan)
+
+
+def _limited(
+    x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, plan: Callable[[Routing], DispatchPlan]
+) -> Tensor:
+    return layer(x, without_dropped(routing, plan(routing)), params)
 
 
 def recompute(layer: ExpertLayer) -> ExpertLayer:

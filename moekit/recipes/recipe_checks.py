@@ -9,7 +9,7 @@ from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.ratios import ratio_of
 from moekit.recipes.choices import place_of
-from moekit.recipes.layers import Recipe
+from moekit.recipes.layers import Recipe, limited
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Ratio, Routing
 
 Plan = Callable[[Routing], DispatchPlan]
@@ -71,7 +71,7 @@ def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
     while isinstance(layer, partial):
         if layer.func is fused_layer().func:  # type: ignore[attr-defined]
             return dropless_plan
-        if layer.func is fused_cpu(plan=dropless_plan).func:  # type: ignore[attr-defined]
+        if layer.func in (fused_cpu(plan=dropless_plan).func, limited(fused_layer(), plan=dropless_plan).func):  # type: ignore[attr-defined]
             return layer.keywords["plan"]
         if isinstance(layer.keywords.get("dispatcher"), Dispatcher):
             return layer.keywords["dispatcher"].plan

@@ -1,7 +1,17 @@
 import pytest
 import torch
 
-from moekit.dispatch import by_choice, by_position, by_weight, capacity, dropless, dropless_plan, padded, padded_plan
+from moekit.dispatch import (
+    by_choice,
+    by_position,
+    by_weight,
+    capacity,
+    dropless,
+    dropless_plan,
+    padded,
+    padded_plan,
+    without_dropped,
+)
 from moekit.routing import round_robin
 from moekit.routing.top_k import token_choice
 from moekit.types import Routing
@@ -154,3 +164,24 @@ def test_plans_leave_the_routing_and_its_gradient_alone() -> None:
     for plan in (dropless_plan(routing), padded_plan(routing, capacity_factor=0.6, priority=by_weight)):
         assert not plan.assignments.requires_grad
     assert all(torch.equal(a, b) for a, b in zip(before, routing[:3], strict=True))
+
+
+def test_what_a_plan_drops_does_not_exist_without_it() -> None:
+    routing = choices([[0, 1], [0, -1], [0, 1], [2, 0]], num_experts=3, weights=[[4, 3], [2, 0], [1, 5], [6, 7]])
+    kept = without_dropped(routing, padded_plan(routing, capacity_factor=0.75))  # two rows each
+    assert kept.expert_indices.tolist() == [[0, 1], [0, -1], [-1, 1], [2, -1]]
+    assert kept.weights.tolist() == [[4, 3], [2, 0], [0, 5], [6, 0]]
+    assert kept._replace(expert_indices=routing.expert_indices, weights=routing.weights) == routing
+    flat = routing._replace(
+        token_indices=routing.token_indices.flatten(),
+        expert_indices=routing.expert_indices.flatten(),
+        weights=routing.weights.flatten(),
+    )
+    of_list = without_dropped(flat, padded_plan(flat, capacity_factor=0.75))
+    assert of_list.expert_indices.tolist() == kept.expert_indices.flatten().tolist()
+    whole = without_dropped(routing, dropless_plan(routing))
+    assert whole.expert_indices.equal(routing.expert_indices)
+    assert whole.weights.equal(routing.weights)
+    none = routing._replace(expert_indices=torch.empty(0, 2, dtype=torch.int64), weights=torch.empty(0, 2))
+    none = none._replace(token_indices=none.expert_indices, num_tokens=0)
+    assert without_dropped(none, padded_plan(none, capacity_factor=1.0)).expert_indices.shape == (0, 2)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from moekit.dispatch import dropless
+from moekit.dispatch import dropless, padded
 from moekit.experts import fused_layer, init_gated, loop, swiglu
 from moekit.experts.tile_files import layer_tiles, shipped
 from moekit.experts.tiles import LayerSize
-from moekit.recipes import MoE, auto, expert_layer, mixtral, moe_layer, recompute
+from moekit.recipes import MoE, auto, choose_backend, expert_layer, mixtral, moe_layer, recompute
 from moekit.recipes.layers import MoEParams, Recipe
 from moekit.routing import fused_top_k, linear_gate, top_k
 
@@ -89,6 +89,22 @@ def test_auto_compiles_whole_and_is_the_fused_layer() -> None:
     expected = moe_layer(x, params, recipe._replace(layer=fused_layer())).y
     assert torch.equal(run(x), expected)
     assert torch.equal(torch.compile(run, fullgraph=True)(x), expected)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.25])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_keeps_to_a_capacity_limit(factor: float, compiled: bool) -> None:
+    tight = padded(capacity_factor=factor)
+    x = torch.randn(300, 256, device="cuda", dtype=torch.bfloat16)
+    recipe = Recipe(linear_gate, partial(top_k, k=2), auto(dispatcher=tight), plan=tight.plan)
+    composed = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=loop))
+    assert choose_backend("cuda", torch.bfloat16, dispatcher=tight).name == "fused_layer"
+    moe = model(recipe, torch.bfloat16)
+    if compiled:
+        moe.compile(fullgraph=True)
+    expected = step(model(recipe._replace(layer=composed), torch.bfloat16), x)
+    for name, found in step(moe, x).items():
+        close(found, expected[name], name)
 
 
 def test_a_layer_of_the_shipped_table_compiles_whole_with_its_gradients() -> None:

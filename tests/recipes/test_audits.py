@@ -7,7 +7,7 @@ import torch
 
 from moekit.dispatch import by_weight, padded, padded_plan
 from moekit.experts import batched, fused_cpu, fused_layer, swiglu
-from moekit.recipes import auto, expert_layer, mixtral, openlm
+from moekit.recipes import auto, expert_layer, limited, mixtral, openlm
 from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.layers import recompute
@@ -44,6 +44,9 @@ def test_a_layer_with_another_plan_is_refused():
         audit(mixtral()._replace(layer=recompute(layer)), E)
     with pytest.raises(ValueError, match="layer plans by dropless_plan"):
         audit(openlm()._replace(layer=fused_layer()), E)
+    with pytest.raises(ValueError, match="layer plans by padded_plan"):
+        audit(mixtral()._replace(layer=limited(fused_layer(), plan=tight.plan)), E)
+    assert audit(mixtral()._replace(layer=limited(fused_layer(), plan=tight.plan), plan=tight.plan), E).leaks
     assert not audit(openlm()._replace(plan=partial(padded_plan, capacity_factor=1.25)), E).leaks, "as a float"
     whole = openlm(capacity_factor=1.0)
     assert not audit(whole._replace(plan=partial(padded_plan, capacity_factor=1)), E).leaks, "as a whole number"

@@ -35,7 +35,7 @@ from moekit.experts import (
     relu_mlp,
     swiglu,
 )
-from moekit.recipes import MoEParams, Recipe, backends, expert_layer, moe_layer
+from moekit.recipes import MoEParams, Recipe, backends, expert_layer, limited, moe_layer
 from moekit.recipes.backends import auto, choose_backend, experts_of, why_not_fused
 from moekit.routing import linear_gate, sigmoid, softmax, top_k
 from moekit.routing.top_k import sqrt_softplus
@@ -86,12 +86,26 @@ def test_the_fused_kernels_keep_what_they_are_told_and_the_reason_says_it(hopper
     choice = choose_backend("cuda", BF16, keep=keep)
     assert choice.layer.keywords["keep"] == keep
     assert choice.reason.endswith(f"with Triton: activates inside the products, and {words}")
-    for device, dispatcher in (("cpu", None), ("cuda", padded(capacity_factor=1.25))):
+    for device, dispatcher in (("cpu", None), ("cuda", weigh_inputs(dropless()))):
         other, plain = (
             choose_backend(device, BF16, dispatcher=dispatcher, keep=keep),
             choose_backend(device, BF16, dispatcher=dispatcher),
         )
         assert (other.name, other.reason) == (plain.name, plain.reason)
+
+
+def test_a_gpu_keeps_to_a_capacity_limit_on_the_fused_kernels(hopper) -> None:
+    tight = padded(capacity_factor=1.25)
+    choice = choose_backend("cuda", BF16, dispatcher=tight, activation=GEGLU, keep=INPUTS)
+    assert (choice.name, choice.layer.func) == ("fused_layer", limited(choice.layer, plan=tight.plan).func)
+    assert choice.layer.keywords["plan"] is tight.plan
+    kernels = choice.layer.keywords["layer"]
+    assert kernels.func is choose_backend("cuda", BF16).layer.func
+    assert (kernels.keywords["activation"], kernels.keywords["keep"]) == (GEGLU, INPUTS)
+    assert choice.reason.startswith("cuda in bfloat16, without what the dispatcher's plan drops, with Triton: ")
+    assert choose_backend("cuda", BF16, dispatcher=padded(capacity_factor=0)).reason.startswith(
+        "cuda in bfloat16, dropless, with Triton"
+    )
 
 
 def test_what_is_no_keep_is_refused_where_it_counts(hopper) -> None:
@@ -178,8 +192,6 @@ def test_float32_products_on_a_gpu_follow_torchs_own_setting(hopper, monkeypatch
 @pytest.mark.parametrize(
     ("device", "dtype", "factor", "widths", "name", "why"),
     [
-        ("cuda", BF16, 1.25, None, "grouped", "it drops nothing, and the dispatcher has a capacity"),
-        ("cuda", BF16, 1.25, (12, 64), "batched", "it drops nothing, and the dispatcher has a capacity"),
         ("cuda", torch.float64, 0, None, "loop", "its kernels do not compute in float64"),
         ("cuda", torch.float64, 1.25, None, "batched", "its kernels do not compute in float64"),
         ("mps", torch.float32, 0, None, "loop", "its kernels are for CUDA devices, not mps"),
@@ -201,6 +213,8 @@ def test_a_dispatcher_that_does_more_than_move_rows_keeps_its_place(hopper, devi
     assert choice.layer.keywords["dispatcher"] is weighing
     said = "it copies rows and adds them up by weight, and the dispatcher has ways of its own"
     assert choice.reason.endswith(f"; not {fused}: {said}")
+    odd = choose_backend("cuda", BF16, dispatcher=weighing, widths=(12, 64))
+    assert odd.name == ("loop" if dispatcher.plan is dropless().plan else "batched")
 
 
 def test_an_old_gpu_and_a_missing_triton(hopper) -> None:

@@ -5,11 +5,30 @@ import reference
 import torch
 from torch import Tensor
 
-from moekit.dispatch import by_choice, dropless, padded
-from moekit.experts import GatedParams, batched, gelu_mlp, grouped, init_gated, init_mlp, loop, relu_mlp, swiglu
-from moekit.recipes import MoEParams, Recipe, expert_layer, moe_layer, shared_experts, weighted_sum
-from moekit.recipes.layers import recompute
-from moekit.routing import hash_choice, hash_table, linear_gate, load_balance_loss, mask_tokens, top_k, z_loss
+from moekit.dispatch import by_choice, by_position, by_weight, dropless, padded
+from moekit.experts import (
+    GatedParams,
+    batched,
+    fused_cpu,
+    gelu_mlp,
+    grouped,
+    init_gated,
+    init_mlp,
+    loop,
+    relu_mlp,
+    swiglu,
+)
+from moekit.recipes import MoEParams, Recipe, expert_layer, limited, moe_layer, recompute, shared_experts, weighted_sum
+from moekit.routing import (
+    expert_choice,
+    hash_choice,
+    hash_table,
+    linear_gate,
+    load_balance_loss,
+    mask_tokens,
+    top_k,
+    z_loss,
+)
 from moekit.routing.top_k import token_choice
 
 D, F, E, K = 6, 7, 5, 2
@@ -295,6 +314,33 @@ def test_recomputing_changes_no_output_and_no_gradient(dispatcher, masked: bool)
     assert torch.equal(y, again)
     assert all(grad.abs().sum() > 0 for grad in grads)
     assert all(torch.equal(grad, other) for grad, other in zip(grads, others, strict=True))
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("priority", [by_position, by_choice, by_weight])
+@pytest.mark.parametrize("factor", [0.3, 1.0, 9.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_dropless_layer_within_a_limit_is_the_padded_one(priority, factor: float, masked: bool) -> None:
+    x, params = torch.randn(12, D, dtype=torch.float64, requires_grad=True), draw_params()
+    tight = padded(capacity_factor=factor, priority=priority)
+    composed = recipe_of(tight, plan=tight.plan)
+    mask = torch.arange(12) % 3 != 0 if masked else None
+    results = []
+    for layer in (composed.layer, limited(fused_cpu(plan=dropless().plan), plan=tight.plan)):
+        y = moe_layer(x, params, composed._replace(layer=layer), token_mask=mask).y
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *leaves_of(params)])))
+    for name, one, other in zip(("y", "x", "gate", *GatedParams._fields), *results, strict=True):
+        torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_layer_within_a_limit_takes_routings_that_are_lists() -> None:
+    x, params = torch.randn(12, D, dtype=torch.float64), draw_params().experts
+    tight = padded(capacity_factor=0.5)
+    routing = expert_choice(torch.randn(12, E, dtype=torch.float64), capacity_factor=2.0)
+    composed = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=loop))
+    within = limited(expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop)), plan=tight.plan)
+    torch.testing.assert_close(within(x, routing, params), composed(x, routing, params))
+    assert not torch.allclose(within(x, routing, params), recipe_of().layer(x, routing, params)), "it drops"
 
 
 def test_recomputing_decides_the_routing_once_and_runs_the_experts_twice() -> None:

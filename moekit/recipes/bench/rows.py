@@ -18,11 +18,11 @@ from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto, float32_products
 from moekit.recipes.bench.shapes import LayerShape, load_offsets
-from moekit.recipes.layers import MoEParams, Recipe, expert_layer, moe_layer
+from moekit.recipes.layers import MoEParams, Recipe, expert_layer, limited, moe_layer
 from moekit.routing import fused_top_k, linear_gate, softmax, token_rounding, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.segments import tokens_per_expert
-from moekit.types import ExpertLayer, Groups, Router, Routing
+from moekit.types import Dispatcher, ExpertLayer, Groups, Router, Routing
 
 
 class Case(NamedTuple):
@@ -77,6 +77,7 @@ class Contender(NamedTuple):
 
 
 Build = Callable[[Case], Contender]
+_LIMIT = padded(capacity_factor=1.25)  # OpenLM's
 
 
 def make_case(shape: LayerShape, load: str, *, device: str, dtype: torch.dtype, seed: int = 0) -> Case:
@@ -161,6 +162,10 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["fused_layer, inputs kept"] = partial(_fused, keep=INPUTS)
     rows["fused_layer, compiled"] = partial(_compiled, build=_fused)
     rows["fused_layer, tokens rounded"] = _rounded
+    rows["fused_layer, capacity 1.25"] = partial(_fused, limit=_LIMIT)
+    rows["grouped, capacity 1.25"] = partial(
+        of_layer, layer=expert_layer(dispatcher=_LIMIT, experts=partial(swiglu, matmul=grouped))
+    )
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
     rows["auto"] = _auto
@@ -221,9 +226,10 @@ def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     return graph, written
 
 
-def _fused(case: Case, *, keep: Keep = PREACTIVATION) -> Contender:
+def _fused(case: Case, *, keep: Keep = PREACTIVATION, limit: Dispatcher | None = None) -> Contender:
     _need_gpu(case.x, "fused_layer")
-    return of_layer(case, layer=fused_layer(keep=keep, precision=float32_products(), tiles=case.tiles))
+    layer = fused_layer(keep=keep, precision=float32_products(), tiles=case.tiles)
+    return of_layer(case, layer=layer if limit is None else limited(layer, plan=limit.plan))
 
 
 def _rounded(case: Case) -> Contender:
