@@ -7,8 +7,17 @@ from typing import Any
 
 import torch
 
-from moekit.experts import grouped
-from moekit.experts.activations import GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU, Activation
+from moekit.experts import BiasedGatedParams, BiasedMlpParams, grouped
+from moekit.experts.activations import (
+    CLAMPED_SWIGLU,
+    GEGLU,
+    GEGLU_TANH,
+    GELU_MLP,
+    RELU2,
+    RELU_MLP,
+    SWIGLU,
+    Activation,
+)
 from moekit.experts.tile_files import layer_tiles, read_tiles
 from moekit.experts.tile_tables import from_table
 from moekit.experts.tiles import LayerSize, LayerTiles
@@ -121,14 +130,22 @@ def _quick(route: Router) -> Router:
 
 
 def _activation_of(experts: Callable[..., Any]) -> Activation | None:
-    """Find the activation whose expert network on ``grouped`` this is."""
+    """Find the activation whose expert network on ``grouped`` this is, with biases or without."""
     found = _bound(experts)
-    for activation in _ACTIVATIONS:
-        if found == _bound(partial(experts_of(activation), matmul=grouped)):
-            return activation
+    limits = {name: value for name, value in found[2].items() if name in ("alpha", "limit")}
+    for activation in (*_ACTIVATIONS, CLAMPED_SWIGLU._replace(**limits)):
+        for kind in (None, BiasedGatedParams if activation.gated else BiasedMlpParams):
+            if found == _bound(partial(experts_of(activation, kind), matmul=grouped)):
+                return activation
     return None
 
 
 def _bound(function: Callable[..., Any]) -> tuple[Any, ...]:
     """Return a partial function's parts, which compare where partial functions themselves do not."""
-    return (function.func, function.args, function.keywords) if isinstance(function, partial) else (function, (), {})
+    if not isinstance(function, partial):
+        return function, (), {}
+    return function.func, function.args, {name: _value(value) for name, value in function.keywords.items()}
+
+
+def _value(value: Any) -> Any:
+    return _bound(value) if isinstance(value, partial) else value

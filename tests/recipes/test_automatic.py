@@ -6,14 +6,15 @@ import pytest
 import torch
 
 from moekit.dispatch import by_weight, dropless, padded
-from moekit.experts import INPUTS, batched, grouped, loop, swiglu
-from moekit.experts.activations import GELU_MLP, RELU_MLP, SWIGLU
+from moekit.experts import INPUTS, BiasedGatedParams, BiasedMlpParams, batched, grouped, loop, swiglu
+from moekit.experts.activations import CLAMPED_SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
 from moekit.experts.tile_files import layer_tiles, table_text
 from moekit.experts.tile_tables import entry_of
 from moekit.experts.tiles import LayerSize, ruled_tiles
-from moekit.recipes import MoE, expert_layer, mixtral, olmoe, openlm, switch
+from moekit.recipes import MoE, expert_layer, gpt_oss, mixtral, olmoe, openlm, switch
 from moekit.recipes.automatic import automatic, tiles_of, why_not_on_kernels
 from moekit.recipes.backends import auto, auto_top_k
+from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe
 from moekit.recipes.settings import ModelSettings
@@ -43,7 +44,7 @@ def test_plan_and_activation_stay_and_so_does_what_is_computed(name: str) -> Non
         torch.testing.assert_close(actual, expected)
 
 
-@pytest.mark.parametrize("name", sorted(set(RECIPES) - {"gpt_oss"}))  # which keeps its own
+@pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_computes_what_it_did(name: str) -> None:
     recipe = find_recipe(name, vocab_size=16)
     fast = automatic(recipe)
@@ -147,6 +148,17 @@ def test_a_file_that_is_no_table_is_refused_by_its_flag(tmp_path, content, messa
         tiles_of(path, flag="--tiles")
 
 
-def test_which_recipes_keep_their_own_layer() -> None:
-    kept = {name for name in RECIPES if automatic(recipe := find_recipe(name, vocab_size=16)) is recipe}
-    assert kept == {"gpt_oss"}  # its experts have biases
+@pytest.mark.parametrize("activation", [SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU_MLP, RELU2, CLAMPED_SWIGLU])
+@pytest.mark.parametrize("biased", [False, True])
+def test_every_expert_network_is_known_with_biases_and_without(activation, biased: bool) -> None:
+    kind = None if not biased else BiasedGatedParams if activation.gated else BiasedMlpParams
+    networks = [partial(experts_of(activation, kind), matmul=matmul) for matmul in (grouped, loop)]
+    known, slow = (mixtral()._replace(layer=expert_layer(dispatcher=dropless(), experts=each)) for each in networks)
+    assert automatic(known).layer.keywords["activation"] == activation
+    assert automatic(slow) is slow
+
+
+def test_steepness_and_limit_of_clamped_experts_are_taken_along() -> None:
+    assert automatic(gpt_oss(alpha=1.5, limit=3.0)).layer.keywords["activation"] == CLAMPED_SWIGLU._replace(
+        alpha=1.5, limit=3.0
+    )
