@@ -4,6 +4,7 @@ Between the products nothing of size (R, F) is kept but h, the pre-activations, 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -120,7 +121,7 @@ def _fused_backward(
     Those of matrices are in the order of memory of their matrices.
     """
     rows, firsts = _rows_of(weights, tokens, assignments, sizes), [up] if gate is None else [gate, up]
-    d_matrices = [] if frozen else [_empty_like(w) for w in (*firsts, down)]
+    d_matrices = [] if frozen else [_as_in_memory(w, partial(empty, dtype=w.dtype)) for w in (*firsts, down)]
     d_rows = empty((rows.ends[-1], x.shape[1]), x.dtype)
     d_chosen = torch.empty_like(rows.weights, dtype=_wide(x))
 
@@ -187,10 +188,9 @@ def _numbers(firsts: list[Tensor], down: Tensor) -> int:
     return sum(w[0].numel() for w in (*firsts, down))
 
 
-def _empty_like(w: Tensor) -> Tensor:
-    if is_transposed(w):
-        return empty(w.transpose(1, 2).shape, w.dtype).transpose(1, 2)
-    return empty(w.shape, w.dtype)
+def _as_in_memory(w: Tensor, make: Callable[[torch.Size], Tensor]) -> Tensor:
+    """Make a tensor for gradients of matrices, of their shape: transposed if they lie so in memory, else contiguous."""
+    return make(w.transpose(1, 2).shape).transpose(1, 2) if is_transposed(w) else make(w.shape)
 
 
 def _project(x_e: Tensor, firsts: list[Tensor], expert: int, out: Tensor) -> Tensor:
@@ -264,7 +264,8 @@ def _(x, weights, tokens, assignments, sizes, gate, up, down, activation, packed
 @_fused_backward.register_fake
 def _(grad, h, x, weights, tokens, assignments, sizes, gate, up, down, activation, packed, frozen):  # type: ignore[no-untyped-def]
     grads = [x.new_empty(x.shape), weights.new_empty(weights.shape)]
-    return grads if frozen else [*grads, *(torch.empty_like(w) for w in (gate, up, down) if w is not None)]
+    matrices = [] if frozen else [w for w in (gate, up, down) if w is not None]
+    return [*grads, *(_as_in_memory(w, w.new_empty) for w in matrices)]
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]

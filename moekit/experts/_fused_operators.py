@@ -266,6 +266,7 @@ def _experts(projections: list[Tensor], layout: Layout) -> Any:
 
 
 def _readable(w: Tensor) -> Tensor:
-    """Return matrices whose rows are each in one piece, copied if they are not."""
+    """Return matrices whose rows are each in one piece and, in a matrix, within 32 bits; copied if they are not."""
     batch, row, column = w.stride()
-    return w if column == 1 and row >= w.shape[2] and batch > 0 else w.contiguous()
+    near = row * (w.shape[1] - 1) + w.shape[2] <= 2**31
+    return w if column == 1 and row >= w.shape[2] and batch > 0 and near else w.contiguous()

@@ -22,10 +22,10 @@ def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> li
     from moekit.experts.kernels import _tiles_triton
 
     if experts.numel() == 0:
-        return [torch.empty_like(experts)]
+        return [experts.new_empty(experts.shape)]
     num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
     length = 3 * num_experts + 1 + _tiles_triton.most_tiles(num_rows, num_experts, height)
-    return [torch.empty_like(experts), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
+    return [experts.new_empty(experts.shape), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
 
 
 @operator("fused_plan", _plan_fake)
@@ -34,7 +34,7 @@ def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> li
     from moekit.experts.kernels import _plan_triton
 
     if experts.numel() == 0:
-        return [experts.clone()]
+        return [experts.new_empty(experts.shape)]
     rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
     return [rows, assignments, schedule.table]
 

@@ -38,7 +38,7 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
     check_dtypes("triton", rows, w, allowed=KERNEL_DTYPES)
     check_precision("triton", precision)
     refuse_tangents("triton", rows, w)
-    return _transformable(rows, groups.sizes.to(torch.int32), w, precision)
+    return _transformable(rows, groups.sizes.to(torch.int32).contiguous(), w, precision)
 
 
 def _grouped_mm_triton_fake(rows: Tensor, sizes: Tensor, w: Tensor, precision: str) -> Tensor:

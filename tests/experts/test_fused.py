@@ -273,8 +273,13 @@ def test_it_compiles_whole() -> None:
 @runs_kernels
 @pytest.mark.parametrize("keep", [EVERYTHING, INPUTS], ids=str)
 @pytest.mark.parametrize("name", ["swiglu", "relu2"])
-def test_the_operators_are_well_formed(name: str, keep: Keep) -> None:
-    case = draw(SHAPES["usual"], ACTIVATIONS[name][0])
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_operators_are_well_formed(name: str, keep: Keep, turned: bool) -> None:
+    x, routing, params = draw(SHAPES["usual"], ACTIVATIONS[name][0])
+    if turned:  # (K, T) in memory
+        parts = {part: getattr(routing, part).T.contiguous().T for part in ("expert_indices", "weights")}
+        routing = routing._replace(**parts)
+    case = x, routing, params
     with Calls() as seen:
         run(fused(activation=ACTIVATIONS[name][0], keep=keep), case, device=DEVICE)
     assert seen.own() == ["fused_plan", "fused_experts", "fused_experts_backward"]

@@ -299,6 +299,18 @@ def test_gradients_of_frozen_experts_are_not_computed(kind: str) -> None:
     assert len(_fused_cpu._fused_backward(*args)) == 2
 
 
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (1, 0, 2), (2, 0, 1)])
+def test_gradients_lie_as_it_was_said_whatever_the_order_in_memory(order: tuple[int, int, int]) -> None:
+    x, logits, *projections = draw(init_gated)
+    back = torch.tensor(order).argsort().tolist()
+    projections = [w.detach().permute(order).contiguous().permute(back).requires_grad_() for w in projections]
+    y = fused_cpu(plan=dropless().plan)(x, some_missing(logits), GatedParams(*projections))
+    with Calls() as calls:
+        torch.autograd.grad(y.sum(), projections)
+    [args] = [args for function, args in calls.calls if function.name() == "moekit::fused_cpu_backward"]
+    torch.library.opcheck(_fused_cpu._fused_backward, args, test_utils=("test_schema", "test_faketensor"))
+
+
 def test_compiles_to_one_graph_and_works_inside_checkpoint_and_autocast() -> None:
     tensors, layer = draw(init_gated, dtype=torch.float32), fused_cpu(plan=dropless().plan)
     expected = outputs(layer, some_missing, tensors, init_gated)

@@ -451,3 +451,12 @@ def test_a_matrix_that_all_experts_share_is_copied_for_each() -> None:
     shared = torch.randn(1, 4, 6).expand(3, 4, 6)
     assert _readable(shared).is_contiguous()
     assert torch.equal(_readable(shared), shared)
+
+
+def test_matrices_whose_rows_are_too_far_apart_for_32_bits_are_copied() -> None:
+    from moekit.experts._fused_operators import _readable
+
+    with torch.device("meta"):
+        near, far = (torch.empty_strided((4, 9, 6), (6, step, 1)) for step in (2**28 - 1, 2**28))
+    assert _readable(near) is near
+    assert _readable(far).is_contiguous()

@@ -104,6 +104,21 @@ def test_views_are_read_as_they_are() -> None:
 
 
 @runs_kernels
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_sizes_may_lie_apart_in_memory(dtype: torch.dtype) -> None:
+    rows, groups, w = make([2, 2, 2], (24, 40), torch.float32)
+    column = torch.tensor([[2, 9]] * 3, dtype=dtype, device=DEVICE)[:, 0]
+    expected = triton(rows, groups, w)[:6]
+    wanted = torch.autograd.grad(expected.square().sum(), (rows, w))
+    for sizes in (column, column[:1].expand(3)):
+        assert not sizes.is_contiguous()
+        out = triton(rows, Groups(sizes, None), w)[:6]
+        assert torch.equal(out, expected)
+        for found, grad in zip(torch.autograd.grad(out.square().sum(), (rows, w)), wanted, strict=True):
+            assert torch.equal(found[: 6 if found.ndim == 2 else None], grad[: 6 if grad.ndim == 2 else None])
+
+
+@runs_kernels
 def test_sizes_of_more_rows_than_there_are_reach_no_other_memory() -> None:
     rows, groups, w = make([3, 2, 0], (24, 40), torch.float32)
     rows = rows[:5].detach().requires_grad_()

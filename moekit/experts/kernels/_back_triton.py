@@ -58,6 +58,7 @@ def _back_kernel(  # type: ignore[no-untyped-def]
             grad_up = (weighted * slope_up).to(grad_pre.dtype.element_ty)
             tl.store(grad_pre + pre_places + width, grad_up, mask=written)
         tl.store(grad_pre + pre_places, (weighted * slope).to(grad_pre.dtype.element_ty), mask=written)
+        tl.debug_barrier()  # where rows are short, several warps have loaded what one of them overwrites
         tl.store(grads + places, (value * weight).to(grads.dtype.element_ty), mask=written)
         product += value * grad
     tl.store(grad_weights + assignment, tl.sum(product, 1), mask=used)

@@ -23,8 +23,8 @@ ROWS, COLUMNS, DEPTH = 128, 256, 64
 STAGES = gl.constexpr(4)  # tiles in the ring, as many as shared memory holds beside two quarters to be written
 QUARTER = 64
 # By their names in newer and older releases of Triton.
-load = getattr(tma, "async_load", tma.async_copy_global_to_shared)
-_begin_to_store = getattr(tma, "async_store", tma.async_copy_shared_to_global)
+load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+_begin_to_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
 _tile = gl.shared_memory_descriptor
 seen_as = _tile.reinterpret if hasattr(_tile, "reinterpret") else _tile._reinterpret
 LOADERS, LOADER_REGISTERS = gl.constexpr(1), gl.constexpr(40)  # warps that load, and registers of their threads
