@@ -126,6 +126,8 @@ def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) ->
     dtype = torch.promote_types(rows.dtype, torch.float32)
     if routing.num_tokens == 0:
         return rows[:0] + routing.weights.sum().to(rows.dtype)  # still connected to both
+    if routing.weights.numel() == 0:  # padding rows alone
+        return (rows[:0].sum(0) + routing.weights.sum().to(rows.dtype)).expand(routing.num_tokens, -1)
     weights = routing.weights.flatten().index_select(0, plan.assignments.clamp_min(0)).to(dtype)
     # Masked before it is multiplied: 0 * NaN would reach the router's gradient.
     clean = rows.to(dtype).masked_fill(padding.unsqueeze(1), 0.0)

@@ -131,8 +131,9 @@ def _fused_backward(
 
         def do(expert: int) -> None:
             blocks = rows.blocks(expert)
-            for d_w in d_matrices if not blocks else ():
-                d_w[expert].zero_()
+            sums = [_Sum.of(d_w[expert], len(blocks)) for d_w in d_matrices]
+            for each in sums if not blocks else ():
+                each.out.zero_()
             for i, block in enumerate(blocks):
                 n = block.stop - block.start
                 x_e = torch.index_select(x, 0, rows.tokens[block], out=of_dim[0, :n])
@@ -145,8 +146,7 @@ def _fused_backward(
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
                 if not frozen:
-                    of_expert = [d_w[expert] for d_w in d_matrices]
-                    _add_to_matrices(of_expert, x_e, d_h, a, d_y, rows.weights[block], first=i == 0)
+                    _add_to_matrices(sums, x_e, d_h, a, d_y, rows.weights[block], first=i == 0)
 
         return do
 
@@ -219,18 +219,41 @@ def _through(
     return a, [act.backward(d_a.mul_(h[1]), h[0], d_a), d_up]
 
 
+class _Sum(NamedTuple):
+    """Products of several blocks, added up.
+
+    Attributes:
+        out: their sum.
+        total: the same in float32, where ``out`` is narrower and there are several: rounded each time, their sum would
+            lose what is small beside it.
+    """
+
+    out: Tensor
+    total: Tensor | None
+
+    @classmethod
+    def of(cls, out: Tensor, blocks: int) -> "_Sum":
+        wide = _wide(out)
+        return cls(out, torch.empty_like(out, dtype=wide) if blocks > 1 and wide != out.dtype else None)
+
+    def add(self, left: Tensor, right: Tensor, *, first: bool) -> None:
+        _add_product(self.out, left, right, first=first or self.total is not None)
+        if self.total is not None:
+            self.out.copy_(self.total.copy_(self.out) if first else self.total.add_(self.out))
+
+
 def _add_to_matrices(
-    d_matrices: list[Tensor], x_e: Tensor, d_h: list[Tensor], a: Tensor, d_y: Tensor, weights: Tensor, *, first: bool
+    d_matrices: list[_Sum], x_e: Tensor, d_h: list[Tensor], a: Tensor, d_y: Tensor, weights: Tensor, *, first: bool
 ) -> None:
     """Add a block's share to the gradients of an expert's matrices, overwriting ``x_e`` and ``d_y``, both (n, D).
 
     Nothing is weighted before: the gradients of rows are where they are added up, and here the narrower factors are.
     """
     *d_firsts, d_down = d_matrices
-    _add_product(d_down, a.T, d_y.mul_(weights), first=first)
+    d_down.add(a.T, d_y.mul_(weights), first=first)
     x_e.mul_(weights)
     for part, d_w in zip(d_h, d_firsts, strict=True):
-        _add_product(d_w, x_e.T, part, first=first)
+        d_w.add(x_e.T, part, first=first)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

@@ -61,8 +61,8 @@ def swiglu(rows: Tensor, groups: Groups, params: GatedParams, *, matmul: Grouped
         (R, D).
 
     Raises:
-        ValueError: from the matmul, if shapes do not fit, or it does not take such groups, as ``batched`` behind a
-            dropless plan.
+        ValueError: if the parameters have no gate, or biases; from the matmul, if shapes do not fit, or it does not
+            take such groups, as ``batched`` behind a dropless plan.
 
     Example:
         >>> from moekit.experts import init_gated, loop
@@ -72,6 +72,7 @@ def swiglu(rows: Tensor, groups: Groups, params: GatedParams, *, matmul: Grouped
     References:
         Shazeer, GLU Variants Improve Transformer, 2020, equation 6, https://arxiv.org/abs/2002.05202
     """
+    _check_params("swiglu", params, GatedParams)
     hidden = F.silu(matmul(rows, groups, params.gate)) * matmul(rows, groups, params.up)
     return matmul(hidden, groups, params.down)
 
@@ -92,8 +93,8 @@ def geglu(
         (R, D).
 
     Raises:
-        ValueError: from the matmul, if shapes do not fit, or it does not take such groups, as ``batched`` behind a
-            dropless plan.
+        ValueError: if the parameters have no gate, or biases; from the matmul, if shapes do not fit, or it does not
+            take such groups, as ``batched`` behind a dropless plan.
 
     Example:
         >>> from moekit.experts import init_gated, loop
@@ -103,6 +104,7 @@ def geglu(
     References:
         Shazeer, GLU Variants Improve Transformer, 2020, equation 6, https://arxiv.org/abs/2002.05202
     """
+    _check_params("geglu", params, GatedParams)
     hidden = F.gelu(matmul(rows, groups, params.gate), approximate=approximate) * matmul(rows, groups, params.up)
     return matmul(hidden, groups, params.down)
 
@@ -123,8 +125,8 @@ def gelu_mlp(
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
-            groups.
+        ValueError: if the parameters have a gate or biases; from the matmul, if shapes do not fit, or it does not take
+            such groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop
@@ -134,7 +136,7 @@ def gelu_mlp(
     References:
         Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
     """
-    _refuse_gate("gelu_mlp", params)
+    _check_params("gelu_mlp", params, MlpParams)
     return matmul(F.gelu(matmul(rows, groups, params.up), approximate=approximate), groups, params.down)
 
 
@@ -151,8 +153,8 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
-            groups.
+        ValueError: if the parameters have a gate or biases; from the matmul, if shapes do not fit, or it does not take
+            such groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop
@@ -162,7 +164,7 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
     References:
         Vaswani et al., Attention Is All You Need, 2017, equation 2, https://arxiv.org/abs/1706.03762
     """
-    _refuse_gate("relu_mlp", params)
+    _check_params("relu_mlp", params, MlpParams)
     return matmul(F.relu(matmul(rows, groups, params.up)), groups, params.down)
 
 
@@ -179,8 +181,8 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
         (R, D).
 
     Raises:
-        ValueError: if the parameters have a gate; from the matmul, if shapes do not fit, or it does not take such
-            groups.
+        ValueError: if the parameters have a gate or biases; from the matmul, if shapes do not fit, or it does not take
+            such groups.
 
     Example:
         >>> from moekit.experts import init_mlp, loop
@@ -190,7 +192,7 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
     References:
         So et al., Primer, 2021, section 3 (squared ReLU), https://arxiv.org/abs/2109.08668
     """
-    _refuse_gate("relu2", params)
+    _check_params("relu2", params, MlpParams)
     return matmul(F.relu(matmul(rows, groups, params.up)).square(), groups, params.down)
 
 
@@ -260,12 +262,22 @@ def init_mlp(
     return MlpParams(draw(num_experts, dim, hidden), draw(num_experts, hidden, dim))
 
 
-def _refuse_gate(name: str, params: Any) -> None:
-    if hasattr(params, "gate"):
-        raise ValueError(
-            f"{name}: the experts' parameters are {type(params).__name__}, whose gate it would not use; expected "
-            f"MlpParams. Use swiglu or geglu, or draw the parameters with init_mlp."
-        )
+_PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
+
+
+def _check_params(name: str, params: Any, kind: type[GatedParams] | type[MlpParams]) -> None:
+    """Refuse parameters that lack some that are needed, or have more: what is left out would be no error, but wrong."""
+    found = [part for part in _PARTS if hasattr(params, part)]
+    if found == [part for part in _PARTS if part in kind._fields]:
+        return
+    lacking = [part for part in kind._fields if part not in found]
+    unused = [part for part in found if part not in kind._fields]
+    what = f"which lack {', '.join(lacking)}" if lacking else f"whose {', '.join(unused)} it would not use"
+    raise ValueError(
+        f"{name}: the experts' parameters are {type(params).__name__}, {what}; expected {kind.__name__}. Use swiglu or "
+        f"geglu for a gate, gelu_mlp, relu_mlp or relu2 without, biased_gated or biased_mlp for biases; or draw the "
+        f"parameters with {'init_gated' if kind is GatedParams else 'init_mlp'}, or unpack them with unpack_gated."
+    )
 
 
 class _Normal(NamedTuple):

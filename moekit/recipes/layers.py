@@ -146,9 +146,9 @@ def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> E
     Example:
         >>> from moekit.dispatch import padded
         >>> from moekit.experts import fused_layer
-        >>> from moekit.recipes import openlm
+        >>> from moekit.recipes import mixtral
         >>> plan = padded(capacity_factor=1.25).plan
-        >>> recipe = openlm()._replace(layer=limited(fused_layer(), plan=plan), plan=plan)
+        >>> recipe = mixtral()._replace(layer=limited(fused_layer(), plan=plan), plan=plan)
 
     References:
         Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668

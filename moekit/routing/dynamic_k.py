@@ -132,7 +132,7 @@ def _kept_choices(
     """Make the routing of the choices ``order`` (T, K) that are ``kept`` (T, K)."""
     weights = scores.gather(-1, order).masked_fill(~kept, 0.0)
     if normalize:
-        weights = normalized(weights)
+        weights = normalized(weights).masked_fill(~kept, 0.0)  # what does not exist stays zero beside NaN, too
     return token_choice(order.masked_fill(~kept, -1), weights if scale == 1.0 else weights * scale, logits)
 
 

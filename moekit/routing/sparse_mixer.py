@@ -31,7 +31,7 @@ def sparse_mixer(
 
     Args:
         logits: (T, E) float32.
-        k: experts per token, 1 <= k <= E; the paper has 2.
+        k: experts per token, 1 <= k <= E; the paper has 2. An expert at -infinity has the weight 0.
         eps: half the relative distance that an expert may have to the best one; Phi-3.5-MoE has 0.01.
         training: whether to sample.
         midpoint: what an off-peak weight is multiplied by; 1/3 is Heun's. transformers' phimoe writes 0.3333.
@@ -53,12 +53,16 @@ def sparse_mixer(
         Liu et al., Sparse Backpropagation for MoE Training, 2023, https://arxiv.org/abs/2310.00811
     """
     check_choice(logits, k, name="sparse_mixer")
-    scores, taken = shifted(logits, bias).detach(), torch.zeros_like(logits, dtype=torch.bool)
+    # Experts at -infinity come last, and are chosen once like others; only what is taken is below them.
+    lowest = torch.finfo(logits.dtype).min
+    finite, taken = logits.clamp_min(lowest), torch.zeros_like(logits, dtype=torch.bool)
+    scores = shifted(logits, bias).detach().clamp_min(lowest)
     choices, weights = [], []
     for _ in range(k):
         left_out, best = _far_from_best(scores, taken, eps=eps)
         chosen = _sampled(scores, left_out) if training else best
-        weight = torch.softmax(logits.masked_fill(left_out, float("-inf")), dim=-1).gather(-1, chosen)
+        weight = torch.softmax(finite.masked_fill(left_out, float("-inf")), dim=-1).gather(-1, chosen)
+        weight = weight.masked_fill(logits.gather(-1, chosen) == float("-inf"), 0.0)
         choices.append(chosen)
         weights.append(_heun(weight, chosen == best, midpoint=midpoint) if training else weight)
         taken = taken.scatter(-1, chosen, True)

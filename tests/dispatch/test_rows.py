@@ -3,9 +3,11 @@ import torch
 from torch import Tensor
 
 from moekit.dispatch import (
+    dropless,
     dropless_plan,
     gather_rows,
     gather_rows_by_index,
+    padded,
     padded_plan,
     scatter_rows,
     scatter_rows_by_index,
@@ -268,3 +270,14 @@ def test_scatter_refuses_another_number_of_rows(shape: tuple[int, ...]) -> None:
     routing = popular()
     with pytest.raises(ValueError, match=r"scatter_rows: rows has shape .*expected \(39, width\): R, the rows of the"):
         scatter_rows(torch.zeros(shape), routing, dropless_plan(routing))
+
+
+@pytest.mark.parametrize("dispatcher", [dropless(), padded(capacity_factor=1.0)], ids=["dropless", "padded"])
+def test_a_list_without_assignments_leaves_zeros(dispatcher) -> None:
+    none, weights = torch.empty(0, dtype=torch.int64), torch.empty(0, requires_grad=True)
+    routing = Routing(none, none, weights, num_tokens=3, num_experts=2, pool=0)
+    x, plan = torch.ones(3, 4, requires_grad=True), dispatcher.plan(routing)
+    y = dispatcher.combine(dispatcher.dispatch(x, routing, plan), routing, plan)
+    assert torch.equal(y, torch.zeros(3, 4))
+    grads = torch.autograd.grad(y.sum(), (x, weights))
+    assert [grad.tolist() for grad in grads] == [[[0.0] * 4] * 3, []]

@@ -5,7 +5,21 @@ import pytest
 import reference
 import torch
 
-from moekit.experts import batched, geglu, gelu_mlp, grouped, init_gated, init_mlp, loop, relu2, relu_mlp, swiglu
+from moekit.experts import (
+    batched,
+    geglu,
+    gelu_mlp,
+    grouped,
+    init_biased_gated,
+    init_biased_mlp,
+    init_gated,
+    init_mlp,
+    loop,
+    pack_gated,
+    relu2,
+    relu_mlp,
+    swiglu,
+)
 from moekit.types import Groups
 
 D, F = 5, 7
@@ -106,5 +120,21 @@ def test_init_takes_generator_and_dtype(init) -> None:
 
 @pytest.mark.parametrize("ffn", [gelu_mlp, relu_mlp, relu2])
 def test_experts_without_a_gate_refuse_parameters_with_one(ffn) -> None:
-    with pytest.raises(ValueError, match=r"the experts' parameters are GatedParams, whose gate it would not use"):
-        ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init_gated(2, 4, 8), matmul=loop)
+    for init, words in (
+        (init_gated, "GatedParams, whose gate it would not use; expected MlpParams"),
+        (init_biased_mlp, "BiasedMlpParams, whose up_bias, down_bias it would not use; expected MlpParams"),
+    ):
+        with pytest.raises(ValueError, match=rf"the experts' parameters are {words}"):
+            ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init(2, 4, 8), matmul=loop)
+
+
+@pytest.mark.parametrize("ffn", [swiglu, geglu])
+def test_experts_with_a_gate_refuse_parameters_without_one(ffn) -> None:
+    params, packed = init_mlp(2, 4, 8), pack_gated(init_gated(2, 4, 8))
+    for given, words in (
+        (params, "MlpParams, which lack gate; expected GatedParams"),
+        (packed, "PackedGatedParams, which lack gate, up; expected GatedParams.*unpack them with unpack_gated"),
+        (init_biased_gated(2, 4, 8), "BiasedGatedParams, whose gate_bias, up_bias, down_bias it would not use"),
+    ):
+        with pytest.raises(ValueError, match=rf"the experts' parameters are {words}"):
+            ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), given, matmul=loop)

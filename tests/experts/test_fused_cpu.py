@@ -621,3 +621,23 @@ def test_a_smaller_tensor_does_not_hold_the_memory_of_a_larger_one(kept) -> None
         large = _huge_pages.empty((size,), torch.float32)
         del large
         assert [len(memory) for memory in kept] == [4 * size]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["swiglu", "relu2", "packed"])
+def test_blocks_of_one_expert_are_added_up_in_float32(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Contributions of one sign: rounded after each block, their sum would stop to grow."""
+    monkeypatch.setattr(_fused_cpu, "_BLOCK", 4)
+    activation, _, init = KINDS[kind]
+    number = 2048
+    x, cotangent = (torch.rand(number, D) + 0.5 for _ in range(2))
+    routing = top_k(torch.zeros(number, 1), k=1)
+    params = init(1, D, F)
+    params = type(params)(*(w.abs().to(dtype) for w in params))
+    grads = []
+    for each in (dtype, torch.float64):
+        leaves = [w.to(each).requires_grad_() for w in params]
+        y = fused_cpu(plan=dropless().plan, activation=activation)(x.to(dtype).to(each), routing, type(params)(*leaves))
+        grads.append(torch.autograd.grad(y, leaves, cotangent.to(dtype).to(each)))
+    for found, expected in zip(*grads, strict=True):
+        assert (found.double() - expected).norm() <= 4 * torch.finfo(dtype).eps * expected.norm()

@@ -250,3 +250,11 @@ def test_runs_on_cuda_where_determinism_is_demanded() -> None:
     finally:
         torch.use_deterministic_algorithms(before)
     torch.testing.assert_close(routing.weights.cpu(), top_p(logits, p=0.5).weights)
+
+
+@pytest.mark.parametrize("choose", [partial(top_p, p=0.6), partial(threshold, threshold=0.5)])
+def test_what_does_not_exist_weighs_nothing_beside_nan(choose) -> None:
+    routing = choose(torch.tensor([[float("nan"), 1.0, 2.0], [0.0, 1.0, 2.0]]), normalize=True)
+    missing = routing.expert_indices < 0
+    assert missing.any()
+    assert (routing.weights[missing] == 0).all()

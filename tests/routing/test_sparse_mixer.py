@@ -150,3 +150,17 @@ def test_errors_say_what_was_given() -> None:
         sparse_mixer(torch.zeros(3, 1))
     with pytest.raises(ValueError, match=r"selection bias has shape \(2,\)"):
         sparse_mixer(torch.zeros(3, 4), bias=torch.zeros(2))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_experts_at_minus_infinity_are_chosen_once_and_weigh_nothing(training: bool) -> None:
+    inf = float("inf")
+    logits = torch.tensor([[1.0, -inf, -inf, -inf], [-inf, 2.0, -inf, 1.99], [-inf] * 4], requires_grad=True)
+    routing = sparse_mixer(logits, k=3, training=training)
+    assert all(len(set(chosen)) == 3 for chosen in routing.expert_indices.tolist())
+    assert routing.expert_indices[0, 0] == 0
+    assert set(routing.expert_indices[1, :2].tolist()) == {1, 3}
+    dead = logits.detach().gather(1, routing.expert_indices) == -inf
+    assert (routing.weights[dead] == 0).all()
+    assert (routing.weights[~dead] > 0).all()
+    assert torch.autograd.grad(routing.weights.sum(), logits)[0].isfinite().all()
