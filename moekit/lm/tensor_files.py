@@ -90,21 +90,38 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         ...     read_safetensors(write_safetensors(Path(folder) / "a.safetensors", {"w": torch.ones(2)}))
         {'w': tensor([1., 1.])}
     """
-    safetensors = _safetensors()
-    path = _existing_file(path, kind="a .safetensors file")
-    try:
-        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
-            aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
+    with _opened(path) as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        aliases = json.loads((file.metadata() or {}).get(_ALIASES, "{}"))
         tensors |= {name: tensors[stored] for name, stored in aliases.items()}
-    except Exception as error:  # a damaged file can raise anything
-        raise ValueError(
-            f"{path} is no readable .safetensors file, or was cut short: {error}. Expected one that `moekit export` or "
-            f"safetensors wrote; copy it again."
-        ) from error
     if not tensors:
         raise ValueError(f"{path} holds no tensors; expected the weights of a model")
     return tensors
+
+
+def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Read the text beside the tensors of a ``.safetensors`` file.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Name to text; empty if there is none.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it is a folder, cut short, or no such file.
+        ModuleNotFoundError: if safetensors is not installed.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = write_safetensors(Path(folder) / "a.safetensors", {"w": torch.ones(2)}, metadata={"step": "3"})
+        ...     read_metadata(path)["step"]
+        '3'
+    """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
 
 
 def write_safetensors(
@@ -163,6 +180,21 @@ def own_storage(tensor: Tensor) -> Tensor:
     """
     tensor = tensor.detach().cpu()
     return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+
+@contextmanager
+def _opened(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """Open a ``.safetensors`` file."""
+    safetensors = _safetensors()
+    path = _existing_file(path, kind="a .safetensors file")
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            yield file
+    except Exception as error:  # a damaged file can raise anything
+        raise ValueError(
+            f"{path} is no readable .safetensors file, or was cut short: {error}. Expected one that `moekit export` or "
+            f"safetensors wrote; copy it again."
+        ) from error
 
 
 def _existing_file(path: str | os.PathLike[str], *, kind: str) -> Path:

@@ -5,8 +5,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moekit.recipes.layers import Recipe
+from moekit.routing import clean
 from moekit.types import Logits, Routing, SoftRouting
 
 
@@ -46,8 +48,7 @@ def undecided_logits(recipe: Recipe, num_experts: int, num_tokens: int) -> Logit
         >>> undecided_logits(mixtral(), 8, 3).shape
         torch.Size([3, 8])
     """
-    gate = recipe.init_gate(8, num_choices(recipe, num_experts), device="cpu")
-    return recipe.gate(torch.zeros(num_tokens, 8, device="cpu"), gate)
+    return _logits(recipe, num_experts, torch.zeros(num_tokens, 8, device="cpu"))
 
 
 def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int | None = None) -> float:
@@ -71,7 +72,9 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
     """
     num_tokens = 1024 if sequence_length is None else sequence_length
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        routing = _undecided(recipe, num_experts, num_tokens)
+        routing = _routed(recipe, undecided_logits(recipe, num_experts, num_tokens), num_experts)
+        drawn = torch.randn(num_tokens, 8, device="cpu")  # every expert is somebody's choice
+        decided = _routed(recipe, _logits(recipe, num_experts, drawn), num_experts)
     if isinstance(routing, SoftRouting):
         pools, _, experts, slots = routing.dispatch_weights.shape
         return pools * experts * slots / num_tokens
@@ -80,20 +83,25 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
             f"the router {place_of(recipe.route)} returned {routing!r}; expected a moekit.types.Routing. A "
             "router maps logits (T, E) to one"
         )
-    chosen = routing.expert_indices
     last = num_choices(recipe, num_experts) - 1
+    chosen = torch.cat([each.expert_indices.flatten() for each in (routing, decided) if isinstance(each, Routing)])
     if chosen.numel() and not -1 <= int(chosen.min()) <= int(chosen.max()) <= last:
         raise ValueError(
             f"the router {place_of(recipe.route)} chose experts from {int(chosen.min())} to {int(chosen.max())} of "
             f"{last + 1}; expected 0 to {last}, or -1 for none."
         )
+    chosen = routing.expert_indices
     # A list is made longer than what it holds.
     return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
 
 
-def _undecided(recipe: Recipe, num_experts: int, num_tokens: int) -> object:
-    """Route tokens of zeros."""
-    logits = undecided_logits(recipe, num_experts, num_tokens)
+def _logits(recipe: Recipe, num_experts: int, tokens: Tensor) -> Logits:
+    gate = recipe.init_gate(tokens.shape[1], num_choices(recipe, num_experts), device="cpu")
+    return recipe.gate(tokens, gate)
+
+
+def _routed(recipe: Recipe, logits: Logits, num_experts: int) -> object:
+    num_tokens = clean(logits).shape[0]
     state = None if recipe.state is None else recipe.state.init(num_choices(recipe, num_experts), device="cpu")
     ids = torch.zeros(num_tokens, dtype=torch.int64, device="cpu")
     known: dict[str, Any] = {"token_ids": ids, "token_mask": None, "sequence_length": num_tokens, "bias": None}

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -39,10 +39,12 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
         console: where to.
 
     Returns:
-        ``results.jsonl`` beside the checkpoint, with a line for each validation set.
+        ``results.jsonl`` beside the checkpoint, with a line for each validation set; where that cannot be written,
+        ``results.json`` of the run folder.
 
     Raises:
         FileNotFoundError: if checkpoint or data are not there.
+        OSError: if neither can be written.
         ValueError: if they do not fit the model.
     """
     assert settings.run.resume is not None
@@ -63,15 +65,34 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     print_warnings(console, model_warnings(settings.model, state, training=False))
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
     report.print_scores(console, scores, {})
-    results = checkpoint.parent / "results.jsonl"
-    if world.rank == 0:
-        append_results(checkpoint, settings, corpus, scores, step=state.get("step"))
-        if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
-            write_config(folder, settings)
-            summary = {"parameters": total, "active_parameters": active}
-            report.write_results(folder / "results.json", summary, scores, {})
-    console.print(f"results: {results}", highlight=False, soft_wrap=True)
-    return results
+    beside, own = checkpoint.parent / "results.jsonl", folder / "results.json"
+
+    def write_own() -> None:
+        write_config(folder, settings)
+        report.write_results(own, {"parameters": total, "active_parameters": active}, scores, {})
+
+    writers: dict[Path, Callable[[], None]]
+    writers = {beside: partial(append_results, checkpoint, settings, corpus, scores, step=state.get("step"))}
+    if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
+        writers[own] = write_own
+    written = _write_all(writers, console) if world.rank == 0 else list(writers)
+    console.print(f"results: {written[0]}", highlight=False, soft_wrap=True)
+    return written[0]
+
+
+def _write_all(writers: Mapping[Path, Callable[[], None]], console: Console) -> list[Path]:
+    """Write files, and return those that could be written; the others are warned of, as of a folder of others'."""
+    written, failed = [], None
+    for path, write in writers.items():
+        try:
+            write()
+            written.append(path)
+        except OSError as error:
+            failed = error
+            print_warnings(console, [f"warning: {path} cannot be written: {error.strerror}"])
+    if failed is not None and not written:
+        raise failed
+    return written
 
 
 def score_sets(

@@ -4,11 +4,14 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import torch
+
 from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.recipes.automatic import automatic
 from moekit.recipes.backends import auto
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.layers import Recipe
+from moekit.recipes.modules import MoE
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault
 from moekit.recipes.settings import ModelSettings
 from moekit.types import ExpertLayer
@@ -41,8 +44,24 @@ def make_config(settings: ModelSettings) -> ModelConfig:
         if settings.moe_top_k is not None:
             flags |= {"moe_top_k": settings.moe_top_k}
         elif settings.moe_num_experts == 1:
-            flags |= {"moe_top_k": 1}  # nobody asked for more
+            flags |= {"moe_top_k": default_top_k(settings)}
     return load_config(settings.preset, defaults=flags)
+
+
+def default_top_k(settings: ModelSettings) -> int:
+    """Say how many experts a token gets where nobody says it: no more than there are.
+
+    Args:
+        settings: of the model.
+
+    Returns:
+        K.
+
+    Example:
+        >>> default_top_k(ModelSettings()), default_top_k(ModelSettings(moe_num_experts=1))
+        (2, 1)
+    """
+    return 1 if settings.moe_num_experts == 1 else DEFAULT_K
 
 
 def make_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
@@ -101,12 +120,34 @@ def check_model(settings: ModelSettings) -> None:
     try:
         for recipe in recipes:
             experts_per_token(recipe, config.moe_num_experts, sequence_length=config.seq_len)
+        for recipe, purpose in zip(recipes, ("", _SCORING), strict=True):
+            _try(recipe, config, purpose)
     except ValueError as error:
         if users_fault(settings.recipe, error) is not None:
             raise
         raise ValueError(
             f"recipe {settings.recipe} does not fit --moe-num-experts {config.moe_num_experts}: {error}"
         ) from error
+
+
+_SCORING = (
+    "in scoring, where its function is called with capacity_factor=0 and training=False, as far as it takes them (what "
+    "a limit drops would depend on the batch), "
+)
+
+
+def _try(recipe: Recipe, config: ModelConfig, purpose: str) -> None:
+    """Run a recipe's layer on shapes alone; what it refuses by them it would refuse after hours of training."""
+    assert config.moe_num_experts is not None
+    x = torch.empty(1, config.seq_len, config.hidden_dim, device="meta")
+    ids = torch.empty(1, config.seq_len, dtype=torch.int64, device="meta")
+    try:
+        with torch.no_grad():
+            MoE(config.hidden_dim, config.moe_num_experts, recipe, device="meta")(x, token_ids=ids)
+    except ValueError as error:
+        raise ValueError(f"{purpose}{error}") from error
+    except Exception:  # what reads tensors, or runs on one kind of device, tells nothing here
+        return
 
 
 def resolved_model(settings: ModelSettings) -> ModelSettings:
@@ -129,7 +170,7 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
     weight = make_recipe(settings).coefficients.get("load_balance")
     return replace(
         merged,
-        moe_top_k=DEFAULT_K if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
+        moe_top_k=default_top_k(merged) if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
         moe_capacity_factor=options.get("capacity_factor")
         if merged.moe_capacity_factor is None
         else merged.moe_capacity_factor,
@@ -224,7 +265,13 @@ def _find(
 ) -> Recipe:
     vocab_size = make_config(settings).vocab_size
     offered = {"training": training, "vocab_size": vocab_size}
-    found = find_recipe(settings.recipe, k=settings.moe_top_k, capacity_factor=capacity_factor, **offered)
+    found = find_recipe(
+        settings.recipe,
+        k=settings.moe_top_k,
+        capacity_factor=capacity_factor,
+        default_k=default_top_k(settings),
+        **offered,
+    )
     return automatic(found, choose=choose)
 
 

@@ -1,5 +1,6 @@
 """Checkpoints by name, ours and others', and the weights in them."""
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.openlm_names import check_tensors
-from moekit.lm.tensor_files import read_safetensors
+from moekit.lm.tensor_files import read_metadata, read_safetensors
 from moekit.parallel import World, fill
 
 
@@ -58,7 +59,7 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         world: the ranks.
 
     Returns:
-        What the checkpoint says beside tensors; ``step`` if it is known.
+        What the checkpoint says beside tensors; ``step`` if it is known, ``settings`` if it is of moekit.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -70,7 +71,7 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         return state
     shapes = {name: tensor.shape for name, tensor in own.items()}
     if path.suffix == ".safetensors":
-        tensors, known = read_safetensors(path), {}
+        tensors, known = read_safetensors(path), _described(path)
         tensors |= {name: own[name] for name in own if name not in tensors and _is_tied(model, name)}
         with naming(path):
             check_tensors(tensors, shapes)
@@ -83,6 +84,17 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         if not (path.suffix == ".safetensors" and tensors[name] is tensor):
             fill(tensor, tensors[name])
     return {key: value for key, value in known.items() if value is not None}
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """Read what `moekit export` wrote beside tensors; nothing of a file of somebody else's."""
+    metadata = read_metadata(path)
+    if "moekit" not in metadata:
+        return {}
+    try:
+        return {name: json.loads(metadata[name]) for name in ("settings", "step") if name in metadata}
+    except ValueError as error:
+        raise ValueError(f"{path}: its metadata are no JSON: {error}. Export the checkpoint again.") from error
 
 
 @contextmanager

@@ -181,6 +181,17 @@ def test_a_router_that_chooses_experts_that_there_are_not_is_refused(chosen):
         experts_per_token(mixtral()._replace(route=past_the_end), 8)
 
 
+def test_a_router_that_counts_experts_from_one_is_refused():
+    """Of tokens that leave it undecided it chooses the first ones, which there are."""
+
+    def from_one(logits, *, bias=None):
+        routing = top_k(logits, k=2)
+        return routing._replace(expert_indices=routing.expert_indices + 1)
+
+    with pytest.raises(ValueError, match=r"from_one of .* chose experts from 1 to 8 of 8; expected 0 to 7"):
+        experts_per_token(mixtral()._replace(route=from_one), 8)
+
+
 def test_a_router_must_take_what_a_layer_gives_it(file):
     with pytest.raises(
         ValueError, match=r"blind of .*takes no bias and no token_ids; expected route\(logits, bias=None,"

@@ -1,5 +1,7 @@
+import errno
 import json
 import math
+import os
 import shutil
 
 import pytest
@@ -13,9 +15,10 @@ from moekit.lm.shards import shard_bytes, write_shards
 from moekit.lm.tensor_files import write_safetensors
 from moekit.lm.tokenizers import ByteTokenizer, save_tokenizer
 from moekit.parallel import one_process
-from moekit.recipes import runs
+from moekit.recipes import runs, scoring
 from moekit.recipes.configuration import unflatten
 from moekit.recipes.construction import make_model
+from moekit.recipes.export import export
 from moekit.recipes.saving import load_weights
 from moekit.recipes.train import main
 
@@ -226,6 +229,53 @@ def test_weights_of_another_model_are_scored_with_a_warning(trained, score, tmp_
         "warning: these weights were trained with --ffn-type swiglu, --moe-top-k 2, and this launch has --ffn-type "
         "geglu, --moe-top-k 1\n"
     ) in capsys.readouterr().out
+
+
+def test_exported_weights_of_another_method_are_scored_with_a_warning(trained, score, tmp_path, capsys, shards):
+    path = export(trained, tmp_path / "weights.safetensors")
+    data = ["--val-manifest", str(shards.validation[0])]
+    [line] = score(path, *data, "--recipe", "openlm")
+    assert line["step"] == 4
+    assert "warning" not in capsys.readouterr().out
+    score(path, *data, "--recipe", "openlm", "--moe-top-k", "1", name="others")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "warning: these weights were trained with --moe-top-k 2, and this launch has --moe-top-k 1" in said
+
+
+def test_scores_are_kept_where_there_is_a_place_for_them(trained, tmp_path, capsys, shards, monkeypatch):
+    """Beside somebody else's checkpoint, or in a full or closed folder of one's own, there may be none."""
+    closed: list[str] = []
+
+    def refuse(function):
+        def write(path, *arguments, **options):
+            if str(path).startswith(tuple(closed)):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+            return function(path, *arguments, **options)
+
+        return write
+
+    monkeypatch.setattr(scoring, "append_results", refuse(scoring.append_results))
+    monkeypatch.setattr(scoring, "write_config", refuse(scoring.write_config))
+    words = ["--model", "moekit_tiny", "--precision", "fp32", "--batch-size", "4", "--recipe", "openlm"]
+    words += ["--resume", str(trained), "--logs", str(tmp_path / "mine"), "--val-manifest", str(shards.validation[0])]
+    beside, own = trained.parent / "results.jsonl", tmp_path / "mine" / "s" / "results.json"
+    lines = beside.read_text()
+    closed[:] = [str(trained)]
+    main([*words, "--name", "s"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {beside} cannot be written: Read-only file system" in said
+    assert said.endswith(f"results: {own}")
+    assert json.loads(own.read_text())["validation"]
+    assert beside.read_text() == lines
+    closed[:] = [str(tmp_path / "mine")]
+    main([*words, "--name", "t"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: {own.parent.with_name('t') / 'results.json'} cannot be written" in said
+    assert said.endswith(f"results: {beside}")
+    assert len(beside.read_text()) > len(lines)
+    closed.append(str(trained))
+    with pytest.raises(SystemExit, match="Read-only file system"):
+        main([*words, "--name", "u"])
 
 
 def test_there_must_be_something_to_score(trained, score, tmp_path, capsys):

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -160,6 +161,42 @@ def test_one_expert_is_enough_for_a_method_that_takes_one():
     settings = ModelSettings(preset="moekit_tiny", recipe="switch", moe_num_experts=1)
     check_model(settings)
     assert make_config(settings).moe_top_k == 1
+
+
+def test_one_expert_is_enough_for_a_method_that_would_take_two():
+    settings = ModelSettings(preset="moekit_tiny", moe_num_experts=1)
+    check_model(settings)
+    assert make_config(settings).moe_top_k == 1
+    assert make_recipe(settings).route.keywords["k"] == make_evaluation_recipe(settings).route.keywords["k"] == 1
+    assert resolved_model(settings).moe_top_k == 1
+    with pytest.raises(ValueError, match="moe_top_k is 2, expected between 1 and moe_num_experts = 1"):
+        check_model(replace(settings, moe_top_k=2))
+
+
+TIGHT = """
+from functools import partial
+from moekit.dispatch import by_weight, padded
+from moekit.experts import batched, swiglu
+from moekit.recipes import expert_layer, mixtral
+
+def mine(k=2, capacity_factor=1.0):
+    tight = padded(capacity_factor=capacity_factor, priority=by_weight)
+    layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
+    return mixtral(k=k)._replace(layer=layer, plan=tight.plan)
+"""
+
+
+def test_a_layer_that_cannot_be_scored_is_refused_before_it_is_trained(tmp_path):
+    """Evaluation drops nothing, and ``batched`` takes equal groups alone."""
+    path = tmp_path / "mine.py"
+    path.write_text(TIGHT)
+    message = r"does not fit --moe-num-experts 8: in scoring, .*capacity_factor=0.*batched: the groups have no common"
+    with pytest.raises(ValueError, match=message):
+        check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
+    path.write_text(TIGHT.replace("batched", "grouped"))
+    check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
+    path.write_text(TIGHT.replace("matmul=batched)", "matmul=lambda *given: print(given[0].item()))"))
+    check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))  # nothing is known of what reads tensors
 
 
 def test_a_dense_model_asks_no_router():
