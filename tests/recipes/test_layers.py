@@ -30,6 +30,7 @@ from moekit.routing import (
     z_loss,
 )
 from moekit.routing.top_k import token_choice
+from moekit.types import Ratio
 
 D, F, E, K = 6, 7, 5, 2
 DISPATCHERS = {"dropless": dropless(), "padded": padded(capacity_factor=1.0)}
@@ -333,10 +334,15 @@ def test_a_dropless_layer_within_a_limit_is_the_padded_one(priority, factor: flo
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def test_a_layer_within_a_limit_takes_routings_that_are_lists() -> None:
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_a_layer_within_a_limit_takes_routings_that_are_lists(exchanged: bool) -> None:
     x, params = torch.randn(12, D, dtype=torch.float64), draw_params().experts
     tight = padded(capacity_factor=0.5)
     routing = expert_choice(torch.randn(12, E, dtype=torch.float64), capacity_factor=2.0)
+    if exchanged:  # what arrives from other ranks has its places, and a share of all assignments
+        routing = type(routing)(*(each.flatten() if isinstance(each, Tensor) else each for each in routing))
+        places = torch.randperm(routing.expert_indices.numel())
+        routing = routing._replace(positions=places, pool=Ratio(70, 3))
     composed = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=loop))
     within = limited(expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop)), plan=tight.plan)
     torch.testing.assert_close(within(x, routing, params), composed(x, routing, params))
