@@ -7,6 +7,7 @@ and `moekit.lm.checkpoint_index` the index beside them. `moekit.lm.checkpoint_fo
 
 import json
 import os
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -66,7 +67,7 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
     Raises:
         TypeError: if ``state`` holds something that JSON cannot.
-        OSError: if a file cannot be written; earlier checkpoints are untouched.
+        OSError: if a file cannot be written; earlier checkpoints are untouched, and nothing is left of this one.
 
     Example:
         >>> import tempfile
@@ -83,20 +84,30 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
         unfinished.mkdir(parents=True)
     _meet()
     try:
-        with _without_single_process_warning():
-            dcp.save(dict(tensors), checkpoint_id=unfinished, no_dist=not _together())
-    except CheckpointException as error:  # no Exception: it would pass by every handler
-        raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}. Is the disk full?") from error
-    if _leads():
-        write_whole(unfinished / STATE, text)
-    _meet()
-    names = covered_files(unfinished)[_rank() :: _size()]
-    checksums = _gathered(file_checksums(unfinished, names))
-    if _leads():
-        write_checksums(unfinished, {name: value for part in checksums for name, value in part.items()})
-        put_in_place(unfinished, folder)
+        _write(unfinished, tensors, text)
+        if _leads():
+            put_in_place(unfinished, folder)
+    except BaseException as error:
+        if _leads():  # half a checkpoint would fill the disk that the next launch writes to
+            shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, CheckpointException | OSError):  # the first is no Exception: it would pass by handlers
+            raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}. Is the disk full?") from error
+        raise
     _meet()
     return folder
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:
+    """Write all files of a checkpoint into a folder that is there."""
+    with _without_single_process_warning():
+        dcp.save(dict(tensors), checkpoint_id=folder, no_dist=not _together())
+    if _leads():
+        write_whole(folder / STATE, state)
+    _meet()
+    names = covered_files(folder)[_rank() :: _size()]
+    checksums = _gathered(file_checksums(folder, names))
+    if _leads():
+        write_checksums(folder, {name: value for part in checksums for name, value in part.items()})
 
 
 def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

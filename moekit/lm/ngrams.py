@@ -1,6 +1,7 @@
 """Count-based baselines: what a model must beat to have learned more than which token follows which.
 
 Both score exactly what a language model is scored on: the targets ``sequences[:, 1:]``, each given its predecessor.
+The id -1 is padding: no target, and no predecessor.
 
 References:
     Stanley F. Chen and Joshua Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling", Harvard
@@ -34,8 +35,8 @@ def unigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: flo
     p(t) = (n(t) + alpha) / (n + alpha V), with n(t) the training targets that are t.
 
     Args:
-        train: (num_sequences, seq_len + 1) ints in [0, V).
-        held_out: (any, any + 1) ints in [0, V).
+        train: (num_sequences, seq_len + 1) ints in [0, V), or -1 where there is no token.
+        held_out: (any, any + 1) ints in [0, V), or -1.
         vocab_size: V.
         alpha: count added to every token, above 0.
 
@@ -43,7 +44,7 @@ def unigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: flo
         Mean loss in nats per token.
 
     Raises:
-        ValueError: if ``alpha`` is not above 0, or the sequences are no such tensors.
+        ValueError: if ``alpha`` is not above 0, the sequences are no such tensors, or there is no target to score.
 
     Example:
         >>> train = torch.tensor([[0, 1, 1, 0, 1]])
@@ -51,8 +52,8 @@ def unigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: flo
         0.579
     """
     _check(train, held_out, vocab_size, alpha)
-    probs = _add_alpha(_bincount(train[:, 1:], vocab_size), alpha)
-    return -float(probs[held_out[:, 1:].long()].log().mean())
+    probs = _add_alpha(_bincount(_targets(train), vocab_size), alpha)
+    return -float(probs[_targets(held_out)].log().mean())
 
 
 def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: float = 1.0) -> float:
@@ -60,15 +61,16 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
 
     With n(c, t) the times that t follows c in training, n(c) their sum and k(c) the number of different t:
 
-        p(t | c) = max(n(c, t) - d, 0) / n(c) + d k(c) / n(c) * q(t),    and q(t) where n(c) = 0
+        p(t | c) = max(n(c, t) - d, 0) / n(c) + d k(c) / n(c) * q(t),    and q(t) where n(c) = 0 or c is padding
 
     The discount d and the lower order q are those that score best on every twentieth training sequence, with counts
     from the others; then all of training is counted. q is either the unigram (absolute discounting) or in proportion
     to the number of different contexts of t (Kneser-Ney), both with alpha added. Held-out data choose nothing.
 
     Args:
-        train: (num_sequences, seq_len + 1) ints in [0, V), at least two sequences.
-        held_out: (any, any + 1) ints in [0, V).
+        train: (num_sequences, seq_len + 1) ints in [0, V), or -1 where there is no token; at least two sequences
+            with targets.
+        held_out: (any, any + 1) ints in [0, V), or -1.
         vocab_size: V. Counts take 8 V² bytes.
         alpha: count added to every token of the lower order, above 0.
 
@@ -76,7 +78,7 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
         Mean loss in nats per token.
 
     Raises:
-        ValueError: if ``alpha`` is not above 0, or the sequences are no such tensors.
+        ValueError: if ``alpha`` is not above 0, the sequences are no such tensors, or there is no target to score.
 
     Example:
         >>> train = torch.tensor([[0, 1, 0, 1, 0, 1, 0]] * 40)
@@ -84,8 +86,12 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
         True
     """
     _check(train, held_out, vocab_size, alpha)
+    train = train[(train[:, 1:] >= 0).any(1)]
     if len(train) < 2:
-        raise ValueError("train has 1 sequence; expected at least 2, since one is needed to choose the discount")
+        raise ValueError(
+            f"train has targets in {len(train)} of its sequences; expected at least 2 such, since one is needed to "
+            "choose the discount"
+        )
     slice_ = torch.arange(len(train)) % 20 == min(19, len(train) - 1)
     chosen_on = _pairs(train[~slice_], train[slice_], vocab_size, alpha)
     discount, kneser_ney = min(
@@ -96,15 +102,17 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
 
 
 def _pairs(train: Tensor, scored: Tensor, vocab_size: int, alpha: float) -> _Pairs:
-    ids = train[:, :-1].long() * vocab_size + train[:, 1:]
-    counts = _bincount(ids, vocab_size**2).view(vocab_size, vocab_size)
+    contexts, targets = _contexts(train, vocab_size), _targets(train)
+    counts = _bincount(contexts * vocab_size + targets, (vocab_size + 1) * vocab_size).view(-1, vocab_size)
+    unigram = counts.sum(0)
+    counts[vocab_size] = 0  # what follows padding follows no token
     seen = counts > 0
-    contexts, targets = scored[:, :-1].flatten().long(), scored[:, 1:].flatten().long()
+    contexts, targets = _contexts(scored, vocab_size), _targets(scored)
     return _Pairs(
         times=counts[contexts, targets].double(),
         total=counts.sum(1).double()[contexts],
         kinds=seen.sum(1).double()[contexts],
-        unigram=_add_alpha(counts.sum(0), alpha)[targets],
+        unigram=_add_alpha(unigram, alpha)[targets],
         continuation=_add_alpha(seen.sum(0), alpha)[targets],
     )
 
@@ -115,8 +123,20 @@ def _loss(pairs: _Pairs, *, discount: float, kneser_ney: bool) -> float:
     return -float(torch.where(pairs.total > 0, probs, lower).log().mean())
 
 
+def _targets(sequences: Tensor) -> Tensor:
+    """Return what is predicted, (num_targets,) int64."""
+    targets = sequences[:, 1:]
+    return targets[targets >= 0].long()
+
+
+def _contexts(sequences: Tensor, vocab_size: int) -> Tensor:
+    """Return what precedes each target, (num_targets,) int64; padding is V."""
+    contexts = sequences[:, :-1][sequences[:, 1:] >= 0].long()
+    return contexts.where(contexts >= 0, vocab_size)
+
+
 def _bincount(ids: Tensor, size: int) -> Tensor:
-    return torch.bincount(ids.flatten().long(), minlength=size)
+    return torch.bincount(ids, minlength=size)
 
 
 def _add_alpha(counts: Tensor, alpha: float) -> Tensor:
@@ -130,5 +150,9 @@ def _check(train: Tensor, held_out: Tensor, vocab_size: int, alpha: float) -> No
         if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
             raise ValueError(f"{name} has the shape {tuple(sequences.shape)}; expected (num_sequences, seq_len + 1)")
         low, high = int(sequences.min()), int(sequences.max())
-        if low < 0 or high >= vocab_size:
-            raise ValueError(f"{name} has ids from {low} to {high}; expected ids in [0, {vocab_size})")
+        if low < -1 or high >= vocab_size:
+            raise ValueError(
+                f"{name} has ids from {low} to {high}; expected ids in [0, {vocab_size}), or -1 for padding"
+            )
+    if not (held_out[:, 1:] >= 0).any():
+        raise ValueError("held_out has no target but padding; expected at least one token to score")

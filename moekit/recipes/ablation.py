@@ -4,14 +4,14 @@ Each run is one of the training program, in a folder of its own. What is done is
 stopped at any time and goes on where it was.
 """
 
-import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
@@ -21,20 +21,20 @@ from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.signals import stop_on_signals
 from moekit.parallel import under_torchrun
-from moekit.recipes.ablation_runs import Job, do, line_of, make_jobs
+from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
+from moekit.recipes.ablation_failures import Failure, attempt, told_failures
+from moekit.recipes.ablation_runs import Job, line_of, make_jobs
+from moekit.recipes.ablation_stops import stops_seen
 from moekit.recipes.ablation_summaries import summaries
 from moekit.recipes.ablation_tables import draw, markdown, printed
-from moekit.recipes.configuration import flat_settings, parse_settings
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.consoles import print_notes
 from moekit.recipes.names import RECIPES, users_fault
 from moekit.recipes.routers import PREFIX, ROUTERS
-from moekit.recipes.settings import TrainSettings
-from moekit.recipes.setup import check_model, make_config, overridden_flags
+from moekit.recipes.setup import make_config, overridden_flags
 
 BASELINE = "top_k"
 _FASTER = ("--val-num-samples", "65536", "--val-every-n-steps", "1000000")  # before the user's words, which win
-_OWN = frozenset({"steps", "recipe", "seed", "name", "logs", "resume", "describe", "world_size"})
-_NOT_SHARED = frozenset({"recipe", "seed", "name", "logs", "resume", "describe", "world_size", "config"})
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, TypeError)
 
 
@@ -60,6 +60,18 @@ class AblationSettings:
     """Keep the last checkpoint of every run that is done."""
 
 
+class Outcome(NamedTuple):
+    """How an ablation ended.
+
+    Attributes:
+        failures: runs that raised an error.
+        stopped_by: the signal that stopped it before its last run, or None.
+    """
+
+    failures: tuple[Failure, ...]
+    stopped_by: signal.Signals | None
+
+
 def main(
     arguments: list[str] | None = None,
     *,
@@ -74,7 +86,8 @@ def main(
         launch: the words that start it, for the hint how to go on.
 
     Raises:
-        SystemExit: with a message, if settings or data make no sense.
+        SystemExit: with a message, if settings or data make no sense, or a run failed; with 130 or 143, if Ctrl-C or
+            SIGTERM stopped it.
     """
     words = sys.argv[1:] if arguments is None else arguments
     cut = words.index("--") if "--" in words else len(words)
@@ -82,12 +95,19 @@ def main(
     try:
         jobs, console = plan(settings, words[cut + 1 :], prog=prog), _console()
         print_notes(console, overridden_flags(jobs[0].settings.model))
-        ablate(settings, jobs, console, command=shlex.join([*launch.split(), *words]))
+        outcome = ablate(settings, jobs, console, command=shlex.join([*launch.split(), *words]))
     except Exception as error:
         fault = next((fault for each in settings.recipe if (fault := users_fault(each, error))), None)
         if fault is None and not isinstance(error, _ERRORS):
             raise
         raise SystemExit(f"{prog}: {fault or error}") from error
+    told = f"{prog}: {told_failures(outcome.failures, runs=len(jobs))}" if outcome.failures else None
+    if outcome.stopped_by is not None:
+        if told is not None:
+            print(told, file=sys.stderr)
+        raise SystemExit(128 + outcome.stopped_by)  # as a shell counts it, so that `&&` does not go on
+    if told is not None:
+        raise SystemExit(told)
 
 
 def plan(settings: AblationSettings, words: Sequence[str], *, prog: str | None = None) -> list[Job]:
@@ -115,13 +135,13 @@ def plan(settings: AblationSettings, words: Sequence[str], *, prog: str | None =
             raise ValueError(f"--{name} is {value}; expected at least 1")
     if under_torchrun():
         raise ValueError("the ablation is one process; start it without torchrun")
-    _check_words(words)
+    check_words(words)
     shared = parse_settings([*_FASTER, *words, "--steps", str(settings.steps)], prog=prog)
     if not make_config(shared.model).moe_freq:
         raise ValueError("--moe-freq 0 makes a dense model, which has no router to compare; leave it out")
     jobs = make_jobs(labelled(settings), seeds=settings.seeds, settings=shared, folder=settings.folder)
     for job in jobs[: len(jobs) // settings.seeds]:
-        _check_recipe(job)
+        check_recipe(job)
     return jobs
 
 
@@ -157,8 +177,8 @@ def labelled(settings: AblationSettings) -> dict[str, str]:
     return dict(pairs)
 
 
-def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *, command: str = "") -> None:
-    """Do the runs that are not done, and write and print the table of those that are.
+def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *, command: str = "") -> Outcome:
+    """Do the runs that are not done, and write and print the table of those that are. One that fails stops no other.
 
     Args:
         settings: of the ablation.
@@ -166,71 +186,66 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
         console: where to.
         command: that started the program, for the hint how to go on.
 
+    Returns:
+        Which runs failed, and whether a signal stopped it.
+
     Raises:
-        ValueError: if the folder holds runs with other settings.
+        ValueError: if the folder holds runs with other settings, or of another recipe with the same label; or if the
+            data make no sense.
+        FileNotFoundError: if data are not there.
     """
+    if not all(job.results.exists() for job in jobs):
+        check_data(jobs[0].settings, console)
     settle_folder(settings.folder, jobs[0].settings)
-    results = JsonLines(settings.folder / "results.jsonl")
-    lines, stopped = read_metrics(results.path), False
-    with stop_on_signals() as stop:
-        for number, job in enumerate(jobs, start=1):
-            if not job.results.exists():
-                with console.status(f"[{number}/{len(jobs)}] {job.label}, seed {job.seed}"):
-                    done = do(job, keep_checkpoints=settings.keep_checkpoints)
-                if not done:
-                    stopped = True
-                    break
-                console.print(f"\\[{number}/{len(jobs)}] {_told(line_of(job))}", highlight=False, soft_wrap=True)
-            line = line_of(job)
-            if line not in lines:
-                results.log(line)
-            if stop:
-                stopped = number < len(jobs)
-                break
-    show(settings, [job for job in jobs if job.results.exists()], console)
-    if stopped:
+    refuse_other_recipes(jobs)
+    outcome = _do_all(settings, jobs, console)
+    show(settings, _lines(jobs, outcome.failures), console)
+    if outcome.stopped_by is not None:
         console.print(f"stopped; go on with:\n  {command}", highlight=False, soft_wrap=True)
+    return outcome
 
 
-def settle_folder(folder: Path, settings: TrainSettings) -> None:
-    """Write down the settings that all runs of a folder share, or compare them with what is there.
-
-    Args:
-        folder: of the ablation; made if need be.
-        settings: of any run.
-
-    Raises:
-        ValueError: if the folder holds runs with other settings, or something else.
-    """
-    path = folder / "settings.json"
-    shared = {name: value for name, value in flat_settings(settings).items() if name not in _NOT_SHARED}
-    if not path.exists():
-        if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
-            raise ValueError(f"--folder {folder} holds something that is no ablation; choose another --folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(path, json.dumps(shared, indent=1) + "\n")
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    names = sorted(name for name in {*before, *shared} if before.get(name) != shared.get(name))
-    if names:
-        told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {shared.get(name)})" for name in names)
-        raise ValueError(
-            f"{folder} holds runs with {told}; rows of a table share their settings. Give the same again, or choose "
-            f"another --folder"
-        )
+def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -> Outcome:
+    results = JsonLines(settings.folder / "results.jsonl")
+    failures: list[Failure] = []
+    logged = read_metrics(results.path)
+    with stop_on_signals(), stops_seen() as stopped:
+        for number, job in enumerate(jobs, start=1):
+            place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
+            with console.status(f"{place} {job.label}, seed {job.seed}"):
+                came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
+            if came is None:
+                return Outcome(tuple(failures), stopped() or signal.SIGTERM)  # a run stops by nothing else
+            line = came.line if isinstance(came, Failure) else came
+            if new or isinstance(came, Failure):
+                console.print(f"{place} {_told(line)}", highlight=False, markup=False, soft_wrap=True)
+            if isinstance(came, Failure):
+                failures.append(came)
+            elif line not in logged:
+                results.log(line)
+            if (by := stopped()) is not None and (number < len(jobs) or isinstance(came, Failure)):
+                return Outcome(tuple(failures), by)
+    return Outcome(tuple(failures), None)
 
 
-def show(settings: AblationSettings, jobs: Sequence[Job], console: Console) -> None:
+def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[dict[str, Any]]:
+    """List what is known of the runs, in their order."""
+    failed = {(each.label, each.seed): each.line for each in failures}
+    known = [job for job in jobs if (job.label, job.seed) in failed or job.results.exists()]
+    return [failed.get((job.label, job.seed)) or line_of(job) for job in known]
+
+
+def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: Console) -> None:
     """Print the table of runs that are done, and write ``table.md`` and ``ablation.png``.
 
     Args:
         settings: of the ablation.
-        jobs: runs that are done.
+        lines: of runs that are done or failed.
         console: where to.
     """
-    if not jobs:
+    if not lines:
         return
-    rows = summaries([line_of(job) for job in jobs])
+    rows = summaries(lines)
     console.print(printed(rows))
     write_whole(settings.folder / "table.md", markdown(rows))
     try:
@@ -252,21 +267,3 @@ def _told(line: dict[str, Any]) -> str:
         return who + line["failed"]
     losses = ", ".join(f"{name} {scores['loss']:.3f}" for name, scores in line["validation"].items())
     return f"{who}{losses}; {line['seconds']:.0f} s of training, {line['tokens'] / line['seconds']:,.0f} tokens/s"
-
-
-def _check_words(words: Sequence[str]) -> None:
-    for word in words:
-        name = word.partition("=")[0].lstrip("-").replace("-", "_")
-        if word.startswith("--") and name in _OWN:
-            raise ValueError(
-                f"{word} was given after `--`, but the ablation sets it for every run; give its own flags before the "
-                f"`--`: --steps, --seeds, --recipe, --folder"
-            )
-
-
-def _check_recipe(job: Job) -> None:
-    """Find out before the first run whether a router fits the model."""
-    try:
-        check_model(job.settings.model)
-    except ValueError as error:
-        raise ValueError(f"{job.label}: {error}") from error

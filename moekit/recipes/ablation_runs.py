@@ -14,6 +14,7 @@ from moekit.lm.batches import ValidationBatch, read_validation
 from moekit.lm.files import write_whole
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
+from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.evaluate import evaluating
@@ -59,7 +60,7 @@ def make_jobs(recipes: Mapping[str, str], *, seeds: int, settings: TrainSettings
     """List the runs: all recipes with the first seed, then all with the next, so that a part of them is a whole table.
 
     Args:
-        recipes: label to what ``--recipe`` is.
+        recipes: label to what ``--recipe`` is; the runs have absolute paths of files.
         seeds: how many; they are 0, 1, ...
         settings: that all runs share.
         folder: of the ablation.
@@ -81,7 +82,7 @@ def make_jobs(recipes: Mapping[str, str], *, seeds: int, settings: TrainSettings
 
 def _of_a_run(settings: TrainSettings, recipe: str, **run: Any) -> TrainSettings:
     of_run = replace(settings.run, resume="latest", **run)
-    return replace(settings, model=replace(settings.model, recipe=recipe), run=of_run)
+    return replace(settings, model=replace(settings.model, recipe=located(recipe)), run=of_run)
 
 
 def do(job: Job, *, keep_checkpoints: bool) -> bool:
@@ -115,9 +116,10 @@ def line_of(job: Job) -> dict[str, Any]:
         job: a run that is done.
 
     Returns:
-        Label, recipe, seed, and what ``results.json`` holds.
+        Label, recipe as it was trained, seed, and what ``results.json`` holds.
     """
-    named = {"router": job.label, "recipe": job.settings.model.recipe, "seed": job.seed}
+    recipe = stored_recipe(job.folder) or job.settings.model.recipe
+    named = {"router": job.label, "recipe": recipe, "seed": job.seed}
     return {**named, **json.loads(job.results.read_text(encoding="utf-8"))}
 
 

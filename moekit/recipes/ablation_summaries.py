@@ -152,8 +152,11 @@ def verdict(lines: Sequence[Line]) -> str:
         lines: of a router's runs.
 
     Returns:
-        "trains", or "collapsed" with the reason.
+        "trains", "collapsed" with the reason, or "failed" with the class of the error that ended a run.
     """
+    errors = [line["error"] for line in lines if "error" in line]
+    if errors:
+        return f"failed: {errors[0]}"
     if any("failed" in line for line in lines):
         return "collapsed: not finite"
     dead = max(dead_experts(line) for line in lines)

@@ -4,26 +4,37 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tyro
 
 from moekit.lm.files import write_whole
+from moekit.recipes.derived import give_way, typed_flags
 from moekit.recipes.settings import ModelSettings, TrainSettings
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
 # Flags that are no settings.
 _OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})
+_DERIVED = "derived"  # the key of a run's file that is no setting: names of those that nobody gave
+
+
+class Parsed(NamedTuple):
+    """Settings, and which of them nobody gave.
+
+    Attributes:
+        settings: that were read.
+        derived: names of those that an earlier run filled in, as its file says, and that no flag touches.
+    """
+
+    settings: TrainSettings
+    derived: tuple[str, ...]
 
 
 def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSettings:
-    """Read the settings from a command line and, under it, from the file that ``--config`` names.
-
-    A flag may be written with dashes or underscores. A setting of the file is read as if it stood on the command line
-    before all flags, so that its type is checked and a flag wins over it.
+    """Read the settings from a command line and, under it, from the file that ``--config`` names; see ``parse``.
 
     Args:
         arguments: the words.
@@ -41,10 +52,40 @@ def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSet
         >>> parse_settings(["--moe-num-experts", "4", "--steps", "60"]).optimizer.steps
         60
     """
+    return parse(arguments, prog=prog).settings
+
+
+def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
+    """Read the settings from a command line and, under it, from the file that ``--config`` names.
+
+    A flag may be written with dashes or underscores. A setting of the file is read as if it stood on the command line
+    before all flags, so that its type is checked and a flag wins over it; and over what a run derived from the setting
+    that the flag changes, see ``give_way``.
+
+    Args:
+        arguments: the words.
+        prog: name of the program in the help text.
+
+    Returns:
+        Parsed.
+
+    Raises:
+        SystemExit: if a flag is unknown or has a bad value; the message is printed, with a hint.
+        FileNotFoundError: if the file is not there.
+        ValueError: if it holds no settings.
+
+    Example:
+        >>> parse(["--lr", "0.1"]).derived
+        ()
+    """
     path = _config_path(arguments)
-    words = [] if path is None else _words(read_config(path))
+    values = {} if path is None else read_config(path)
+    derived = values.pop(_DERIVED, [])
+    values = give_way(values, derived, arguments)
+    left = tuple(name for name in derived if name in values.keys() - typed_flags(arguments).keys())
+    words = _words(values)
     try:
-        return tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog)
+        return Parsed(tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog), left)
     except SystemExit as error:
         if words and error.code:  # the message above shows no more than words, of which the user has not typed these
             shown = shlex.join(words).encode("utf-8", "backslashreplace").decode()
@@ -59,7 +100,7 @@ def read_config(path: Path) -> dict[str, Any]:
         path: of the file.
 
     Returns:
-        Name with underscores to value.
+        Name with underscores to value; in the file of a run, ``derived`` to the names of what nobody gave.
 
     Raises:
         FileNotFoundError: if it is not there.
@@ -77,6 +118,11 @@ def read_config(path: Path) -> dict[str, Any]:
         items = value if isinstance(value, list) else [value]
         if not all(item is None or isinstance(item, str | int | float) for item in items):
             raise ValueError(f"--config {path}: {key} is {value!r}; expected a number, a text, or a list of them")
+        if key == _DERIVED and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+            raise ValueError(
+                f"--config {path}: {key} is {value!r}; expected a list of names of settings that nobody gave, as a run "
+                "writes it. Leave it out if there are none"
+            )
     return {key.replace("-", "_"): value for key, value in values.items()}
 
 
@@ -141,12 +187,13 @@ def stored_model(values: Mapping[str, Any]) -> ModelSettings:
     return ModelSettings(**{name: value for name, value in given.items() if name in known})
 
 
-def write_config(folder: Path, settings: TrainSettings) -> Path:
+def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[str] = ()) -> Path:
     """Write a run's settings, resolved, as ``config.json``, which ``--config`` reads; and as OpenLM's ``params.txt``.
 
     Args:
         folder: of the run; made if need be.
         settings: of the run.
+        derived: names of those that nobody gave, for ``config.json``.
 
     Returns:
         The path of ``config.json``.
@@ -163,6 +210,7 @@ def write_config(folder: Path, settings: TrainSettings) -> Path:
     values = flat_settings(settings)
     write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
+    kept |= {_DERIVED: [name for name in kept if name in derived]} if derived else {}
     return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
 
 

@@ -24,12 +24,14 @@ class Ended(NamedTuple):
     Attributes:
         progress: how far it came.
         at: where the next step starts.
+        tokens: that this launch trained on, over all ranks: no holes, no padding, no step that was left out.
         by: who stopped it, in words.
         trouble: what went wrong on this rank outside a step, with data, validation or trackers; or None.
     """
 
     progress: Progress
     at: Position
+    tokens: int
     by: str
     trouble: Exception | None
 
@@ -51,7 +53,7 @@ def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *,
         FloatingPointError: see ``train``.
     """
     steps, every = run.budget.steps, run.settings.run
-    clock, at, trouble = Clock(progress.seconds), position(run), None
+    clock, at, trouble, trained = Clock(progress.seconds), position(run), None, 0
     while progress.step < steps:
         asked = time.perf_counter()
         batch, trouble = _attempt(run.stream.__next__)
@@ -64,7 +66,8 @@ def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *,
         validates = step % every.val_every_n_steps == 0 or ended or step == steps
         reports = step % every.log_every_n_steps == 0 or validates
         result = train_step(run, batch, step=progress.step, tokens=tokens, statistics=reports)
-        with clock.paused(steps=1):
+        trained += result.targets if result.taken else 0
+        with clock.paused(steps=1, tokens=result.targets):
             progress = _counted(run, progress, result, clock.seconds, at, command, recorder)
             at = position(run)
             report = partial(_report, run, recorder, result, progress, at, clock, data_time=data_time)
@@ -73,7 +76,7 @@ def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *,
                 break
             if step < steps and _saves(run, step, ended=ended):
                 save(run, progress, at)
-    return Ended(progress, at, stop.name or "another rank's signal or error", trouble)
+    return Ended(progress, at, trained, stop.name or "another rank's signal or error", trouble)
 
 
 def _report(

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -24,6 +24,18 @@ from moekit.recipes.updates import StepResult
 _PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by NVIDIA's data sheets
 
 
+class Speed(NamedTuple):
+    """How fast a run trains.
+
+    Attributes:
+        steps: optimizer steps per second.
+        tokens: targets per second, over all ranks; holes of bad data and padding are none.
+    """
+
+    steps: float
+    tokens: float
+
+
 class Clock:
     """Seconds that went into training steps; reports, validations and checkpoints are not counted.
 
@@ -34,20 +46,22 @@ class Clock:
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
         self._resumed = time.monotonic()
-        self._lap_steps, self._lap_start = 0, seconds
+        self._lap_steps, self._lap_tokens, self._lap_start = 0, 0, seconds
 
     @contextmanager
-    def paused(self, *, steps: int) -> Iterator[None]:
-        """Count the steps since the last pause, and stop the clock meanwhile."""
+    def paused(self, *, steps: int, tokens: int) -> Iterator[None]:
+        """Count the steps since the last pause and their tokens, and stop the clock meanwhile."""
         self.seconds += time.monotonic() - self._resumed
         self._lap_steps += steps
+        self._lap_tokens += tokens
         yield
         self._resumed = time.monotonic()
 
-    def lap(self) -> float:
-        """Return steps per second since the last lap."""
-        speed = self._lap_steps / max(self.seconds - self._lap_start, 1e-9)
-        self._lap_steps, self._lap_start = 0, self.seconds
+    def lap(self) -> Speed:
+        """Return the speed since the last lap."""
+        seconds = max(self.seconds - self._lap_start, 1e-9)
+        speed = Speed(self._lap_steps / seconds, self._lap_tokens / seconds)
+        self._lap_steps, self._lap_tokens, self._lap_start = 0, 0, self.seconds
         return speed
 
 
@@ -72,7 +86,7 @@ class Recorder:
         result: StepResult,
         progress: Progress,
         *,
-        speed: float,
+        speed: Speed,
         data_time: float,
         validation: Mapping[str, float] | None = None,
     ) -> None:
@@ -81,7 +95,7 @@ class Recorder:
         Args:
             result: of the step.
             progress: after it.
-            speed: optimizer steps per second since the last report.
+            speed: since the last report.
             data_time: seconds that this step waited for data.
             validation: name of a validation set to its loss.
         """
@@ -164,42 +178,44 @@ def recording(run: Run, console: Console, progress: Progress) -> Iterator[Record
         yield Recorder(run, trackers, display, data_log)
 
 
-def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: float, data_time: float) -> dict[str, Any]:
+def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Speed, data_time: float) -> dict[str, Any]:
     """Gather the numbers of a step under the names that trackers show, which are OpenLM's where it has them.
 
     ``samples_per_second`` and ``samples_per_second_per_gpu`` count tokens, as in OpenLM. ``load_balancing_loss`` has
-    its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance.
+    its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance. ``tokens`` is nominal, what the
+    steps so far have room for, by which budget and schedule go; ``step_tokens`` counts the targets of the step, and
+    rates count targets too: holes of bad data and padding are none.
 
     Args:
         run: the run.
         result: of the step.
         progress: after it.
-        speed: optimizer steps per second since the last report.
+        speed: since the last report.
         data_time: seconds that this step waited for data.
 
     Returns:
         Name to number.
     """
     loss, budget, ranks = result.loss, run.budget, run.world.size
-    tokens_per_second = speed * budget.tokens_per_step
-    flops_per_second = 6 * parameter_table(run.model)[-1].active * tokens_per_second
+    flops_per_second = 6 * parameter_table(run.model)[-1].active * speed.tokens
     names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
     cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
     metrics: dict[str, Any] = {
         "step": progress.step,
         **_epoch_metrics(run, progress.step),
         "tokens": progress.step * budget.tokens_per_step,
+        "step_tokens": result.targets,
         "loss": cross_entropy,
         **{f"loss/{name}": term for name, term in zip(names, terms, strict=True)},
         "load_balancing_loss": _coefficient(run) * dict(zip(names, terms, strict=True)).get("load_balance", 0.0),
         "lr": result.rate,
         "grad_norm": result.gradient_norm,
-        "tokens_per_second": round(tokens_per_second, 1),
-        "samples_per_second": round(tokens_per_second, 1),
-        "samples_per_second_per_gpu": round(tokens_per_second / ranks, 1),
+        "tokens_per_second": round(speed.tokens, 1),
+        "samples_per_second": round(speed.tokens, 1),
+        "samples_per_second_per_gpu": round(speed.tokens / ranks, 1),
         "tflops_per_second": round(flops_per_second / 1e12, 4),
         "data_time": data_time,
-        "batch_time": 1 / speed if speed else 0.0,
+        "batch_time": 1 / speed.steps if speed.steps else 0.0,
         **result.seconds,
         "skipped_steps": progress.skipped_steps,
         "skipped_data": dict(progress.skipped_data),

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from moekit.lm.batches import BatchStream, open_stream
+from moekit.lm.folder_locks import FolderLock, LockedStream
 from moekit.lm.model import LanguageModel
 from moekit.lm.orders import check_budget
 from moekit.parallel import Grid, World, share, wait
@@ -36,7 +37,8 @@ class Run(NamedTuple):
         grid: how the ranks are arranged.
         optimizer: over all its parameters.
         scaler: of gradients; does nothing unless the precision is amp.
-        stream: of training batches.
+        stream: of training batches; closing it lets go of the lock.
+        lock: of the folder, for rank 0 to take.
     """
 
     settings: TrainSettings
@@ -50,6 +52,7 @@ class Run(NamedTuple):
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     stream: BatchStream
+    lock: FolderLock
 
 
 def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
@@ -82,7 +85,7 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         max_passes=corpus.max_passes,
     )
     built = make_model(settings, world)
-    data, seed = settings.data, settings.run.seed
+    lock = FolderLock(folder)
     return Run(
         settings=settings,
         world=world,
@@ -94,22 +97,28 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         grid=built.grid,
         optimizer=make_optimizer(built.model, settings.optimizer),
         scaler=gradient_scaler(settings.optimizer.precision, world.device),
-        stream=open_stream(
-            [source.shards for source in corpus.sources],
-            corpus.weights,
-            batch_size=budget.batch_size,
-            seq_len=config.seq_len,
-            vocab_size=config.vocab_size,
-            seed=seed,
-            rank=world.rank,
-            world_size=world.size,
-            workers=_workers(settings, world.device),
-            lanes=data.data_lanes,
-            max_passes=corpus.max_passes,
-            on_bad=data.on_bad_data,
-            data_key=data.data_key,
-            allow_commands=data.allow_pipe_commands,
-        ),
+        stream=LockedStream(_open_stream(settings, world, corpus, batch_size=budget.batch_size), lock),
+        lock=lock,
+    )
+
+
+def _open_stream(settings: TrainSettings, world: World, corpus: Corpus, *, batch_size: int) -> BatchStream:
+    config, data = make_config(settings.model), settings.data
+    return open_stream(
+        [source.shards for source in corpus.sources],
+        corpus.weights,
+        batch_size=batch_size,
+        seq_len=config.seq_len,
+        vocab_size=config.vocab_size,
+        seed=settings.run.seed,
+        rank=world.rank,
+        world_size=world.size,
+        workers=_workers(settings, world.device),
+        lanes=data.data_lanes,
+        max_passes=corpus.max_passes,
+        on_bad=data.on_bad_data,
+        data_key=data.data_key,
+        allow_commands=data.allow_pipe_commands,
     )
 
 
@@ -120,9 +129,9 @@ def resolved(run: Run) -> TrainSettings:
         run: the run.
 
     Returns:
-        The settings that ``config.json`` holds: with the number of steps (unless tokens and epochs say it), the global
-        batch, the warm-up, the precision, the workers, and what the recipe takes for experts per token, capacity factor
-        and loss weight.
+        The settings that ``config.json`` holds (and it names those that were filled in, see ``derived_names``): with
+        the number of steps (unless tokens and epochs say it), the global batch, the warm-up, the last rate, the
+        precision, the workers, and what the recipe takes for experts per token, capacity factor and loss weight.
     """
     given, device = run.settings, run.world.device
     optimizer = replace(

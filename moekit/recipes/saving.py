@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from moekit.lm.checkpoint_folders import remove_leftovers
 from moekit.lm.checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
@@ -128,19 +129,51 @@ def skipped_data(run: Run, progress: Progress, at: Position) -> dict[str, int]:
 
 
 def restore(run: Run, console: Console) -> Progress:
-    """Load the checkpoint that the settings name, if any. All ranks call it together.
+    """Lock the run folder, and load the checkpoint that the settings name, if any. All ranks call it together.
+
+    What a launch that was killed has left in the folder is removed before anything is written.
 
     Args:
-        run: changed in place.
+        run: changed in place; closing its stream ends the lock, and so does an error here.
         console: where to say so.
 
     Returns:
         Progress.
 
     Raises:
+        BlockingIOError: if another process trains in the folder.
+        OSError: if the folder cannot be made.
         FileNotFoundError: if the settings name a checkpoint that is not there.
         ValueError: if it does not fit the run.
     """
+    _claim(run)
+    try:
+        return _restore(run, console)
+    except BaseException:
+        run.lock.let_go()
+        raise
+
+
+def _claim(run: Run) -> None:
+    """Take the lock on rank 0, and tell all ranks of a refusal."""
+    trouble: OSError | None = None
+    if run.world.rank == 0:
+        try:
+            run.lock.take()
+            remove_leftovers(run.folder / "checkpoints")
+        except BlockingIOError as error:
+            trouble = error
+        except OSError as error:
+            trouble = OSError(
+                f"--logs: {run.folder} cannot be made or locked ({error.strerror or error}); expected a place that can "
+                "be written to."
+            )
+    trouble = share(run.world, trouble)
+    if trouble is not None:
+        raise trouble
+
+
+def _restore(run: Run, console: Console) -> Progress:
     resume = run.settings.run.resume
     if resume is None:
         return Progress()
@@ -184,11 +217,7 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
             f"{run.budget.batch_size}, under which steps, schedule and data would mean something else. --batch-size is "
             f"of one rank; give --global-batch-size {batch_size} instead"
         )
-    if progress.step > run.budget.steps:
-        raise ValueError(
-            f"checkpoint {folder} is of step {progress.step}, but the run has {run.budget.steps} steps; expected at "
-            f"least as many. --steps and --train-num-samples count from the beginning of the run."
-        )
+    _check_step(run, progress.step, f"checkpoint {folder} is of")
     with naming(f"checkpoint {folder}"):
         run.stream.load_state_dict(stream)
     if scaler and run.scaler.is_enabled():
@@ -209,6 +238,14 @@ def _check_progress(progress: Progress, folder: Path) -> None:
         raise ValueError(
             f"checkpoint {folder} is damaged: its state says {progress}; expected numbers of at least 0, and counts of "
             "skipped data. Resume from an older one"
+        )
+
+
+def _check_step(run: Run, step: int, what: str) -> None:
+    if step > run.budget.steps:
+        raise ValueError(
+            f"{what} step {step}, but the run has {run.budget.steps} steps; expected at least as many. --steps and "
+            "--train-num-samples count from the beginning of the run."
         )
 
 
@@ -234,7 +271,8 @@ def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
         fill(tensors[name], value)
     # OpenLM's first version stores the step at which the epoch began; AdamW's own count is right in all.
     counts = [int(value) for name, value in (moments or {}).items() if name.startswith("optimizer.step.")]
-    step = min(max(counts, default=0), run.budget.steps)
+    step = max(counts, default=0)
+    _check_step(run, step, f"{path} is, by its optimizer's state, of")
     console.print(
         f"loaded the weights of {path}; "
         + (f"with its optimizer's state, at step {step}" if moments else "the optimizer and the schedule start anew")

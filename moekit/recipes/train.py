@@ -1,10 +1,11 @@
 """The main program: train an MoE language model, evaluate it, and say what came out."""
 
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -12,31 +13,42 @@ from rich.console import Console
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.model import LanguageModel
 from moekit.lm.signals import stop_on_signals
-from moekit.lm.trackers import read_metrics
 from moekit.parallel import World, any_true, share, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
-from moekit.recipes.configuration import parse_settings, write_config
+from moekit.recipes.configuration import flat_settings, parse, write_config
 from moekit.recipes.consoles import print_notes, print_warnings
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
-from moekit.recipes.evaluate import Evaluation, evaluating
+from moekit.recipes.derived import derived_names
+from moekit.recipes.finishing import Trained, finish
 from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import language_model, moe_layers, parameter_table
-from moekit.recipes.loop import loop, validate
+from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
 from moekit.recipes.recording import recording
 from moekit.recipes.runs import Run, resolved, set_up
-from moekit.recipes.saving import restore, save
-from moekit.recipes.scoring import append_results, score
+from moekit.recipes.saving import Progress, restore, save
+from moekit.recipes.scoring import score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 from moekit.recipes.setup import check_model, make_config, make_recipe, overridden_flags
 from moekit.routing.token_rounding import rounding_of
 
-PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)
+
+
+class Launch(NamedTuple):
+    """What became of a launch.
+
+    Attributes:
+        folder: of the run.
+        stopped_by: who stopped it before the last step, in words; None if nobody did.
+    """
+
+    folder: Path
+    stopped_by: str | None
 
 
 def main(
@@ -50,12 +62,12 @@ def main(
         launch: the words that start it, for the hint how to resume.
 
     Raises:
-        SystemExit: with a message, if settings or data make no sense.
+        SystemExit: with a message, if settings or data make no sense; with a status, if a signal stopped the run.
     """
     words = sys.argv[1:] if arguments is None else arguments
-    settings = None
+    settings, stopped_by = None, None
     try:
-        settings = parse_settings(words, prog=prog)
+        settings, derived = parse(words, prog=prog)
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = Console()
@@ -70,12 +82,20 @@ def main(
             if settings.evaluates_only:
                 score(settings, world, console)
             else:
-                train(settings, console, world=world, command=shlex.join([*launch.split(), *words]))
+                command = shlex.join([*launch.split(), *words])
+                stopped_by = _launched(settings, console, world, command=command, derived=derived).stopped_by
     except Exception as error:
         fault = None if settings is None else users_fault(settings.model.recipe, error)
         if fault is None and not isinstance(error, _ERRORS):
             raise
         raise SystemExit(f"{prog}: {fault or error}") from error
+    if stopped_by is not None:
+        raise SystemExit(_status(stopped_by))  # 0 would let `train && export` go on with half a run
+
+
+def _status(stopped_by: str) -> int:
+    """Return what a shell expects of a program that a signal ended: 128 and its number."""
+    return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 1
 
 
 def describe(settings: TrainSettings, console: Console) -> None:
@@ -143,26 +163,61 @@ def train(
         console: where to.
         world: the ranks; None is one process.
         command: that started the run, for the hint how to resume it.
-        finishing: what to do after the last step, in place of ``finish`` and with its arguments.
+        finishing: what to do after the last step, in place of ``finish``, with run, console and ``seconds``.
 
     Returns:
         The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
-        ``run.png``.
+        ``run.png``; without the last two, if a signal stopped the run.
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
         FloatingPointError: if a loss or gradient is not finite, and the settings do not leave such steps out.
         ValueError: if the settings make no sense.
         FileNotFoundError: if data or a checkpoint are not there.
+        SystemExit: if a signal stopped the run under torchrun.
     """
     if world is None:
         with start_processes() as world:
             return train(settings, console, world=world, command=command, finishing=finishing)
+    return _launched(settings, console, world, command=command, finishing=finishing).folder
+
+
+def _launched(
+    settings: TrainSettings,
+    console: Console,
+    world: World,
+    *,
+    command: str,
+    finishing: Callable[..., None] | None = None,
+    derived: Collection[str] = (),
+) -> Launch:
+    """Do what ``train`` says; ``derived`` names the settings that an earlier run filled in."""
     run = set_up(settings, world, console)
     started = restore(run, console)
     if world.rank == 0:
-        write_config(run.folder, resolved(run))
+        filled = resolved(run)
+        names = derived_names(flat_settings(settings), flat_settings(filled))
+        write_config(run.folder, filled, derived={*derived, *names})
     announce(run, console)
+    ended = _train_and_save(run, console, started, command=command)
+    if ended.progress.step < run.budget.steps:
+        _print_stop(run, console, ended, command=command)
+        if under_torchrun():
+            # 0 would say that the work is done, and agents on other machines would not go on with it
+            raise SystemExit(1)
+        return Launch(run.folder, ended.by)
+    seconds = ended.progress.seconds
+    if finishing is None:
+        own = Trained(ended.tokens, seconds - started.seconds, whole=started.step == 0)
+        finish(run, console, seconds=seconds, trained=own)
+    else:
+        finishing(run, console, seconds=seconds)
+    return Launch(run.folder, None)
+
+
+def _train_and_save(run: Run, console: Console, started: Progress, *, command: str) -> Ended:
+    """Train to the end or to a stop, and save what no checkpoint holds yet."""
+    world = run.world
     try:
         with recording(run, console, started) as recorder, stop_on_signals() as stop:
             ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
@@ -174,19 +229,16 @@ def train(
                 save(run, progress, ended.at)
             if ended.trouble is not None:
                 raise ended.trouble
+            return ended
     finally:
         run.stream.close()
-    if progress.step < run.budget.steps:
-        folder = checkpoint_folder(run.folder, progress.step)
-        left = f"checkpoint {folder}" if folder.exists() else "nothing was saved"
-        console.print(f"stopped by {ended.by} after step {progress.step}; {left}", highlight=False)
-        console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
-        if under_torchrun():
-            # 0 would say that the work is done, and agents on other machines would not go on with it
-            raise SystemExit(1)
-        return run.folder
-    (finishing or finish)(run, console, seconds=progress.seconds)
-    return run.folder
+
+
+def _print_stop(run: Run, console: Console, ended: Ended, *, command: str) -> None:
+    folder = checkpoint_folder(run.folder, ended.progress.step)
+    left = f"checkpoint {folder}" if folder.exists() else "nothing was saved"
+    console.print(f"stopped by {ended.by} after step {ended.progress.step}; {left}", highlight=False)
+    console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
 
 
 def announce(run: Run, console: Console) -> None:
@@ -275,48 +327,6 @@ def rounding_notes(run: Run) -> list[str]:
         f"{run.settings.model.recipe} rounds loads to multiples of {tile}: most become 0, and their tokens reach no "
         "expert. Give larger micro-batches, fewer experts, or a recipe with a smaller tile"
     ]
-
-
-def finish(run: Run, console: Console, *, seconds: float) -> None:
-    """Score the whole of the validation data; print tables and samples; write results and picture.
-
-    Args:
-        run: after its last step.
-        console: where to.
-        seconds: of training.
-    """
-    scores = validate(run)
-    checkpoint = checkpoint_folder(run.folder, run.budget.steps)
-    tokens = run.budget.steps * run.budget.tokens_per_step
-    total, active = parameter_table(run.model)[-1][1:]
-    simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
-    console.print()
-    report.print_scores(console, scores, simple)
-    console.print(
-        f"{total:,} parameters, {active:,} active per token; {tokens:,} tokens in {seconds:.0f} s of training, "
-        f"{tokens / seconds:,.0f} tokens/s",
-        highlight=False,
-    )
-    picture = None
-    if run.world.rank == 0:
-        append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
-        summary = {"parameters": total, "active_parameters": active, "tokens": tokens, "seconds": round(seconds, 1)}
-        report.write_results(run.folder / "results.json", summary, scores, simple)
-        picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
-    if run.corpus.tokenizer is not None:
-        with evaluating(run.model, run.evaluation_recipe):
-            report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
-    console.rule()
-    console.print(f"picture: {picture}\ncheckpoint: {checkpoint}")
-
-
-def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:
-    """Score with count models, which take whole sequences alone: a run whose data have others ends without them."""
-    try:
-        return report.simple_scores(run.corpus, scores, run.model.config)
-    except ValueError as error:
-        console.print(f"no bigrams and unigrams beside the scores: {error}", highlight=False, soft_wrap=True)
-        return {}
 
 
 def _resume_flags(run: Run) -> str:

@@ -35,6 +35,7 @@ class StepResult(NamedTuple):
         taken: whether anything was updated.
         seconds: name of a part of the step to its seconds on this rank's clock: ``forward_time``, ``backward_time``,
             ``sync_time`` (gradients over ranks, and clipping), ``optim_step_time``.
+        targets: tokens that the global batch predicts; holes of bad data and padding are none.
     """
 
     loss: StepLoss
@@ -43,6 +44,7 @@ class StepResult(NamedTuple):
     finite: bool
     taken: bool
     seconds: dict[str, float]
+    targets: int
 
 
 def agree(run: Run, batch: Batch | None, *, stop: bool) -> tuple[Tokens, bool]:
@@ -118,7 +120,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         "sync_time": synced - computed,
         "optim_step_time": time.perf_counter() - synced,
     }
-    return StepResult(loss, norm, rate, finite, taken, seconds)
+    return StepResult(loss, norm, rate, finite, taken, seconds, int(tokens.targets))
 
 
 def step_rate(run: Run, step: int) -> float:

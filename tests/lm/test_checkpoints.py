@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pickle
@@ -116,12 +117,33 @@ def test_a_save_that_dies_leaves_the_old_checkpoint(tmp_path, monkeypatch, exist
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(place, blank(TENSORS), {"step": 6})
     assert files(old) == before
-    assert latest_checkpoint(run) == old  # and no warning: the unfinished one has no name of its own
+    assert latest_checkpoint(run) == old
+    assert names_in(run) == [old.name], "nothing half is left"
     monkeypatch.undo()
     again = save_checkpoint(place, blank(TENSORS), {"step": 6})
     assert read_state(again) == {"step": 6}
     names = sorted(path.name for path in again.parent.iterdir())
     assert names == sorted({old.name, again.name})
+
+
+@pytest.mark.parametrize("full", ["__0_0.distcp", "state.json", "checksums.json", "step_00000006"])
+def test_a_full_disk_leaves_nothing_half_and_names_the_checkpoint(tmp_path, monkeypatch, full):
+    old = save_checkpoint(checkpoint_folder(tmp_path, 5), TENSORS, STATE)
+    replace = os.replace
+
+    def fail(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def replace_unless_full(source, target):
+        return fail() if os.path.basename(target) == full else replace(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_unless_full)
+    if full == "__0_0.distcp":
+        monkeypatch.setattr(dcp.FileSystemWriter, "write_data", fail)
+    with pytest.raises(OSError, match=r"cannot write the checkpoint .*step_00000006: OSError: .*No space.*disk full\?"):
+        save_checkpoint(checkpoint_folder(tmp_path, 6), TENSORS, STATE)
+    assert names_in(tmp_path) == [old.name]
+    assert load_checkpoint(old, blank(TENSORS)) == STATE
 
 
 def test_an_old_checkpoint_is_replaced_as_a_whole(saved):

@@ -51,15 +51,21 @@ def test_unigram_by_hand():
 
 def naive_bigram(train, held_out, *, discount, kneser_ney, vocab_size):
     counts = torch.zeros(vocab_size, vocab_size, dtype=torch.float64)
+    targets = torch.zeros(vocab_size, dtype=torch.float64)
     for row in train.tolist():
         for c, t in itertools.pairwise(row):
-            counts[c, t] += 1
-    lower = ((counts > 0).sum(0) if kneser_ney else counts.sum(0)).double() + 1
+            if t >= 0:
+                targets[t] += 1
+            if t >= 0 and c >= 0:
+                counts[c, t] += 1
+    lower = ((counts > 0).sum(0) if kneser_ney else targets).double() + 1
     lower = lower / lower.sum()
     losses = []
     for row in held_out.tolist():
         for c, t in itertools.pairwise(row):
-            n = counts[c].sum()
+            if t < 0:
+                continue
+            n = counts[c].sum() if c >= 0 else 0
             p = lower[t]
             if n:
                 p = max(counts[c, t] - discount, 0) / n + discount * (counts[c] > 0).sum() / n * lower[t]
@@ -67,9 +73,15 @@ def naive_bigram(train, held_out, *, discount, kneser_ney, vocab_size):
     return sum(losses) / len(losses)
 
 
-def test_bigram_equals_the_formula_with_the_choice_made_on_training_data():
+@pytest.mark.parametrize("padded", [False, True])
+def test_bigram_equals_the_formula_with_the_choice_made_on_training_data(padded):
     train, _, _ = chain(41, 6, seed=0)
     held_out, _, _ = chain(10, 6, seed=1)
+    if padded:  # at the end, in the middle, at the start
+        for sequences in (train, held_out):
+            sequences[::3, 4:] = -1
+            sequences[1::5, 2] = -1
+            sequences[2::7, 0] = -1
     slice_ = torch.zeros(41, dtype=torch.bool)
     slice_[19::20] = True
 
@@ -80,6 +92,10 @@ def test_bigram_equals_the_formula_with_the_choice_made_on_training_data():
     _, best = min((choose(kn, d / 20) for kn in (False, True) for d in range(2, 20)), key=lambda pair: pair[0])
     expected = naive_bigram(train, held_out, **best)
     assert bigram_loss(train, held_out, vocab_size=V) == pytest.approx(expected, abs=1e-9)
+    nothing = torch.full((3, 6), -1)
+    assert bigram_loss(torch.cat([nothing, train]), torch.cat([held_out, nothing]), vocab_size=V) == pytest.approx(
+        expected, abs=1e-9
+    )
 
 
 def test_smoothing_beats_added_counts_on_scarce_data():
@@ -91,6 +107,14 @@ def test_smoothing_beats_added_counts_on_scarce_data():
         (counts / counts.sum(1, keepdim=True)).log()[held_out[:, :-1].flatten()], held_out[:, 1:].flatten()
     )
     assert bigram_loss(train, held_out, vocab_size=40) < float(added)
+
+
+def test_padding_is_neither_a_token_nor_the_one_before():
+    train = torch.tensor([[3, 0, 0, -1, 1, 2], [-1] * 6, [1, -1, -1, -1, -1, -1]])
+    held_out = torch.tensor([[3, 1, -1, 0], [-1, -1, -1, -1]])
+    probs = torch.tensor([3.0, 2.0, 2.0, 1.0]) / 8  # of the targets 0, 0, 1 and 2
+    expected = -float(probs[[1, 0]].log().mean())
+    assert unigram_loss(train, held_out, vocab_size=4) == pytest.approx(expected, abs=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
@@ -108,7 +132,8 @@ def test_bad_input(loss):
         (good, good[:, :1], r"held_out has the shape \(4, 1\)"),
         (good[:0], good, r"train has the shape \(0, 3\)"),
         (good + 5, good, r"train has ids from 5 to 5; expected ids in \[0, 5\)"),
-        (good, good - 1, r"held_out has ids from -1 to -1"),
+        (good, good - 2, r"held_out has ids from -2 to -2; expected ids in \[0, 5\), or -1 for padding"),
+        (good, good - 1, r"held_out has no target but padding; expected at least one token to score"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(train, held_out, vocab_size=5)
@@ -117,8 +142,10 @@ def test_bad_input(loss):
 
 
 def test_bigram_needs_two_sequences():
-    with pytest.raises(ValueError, match="train has 1 sequence; expected at least 2"):
-        bigram_loss(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3, dtype=torch.int64), vocab_size=2)
+    two = torch.tensor([[0, 0, 1], [1, -1, -1]])
+    for train in (two[:1], two):
+        with pytest.raises(ValueError, match="train has targets in 1 of its sequences; expected at least 2 such"):
+            bigram_loss(train, two, vocab_size=2)
 
 
 def test_a_million_tokens_are_fast():

@@ -43,10 +43,14 @@ def two_threads() -> None:
 
 @pytest.fixture
 def program(quick: None, shards: Shards, tmp_path: Path) -> Callable[..., Path]:
-    """Run the program on the small shards, and return the run folder."""
+    """Run the program on the small shards, to its end or to a signal, and return the run folder."""
 
     def run(*flags: str, name: str = "a") -> Path:
-        main(words(shards, tmp_path / "logs", *flags, name=name))
+        try:
+            main(words(shards, tmp_path / "logs", *flags, name=name))
+        except SystemExit as error:
+            if error.code not in (128 + signal.SIGINT, 128 + signal.SIGTERM):
+                raise
         return tmp_path / "logs" / name
 
     return run

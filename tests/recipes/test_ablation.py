@@ -121,7 +121,10 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(ablate, interrupt_
     unbroken = ablate(*words, folder="unbroken")
     capsys.readouterr()
     interrupt_after(2, number)
-    folder = ablate(*words, folder="broken")
+    with pytest.raises(SystemExit) as ended:
+        ablate(*words, folder="broken")
+    assert ended.value.code == 128 + number
+    folder = unbroken.with_name("broken")
     text = capsys.readouterr().out
     assert "stopped; go on with:\n  python examples/ablate_routers.py --steps 3 --folder " in text
     assert "--routers noisy_top_k,sigmoid_bias --seeds 1" in text
@@ -134,7 +137,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(ablate, interrupt_
         assert found["validation"] == expected["validation"]
 
 
-def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys):
+def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys, tmp_path):
     record = ablation_runs.record
 
     def interrupted(run, console, *, seconds):
@@ -142,7 +145,10 @@ def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys):
         record(run, console, seconds=seconds)
 
     monkeypatch.setattr(ablation_runs, "record", interrupted)
-    folder = ablate("--routers", "top_k,switch", "--seeds", "1")
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k,switch", "--seeds", "1")
+    assert ended.value.code == 128 + signal.SIGTERM
+    folder = tmp_path / "a"
     assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["top_k"]
     assert "stopped; go on with:" in capsys.readouterr().out
     assert "top_k" in (folder / "table.md").read_text()
@@ -237,7 +243,7 @@ def test_settings_that_make_no_sense_are_refused_before_the_first_run(ablate, tm
 def test_flags_that_the_models_file_overrides_are_named(ablate, tmp_path, capsys, monkeypatch):
     path = tmp_path / "own.json"
     path.write_text(json.dumps({**read_config("moekit_tiny"), "moe_num_experts": 4}))
-    monkeypatch.setattr(ablation, "ablate", lambda *arguments, **options: None)
+    monkeypatch.setattr(ablation, "ablate", lambda *arguments, **options: ablation.Outcome((), None))
     ablate("--routers", "top_k", rest=("--model", str(path), "--moe-num-experts", "16"))
     assert f"--moe-num-experts 16 has no effect: model {path} says moe_num_experts 4" in capsys.readouterr().out
 
@@ -271,7 +277,7 @@ def test_every_router_fits_the_default_model():
 def test_the_bound_without_context_is_an_entropy(program, monkeypatch):
     found = {}
 
-    def look(run, console, *, seconds):
+    def look(run, console, **_):
         for each in run.corpus.validation:
             found[each.name] = ablation_runs.unigram_bound(ablation_runs._batches(run, each, 10_000), 512)
             rows = [batch.batch.ids for batch in ablation_runs._batches(run, each, 10_000)]

@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from moekit.recipes.configuration import flat_settings, parse_settings, read_config, unflatten, write_config
+from moekit.recipes.configuration import (
+    flat_settings,
+    parse,
+    parse_settings,
+    read_config,
+    unflatten,
+    write_config,
+)
+from moekit.recipes.derived import _EXCLUDING, _OF_METHOD, _SOURCES
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 
@@ -406,3 +414,80 @@ def test_of_two_files_the_last_counts(config):
     first, second = config({"steps": 3}, "a.json"), config({"steps": 4}, "b.json")
     settings = parse_settings(["--config", first, "--config", second])
     assert (settings.optimizer.steps, settings.run.config) == (4, Path(second))
+
+
+# Of a run's file, what nobody gave, and what excludes a flag.
+
+RUN = {"model": "moekit_tiny", "recipe": "openlm", "steps": 20, "lr": 5e-3, "global_batch_size": 4, "precision": "fp32"}
+FILLED = {"warmup": 2, "lr_cooldown_end": 1e-4, "moe_top_k": 2, "moe_capacity_factor": 1.25, "moe_loss_weight": 0.1}
+DERIVED = ["global_batch_size", "precision", *FILLED]
+
+
+def settled(path, *flags):
+    """List what of a run's file counts beside flags; None stands for what is derived anew."""
+    flat = flat_settings(parse_settings(["--config", path, *flags]))
+    return {name: flat[name] for name in (*RUN, *FILLED)}
+
+
+@pytest.mark.parametrize(
+    ("flags", "changed"),
+    [
+        ([], {}),
+        (["--batch-size", "8"], {"global_batch_size": None, "warmup": None}),
+        (["--batch-size", "None", "--seed", "3"], {"warmup": None}),
+        (["--global-batch-size=8"], {"global_batch_size": 8, "warmup": None}),
+        (["--lr", "1e-5"], {"lr": 1e-5, "lr_cooldown_end": None}),
+        (["--lr", "1e-5", "--lr-cooldown-end", "1e-6"], {"lr": 1e-5, "lr_cooldown_end": 1e-6}),
+        (["--steps", "400"], {"steps": 400, "warmup": None}),
+        (["--steps", "400", "--warmup", "7"], {"steps": 400, "warmup": 7}),
+        (["--train-num-samples", "1024"], {"steps": None, "warmup": None}),
+        (["--moe_freq", "0"], dict.fromkeys(_OF_METHOD)),
+        (["--moe-freq", "1"], {}),
+        (["--moe-num-experts", "1"], {"moe_top_k": None}),
+        (["--moe-top-k", "4"], {"moe_top_k": 4}),
+        (["--recipe", "switch"], {"recipe": "switch", **dict.fromkeys(_OF_METHOD)}),
+        (
+            ["--recipe", "mixtral", "--moe-top-k", "3"],
+            {"recipe": "mixtral", **dict.fromkeys(_OF_METHOD), "moe_top_k": 3},
+        ),
+        (["--preset", "moekit_cpu"], {"model": "moekit_cpu", **dict.fromkeys(_OF_METHOD), "warmup": None}),
+    ],
+)
+def test_a_flag_wins_over_what_was_derived_and_what_excludes_it(config, flags, changed):
+    path = config(RUN | FILLED | {"derived": DERIVED})
+    assert settled(path, *flags) == RUN | FILLED | changed
+
+
+def test_what_was_given_stays_given(config):
+    path = config(RUN | FILLED | {"moe_top_k": 4, "derived": ["global_batch_size"]})
+    assert settled(path, "--steps", "400", "--recipe", "olmoe") == RUN | FILLED | {
+        "steps": 400,
+        "recipe": "olmoe",
+        "moe_top_k": 4,
+    }
+
+
+def test_a_file_from_before_there_were_derived_names_is_read(config):
+    path = config(RUN | FILLED)
+    assert settled(path) == RUN | FILLED
+    assert settled(path, "--batch-size", "8") == RUN | FILLED | {"global_batch_size": None}
+    assert settled(path, "--steps", "400") == RUN | FILLED | {"steps": 400}
+
+
+def test_what_no_flag_touches_stays_derived(config):
+    path = config(RUN | FILLED | {"derived": DERIVED})
+    assert parse(["--config", path]).derived == tuple(DERIVED)
+    left = parse(["--config", path, "--lr", "1e-5", "--moe-top-k", "4", "--batch-size", "8"]).derived
+    assert left == ("precision", "moe_capacity_factor", "moe_loss_weight")
+
+
+@pytest.mark.parametrize("value", ["warmup", 3, None, [1]])
+def test_derived_names_are_a_list(config, value):
+    with pytest.raises(ValueError, match=r"derived is .*; expected a list of names of settings that nobody gave"):
+        parse_settings(["--config", config({"derived": value})])
+
+
+def test_names_of_derived_settings_are_settings():
+    known = set(flat_settings(TrainSettings()))
+    named = {name for pair in _EXCLUDING for side in pair for name in side}
+    assert named | set(_SOURCES) | {name for sources in _SOURCES.values() for name in sources} <= known

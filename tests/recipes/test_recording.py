@@ -1,5 +1,6 @@
 import json
 import time
+from itertools import pairwise
 
 import pytest
 import torch
@@ -18,7 +19,17 @@ def test_every_number_has_its_name_and_adds_up(program):
     folder = program("--log-every-n-steps", "4", "--val-every-n-steps", "3")
     lines = read_metrics(folder / "metrics.jsonl")
     assert [line["step"] for line in lines] == [3, 4, 6, 8]
-    named = {"step", "epoch", "tokens", "loss", "loss/load_balance", "load_balancing_loss", "lr", "grad_norm"}
+    named = {
+        "step",
+        "epoch",
+        "tokens",
+        "step_tokens",
+        "loss",
+        "loss/load_balance",
+        "load_balancing_loss",
+        "lr",
+        "grad_norm",
+    }
     named |= {"expected_steps_epoch", "seen_steps_epoch", "dataset_pass_0", "dataset_pass_1"}
     named |= {"skipped_steps", "skipped_data", "layers"} | set(TIMES)
     named -= set() if torch.cuda.is_available() else {"mfu"}  # no peak is known of a CPU
@@ -42,13 +53,17 @@ def test_every_number_has_its_name_and_adds_up(program):
 def test_the_clock_stands_still_in_pauses():
     clock = Clock(5.0)
     time.sleep(0.02)
-    with clock.paused(steps=2):
+    with clock.paused(steps=2, tokens=20):
         time.sleep(0.2)
     assert 5.02 <= clock.seconds < 5.2
-    assert 2 / 0.2 < clock.lap() <= 2 / 0.02
-    with clock.paused(steps=1):
+    speed = clock.lap()
+    assert 2 / 0.2 < speed.steps <= 2 / 0.02
+    assert speed.tokens == pytest.approx(10 * speed.steps)
+    with clock.paused(steps=1, tokens=7):
         pass
-    assert clock.lap() > 5, "a lap begins where the last one ended"
+    speed = clock.lap()
+    assert speed.steps > 5, "a lap begins where the last one ended"
+    assert speed.tokens == pytest.approx(7 * speed.steps)
 
 
 def test_a_dense_run_has_no_balancing(program):
@@ -133,6 +148,29 @@ def test_the_settings_of_a_run_repeat_it(program, shards, tmp_path, capsys):
     assert losses(numbers(tmp_path / "logs" / "c")) != losses(numbers(first))
 
 
+def test_flags_beside_the_settings_of_a_run_win_over_what_it_filled_in(program, capsys):
+    first = program("--steps", "2", "--recipe", "openlm")
+
+    def again(config, name, *flags):
+        main(["--config", str(config), "--name", name, *flags])
+        return first.with_name(name) / "config.json"
+
+    def written(config, *names):
+        values = json.loads(config.read_text())
+        return tuple(values[name] for name in names)
+
+    cooled = again(first / "config.json", "b", "--lr", "1e-5", "--steps", "20")
+    assert written(cooled, "lr_cooldown_end", "warmup", "global_batch_size") == (pytest.approx(2e-7), 2, 4)
+    assert written(first / "config.json", "derived") == written(cooled, "derived"), "although the file gave them"
+    other = again(cooled, "c", "--recipe", "mixtral", "--batch-size", "8", "--train-num-samples", "1024")
+    assert written(other, "global_batch_size", "steps", "warmup", "train_num_samples") == (8, None, 0, 1024)
+    assert written(other, "moe_top_k", "moe_capacity_factor", "moe_loss_weight") == (2, None, 0.02)
+    assert [line["step"] for line in numbers(other.parent)] == [1, 2]
+    dense = again(other, "d", "--moe-freq", "0")
+    assert written(dense, "moe_top_k", "moe_capacity_factor", "moe_loss_weight") == (None, None, None)
+    assert "has no effect" not in capsys.readouterr().out
+
+
 def test_data_that_do_not_last_are_refused_before_step_0(shards, tmp_path):
     flags = [flag for flag in words(shards, tmp_path / "logs", "--steps", "20") if flag != "--multiple-data-passes"]
     with pytest.raises(SystemExit) as stopped:
@@ -198,6 +236,23 @@ def test_bad_data_are_left_out_and_counted(bad_data, tmp_path, capsys):
     assert all(torch.tensor(losses(lines)).isfinite())
 
 
+def test_holes_and_padding_are_no_tokens(bad_data, tmp_path, capsys):
+    """Of every four sequences one is too short, so that a batch of four has room for 256 tokens, and a hole or none."""
+    main([*bad_data, "--on-bad-data", "skip", "--log-every-n-steps", "1"])
+    said = " ".join(capsys.readouterr().out.split())
+    lines = read_metrics(tmp_path / "logs" / "a" / "metrics.jsonl")
+    skipped = [0, *(line["skipped_data"].get("short sequence", 0) for line in lines)]
+    there = [256 - 64 * (after - before) for before, after in pairwise(skipped)]
+    assert [line["step_tokens"] for line in lines] == there
+    assert [line["tokens"] for line in lines] == [256 * step for step in range(1, 9)], "what the steps have room for"
+    rates = [line["tokens_per_second"] * line["batch_time"] for line in lines]
+    assert rates == pytest.approx(there, rel=1e-2)
+    results = json.loads((tmp_path / "logs" / "a" / "results.json").read_text())
+    assert (results["tokens"], results["trained_tokens"]) == (8 * 256, sum(there))
+    assert sum(there) < 8 * 256
+    assert f"2,048 tokens by its steps, {sum(there):,} of them trained on, in " in said
+
+
 def test_padded_sequences_are_trained_on_and_scored(tmp_path, capsys):
     rows = markov_sequences(40, first=0, seed=1)
     rows[::3, 40:] = -1
@@ -207,14 +262,18 @@ def test_padded_sequences_are_trained_on_and_scored(tmp_path, capsys):
     results = json.loads((tmp_path / "logs" / "a" / "results.json").read_text())["validation"]
     [scores] = results.values()
     assert scores["tokens"] == 4 * 64 + 2 * 39
-    assert "no bigrams and unigrams beside the scores: " in " ".join(capsys.readouterr().out.split())
+    trained = json.loads((tmp_path / "logs" / "a" / "results.json").read_text())["trained_tokens"]
+    assert trained < 2 * 256
+    assert (2 * 256 - trained) % 25 == 0, "the padding of a whole number of sequences"
+    assert "no bigrams and unigrams" not in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("step", [2, 5])  # neither is reported
 def test_counts_of_bad_data_go_on_over_a_resume(bad_data, interrupt_after, tmp_path, step):
     main([*bad_data, "--on-bad-data", "skip", "--name", "unbroken"])
     interrupt_after(step)
-    main([*bad_data, "--on-bad-data", "skip", "--workers", "1"])
+    with pytest.raises(SystemExit, match="130"):
+        main([*bad_data, "--on-bad-data", "skip", "--workers", "1"])
     main([*bad_data, "--on-bad-data", "skip", "--resume", "latest"])
     runs = [tmp_path / "logs" / name for name in ("unbroken", "a")]
     assert numbers(runs[0]) == numbers(runs[1])

@@ -1,20 +1,31 @@
+import errno
+import fcntl
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from small_runs import differing, files, losses, numbers, tensors_of, words, write_state
 
+from moekit.lm import folder_locks
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.openlm_names import openlm_name
 from moekit.lm.tensor_files import write_safetensors
 from moekit.parallel import one_process
+from moekit.recipes import train
 from moekit.recipes.configuration import parse_settings, unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.runs import set_up
 from moekit.recipes.saving import find_checkpoint, load_weights
+from moekit.recipes.train import main
 
 pytestmark = pytest.mark.usefixtures("quick")
 DROPLESS = ("--moe-capacity-factor", "0")
@@ -204,6 +215,17 @@ def test_training_goes_on_from_openlms_optimizer_as_if_it_were_ours(program, tra
     assert [name for name in differing(*pair) if not name.startswith("rng")] == []
 
 
+def test_fewer_steps_than_openlms_optimizer_has_taken_is_an_error(program, trained, tmp_path):
+    _, model, tensors = trained
+    path = as_openlm(tmp_path / "openlm" / "epoch_1.pt", model)
+    openlm_optimizer(path.with_name("optimizer_1.pt"), tensors)
+    message = r"epoch_1\.pt is, by its optimizer's state, of step 4, but the run has 3 steps; expected at least as many"
+    with pytest.raises(SystemExit, match=message):
+        program("--resume", str(path), *DROPLESS, "--steps", "3", name="b")
+    assert not (tmp_path / "logs" / "b").exists()
+    program("--resume", str(path), *DROPLESS, "--steps", "4", name="b")  # ends at once, with its validation
+
+
 def test_training_goes_on_from_safetensors(program, trained, tmp_path, capsys):
     _, model, _ = trained
     path = tmp_path / "weights.safetensors"
@@ -254,3 +276,148 @@ def test_a_finished_run_is_not_saved_again(program):
     before = checkpoint_folder(folder, 3).stat().st_mtime_ns
     program("--steps", "3", "--resume", "latest")
     assert checkpoint_folder(folder, 3).stat().st_mtime_ns == before
+
+
+def test_what_a_killed_launch_left_is_removed_before_anything_is_written(program, monkeypatch):
+    folder = program("--steps", "3")
+    for name in (".step_00000006.unfinished", ".step_00000001.removed"):
+        (folder / "checkpoints" / name).mkdir()
+        (folder / "checkpoints" / name / "__0_0.distcp").write_bytes(b"half")
+    seen, write_config = [], train.write_config
+
+    def noted(*given, **named):
+        seen.append(names_in(folder))
+        return write_config(*given, **named)
+
+    monkeypatch.setattr(train, "write_config", noted)
+    program("--steps", "3", "--resume", "latest")
+    assert seen == [["step_00000003"]]
+
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Refuse a locked folder at once."""
+    monkeypatch.setattr(folder_locks, "PATIENCE", 0)
+
+
+def free(folder):
+    """Say whether a folder can be locked, and let go of it."""
+    lock = FolderLock(folder)
+    try:
+        lock.take()
+    except BlockingIOError:
+        return False
+    lock.let_go()
+    return True
+
+
+def test_a_second_launch_of_a_run_is_refused(program, shards, impatient):
+    folder = program("--steps", "4", "--save-every-n-steps", "2")
+    (folder / "checkpoints" / ".step_00000006.unfinished").mkdir()  # the first launch writes it
+    first = FolderLock(folder)
+    first.take()
+    names, before = names_in(folder), files(folder)
+    holder = rf"process {os.getpid()} of \S+|another process"  # the second where the system does not tell
+    message = rf"logs/a: ({holder}) trains in this run folder; .*Wait until it has ended, end it, or choose another --n"
+    for resume in ("latest", str(checkpoint_folder(folder, 2))):
+        with pytest.raises(SystemExit, match=message):
+            program("--resume", resume)
+    assert (names_in(folder), files(folder)) == (names, before)
+    program("--resume", str(checkpoint_folder(folder, 4)), name="b")  # another folder is free, and so is scoring
+    validation = str(shards.validation[0].with_name("00000000.tar"))
+    main(["--model", "moekit_tiny", "--precision", "fp32", "--resume", str(folder), "--val-data", validation])
+    first.let_go()
+    program("--resume", "latest")
+    assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
+
+
+def test_a_run_is_locked_while_it_trains_and_free_when_it_has_ended(program, impatient, monkeypatch, tmp_path):
+    folder, seen, loop = tmp_path / "logs" / "a", [], train.loop
+
+    def noted(*given, **named):
+        seen.append(free(folder))
+        return loop(*given, **named)
+
+    monkeypatch.setattr(train, "loop", noted)
+    program("--steps", "2")
+    assert free(folder)
+    with pytest.raises(SystemExit, match="not finite") as diverged:
+        program("--lr", "1e30", "--warmup", "0", "--steps", "4", "--resume", "latest")
+    assert free(folder)
+    with pytest.raises(SystemExit, match="but the run has 1 steps") as refused:
+        program("--steps", "1", "--resume", "latest")
+    assert free(folder)
+    assert seen == [False, False]
+    assert diverged.tb is not None, "the frames of the runs that failed are there still"
+    assert refused.tb is not None
+
+
+HOLDER = """
+import os, sys, time
+from moekit.lm.folder_locks import FolderLock
+lock = FolderLock(sys.argv[1])
+lock.take()
+worker = os.fork()
+if worker:
+    print(worker, flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_killed_process_keeps_no_lock_though_its_worker_lives(tmp_path, impatient):
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "a")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as holder:
+        worker = int(holder.stdout.readline())
+        try:
+            assert not free(tmp_path / "a")
+            holder.kill()
+            holder.wait()
+            assert free(tmp_path / "a")
+            os.kill(worker, 0)
+        finally:
+            holder.kill()
+            os.kill(worker, signal.SIGKILL)
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, None])
+def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch, number):
+    def fail(*arguments):
+        raise OSError(number, "no locks")
+
+    if number is None:
+        monkeypatch.setitem(sys.modules, "fcntl", None)
+    else:
+        monkeypatch.setattr(fcntl, "flock", fail)
+    first, second = FolderLock(tmp_path / "a"), FolderLock(tmp_path / "a")
+    first.take()
+    second.take()
+    second.let_go()
+    first.let_go()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_a_failing_launch_removes_meanwhile_is_made_again(tmp_path, monkeypatch):
+    locked_by, calls = folder_locks._locked_by, []
+
+    def removed_first(descriptor):
+        if not calls:
+            (tmp_path / "a").rmdir()
+        calls.append(descriptor)
+        return locked_by(descriptor)
+
+    monkeypatch.setattr(folder_locks, "_locked_by", removed_first)
+    lock = FolderLock(tmp_path / "a")
+    lock.take()
+    assert len(calls) == 2
+    monkeypatch.setattr(folder_locks, "PATIENCE", 0)
+    assert not free(tmp_path / "a")
+
+
+@pytest.mark.distributed
+def test_all_ranks_hear_of_a_refusal(shards, tmp_path):
+    lock = FolderLock(tmp_path / "a")
+    lock.take()
+    line = words(shards, tmp_path, "--recipe", "mixtral", "--resume", "latest")
+    for [ended] in run_ranks("launches:run_commands", 2, [line], limit=30):
+        assert "trains in this run folder" in str(ended.message)
+    assert list((tmp_path / "a").iterdir()) == []

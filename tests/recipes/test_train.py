@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shlex
 import signal
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from rich.console import Console
 from small_runs import differing, files, numbers, tensors_of, words
 
 from moekit.experts.tile_files import table_text
@@ -17,9 +19,11 @@ from moekit.lm.preparation import PreparedDomain
 from moekit.lm.shards import write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.lm.trackers import read_metrics
-from moekit.recipes import runs, sources, train
+from moekit.recipes import finishing, runs, sources
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.export import export
-from moekit.recipes.train import main
+from moekit.recipes.saving import Progress
+from moekit.recipes.train import main, train
 from moekit.recipes.trained import trained_model
 
 ROUTER = '''\
@@ -156,6 +160,51 @@ def test_a_run_stopped_twice_goes_on_from_the_second_stop(program, interrupt_aft
     main(shlex.split(said[said.rindex("go on with:") :].splitlines()[1])[2:])
     assert "step_00000005: step 5" in capsys.readouterr().out
     assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_ends_with_the_status_of_its_signal(shards, interrupt_after, tmp_path, capsys, number, status):
+    interrupt_after(2, number)
+    with pytest.raises(SystemExit) as stopped:
+        main(words(shards, tmp_path))
+    assert stopped.value.code == status, "so that `train && export` ends there"
+    assert "go on with:" in capsys.readouterr().out
+    interrupt_after(5, number)
+    folder = train(parse_settings(words(shards, tmp_path, "--resume", "latest")), Console(quiet=True))
+    assert latest_checkpoint(folder) == checkpoint_folder(folder, 5), "the function returns the folder"
+
+
+def test_a_signal_in_the_last_step_stops_nothing(shards, interrupt_after, tmp_path):
+    interrupt_after(8)
+    main(words(shards, tmp_path))
+    assert (tmp_path / "a" / "results.json").exists()
+
+
+def test_a_resumed_run_tells_its_own_speed_alone(program, interrupt_after, capsys):
+    folder = program("--steps", "4")
+    assert "tokens by its steps" not in capsys.readouterr().out
+    program("--steps", "6", "--resume", "latest")
+    said = " ".join(capsys.readouterr().out.split())
+    found = re.search(r"1,536 tokens by its steps, \d+ s of training; this launch trained on 512 in \d+ s, ", said)
+    assert found is not None, said
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["tokens"], results["trained_tokens"]) == (6 * 256, None)
+    program("--steps", "6", "--resume", "latest")
+    assert "this launch trained on 0 in 0 s" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_steps_of_another_program_have_no_seconds(program, monkeypatch, capsys, steps):
+    """As after OpenLM's optimizer at step 3."""
+    monkeypatch.setattr("moekit.recipes.train.restore", lambda *_: Progress(step=3))
+    folder = program("--steps", str(steps))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{256 * steps:,} tokens by its steps, " in said
+    found = re.search(r"this launch trained on (\d+) in \d+ s(, [\d,]+ tokens/s)?", said)
+    assert found is not None, said
+    assert int(found[1]) == 256 * (steps - 3)
+    assert (found[2] is not None) == (steps > 3), "no steps, no speed"
+    assert json.loads((folder / "results.json").read_text())["tokens"] == 256 * steps
 
 
 def test_a_checkpoint_can_start_another_run(program, capsys):
@@ -517,7 +566,7 @@ def test_with_a_tokenizer_there_are_bits_per_byte_and_samples(shards, tmp_path, 
         assert each["bits_per_byte"] == pytest.approx(each["loss"] / math.log(2), rel=0.2)
     text = capsys.readouterr().out
     assert "sample 1" in text
-    assert train.PROMPTS[0].rsplit(maxsplit=1)[0] in text  # the last word may be wrapped
+    assert finishing.PROMPTS[0].rsplit(maxsplit=1)[0] in text  # the last word may be wrapped
 
 
 @pytest.mark.distributed

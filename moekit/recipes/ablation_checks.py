@@ -1,0 +1,117 @@
+"""What an ablation finds out before its first run: what is wrong there is so in every run, and ends it at once."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from moekit.lm.files import write_whole
+from moekit.lm.orders import check_budget
+from moekit.recipes.ablation_recipes import other_recipe
+from moekit.recipes.ablation_runs import Job
+from moekit.recipes.budgets import make_budget
+from moekit.recipes.configuration import flat_settings
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.setup import check_model, make_config
+from moekit.recipes.sources import make_corpus
+
+_OWN = frozenset({"steps", "recipe", "seed", "name", "logs", "resume", "describe", "world_size"})
+_NOT_SHARED = frozenset({"recipe", "seed", "name", "logs", "resume", "describe", "world_size", "config"})
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Refuse flags that the ablation sets for every run.
+
+    Args:
+        words: of the training program.
+
+    Raises:
+        ValueError: if one of them is among those.
+    """
+    for word in words:
+        name = word.partition("=")[0].lstrip("-").replace("-", "_")
+        if word.startswith("--") and name in _OWN:
+            raise ValueError(
+                f"{word} was given after `--`, but the ablation sets it for every run; give its own flags before the "
+                f"`--`: --steps, --seeds, --recipe, --folder"
+            )
+
+
+def check_recipe(job: Job) -> None:
+    """Find out before the first run whether a router fits the model.
+
+    Args:
+        job: any run of it.
+
+    Raises:
+        ValueError: if it does not.
+    """
+    try:
+        check_model(job.settings.model)
+    except ValueError as error:
+        raise ValueError(f"{job.label}: {error}") from error
+
+
+def check_data(settings: TrainSettings, console: Console) -> None:
+    """Find the data, or prepare them, and find out whether they last: what is wrong with them is so in every run.
+
+    Args:
+        settings: of any run.
+        console: where to say what takes time.
+
+    Raises:
+        ValueError: if they make no sense.
+        FileNotFoundError: if they are not there.
+    """
+    config = make_config(settings.model)
+    corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False, markup=False))
+    check_budget(
+        [source.manifest for source in corpus.sources],
+        [[shard.num_sequences for shard in source.shards] for source in corpus.sources],
+        corpus.weights,
+        num_sequences=make_budget(settings, seq_len=config.seq_len, world_size=1).sequences,
+        max_passes=corpus.max_passes,
+    )
+
+
+def settle_folder(folder: Path, settings: TrainSettings) -> None:
+    """Write down the settings that all runs of a folder share, or compare them with what is there.
+
+    Args:
+        folder: of the ablation; made if need be.
+        settings: of any run.
+
+    Raises:
+        ValueError: if the folder holds runs with other settings, or something else.
+    """
+    path = folder / "settings.json"
+    shared = {name: value for name, value in flat_settings(settings).items() if name not in _NOT_SHARED}
+    if not path.exists():
+        if folder.exists() and any(not each.name.startswith(".") for each in folder.iterdir()):
+            raise ValueError(f"--folder {folder} holds something that is no ablation; choose another --folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(shared, indent=1) + "\n")
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    names = sorted(name for name in {*before, *shared} if before.get(name) != shared.get(name))
+    if names:
+        told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {shared.get(name)})" for name in names)
+        raise ValueError(
+            f"{folder} holds runs with {told}; rows of a table share their settings. Give the same again, or choose "
+            f"another --folder"
+        )
+
+
+def refuse_other_recipes(jobs: Sequence[Job]) -> None:
+    """Refuse a folder that holds runs with the labels of these, of other recipes.
+
+    Args:
+        jobs: all runs.
+
+    Raises:
+        ValueError: if it does.
+    """
+    for job in jobs:
+        if (other := other_recipe(job.folder, job.settings.model.recipe)) is not None:
+            raise ValueError(other)

@@ -1,0 +1,103 @@
+"""What becomes of a run that raises an error: it is told at the end, and the other runs go on."""
+
+import traceback
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from moekit.lm.files import write_whole
+from moekit.recipes.ablation_recipes import other_recipe
+from moekit.recipes.ablation_runs import Job, do, line_of
+from moekit.recipes.names import users_fault
+
+ERROR_FILE = "error.txt"
+
+
+class Failure(NamedTuple):
+    """A run that raised an error. The error itself is not kept: its traceback holds the model.
+
+    Attributes:
+        label: of the run's rows.
+        seed: of the run.
+        kind: class of the error.
+        told: what went wrong, in words.
+        report: the file with the traceback, or None.
+    """
+
+    label: str
+    seed: int
+    kind: str
+    told: str
+    report: Path | None = None
+
+    @property
+    def line(self) -> dict[str, Any]:
+        """What the table needs, in the manner of ``line_of``."""
+        return {"router": self.label, "seed": self.seed, "failed": self.told, "error": self.kind}
+
+
+def failure_of(job: Job, error: BaseException) -> Failure:
+    """Note an error, and write its traceback into the run's folder.
+
+    Args:
+        job: the run.
+        error: that ended it.
+
+    Returns:
+        Failure.
+    """
+    kind, report = type(error).__name__, None
+    fault = users_fault(job.settings.model.recipe, error) if isinstance(error, Exception) else None
+    with suppress(OSError):  # the disk may be what failed
+        job.folder.mkdir(parents=True, exist_ok=True)
+        report = write_whole(job.folder / ERROR_FILE, "".join(traceback.format_exception(error)))
+    return Failure(job.label, job.seed, kind, fault or f"{kind}: {error}", report)
+
+
+def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | None:
+    """Do a run unless it is done.
+
+    Args:
+        job: the run.
+        keep_checkpoints: leave the checkpoint of a run that is done.
+
+    Returns:
+        Its line of ``results.jsonl``; or what went wrong; or None if somebody asked to stop.
+    """
+    try:
+        # again, since other processes that share the folder have gone on
+        if (other := other_recipe(job.folder, job.settings.model.recipe)) is not None:
+            return Failure(job.label, job.seed, "ValueError", other)
+        if not job.results.exists() and not do(job, keep_checkpoints=keep_checkpoints):
+            return None
+        line = line_of(job)
+    except (Exception, SystemExit) as error:  # a recipe's code may raise anything, and sys.exit would end all
+        return failure_of(job, error)
+    (job.folder / ERROR_FILE).unlink(missing_ok=True)
+    return line
+
+
+def told_failures(failures: Sequence[Failure], *, runs: int) -> str:
+    """Name the runs that failed, those with one cause together.
+
+    Args:
+        failures: at least one.
+        runs: of the ablation.
+
+    Returns:
+        Lines of text.
+
+    Example:
+        >>> print(told_failures([Failure("a", seed, "ValueError", "ValueError: no") for seed in (0, 1)], runs=4))
+        2 of 4 runs failed; the same command tries them again
+          a, seed 0; a, seed 1: ValueError: no
+    """
+    causes: dict[str, list[Failure]] = {}
+    for failure in failures:
+        causes.setdefault(failure.told, []).append(failure)
+    lines = [f"{len(failures)} of {runs} runs failed; the same command tries them again"]
+    for told, own in causes.items():
+        lines.append(f"  {'; '.join(f'{each.label}, seed {each.seed}' for each in own)}: {told}")
+        lines += [f"  traceback: {own[0].report}"] if own[0].report else []
+    return "\n".join(lines)

@@ -1,0 +1,91 @@
+"""Settings of a file that give way to the command line: what a run derived from others, and what excludes a flag."""
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+_EXCLUDING = (  # of the two sides the command line's counts
+    (("batch_size",), ("global_batch_size",)),
+    (("steps",), ("train_num_samples", "epochs")),
+    (("keep_checkpoints",), ("delete_previous_checkpoint",)),
+    (("fsdp_amp",), ("fsdp_pure_bf16",)),
+    (("fsdp_hybrid",), ("fsdp_hybrid_o2",)),
+)
+_OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
+_LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
+_OF_MODELS_FILE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq", "moe_num_experts")
+_SOURCES = {  # what a run derives, and from which flags
+    "warmup": _LENGTH,
+    "lr_cooldown_end": ("lr",),
+    **dict.fromkeys(_OF_METHOD, ("recipe", "model")),
+    "moe_top_k": ("recipe", "model", "moe_num_experts"),
+    **dict.fromkeys(_OF_MODELS_FILE, ("model",)),
+}
+
+
+def derived_names(given: Mapping[str, Any], filled: Mapping[str, Any]) -> list[str]:
+    """Name the settings that a run filled in.
+
+    Args:
+        given: name to value, as they were given.
+        filled: the same, with what was left to defaults.
+
+    Returns:
+        Names, in the order of ``filled``.
+
+    Example:
+        >>> derived_names({"lr": 0.1, "warmup": None}, {"lr": 0.1, "warmup": 80})
+        ['warmup']
+    """
+    return [name for name, value in filled.items() if value is not None and value != given.get(name)]
+
+
+def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Sequence[str]) -> dict[str, Any]:
+    """Leave out of a file's settings what the flags on the command line say otherwise, if only by what they imply.
+
+    A flag drops what was derived from the setting that it changes, and what the two exclude each other with, also where
+    that was given. What no flag touches stays, so that a run is repeated as it was when defaults have changed.
+
+    Args:
+        values: name, with underscores, to value, of the file.
+        derived: names of those that nobody gave.
+        arguments: the words of the command line.
+
+    Returns:
+        The settings that still count.
+
+    Example:
+        >>> file = {"lr": 5e-3, "lr_cooldown_end": 1e-4, "global_batch_size": 4, "warmup": 2}
+        >>> give_way(file, ["lr_cooldown_end", "warmup"], ["--lr", "1e-5", "--batch-size", "8"])
+        {'lr': 0.005}
+    """
+    typed = typed_flags(arguments)
+    given = {name for name, value in typed.items() if value != "None"}
+    dropped = {name for name in derived if any(source in typed for source in _SOURCES.get(name, ()))}
+    for one, other in _EXCLUDING:
+        dropped |= set(other) if given & set(one) else set()
+        dropped |= set(one) if given & set(other) else set()
+    if typed.get("moe_freq") == "0":
+        dropped |= set(_OF_METHOD)
+    return {name: value for name, value in values.items() if name not in dropped}
+
+
+def typed_flags(arguments: Sequence[str]) -> dict[str, str | None]:
+    """Read which flags stand on a command line.
+
+    Args:
+        arguments: its words.
+
+    Returns:
+        Name, with underscores, to the word behind it, if any; of a flag that is there twice, the last.
+
+    Example:
+        >>> typed_flags(["--moe-freq=0", "--steps", "7", "--fsdp"])
+        {'moe_freq': '0', 'steps': '7', 'fsdp': None}
+    """
+    found: dict[str, str | None] = {}
+    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
+        if word.startswith("--"):
+            flag, equals, value = word.removeprefix("--").partition("=")
+            name = flag.replace("-", "_")
+            found["model" if name == "preset" else name] = value if equals else following
+    return found

@@ -1,0 +1,331 @@
+"""What goes wrong in an ablation: recipes that raise, folders of another recipe, and signals."""
+
+import gc
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from moekit.lm.trackers import read_metrics
+from moekit.recipes import ablation_failures, ablation_runs, train
+from moekit.recipes.ablation import main
+from moekit.recipes.ablation_recipes import located, other_recipe, same_recipe
+from moekit.recipes.ablation_stops import stops_seen
+from moekit.routing import Causality
+
+ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.usefixtures("quick")
+OTHER = r"holds a run of --recipe .*/r\.py:half, and now it is --recipe .*/s\.py:half"
+GOOD = """
+from moekit.recipes import mixtral
+
+
+def half():
+    return mixtral(k=1)
+"""
+BROKEN = """
+import torch
+
+from moekit.recipes import mixtral
+
+
+def _raising(make, *, grad):
+    recipe = mixtral()
+
+    def route(logits, *, bias=None):
+        if logits.shape[0] > 200 and torch.is_grad_enabled() is grad:
+            raise make("no such luck")
+        return recipe.route(logits, bias=bias)
+
+    return recipe._replace(route=route)
+
+
+def step():
+    return _raising(ValueError, grad=True)
+
+
+def validation():
+    return _raising(KeyError, grad=False)
+
+
+def exits():
+    return _raising(SystemExit, grad=True)
+"""
+
+
+@pytest.fixture
+def flags(shards) -> list[str]:
+    return ["--model", "moekit_tiny", "--batch-size", "4", "--precision", "fp32", *shards.flags]
+
+
+@pytest.fixture
+def ablate(flags, tmp_path, monkeypatch) -> Callable[..., Path]:
+    """Run the program on small shards, in a folder of its own, and return its folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "180")
+    monkeypatch.setattr("moekit.recipes.train.audit", lambda recipe, experts: Causality())
+    monkeypatch.setattr(ablation_runs, "audit", lambda recipe, experts: Causality())
+
+    def run(*words: str, rest: tuple[str, ...] = (), folder: str = "F") -> Path:
+        main(["--steps", "2", "--seeds", "1", "--folder", folder, *words, "--", *flags, *rest])
+        return tmp_path / folder
+
+    return run
+
+
+@pytest.fixture
+def files(tmp_path) -> Path:
+    for name, text in (("r.py", GOOD), ("s.py", GOOD.replace("k=1", "k=3")), ("broken.py", BROKEN)):
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_results_of_one_file_are_not_reported_as_anothers(ablate, files):
+    folder = ablate("--recipe", "r.py:half")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    message = (
+        r"F/recipe-half-seed0 holds a run of --recipe .*/r\.py:half, and now it is --recipe .*/s\.py:half; .*Choose"
+    )
+    with pytest.raises(SystemExit, match=message + r" another --folder, or remove F/recipe-half-seed0"):
+        ablate("--recipe", "s.py:half")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+    shutil.rmtree(folder / "recipe-half-seed0")
+    ablate("--recipe", "s.py:half")
+    assert [line["experts_per_token"] for line in read_metrics(folder / "results.jsonl")] == [2.0, 1.0, 3.0]
+
+
+def test_a_half_done_run_does_not_go_on_with_another_file(ablate, files, interrupt_after, monkeypatch):
+    ablate("--routers", "top_k")
+    interrupt_after(1)
+    with pytest.raises(SystemExit) as ended:
+        ablate("--recipe", "r.py:half")
+    assert ended.value.code == 128 + signal.SIGINT
+    run = files / "F/recipe-half-seed0"
+    assert list(run.glob("checkpoints/step_*"))
+    monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match=OTHER):
+        ablate("--recipe", "s.py:half")
+    with pytest.raises(pytest.fail.Exception, match="it went on"):
+        ablate("--recipe", "r.py:half")
+
+
+def test_another_process_may_have_put_a_run_of_another_file_there_meanwhile(ablate, files, monkeypatch, capsys):
+    do = ablation_failures.do
+
+    def meanwhile(job, **options):
+        other = files / "F/recipe-half-seed0"
+        other.mkdir()
+        (other / "config.json").write_text(json.dumps({"recipe": str(files / "s.py:half")}))
+        (other / "results.json").write_text("{}")
+        return do(job, **options)
+
+    monkeypatch.setattr(ablation_failures, "do", meanwhile)
+    with pytest.raises(SystemExit, match=r"1 of 2 runs failed.*\n  recipe-half, seed 0: .* holds a run of --recipe"):
+        ablate("--recipe", "r.py:half")
+    assert [line["router"] for line in read_metrics(files / "F/results.jsonl")] == ["top_k"]
+    assert not (files / "F/recipe-half-seed0/error.txt").exists()
+
+
+def test_the_same_file_by_another_path_is_the_same_recipe(ablate, files, monkeypatch):
+    folder = ablate("--recipe", "r.py:half")
+    lines = (folder / "results.jsonl").read_text()
+    config = json.loads((folder / "recipe-half-seed0/config.json").read_text())
+    monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it was trained again"))
+    (files / "link.py").symlink_to("r.py")
+    for given in ("./r.py:half", f"{files}/r.py:half", f"../{files.name}/r.py:half", "link.py:half"):
+        ablate("--recipe", given)
+    assert (folder / "results.jsonl").read_text() == lines
+    # Older versions wrote the path as it was typed.
+    (folder / "recipe-half-seed0/config.json").write_text(json.dumps({**config, "recipe": "r.py:half"}))
+    for given in ("r.py:half", f"{files}/r.py:half"):
+        ablate("--recipe", given)
+    (files / "below").mkdir()
+    monkeypatch.chdir(files / "below")
+    assert other_recipe(folder / "recipe-half-seed0", "../r.py:half") is None
+    assert other_recipe(folder / "recipe-half-seed0", "../s.py:half") is not None
+
+
+def test_which_recipes_are_the_same(files, monkeypatch):
+    monkeypatch.chdir(files)
+    (files / "sub").mkdir()
+    shutil.copy("r.py", "sub/r.py")
+    assert same_recipe("mixtral", "mixtral")
+    assert same_recipe("router:top_k", "router:top_k")
+    assert not same_recipe("mixtral", located("r.py:mixtral"))
+    assert not same_recipe("r.py:half", located("sub/r.py:half"))
+    assert not same_recipe(located("sub/r.py:half"), located("r.py:half"))
+    assert not same_recipe("r.py:half", located("r.py:other"))
+    assert same_recipe("/elsewhere/r.py:half", located("r.py:half"))  # moved, or another machine's
+    assert not same_recipe("/elsewhere/s.py:half", located("r.py:half"))
+
+
+def test_a_run_folder_without_a_word_of_its_recipe_is_taken_and_a_damaged_one_is_named(tmp_path):
+    assert other_recipe(tmp_path, "mixtral") is None
+    for text in ("{}", "[]"):
+        (tmp_path / "config.json").write_text(text)
+        assert other_recipe(tmp_path, "mixtral") is None
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged .*; expected the settings of a run\. Remove "):
+        other_recipe(tmp_path, "mixtral")
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "told"),
+    [
+        ("step", "ValueError", r"recipe '.*broken\.py:step': .* raised ValueError: no such luck \(line \d+\)\. Mend"),
+        (
+            "validation",
+            "KeyError",
+            r"recipe '.*broken\.py:validation': .* raised KeyError: 'no such luck' \(line \d+\)",
+        ),
+        ("exits", "SystemExit", r"SystemExit: no such luck"),
+    ],
+)
+def test_a_recipe_that_raises_does_not_end_the_others(ablate, files, capsys, kind, error, told):
+    own = f"recipe-{kind}"
+    message = rf"^ablate_routers\.py: 1 of 3 runs failed; the same command tries them again\n  {own}, seed 0: {told}"
+    with pytest.raises(SystemExit, match=message) as ended:
+        ablate("--routers", "top_k", "--recipe", f"broken.py:{kind}", "--recipe", "r.py:half")
+    folder = files / "F"
+    assert f"traceback: F/{own}-seed0/error.txt" in ended.value.code
+    assert "in route\n" in (folder / f"{own}-seed0/error.txt").read_text()
+    assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["top_k", "recipe-half"]
+    rows = [line for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| top_k", f"| {own}", "| recipe-half"]
+    assert rows[3].endswith(f"| failed: {error} |")
+    assert (folder / "ablation.png").exists()
+    text = capsys.readouterr().out
+    assert f"[2/3] {own}, seed 0: " in text
+    assert "failed: an error ended a run" in text
+
+
+def test_a_run_that_failed_is_tried_again(ablate, files, monkeypatch):
+    words = ("--routers", "top_k", "--recipe", "broken.py:step")
+    with pytest.raises(SystemExit, match="1 of 2 runs failed"):
+        ablate(*words)
+    (files / "broken.py").write_text(GOOD.replace("half", "step"))
+    folder = ablate(*words)
+    assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["top_k", "recipe-step"]
+    assert "failed" not in (folder / "table.md").read_text()
+    assert not (folder / "recipe-step-seed0/error.txt").exists()
+
+
+def test_runs_that_fail_alike_are_told_together(ablate, files):
+    with pytest.raises(SystemExit, match=r"2 of 4 runs failed.*\n  recipe-step, seed 0; recipe-step, seed 1: recipe "):
+        ablate("--recipe", "broken.py:step", "--seeds", "2")
+
+
+def test_a_run_that_failed_keeps_neither_model_nor_data(ablate, files, monkeypatch):
+    runs, alive, do, set_up = [], [], ablation_failures.do, train.set_up
+
+    def remembered(*arguments):
+        run = set_up(*arguments)
+        runs.append(weakref.ref(run.model))
+        return run
+
+    def count(job, **options):
+        gc.collect()
+        alive.append([run() is not None for run in runs])
+        return do(job, **options)
+
+    monkeypatch.setattr(train, "set_up", remembered)
+    monkeypatch.setattr(ablation_failures, "do", count)
+    with pytest.raises(SystemExit, match="1 of 3 runs failed"):
+        ablate("--routers", "top_k", "--recipe", "broken.py:step", "--recipe", "r.py:half")
+    assert alive == [[], [False], [False, False]]
+
+
+@pytest.mark.parametrize(
+    ("rest", "message"),
+    [
+        (("--val-manifest", "nowhere.jsonl", "gone.jsonl"), r"nowhere\.jsonl"),
+        (("--no-multiple-data-passes", "--batch-size", "4000"), r"--multiple-data-passes"),
+    ],
+)
+def test_data_that_no_run_can_take_are_refused_before_the_first(ablate, files, rest, message):
+    with pytest.raises(SystemExit, match=message) as ended:
+        ablate("--routers", "top_k,switch", rest=rest)
+    assert "runs failed" not in ended.value.code
+    assert not (files / "F").exists()
+
+
+def test_a_stop_wins_over_a_failure_and_both_are_told(ablate, files, monkeypatch, capsys):
+    do = ablation_failures.do
+
+    def interrupted(job, **options):
+        if job.label == "recipe-half":
+            signal.raise_signal(signal.SIGTERM)
+        return do(job, **options)
+
+    monkeypatch.setattr(ablation_failures, "do", interrupted)
+    words = ("--routers", "top_k", "--recipe", "broken.py:step", "--recipe", "r.py:half", "--recipe", "mixtral")
+    with pytest.raises(SystemExit) as ended:
+        ablate(*words)
+    assert ended.value.code == 128 + signal.SIGTERM
+    said = capsys.readouterr()
+    assert "stopped; go on with:\n" in said.out
+    assert "1 of 4 runs failed" in said.err
+    assert "recipe-step, seed 0: recipe " in said.err
+    rows = [line.split(" | ")[0] for line in (files / "F/table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| top_k", "| recipe-step", "| recipe-half"]
+
+
+def test_a_run_that_fails_while_it_is_stopped_is_not_the_end_of_a_whole_ablation(ablate, files, monkeypatch):
+    def fail(job, **options):
+        signal.raise_signal(signal.SIGINT)
+        raise OSError("no space left")
+
+    monkeypatch.setattr(ablation_failures, "do", fail)
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k")
+    assert ended.value.code == 128 + signal.SIGINT
+
+
+def test_the_first_signal_counts_and_what_came_before_does_not():
+    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
+    other = signal.signal(signal.SIGUSR1, lambda number, frame: None)
+    try:
+        signal.raise_signal(signal.SIGTERM)
+        with stops_seen() as stopped:
+            assert stopped() is None
+            for number in (signal.SIGUSR1, signal.SIGTERM):
+                signal.raise_signal(number)
+            assert stopped() is stopped() is signal.SIGTERM
+        signal.raise_signal(signal.SIGTERM)  # to nobody, and without an error
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        signal.signal(signal.SIGUSR1, other)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_with_data_workers_a_signal_to_the_whole_group_ends_with_its_status(flags, tmp_path, number):
+    words = ["--steps", "2000", "--seeds", "1", "--routers", "top_k", "--folder", "F", "--", *flags, "--workers", "2"]
+    command = [sys.executable, str(ROOT / "examples/ablate_routers.py"), *words, "--log-every-n-steps", "1"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    metrics = tmp_path / "F/top_k-seed0/metrics.jsonl"
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.exists() and metrics.read_text().count("\n") > 2):
+            break
+        time.sleep(0.05)
+    os.killpg(process.pid, number)  # as a terminal does
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, said
+    assert "stopped; go on with:\n  python examples/ablate_routers.py --steps 2000" in said
+    assert list((tmp_path / "F/top_k-seed0/checkpoints").glob("step_*"))
