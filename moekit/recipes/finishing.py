@@ -12,6 +12,7 @@ from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.language_models import parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.runs import Run
+from moekit.recipes.saving import Progress
 from moekit.recipes.scoring import append_results
 
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
@@ -31,13 +32,13 @@ class Trained(NamedTuple):
     whole: bool
 
 
-def finish(run: Run, console: Console, *, seconds: float, trained: Trained) -> None:
+def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) -> None:
     """Score the whole of the validation data; print tables and samples; write results and picture.
 
     Args:
         run: after its last step.
         console: where to.
-        seconds: of training.
+        progress: of the run.
         trained: what this launch did of it.
     """
     scores = validate(run)
@@ -48,7 +49,7 @@ def finish(run: Run, console: Console, *, seconds: float, trained: Trained) -> N
     console.print()
     report.print_scores(console, scores, simple)
     console.print(
-        f"{total:,} parameters, {active:,} active per token; {_counted_words(tokens, seconds, trained)}",
+        f"{total:,} parameters, {active:,} active per token; {_counted_words(tokens, progress.seconds, trained)}",
         highlight=False,
     )
     picture = None
@@ -58,8 +59,8 @@ def finish(run: Run, console: Console, *, seconds: float, trained: Trained) -> N
             "parameters": total,
             "active_parameters": active,
             "tokens": tokens,
-            "trained_tokens": trained.tokens if trained.whole else None,  # no checkpoint says how many were before
-            "seconds": round(seconds, 1),
+            "trained_tokens": progress.trained_tokens,
+            "seconds": round(progress.seconds, 1),
         }
         report.write_results(run.folder / "results.json", summary, scores, simple)
         picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)

@@ -113,7 +113,9 @@ def _counted(
     """Count a step; one that was not finite is counted apart, or ends the run with a checkpoint from before it."""
     step = progress.step + 1
     if result.taken:
-        return progress._replace(step=step, seconds=seconds)
+        before = progress.trained_tokens
+        trained = None if before is None else before + result.targets
+        return progress._replace(step=step, seconds=seconds, trained_tokens=trained)
     what = f"the loss or its gradient is not finite at step {step}"
     if not result.finite:
         if run.settings.optimizer.on_nonfinite == "stop":

@@ -39,12 +39,15 @@ class Progress(NamedTuple):
         seconds: of training so far.
         skipped_steps: steps left out because their loss or gradient was not finite.
         skipped_data: sequences left out as bad data before this launch, over all ranks, by reason.
+        trained_tokens: targets trained on so far, over all ranks: no holes, no padding, no step that was left out; None
+            if it is not known, of steps of another program or of an older version.
     """
 
     step: int = 0
     seconds: float = 0.0
     skipped_steps: int = 0
     skipped_data: Mapping[str, int] = {}
+    trained_tokens: int | None = 0
 
 
 class Position(NamedTuple):
@@ -204,7 +207,8 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     saved = {name: state for name, state in random.items() if name in stored}
     state = load_checkpoint(folder, {**tensors, **saved})
     try:
-        progress = Progress(*(state[name] for name in Progress._fields))
+        known = {name: state[name] for name in Progress._fields if name != "trained_tokens"}
+        progress = Progress(**known, trained_tokens=state.get("trained_tokens"))
         stream, scaler, batch_size = state["stream"], state["scaler"], state["batch_size"]
     except KeyError as error:
         raise ValueError(
@@ -228,7 +232,8 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
 
 def _check_progress(progress: Progress, folder: Path) -> None:
     counts = progress.skipped_data if isinstance(progress.skipped_data, Mapping) else {"": None}
-    numbers = (progress.step, progress.skipped_steps, *counts.values())
+    trained = () if progress.trained_tokens is None else (progress.trained_tokens,)
+    numbers = (progress.step, progress.skipped_steps, *trained, *counts.values())
     seconds = progress.seconds
     if (
         any(type(number) is not int or number < 0 for number in numbers)
@@ -280,4 +285,4 @@ def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
         highlight=False,
         soft_wrap=True,
     )
-    return Progress(step=step)
+    return Progress(step=step, trained_tokens=None if step else 0)

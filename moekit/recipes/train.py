@@ -209,7 +209,7 @@ def _launched(
     seconds = ended.progress.seconds
     if finishing is None:
         own = Trained(ended.tokens, seconds - started.seconds, whole=started.step == 0)
-        finish(run, console, seconds=seconds, trained=own)
+        finish(run, console, progress=ended.progress, trained=own)
     else:
         finishing(run, console, seconds=seconds)
     return Launch(run.folder, None)

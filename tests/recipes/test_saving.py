@@ -1,5 +1,6 @@
 import errno
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -145,6 +146,18 @@ def test_a_damaged_checkpoint_is_not_resumed(program, tmp_path):
     with pytest.warns(UserWarning, match=r"skipping .*step_00000008: its file __0_0\.distcp is missing or cut short"):
         program("--resume", "latest")
     assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
+
+
+def test_a_checkpoint_that_does_not_count_tokens_goes_on_without_a_count(program):
+    folder = program("--steps", "3")
+    checkpoint = checkpoint_folder(folder, 3)
+    state = read_state(checkpoint)
+    assert state.pop("trained_tokens") == 3 * 256
+    write_state(checkpoint, state)
+    program("--steps", "4", "--resume", "latest")
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["tokens"], results["trained_tokens"]) == (4 * 256, None)
+    assert read_state(checkpoint_folder(folder, 4))["trained_tokens"] is None
 
 
 def test_a_checkpoint_of_another_version_is_refused(program):
