@@ -146,7 +146,7 @@ def _fused_backward(
                 for j, (part, w) in enumerate(zip(d_h, firsts, strict=True)):
                     _add_product(d_rows[block], part, w[expert].T, first=j == 0)
                 if not frozen:
-                    _add_to_matrices(sums, x_e, d_h, a, d_y, rows.weights[block], first=i == 0)
+                    _add_to_matrices(sums, x_e, d_h, a, d_y, rows.weights[block], (i, len(blocks)))
 
         return do
 
@@ -236,24 +236,35 @@ class _Sum(NamedTuple):
         wide = _wide(out)
         return cls(out, torch.empty_like(out, dtype=wide) if blocks > 1 and wide != out.dtype else None)
 
-    def add(self, left: Tensor, right: Tensor, *, first: bool) -> None:
+    def add(self, left: Tensor, right: Tensor, *, first: bool, last: bool) -> None:
         _add_product(self.out, left, right, first=first or self.total is not None)
-        if self.total is not None:
-            self.out.copy_(self.total.copy_(self.out) if first else self.total.add_(self.out))
+        if self.total is None:
+            return
+        total = self.total.copy_(self.out) if first else self.total.add_(self.out)
+        if last:
+            self.out.copy_(total)
 
 
 def _add_to_matrices(
-    d_matrices: list[_Sum], x_e: Tensor, d_h: list[Tensor], a: Tensor, d_y: Tensor, weights: Tensor, *, first: bool
+    d_matrices: list[_Sum],
+    x_e: Tensor,
+    d_h: list[Tensor],
+    a: Tensor,
+    d_y: Tensor,
+    weights: Tensor,
+    block: tuple[int, int],
 ) -> None:
     """Add a block's share to the gradients of an expert's matrices, overwriting ``x_e`` and ``d_y``, both (n, D).
 
     Nothing is weighted before: the gradients of rows are where they are added up, and here the narrower factors are.
+    ``block`` is its number, and how many there are.
     """
+    first, last = block[0] == 0, block[0] == block[1] - 1
     *d_firsts, d_down = d_matrices
-    d_down.add(a.T, d_y.mul_(weights), first=first)
+    d_down.add(a.T, d_y.mul_(weights), first=first, last=last)
     x_e.mul_(weights)
     for part, d_w in zip(d_h, d_firsts, strict=True):
-        d_w.add(x_e.T, part, first=first)
+        d_w.add(x_e.T, part, first=first, last=last)
 
 
 def _add_product(out: Tensor, left: Tensor, right: Tensor, *, first: bool) -> None:

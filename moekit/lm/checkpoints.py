@@ -5,6 +5,7 @@ else, and checksums. Loading a stranger's checkpoint runs no code: torch reads t
 and `moekit.lm.checkpoint_index` the index beside them. `moekit.lm.checkpoint_folders` finds and removes folders.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -91,7 +92,9 @@ def save_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
         if _leads():  # half a checkpoint would fill the disk that the next launch writes to
             shutil.rmtree(unfinished, ignore_errors=True)
         if isinstance(error, CheckpointException | OSError):  # the first is no Exception: it would pass by handlers
-            raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}. Is the disk full?") from error
+            full = isinstance(error, CheckpointException) or error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = " Is the disk full?" if full else ""
+            raise OSError(f"cannot write the checkpoint {folder}: {one_line(error)}.{hint}") from error
         raise
     _meet()
     return folder

@@ -4,6 +4,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 
 class StopRequest:
@@ -31,6 +32,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     A second Ctrl-C acts at once. A second SIGTERM does not: launchers and schedulers send several, to a process and to
     its group, and each would otherwise end the process before its checkpoint is written. SIGKILL is there for haste.
 
+    One inside another asks both: an ablation hears of a signal that a run of it has answered.
+
     Yields:
         The request.
 
@@ -43,15 +46,45 @@ def stop_on_signals() -> Iterator[StopRequest]:
     request = StopRequest()
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in signals}
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        request.name = request.name or signal.Signals(number).name
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
-
+    around = previous[signal.SIGTERM]
+    handler = _Handler(request, around if isinstance(around, _Handler) else None, previous[signal.SIGINT])
     for number in signals:
-        signal.signal(number, handle)
+        signal.signal(number, handler)
     try:
         yield request
     finally:
         for number in signals:
             signal.signal(number, previous[number])
+
+
+def exit_status(stopped_by: str) -> int:
+    """Return the status of a program that was stopped, as shells expect it.
+
+    Args:
+        stopped_by: the signal's name, or who else it was.
+
+    Returns:
+        128 and the signal's number; 1 if it was no signal of this process.
+
+    Example:
+        >>> exit_status("SIGINT"), exit_status("another rank")
+        (130, 1)
+    """
+    return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 1
+
+
+class _Handler:
+    """Asks for a stop, here and around; and lets the next Ctrl-C do what it did before all of them."""
+
+    def __init__(self, request: StopRequest, around: "_Handler | None", interrupt: Any) -> None:
+        self._request, self._around = request, around
+        self._interrupt: Any = interrupt if around is None else around._interrupt
+
+    def __call__(self, number: int, frame: FrameType | None) -> None:
+        self._ask(signal.Signals(number).name)
+        signal.signal(signal.SIGINT, self._interrupt)
+
+    def _ask(self, name: str) -> None:
+        self._request.name = self._request.name or name
+        if self._around is not None:
+            self._around._ask(name)

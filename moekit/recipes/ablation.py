@@ -6,7 +6,6 @@ stopped at any time and goes on where it was.
 
 import os
 import shlex
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,13 +18,12 @@ from rich.console import Console
 from moekit.lm._lookup import unknown_name
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
-from moekit.lm.signals import stop_on_signals
+from moekit.lm.signals import exit_status, stop_on_signals
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
 from moekit.recipes.ablation_failures import Failure, attempt, told_failures
 from moekit.recipes.ablation_runs import Job, line_of, make_jobs
-from moekit.recipes.ablation_stops import stops_seen
-from moekit.recipes.ablation_summaries import summaries
+from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.consoles import print_notes
@@ -69,7 +67,7 @@ class Outcome(NamedTuple):
     """
 
     failures: tuple[Failure, ...]
-    stopped_by: signal.Signals | None
+    stopped_by: str | None
 
 
 def main(
@@ -105,7 +103,7 @@ def main(
     if outcome.stopped_by is not None:
         if told is not None:
             print(told, file=sys.stderr)
-        raise SystemExit(128 + outcome.stopped_by)  # as a shell counts it, so that `&&` does not go on
+        raise SystemExit(exit_status(outcome.stopped_by))  # so that `&&` does not go on
     if told is not None:
         raise SystemExit(told)
 
@@ -209,22 +207,23 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -
     results = JsonLines(settings.folder / "results.jsonl")
     failures: list[Failure] = []
     logged = read_metrics(results.path)
-    with stop_on_signals(), stops_seen() as stopped:
+    with stop_on_signals() as stop:
         for number, job in enumerate(jobs, start=1):
             place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
             with console.status(f"{place} {job.label}, seed {job.seed}"):
                 came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
             if came is None:
-                return Outcome(tuple(failures), stopped() or signal.SIGTERM)  # a run stops by nothing else
+                return Outcome(tuple(failures), stop.name or "SIGTERM")  # a run stops by nothing else
+            failed = isinstance(came, Failure)
             line = came.line if isinstance(came, Failure) else came
-            if new or isinstance(came, Failure):
+            if new or failed:
                 console.print(f"{place} {_told(line)}", highlight=False, markup=False, soft_wrap=True)
             if isinstance(came, Failure):
                 failures.append(came)
             elif line not in logged:
                 results.log(line)
-            if (by := stopped()) is not None and (number < len(jobs) or isinstance(came, Failure)):
-                return Outcome(tuple(failures), by)
+            if stop and (number < len(jobs) or failed):
+                return Outcome(tuple(failures), stop.name)
     return Outcome(tuple(failures), None)
 
 
@@ -266,4 +265,4 @@ def _told(line: dict[str, Any]) -> str:
     if "failed" in line:
         return who + line["failed"]
     losses = ", ".join(f"{name} {scores['loss']:.3f}" for name, scores in line["validation"].items())
-    return f"{who}{losses}; {line['seconds']:.0f} s of training, {line['tokens'] / line['seconds']:,.0f} tokens/s"
+    return f"{who}{losses}; {line['seconds']:.0f} s of training, {tokens_per_second(line):,.0f} tokens/s"

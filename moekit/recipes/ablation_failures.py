@@ -72,6 +72,8 @@ def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | N
         if not job.results.exists() and not do(job, keep_checkpoints=keep_checkpoints):
             return None
         line = line_of(job)
+    except BlockingIOError as error:  # another process does this run: nothing has failed, and its folder is not ours
+        return Failure(job.label, job.seed, type(error).__name__, str(error))
     except (Exception, SystemExit) as error:  # a recipe's code may raise anything, and sys.exit would end all
         return failure_of(job, error)
     (job.folder / ERROR_FILE).unlink(missing_ok=True)

@@ -18,11 +18,13 @@ from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.evaluate import evaluating
+from moekit.recipes.finishing import Trained
 from moekit.recipes.language_models import moe_layers, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.precisions import autocast
 from moekit.recipes.routing_sums import all_routing_sums
 from moekit.recipes.runs import Run
+from moekit.recipes.saving import Progress
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.sources import ValidationSet
 from moekit.recipes.steps import split_ids
@@ -123,13 +125,14 @@ def line_of(job: Job) -> dict[str, Any]:
     return {**named, **json.loads(job.results.read_text(encoding="utf-8"))}
 
 
-def record(run: Run, console: Console, *, seconds: float) -> None:
+def record(run: Run, console: Console, *, progress: Progress, trained: Trained) -> None:
     """Score a run after its last step, and write what a table needs: the ``finishing`` of ``train``.
 
     Args:
         run: after its last step.
         console: not used.
-        seconds: of training.
+        progress: of the run.
+        trained: not used.
     """
     recipes = {"training": next(moe_layers(run.model))[1].recipe, "evaluation": run.evaluation_recipe}
     experts = run.model.config.moe_num_experts
@@ -141,7 +144,8 @@ def record(run: Run, console: Console, *, seconds: float) -> None:
         "parameters": total,
         "active_parameters": active,
         "tokens": tokens,
-        "seconds": round(seconds, 3),
+        "trained_tokens": progress.trained_tokens,
+        "seconds": round(progress.seconds, 3),
         "experts_per_token": experts_per_token(run),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
         "leaks": {when: audit(recipe, experts).leaks for when, recipe in recipes.items() if recipe is not None},

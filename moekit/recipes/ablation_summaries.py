@@ -102,11 +102,28 @@ def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None) ->
         max_violation=_mean([max(max(load) * len(load) - 1 for load in loads(line)) for line in whole]),
         dead_experts=_mean([dead_experts(line) for line in whole]),
         drop_rate=_mean([line["drop_rate"] for line in whole]),
-        tokens_per_second=_mean([line["tokens"] / max(line["seconds"], 0.1) for line in whole]),
+        tokens_per_second=_mean([tokens_per_second(line) for line in whole]),
         leaks_training=any(line["leaks"]["training"] for line in whole),
         leaks_evaluation=any(line["leaks"]["evaluation"] for line in whole),
         verdict=verdict(lines),
     )
+
+
+def tokens_per_second(line: Line) -> float:
+    """Say how fast a run was, by the tokens that it trained on.
+
+    Args:
+        line: of ``results.jsonl``; one of an older version, or of steps of another program, has nominal tokens alone.
+
+    Returns:
+        Tokens per second of training.
+
+    Example:
+        >>> tokens_per_second({"tokens": 512, "trained_tokens": 500, "seconds": 2.0})
+        250.0
+    """
+    trained = line.get("trained_tokens")
+    return float((line["tokens"] if trained is None else trained) / max(line["seconds"], 0.1))
 
 
 def loads(line: Line) -> list[list[float]]:

@@ -73,7 +73,7 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
     num_tokens = 1024 if sequence_length is None else sequence_length
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         routing = _routed(recipe, undecided_logits(recipe, num_experts, num_tokens), num_experts)
-        drawn = torch.randn(num_tokens, 8, device="cpu")  # every expert is somebody's choice
+        drawn = torch.randn(num_tokens, 8, device="cpu")  # nearly every expert is somebody's choice
         decided = _routed(recipe, _logits(recipe, num_experts, drawn), num_experts)
     if isinstance(routing, SoftRouting):
         pools, _, experts, slots = routing.dispatch_weights.shape

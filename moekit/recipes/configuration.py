@@ -123,7 +123,10 @@ def read_config(path: Path) -> dict[str, Any]:
                 f"--config {path}: {key} is {value!r}; expected a list of names of settings that nobody gave, as a run "
                 "writes it. Leave it out if there are none"
             )
-    return {key.replace("-", "_"): value for key, value in values.items()}
+    settings = {key.replace("-", "_"): value for key, value in values.items()}
+    if _DERIVED in settings:
+        settings[_DERIVED] = [name.replace("-", "_") for name in settings[_DERIVED]]
+    return settings
 
 
 def flat_settings(settings: TrainSettings) -> dict[str, Any]:

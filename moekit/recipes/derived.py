@@ -66,6 +66,8 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
         dropped |= set(one) if given & set(other) else set()
     if typed.get("moe_freq") == "0":
         dropped |= set(_OF_METHOD)
+    if "no_fsdp" in typed:
+        dropped |= {name for name in values if name.startswith("fsdp_")}
     return {name: value for name, value in values.items() if name not in dropped}
 
 

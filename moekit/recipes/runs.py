@@ -1,6 +1,8 @@
 """A run: its folder and its parts."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -9,7 +11,8 @@ import torch
 from rich.console import Console
 
 from moekit.lm.batches import BatchStream, open_stream
-from moekit.lm.folder_locks import FolderLock, LockedStream
+from moekit.lm.checkpoint_folders import remove_leftovers
+from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.lm.orders import check_budget
 from moekit.parallel import Grid, World, share, wait
@@ -37,8 +40,7 @@ class Run(NamedTuple):
         grid: how the ranks are arranged.
         optimizer: over all its parameters.
         scaler: of gradients; does nothing unless the precision is amp.
-        stream: of training batches; closing it lets go of the lock.
-        lock: of the folder, for rank 0 to take.
+        stream: of training batches.
     """
 
     settings: TrainSettings
@@ -52,16 +54,60 @@ class Run(NamedTuple):
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
     stream: BatchStream
-    lock: FolderLock
 
 
-def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
+@contextmanager
+def claimed(settings: TrainSettings, world: World) -> Iterator[Path]:
+    """Name a run's folder, and keep other launches out of it; what a launch that was killed left in it is removed.
+
+    Rank 0 locks it, see ``FolderLock``, and all ranks hear of a refusal.
+
+    Args:
+        settings: of the run.
+        world: the ranks; all of them enter together.
+
+    Yields:
+        LOGS/NAME.
+
+    Raises:
+        BlockingIOError: if another process has it.
+        OSError: if the folder cannot be made.
+        FileExistsError: if it holds a run and the settings do not resume it.
+    """
+    lock = FolderLock(share(world, run_folder(settings)))
+    try:
+        trouble = share(world, _claim(lock, settings) if world.rank == 0 else None)
+        if trouble is not None:
+            raise trouble
+        yield lock.folder
+    finally:
+        lock.let_go()
+
+
+def _claim(lock: FolderLock, settings: TrainSettings) -> OSError | None:
+    """Take the lock and clear the folder, or say what is in the way."""
+    try:
+        lock.take()
+        _refuse_another_run(settings, lock.folder)  # of a launch that has ended meanwhile
+        remove_leftovers(lock.folder / "checkpoints")
+    except (BlockingIOError, FileExistsError) as error:
+        return error
+    except OSError as error:
+        return OSError(
+            f"--logs: {lock.folder} cannot be made or cleared ({error.strerror or error}); expected a place that can "
+            "be written to."
+        )
+    return None
+
+
+def set_up(settings: TrainSettings, world: World, console: Console, *, folder: Path | None = None) -> Run:
     """Make model, optimizer and data stream.
 
     Args:
         settings: of the run.
         world: the ranks; all of them call this together.
         console: where to say what takes time.
+        folder: of the run, which ``claimed`` keeps for it; None only names one.
 
     Returns:
         Run, before its first step; its settings are those of the model that is made, in which keys of the model's file
@@ -71,7 +117,7 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
         ValueError: if the settings make no sense together, or the data do not last.
     """
-    folder = share(world, run_folder(settings))
+    folder = share(world, run_folder(settings)) if folder is None else folder
     check_model(settings.model)
     settings = replace(settings, model=with_model_keys(settings.model))
     config = make_config(settings.model)
@@ -85,7 +131,6 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         max_passes=corpus.max_passes,
     )
     built = make_model(settings, world)
-    lock = FolderLock(folder)
     return Run(
         settings=settings,
         world=world,
@@ -97,8 +142,7 @@ def set_up(settings: TrainSettings, world: World, console: Console) -> Run:
         grid=built.grid,
         optimizer=make_optimizer(built.model, settings.optimizer),
         scaler=gradient_scaler(settings.optimizer.precision, world.device),
-        stream=LockedStream(_open_stream(settings, world, corpus, batch_size=budget.batch_size), lock),
-        lock=lock,
+        stream=_open_stream(settings, world, corpus, batch_size=budget.batch_size),
     )
 
 
@@ -129,9 +173,9 @@ def resolved(run: Run) -> TrainSettings:
         run: the run.
 
     Returns:
-        The settings that ``config.json`` holds (and it names those that were filled in, see ``derived_names``): with
-        the number of steps (unless tokens and epochs say it), the global batch, the warm-up, the last rate, the
-        precision, the workers, and what the recipe takes for experts per token, capacity factor and loss weight.
+        The settings that ``config.json`` holds: with the number of steps (unless tokens and epochs say it), the global
+        batch, the warm-up, the last rate, the precision, the workers, and what the recipe takes for experts per token,
+        capacity factor and loss weight.
     """
     given, device = run.settings, run.world.device
     optimizer = replace(
@@ -192,12 +236,17 @@ def run_folder(settings: TrainSettings) -> Path:
     for parent in (folder, *folder.parents):
         if parent.exists() and not parent.is_dir():
             raise NotADirectoryError(f"--logs {run.logs}: {parent} is a file; expected a folder, or a new name")
-    own = run.resume == "latest" or (run.resume is not None and _is_inside(Path(run.resume), folder))
+    _refuse_another_run(settings, folder)
+    return folder
+
+
+def _refuse_another_run(settings: TrainSettings, folder: Path) -> None:
+    resume = settings.run.resume
+    own = resume == "latest" or (resume is not None and _is_inside(Path(resume), folder))
     if not own and not settings.evaluates_only and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume latest, or choose another --name or --logs"
         )
-    return folder
 
 
 def _is_inside(path: Path, folder: Path) -> bool:

@@ -10,7 +10,6 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from moekit.lm.checkpoint_folders import remove_leftovers
 from moekit.lm.checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
@@ -132,51 +131,19 @@ def skipped_data(run: Run, progress: Progress, at: Position) -> dict[str, int]:
 
 
 def restore(run: Run, console: Console) -> Progress:
-    """Lock the run folder, and load the checkpoint that the settings name, if any. All ranks call it together.
-
-    What a launch that was killed has left in the folder is removed before anything is written.
+    """Load the checkpoint that the settings name, if any. All ranks call it together.
 
     Args:
-        run: changed in place; closing its stream ends the lock, and so does an error here.
+        run: changed in place.
         console: where to say so.
 
     Returns:
         Progress.
 
     Raises:
-        BlockingIOError: if another process trains in the folder.
-        OSError: if the folder cannot be made.
         FileNotFoundError: if the settings name a checkpoint that is not there.
         ValueError: if it does not fit the run.
     """
-    _claim(run)
-    try:
-        return _restore(run, console)
-    except BaseException:
-        run.lock.let_go()
-        raise
-
-
-def _claim(run: Run) -> None:
-    """Take the lock on rank 0, and tell all ranks of a refusal."""
-    trouble: OSError | None = None
-    if run.world.rank == 0:
-        try:
-            run.lock.take()
-            remove_leftovers(run.folder / "checkpoints")
-        except BlockingIOError as error:
-            trouble = error
-        except OSError as error:
-            trouble = OSError(
-                f"--logs: {run.folder} cannot be made or locked ({error.strerror or error}); expected a place that can "
-                "be written to."
-            )
-    trouble = share(run.world, trouble)
-    if trouble is not None:
-        raise trouble
-
-
-def _restore(run: Run, console: Console) -> Progress:
     resume = run.settings.run.resume
     if resume is None:
         return Progress()

@@ -89,7 +89,7 @@ def _write_all(writers: Mapping[Path, Callable[[], None]], console: Console) -> 
             written.append(path)
         except OSError as error:
             failed = error
-            print_warnings(console, [f"warning: {path} cannot be written: {error.strerror}"])
+            print_warnings(console, [f"warning: {path} cannot be written: {error.strerror or error}"])
     if failed is not None and not written:
         raise failed
     return written

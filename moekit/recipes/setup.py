@@ -120,32 +120,33 @@ def check_model(settings: ModelSettings) -> None:
     try:
         for recipe in recipes:
             experts_per_token(recipe, config.moe_num_experts, sequence_length=config.seq_len)
-        for recipe, purpose in zip(recipes, ("", _SCORING), strict=True):
-            _try(recipe, config, purpose)
     except ValueError as error:
         if users_fault(settings.recipe, error) is not None:
             raise
         raise ValueError(
             f"recipe {settings.recipe} does not fit --moe-num-experts {config.moe_num_experts}: {error}"
         ) from error
+    for recipe, purpose in zip(recipes, (_TRAINING, _SCORING), strict=True):
+        _try(recipe, config, f"recipe {settings.recipe}, tried on shapes alone (meta tensors) {purpose}")
 
 
+_TRAINING = "as it trains"
 _SCORING = (
-    "in scoring, where its function is called with capacity_factor=0 and training=False, as far as it takes them (what "
-    "a limit drops would depend on the batch), "
+    "as it is scored, by its function with capacity_factor=0 and training=False, as far as it takes them (what a limit "
+    "drops would depend on the batch)"
 )
 
 
-def _try(recipe: Recipe, config: ModelConfig, purpose: str) -> None:
+def _try(recipe: Recipe, config: ModelConfig, what: str) -> None:
     """Run a recipe's layer on shapes alone; what it refuses by them it would refuse after hours of training."""
     assert config.moe_num_experts is not None
     x = torch.empty(1, config.seq_len, config.hidden_dim, device="meta")
     ids = torch.empty(1, config.seq_len, dtype=torch.int64, device="meta")
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
             MoE(config.hidden_dim, config.moe_num_experts, recipe, device="meta")(x, token_ids=ids)
     except ValueError as error:
-        raise ValueError(f"{purpose}{error}") from error
+        raise ValueError(f"{what}: {error}") from error
     except Exception:  # what reads tensors, or runs on one kind of device, tells nothing here
         return
 

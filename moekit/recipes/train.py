@@ -1,7 +1,6 @@
 """The main program: train an MoE language model, evaluate it, and say what came out."""
 
 import shlex
-import signal
 import sys
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -12,7 +11,7 @@ from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.model import LanguageModel
-from moekit.lm.signals import stop_on_signals
+from moekit.lm.signals import exit_status, stop_on_signals
 from moekit.parallel import World, any_true, share, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.audits import audit
@@ -28,7 +27,7 @@ from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
 from moekit.recipes.recording import recording
-from moekit.recipes.runs import Run, resolved, set_up
+from moekit.recipes.runs import Run, claimed, resolved, set_up
 from moekit.recipes.saving import Progress, restore, save
 from moekit.recipes.scoring import score
 from moekit.recipes.settings import TrainSettings
@@ -90,12 +89,7 @@ def main(
             raise
         raise SystemExit(f"{prog}: {fault or error}") from error
     if stopped_by is not None:
-        raise SystemExit(_status(stopped_by))  # 0 would let `train && export` go on with half a run
-
-
-def _status(stopped_by: str) -> int:
-    """Return what a shell expects of a program that a signal ended: 128 and its number."""
-    return 128 + signal.Signals[stopped_by] if stopped_by in signal.Signals.__members__ else 1
+        raise SystemExit(exit_status(stopped_by))  # 0 would let `train && export` go on with half a run
 
 
 def describe(settings: TrainSettings, console: Console) -> None:
@@ -163,7 +157,7 @@ def train(
         console: where to.
         world: the ranks; None is one process.
         command: that started the run, for the hint how to resume it.
-        finishing: what to do after the last step, in place of ``finish``, with run, console and ``seconds``.
+        finishing: what to do after the last step, in place of ``finish`` and with its arguments.
 
     Returns:
         The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
@@ -192,46 +186,43 @@ def _launched(
     derived: Collection[str] = (),
 ) -> Launch:
     """Do what ``train`` says; ``derived`` names the settings that an earlier run filled in."""
-    run = set_up(settings, world, console)
-    started = restore(run, console)
-    if world.rank == 0:
-        filled = resolved(run)
-        names = derived_names(flat_settings(settings), flat_settings(filled))
-        write_config(run.folder, filled, derived={*derived, *names})
-    announce(run, console)
-    ended = _train_and_save(run, console, started, command=command)
+    with claimed(settings, world) as folder:
+        run = set_up(settings, world, console, folder=folder)
+        try:
+            started = restore(run, console)
+            if world.rank == 0:
+                filled = resolved(run)
+                names = derived_names(flat_settings(settings), flat_settings(filled))
+                write_config(run.folder, filled, derived={*derived, *names})
+            announce(run, console)
+            ended = _train_and_save(run, console, started, command=command)
+        finally:
+            run.stream.close()
     if ended.progress.step < run.budget.steps:
         _print_stop(run, console, ended, command=command)
         if under_torchrun():
             # 0 would say that the work is done, and agents on other machines would not go on with it
             raise SystemExit(1)
         return Launch(run.folder, ended.by)
-    seconds = ended.progress.seconds
-    if finishing is None:
-        own = Trained(ended.tokens, seconds - started.seconds, whole=started.step == 0)
-        finish(run, console, progress=ended.progress, trained=own)
-    else:
-        finishing(run, console, seconds=seconds)
+    own = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
+    (finishing or finish)(run, console, progress=ended.progress, trained=own)
     return Launch(run.folder, None)
 
 
 def _train_and_save(run: Run, console: Console, started: Progress, *, command: str) -> Ended:
     """Train to the end or to a stop, and save what no checkpoint holds yet."""
     world = run.world
-    try:
-        with recording(run, console, started) as recorder, stop_on_signals() as stop:
-            ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
-            progress = ended.progress
-            # all ranks save or none: each knows of its own trouble alone, and may see an older state of the folder
-            troubled = any_true(world, ended.trouble is not None)
-            absent = share(world, not checkpoint_folder(run.folder, progress.step).exists())
-            if progress.step > started.step or (absent and not troubled):
-                save(run, progress, ended.at)
-            if ended.trouble is not None:
-                raise ended.trouble
-            return ended
-    finally:
-        run.stream.close()
+    with recording(run, console, started) as recorder, stop_on_signals() as stop:
+        ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
+        progress = ended.progress
+        # all ranks save or none: each knows of its own trouble alone, and may see an older state of the folder
+        troubled = any_true(world, ended.trouble is not None)
+        absent = share(world, not checkpoint_folder(run.folder, progress.step).exists())
+        if progress.step > started.step or (absent and not troubled):
+            save(run, progress, ended.at)
+        if ended.trouble is not None:
+            raise ended.trouble
+        return ended
 
 
 def _print_stop(run: Run, console: Console, ended: Ended, *, command: str) -> None:

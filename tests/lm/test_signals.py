@@ -34,6 +34,28 @@ def test_nobody_asked_at_first(handlers):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
+def test_what_a_run_answers_is_heard_around_it(handlers, number):
+    with stop_on_signals() as around:
+        with stop_on_signals() as stop:
+            signal.raise_signal(number)
+            signal.raise_signal(signal.SIGTERM)
+        assert stop.name == around.name == number.name
+        with stop_on_signals() as later:
+            assert not later
+    assert current() == handlers
+
+
+def test_a_second_ctrl_c_acts_at_once_however_many_were_around(handlers):
+    with stop_on_signals() as around:
+        with stop_on_signals():
+            signal.raise_signal(signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+        assert around.name == "SIGINT"
+    assert current() == handlers
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_becomes_a_request(handlers, number):
     done = 0
     with stop_on_signals() as stop:

@@ -140,9 +140,9 @@ def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(ablate, interrupt_
 def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys, tmp_path):
     record = ablation_runs.record
 
-    def interrupted(run, console, *, seconds):
+    def interrupted(run, console, **given):
         signal.raise_signal(signal.SIGTERM)
-        record(run, console, seconds=seconds)
+        record(run, console, **given)
 
     monkeypatch.setattr(ablation_runs, "record", interrupted)
     with pytest.raises(SystemExit) as ended:
@@ -300,8 +300,8 @@ def test_train_does_what_it_is_told_after_the_last_step(shards, tmp_path):
 
     seen = []
     settings = parse_settings(words(shards, tmp_path, "--steps", "2"))
-    folder = train(settings, Console(quiet=True), finishing=lambda run, console, *, seconds: seen.append(seconds))
-    assert seen[0] > 0
+    folder = train(settings, Console(quiet=True), finishing=lambda run, console, **given: seen.append(given))
+    assert seen[0]["progress"].seconds >= seen[0]["trained"].seconds > 0
     assert sorted(path.name for path in folder.iterdir()) == [
         "checkpoints",
         "config.json",

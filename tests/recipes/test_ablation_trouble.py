@@ -18,7 +18,6 @@ from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation_failures, ablation_runs, train
 from moekit.recipes.ablation import main
 from moekit.recipes.ablation_recipes import located, other_recipe, same_recipe
-from moekit.recipes.ablation_stops import stops_seen
 from moekit.routing import Causality
 
 ROOT = Path(__file__).parents[2]
@@ -226,8 +225,8 @@ def test_runs_that_fail_alike_are_told_together(ablate, files):
 def test_a_run_that_failed_keeps_neither_model_nor_data(ablate, files, monkeypatch):
     runs, alive, do, set_up = [], [], ablation_failures.do, train.set_up
 
-    def remembered(*arguments):
-        run = set_up(*arguments)
+    def remembered(*arguments, **options):
+        run = set_up(*arguments, **options)
         runs.append(weakref.ref(run.model))
         return run
 
@@ -287,22 +286,6 @@ def test_a_run_that_fails_while_it_is_stopped_is_not_the_end_of_a_whole_ablation
     with pytest.raises(SystemExit) as ended:
         ablate("--routers", "top_k")
     assert ended.value.code == 128 + signal.SIGINT
-
-
-def test_the_first_signal_counts_and_what_came_before_does_not():
-    before = signal.signal(signal.SIGTERM, lambda number, frame: None)
-    other = signal.signal(signal.SIGUSR1, lambda number, frame: None)
-    try:
-        signal.raise_signal(signal.SIGTERM)
-        with stops_seen() as stopped:
-            assert stopped() is None
-            for number in (signal.SIGUSR1, signal.SIGTERM):
-                signal.raise_signal(number)
-            assert stopped() is stopped() is signal.SIGTERM
-        signal.raise_signal(signal.SIGTERM)  # to nobody, and without an error
-    finally:
-        signal.signal(signal.SIGTERM, before)
-        signal.signal(signal.SIGUSR1, other)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

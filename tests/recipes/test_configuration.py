@@ -17,7 +17,7 @@ from moekit.recipes.configuration import (
     unflatten,
     write_config,
 )
-from moekit.recipes.derived import _EXCLUDING, _OF_METHOD, _SOURCES
+from moekit.recipes.derived import _EXCLUDING, _OF_METHOD, _SOURCES, derived_names
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 
@@ -450,12 +450,41 @@ def settled(path, *flags):
             ["--recipe", "mixtral", "--moe-top-k", "3"],
             {"recipe": "mixtral", **dict.fromkeys(_OF_METHOD), "moe_top_k": 3},
         ),
+        (["--no-fsdp"], {}),
         (["--preset", "moekit_cpu"], {"model": "moekit_cpu", **dict.fromkeys(_OF_METHOD), "warmup": None}),
     ],
 )
 def test_a_flag_wins_over_what_was_derived_and_what_excludes_it(config, flags, changed):
     path = config(RUN | FILLED | {"derived": DERIVED})
     assert settled(path, *flags) == RUN | FILLED | changed
+
+
+@pytest.mark.parametrize(
+    ("held", "flags", "dropped"),
+    [
+        ({"keep_checkpoints": 2}, ["--delete-previous-checkpoint"], ["keep_checkpoints"]),
+        ({"delete_previous_checkpoint": True}, ["--keep-checkpoints", "2"], ["delete_previous_checkpoint"]),
+        ({"fsdp": True, "fsdp_amp": True}, ["--fsdp-pure-bf16"], ["fsdp_amp"]),
+        ({"fsdp": True, "fsdp_pure_bf16": True}, ["--fsdp-amp"], ["fsdp_pure_bf16"]),
+        ({"fsdp": True, "fsdp_hybrid": True}, ["--fsdp-hybrid-o2"], ["fsdp_hybrid"]),
+        ({"fsdp": True, "fsdp_hybrid_o2": True}, ["--fsdp-hybrid"], ["fsdp_hybrid_o2"]),
+        ({"fsdp": True, "fsdp_amp": True, "fsdp_hybrid": True}, ["--no-fsdp"], ["fsdp", "fsdp_amp", "fsdp_hybrid"]),
+    ],
+)
+def test_a_flag_wins_over_a_given_one_that_it_excludes(config, held, flags, dropped):
+    parsed = flat_settings(parse_settings(["--config", config(held), *flags]))
+    assert {name: parsed[name] for name in held if not parsed[name]}.keys() == set(dropped)
+
+
+def test_what_follows_from_the_models_file_gives_way_to_another_model(config):
+    path = config({"model": "moekit_tiny", "qk-norm": True, "derived": ["qk-norm"]})
+    assert parse(["--config", path]).derived == ("qk_norm",)
+    assert parse_settings(["--config", path]).model.qk_norm
+    assert not parse_settings(["--config", path, "--model", "moekit_cpu"]).model.qk_norm
+
+
+def test_what_was_given_and_is_left_out_of_a_file_was_not_derived():
+    assert derived_names({"batch_size": 8, "warmup": None}, {"batch_size": None, "warmup": 7}) == ["warmup"]
 
 
 def test_what_was_given_stays_given(config):

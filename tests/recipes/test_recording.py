@@ -34,6 +34,7 @@ def test_every_number_has_its_name_and_adds_up(program):
     named |= {"skipped_steps", "skipped_data", "layers"} | set(TIMES)
     named -= set() if torch.cuda.is_available() else {"mfu"}  # no peak is known of a CPU
     assert set(lines[1]) == named
+    active = json.loads((folder / "results.json").read_text())["active_parameters"]
     for line in lines:
         assert line["load_balancing_loss"] == pytest.approx(0.1 * line["loss/load_balance"])
         assert line["samples_per_second"] == line["tokens_per_second"] == line["samples_per_second_per_gpu"]
@@ -45,6 +46,8 @@ def test_every_number_has_its_name_and_adds_up(program):
             + line["optim_step_time"]
         )
         assert all(line[name] > 0 for name in TIMES if name in line)
+        flops = 6 * active * line["tokens_per_second"]
+        assert line["tflops_per_second"] == pytest.approx(flops / 1e12, abs=1e-4)
         assert line["tokens_per_second"] * line["batch_time"] == pytest.approx(4 * SEQ_LEN, rel=1e-2)
         assert parts < 60
         assert sum(line["layers"][0]["load"]) == pytest.approx(1)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 import torch
@@ -392,7 +393,54 @@ def test_a_killed_process_keeps_no_lock_though_its_worker_lives(tmp_path, impati
             os.kill(worker, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, None])
+def test_a_launch_that_is_about_to_end_is_waited_for(tmp_path):
+    first, second = FolderLock(tmp_path / "a"), FolderLock(tmp_path / "a")
+    first.take()
+    threading.Timer(0.3, first.let_go).start()
+    second.take()
+    second.take()  # it has it already
+    second.let_go()
+
+
+def test_a_run_that_began_and_ended_meanwhile_is_not_mixed_with_another(program, shards, tmp_path, monkeypatch):
+    """Its folder was free when the second launch named it."""
+    take, line = FolderLock.take, words(shards, tmp_path / "logs", "--steps", "2", name="a")
+
+    def late(lock):
+        monkeypatch.setattr(FolderLock, "take", take)
+        main(line)
+        take(lock)
+
+    monkeypatch.setattr(FolderLock, "take", late)
+    with pytest.raises(SystemExit, match=r"logs/a holds a run already; go on with it by --resume latest, or choose"):
+        main([*line, "--seed", "5"])
+    assert json.loads((tmp_path / "logs" / "a" / "config.json").read_text())["seed"] != 5
+
+
+def test_an_error_before_the_first_step_leaves_no_lock(program, monkeypatch, tmp_path, impatient):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "config.json")
+
+    monkeypatch.setattr(train, "write_config", full)
+    with pytest.raises(SystemExit, match="No space left on device"):
+        program("--steps", "2")
+    monkeypatch.undo()
+    assert free(tmp_path / "logs" / "a")
+
+
+def test_a_place_that_cannot_be_written_to_is_named(program, monkeypatch):
+    def closed(lock):
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(lock.folder))
+
+    monkeypatch.setattr(FolderLock, "take", closed)
+    message = (
+        r"--logs: \S+/logs/a cannot be made or cleared \(Permission denied\); expected a place that can be written"
+    )
+    with pytest.raises(SystemExit, match=message):
+        program("--steps", "2")
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, None])
 def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch, number):
     def fail(*arguments):
         raise OSError(number, "no locks")

@@ -242,6 +242,17 @@ def test_exported_weights_of_another_method_are_scored_with_a_warning(trained, s
     assert "warning: these weights were trained with --moe-top-k 2, and this launch has --moe-top-k 1" in said
 
 
+def test_text_beside_tensors_of_others_says_nothing_and_a_damaged_one_is_named(trained, score, tmp_path, shards):
+    model, _ = model_of(trained)
+    data, path = ["--val-manifest", str(shards.validation[0]), "--recipe", "openlm"], tmp_path / "a.safetensors"
+    for metadata in (None, {"step": "9", "settings": '{"recipe": "mixtral"}'}):
+        write_safetensors(path, model.state_dict(), metadata=metadata)
+        assert [line["step"] for line in score(path, *data)] == [None]
+    write_safetensors(path, model.state_dict(), metadata={"moekit": "0", "step": "{"})
+    with pytest.raises(SystemExit, match=r"a\.safetensors: its metadata are no JSON: .*\. Export the checkpoint again"):
+        score(path, *data)
+
+
 def test_scores_are_kept_where_there_is_a_place_for_them(trained, tmp_path, capsys, shards, monkeypatch):
     """Beside somebody else's checkpoint, or in a full or closed folder of one's own, there may be none."""
     closed: list[str] = []

@@ -190,11 +190,18 @@ def test_a_layer_that_cannot_be_scored_is_refused_before_it_is_trained(tmp_path)
     """Evaluation drops nothing, and ``batched`` takes equal groups alone."""
     path = tmp_path / "mine.py"
     path.write_text(TIGHT)
-    message = r"does not fit --moe-num-experts 8: in scoring, .*capacity_factor=0.*batched: the groups have no common"
+    message = (
+        r"mine, tried on shapes alone .* as it is scored, .*capacity_factor=0.*: batched: the groups have no common"
+    )
     with pytest.raises(ValueError, match=message):
         check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
+    path.write_text(TIGHT.replace("tight = padded(capacity_factor=capacity_factor", "tight = padded(capacity_factor=0"))
+    with pytest.raises(ValueError, match=r"tried on shapes alone .* as it trains: batched: the groups have no common"):
+        check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
     path.write_text(TIGHT.replace("batched", "grouped"))
+    state = torch.get_rng_state()
     check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))
+    assert torch.equal(state, torch.get_rng_state())
     path.write_text(TIGHT.replace("matmul=batched)", "matmul=lambda *given: print(given[0].item()))"))
     check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))  # nothing is known of what reads tensors
 

@@ -128,8 +128,8 @@ def test_fp16_steps_that_the_scaler_leaves_out_are_counted(program, monkeypatch)
     # A scale that overflows fp16 at once: the first steps are left out, until it has come down.
     made = train.set_up
 
-    def set_up(*arguments):
-        run = made(*arguments)
+    def set_up(*arguments, **options):
+        run = made(*arguments, **options)
         run.scaler._init_scale = 2.0**30
         return run
 

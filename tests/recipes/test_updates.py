@@ -1,3 +1,4 @@
+import json
 import math
 import re
 import shlex
@@ -80,6 +81,8 @@ def test_a_step_that_is_not_finite_can_be_left_out(program, spoil, capsys, what,
     assert all(name.startswith("rng") for name in differing(before, after)), "the step changed nothing else"
     assert differing(after, tensors_of(checkpoint_folder(folder, 4))) != []
     assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["tokens"], results["trained_tokens"]) == (8 * 256, 7 * 256)
     assert [read_state(checkpoint_folder(folder, step))["skipped_steps"] for step in (2, 3, 8)] == [0, 1, 1]
     assert all(math.isfinite(loss) for loss in losses(numbers(folder)) if loss is not None)
 
@@ -105,8 +108,8 @@ def test_counts_of_left_out_steps_go_on_over_a_resume(program, spoil, interrupt_
 def test_infinite_weights_stop_the_run_at_the_first_step(program, tmp_path, monkeypatch):
     make = train.set_up
 
-    def spoiled(*arguments):
-        run = make(*arguments)
+    def spoiled(*arguments, **options):
+        run = make(*arguments, **options)
         with torch.no_grad():
             run.model.output.weight[0, 0] = math.inf
         return run
