@@ -271,9 +271,11 @@ def test_it_compiles_whole() -> None:
 
 
 @runs_kernels
-@pytest.mark.parametrize("keep", [EVERYTHING, INPUTS], ids=str)
-@pytest.mark.parametrize("name", ["swiglu", "relu2"])
-@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(
+    ("name", "keep", "turned"),
+    [("swiglu", EVERYTHING, False), ("swiglu", INPUTS, True), ("relu2", EVERYTHING, True), ("relu2", INPUTS, False)],
+    ids=str,
+)
 def test_the_operators_are_well_formed(name: str, keep: Keep, turned: bool) -> None:
     x, routing, params = draw(SHAPES["usual"], ACTIVATIONS[name][0])
     if turned:  # (K, T) in memory

@@ -259,6 +259,8 @@ def test_processes_killed_interrupted_and_gone_on_with(tmp_path):
         os.killpg(first.pid, signal.SIGKILL)
         raise
     first.communicate()
+    for part in sorted(parts.glob("*.part"))[3:]:  # so that the next has seconds of work left on a busy machine, too
+        part.unlink()
     number = len(list(parts.glob("*.part")))
     second = start(corpus, output, "--workers", "1")
     wait_for(lambda: len(list(parts.glob("*.part"))) > number)

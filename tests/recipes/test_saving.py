@@ -475,7 +475,8 @@ def test_a_folder_that_a_failing_launch_removes_meanwhile_is_made_again(tmp_path
 
 
 @pytest.mark.distributed
-def test_all_ranks_hear_of_a_refusal(shards, tmp_path):
+def test_all_ranks_hear_of_a_refusal(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be one card for both
     lock = FolderLock(tmp_path / "a")
     lock.take()
     line = words(shards, tmp_path, "--recipe", "mixtral", "--resume", "latest")
