@@ -7,14 +7,13 @@ from pathlib import Path
 from rich.console import Console
 
 from moekit.lm.files import write_whole
-from moekit.lm.orders import check_budget
 from moekit.recipes.ablation_recipes import other_recipe
 from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config
-from moekit.recipes.sources import make_corpus
+from moekit.recipes.sources import check_lasts, make_corpus
 
 _OWN = frozenset({"steps", "recipe", "seed", "name", "logs", "resume", "describe", "world_size"})
 _NOT_SHARED = frozenset({"recipe", "seed", "name", "logs", "resume", "describe", "world_size", "config"})
@@ -66,13 +65,7 @@ def check_data(settings: TrainSettings, console: Console) -> None:
     """
     config = make_config(settings.model)
     corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False, markup=False))
-    check_budget(
-        [source.manifest for source in corpus.sources],
-        [[shard.num_sequences for shard in source.shards] for source in corpus.sources],
-        corpus.weights,
-        num_sequences=make_budget(settings, seq_len=config.seq_len, world_size=1).sequences,
-        max_passes=corpus.max_passes,
-    )
+    check_lasts(corpus, make_budget(settings, seq_len=config.seq_len, world_size=1))
 
 
 def settle_folder(folder: Path, settings: TrainSettings) -> None:

@@ -104,7 +104,7 @@ def choose_backend(
         fused, unusable = "fused_layer", why_not_fused(device, dtype, dispatcher=dispatcher)
         if not unusable:
             layer = fused_layer(activation=activation, keep=keep, precision=float32_products(), tiles=tiles)
-            drops = dispatcher.plan is not dropless().plan
+            drops = _has_own_plan(dispatcher)
             what = f"activates inside the products, and keeps {_what_is_kept(keep)}"
             reason = f"{device.type} in {_word(dtype)}, {_DROPPING if drops else 'dropless'}, with Triton: {what}"
             return Choice(fused, limited(layer, plan=dispatcher.plan) if drops else layer, reason)
@@ -242,6 +242,11 @@ def _why_not_moved(dispatcher: Dispatcher) -> str:
     return "" if plain else "it copies rows and adds them up by weight, and the dispatcher has ways of its own"
 
 
+def _has_own_plan(dispatcher: Dispatcher) -> bool:
+    """Say whether a dispatcher pads rows or drops some, for all that is known."""
+    return dispatcher.plan is not dropless().plan
+
+
 @constant_in_graphs
 def _capability(device: torch.device) -> tuple[int, int]:
     try:
@@ -298,7 +303,7 @@ def _has_triton() -> bool:
 def _matmul_for(
     device: torch.device, dtype: torch.dtype, dispatcher: Dispatcher, widths: tuple[int, int] | None
 ) -> tuple[str, GroupedMatmul, str]:
-    padded = dispatcher.plan is not dropless().plan
+    padded = _has_own_plan(dispatcher)
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
     if device.type == "cuda" and dtype in KERNEL_DTYPES and aligned:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"

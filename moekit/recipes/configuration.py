@@ -34,7 +34,7 @@ class Parsed(NamedTuple):
 
 
 def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSettings:
-    """Read the settings from a command line and, under it, from the file that ``--config`` names; see ``parse``.
+    """Read the settings as ``parse`` does, and return them alone.
 
     Args:
         arguments: the words.
@@ -44,9 +44,7 @@ def parse_settings(arguments: list[str], *, prog: str | None = None) -> TrainSet
         TrainSettings.
 
     Raises:
-        SystemExit: if a flag is unknown or has a bad value; the message is printed, with a hint.
-        FileNotFoundError: if the file is not there.
-        ValueError: if it holds no settings.
+        SystemExit, FileNotFoundError, ValueError: as ``parse``.
 
     Example:
         >>> parse_settings(["--moe-num-experts", "4", "--steps", "60"]).optimizer.steps

@@ -10,15 +10,15 @@ _EXCLUDING = (  # of the two sides the command line's counts
     (("fsdp_amp",), ("fsdp_pure_bf16",)),
     (("fsdp_hybrid",), ("fsdp_hybrid_o2",)),
 )
-_OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
+OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
+OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")  # that a model's file may say
 _LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
-_OF_MODELS_FILE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq", "moe_num_experts")
 _SOURCES = {  # what a run derives, and from which flags
     "warmup": _LENGTH,
     "lr_cooldown_end": ("lr",),
-    **dict.fromkeys(_OF_METHOD, ("recipe", "model")),
+    **dict.fromkeys(OF_METHOD, ("recipe", "model")),
     "moe_top_k": ("recipe", "model", "moe_num_experts"),
-    **dict.fromkeys(_OF_MODELS_FILE, ("model",)),
+    **dict.fromkeys((*OF_SHAPE, "moe_num_experts"), ("model",)),
 }
 
 
@@ -65,7 +65,7 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
         dropped |= set(other) if given & set(one) else set()
         dropped |= set(one) if given & set(other) else set()
     if typed.get("moe_freq") == "0":
-        dropped |= set(_OF_METHOD)
+        dropped |= set(OF_METHOD)
     if "no_fsdp" in typed:
         dropped |= {name for name in values if name.startswith("fsdp_")}
     return {name: value for name, value in values.items() if name not in dropped}

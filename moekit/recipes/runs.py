@@ -14,7 +14,6 @@ from moekit.lm.batches import BatchStream, open_stream
 from moekit.lm.checkpoint_folders import remove_leftovers
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
-from moekit.lm.orders import check_budget
 from moekit.parallel import Grid, World, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
 from moekit.recipes.construction import make_model
@@ -23,7 +22,7 @@ from moekit.recipes.optimizers import make_optimizer
 from moekit.recipes.precisions import gradient_scaler, resolved_precision
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
-from moekit.recipes.sources import Corpus, make_corpus
+from moekit.recipes.sources import Corpus, check_lasts, make_corpus
 
 
 class Run(NamedTuple):
@@ -123,13 +122,7 @@ def set_up(settings: TrainSettings, world: World, console: Console, *, folder: P
     config = make_config(settings.model)
     budget = make_budget(settings, seq_len=config.seq_len, world_size=world.size)
     corpus = shared_corpus(settings, world, console)
-    check_budget(
-        [source.manifest for source in corpus.sources],
-        [[shard.num_sequences for shard in source.shards] for source in corpus.sources],
-        corpus.weights,
-        num_sequences=budget.sequences,
-        max_passes=corpus.max_passes,
-    )
+    check_lasts(corpus, budget)
     built = make_model(settings, world)
     return Run(
         settings=settings,

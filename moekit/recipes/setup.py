@@ -10,14 +10,12 @@ from moekit.lm.configs import ModelConfig, load_config, read_config
 from moekit.recipes.automatic import automatic
 from moekit.recipes.backends import auto
 from moekit.recipes.choices import experts_per_token
+from moekit.recipes.derived import OF_METHOD, OF_SHAPE
 from moekit.recipes.layers import Recipe
 from moekit.recipes.modules import MoE
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault
 from moekit.recipes.settings import ModelSettings
 from moekit.types import ExpertLayer
-
-_OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")
-_OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
 
 
 def make_config(settings: ModelSettings) -> ModelConfig:
@@ -38,7 +36,7 @@ def make_config(settings: ModelSettings) -> ModelConfig:
         8
     """
     settings = with_model_keys(settings)
-    flags = {name: getattr(settings, name) for name in _OF_SHAPE}
+    flags = {name: getattr(settings, name) for name in OF_SHAPE}
     if settings.moe_freq:
         flags |= {"moe_num_experts": settings.moe_num_experts}
         if settings.moe_top_k is not None:
@@ -223,7 +221,7 @@ def with_model_keys(settings: ModelSettings) -> ModelSettings:
         'rms_norm'
     """
     found = _keys_of_flags(settings)
-    dense = dict.fromkeys(_OF_METHOD) if found.get("moe_freq") == 0 else {}
+    dense = dict.fromkeys(OF_METHOD) if found.get("moe_freq") == 0 else {}
     return replace(settings, **{**found, **dense})
 
 
@@ -248,7 +246,7 @@ def overridden_flags(settings: ModelSettings) -> list[str]:
     mend = "Leave it out" + (", or take the key out of the file" if settings.preset.endswith(".json") else "")
     for name, default in ((field.name, field.default) for field in fields(settings)):
         given = getattr(settings, name)
-        key = "moe_freq" if found.get("moe_freq") == 0 and name in ("moe_num_experts", *_OF_METHOD) else name
+        key = "moe_freq" if found.get("moe_freq") == 0 and name in ("moe_num_experts", *OF_METHOD) else name
         if given != default and key in found and (key != name or given != found[key]):
             flag = f"--{name.replace('_', '-')}" + ("" if given is True else f" {given}")
             lines.append(
@@ -278,5 +276,5 @@ def _find(
 
 def _keys_of_flags(settings: ModelSettings) -> dict[str, Any]:
     """Read the keys of the model's file that there are flags for."""
-    names = (*_OF_SHAPE, "moe_num_experts", *_OF_METHOD)
+    names = (*OF_SHAPE, "moe_num_experts", *OF_METHOD)
     return {key: value for key, value in read_config(settings.preset).items() if key in names}

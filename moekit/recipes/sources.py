@@ -10,10 +10,12 @@ from torch import Tensor
 
 from moekit.lm.configs import ModelConfig
 from moekit.lm.corpora import MIXING_WEIGHTS
+from moekit.lm.orders import check_budget
 from moekit.lm.preparation import prepare
 from moekit.lm.shards import Shard, read_manifest
 from moekit.lm.tokenizers import Tokenizer, load_tokenizer, token_bytes
 from moekit.lm.urls import expand_braces, is_remote, resolve_url
+from moekit.recipes.budgets import Budget
 from moekit.recipes.settings import DataSettings, TrainSettings
 
 
@@ -106,6 +108,29 @@ def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[
                 f"{config.vocab_size}; expected no more. Choose --tokenizer bpe-{config.vocab_size} or another model."
             )
     return corpus
+
+
+def check_lasts(corpus: Corpus, budget: Budget) -> None:
+    """Check before the first step that the training data last for the whole run.
+
+    Args:
+        corpus: the data.
+        budget: the length of the run.
+
+    Raises:
+        ValueError: if they do not; it names every source, with what it holds and what is needed.
+
+    Example:
+        >>> endless = Corpus((Source("a", "a/manifest.jsonl", ()),), (1.0,), (), max_passes=None, tokenizer=None)
+        >>> check_lasts(endless, Budget(5, 8, 1, 40, 128))
+    """
+    check_budget(
+        [source.manifest for source in corpus.sources],
+        [[shard.num_sequences for shard in source.shards] for source in corpus.sources],
+        corpus.weights,
+        num_sequences=budget.sequences,
+        max_passes=corpus.max_passes,
+    )
 
 
 def _embedded(data: DataSettings, config: ModelConfig, say: Callable[[str], None]) -> Corpus:

@@ -17,7 +17,7 @@ from moekit.recipes.configuration import (
     unflatten,
     write_config,
 )
-from moekit.recipes.derived import _EXCLUDING, _OF_METHOD, _SOURCES, derived_names
+from moekit.recipes.derived import _EXCLUDING, _SOURCES, OF_METHOD, derived_names
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 
@@ -441,17 +441,17 @@ def settled(path, *flags):
         (["--steps", "400"], {"steps": 400, "warmup": None}),
         (["--steps", "400", "--warmup", "7"], {"steps": 400, "warmup": 7}),
         (["--train-num-samples", "1024"], {"steps": None, "warmup": None}),
-        (["--moe_freq", "0"], dict.fromkeys(_OF_METHOD)),
+        (["--moe_freq", "0"], dict.fromkeys(OF_METHOD)),
         (["--moe-freq", "1"], {}),
         (["--moe-num-experts", "1"], {"moe_top_k": None}),
         (["--moe-top-k", "4"], {"moe_top_k": 4}),
-        (["--recipe", "switch"], {"recipe": "switch", **dict.fromkeys(_OF_METHOD)}),
+        (["--recipe", "switch"], {"recipe": "switch", **dict.fromkeys(OF_METHOD)}),
         (
             ["--recipe", "mixtral", "--moe-top-k", "3"],
-            {"recipe": "mixtral", **dict.fromkeys(_OF_METHOD), "moe_top_k": 3},
+            {"recipe": "mixtral", **dict.fromkeys(OF_METHOD), "moe_top_k": 3},
         ),
         (["--no-fsdp"], {}),
-        (["--preset", "moekit_cpu"], {"model": "moekit_cpu", **dict.fromkeys(_OF_METHOD), "warmup": None}),
+        (["--preset", "moekit_cpu"], {"model": "moekit_cpu", **dict.fromkeys(OF_METHOD), "warmup": None}),
     ],
 )
 def test_a_flag_wins_over_what_was_derived_and_what_excludes_it(config, flags, changed):
