@@ -52,6 +52,8 @@ def read_torch(path: str | os.PathLike[str]) -> Any:
 def write_torch(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Path:
     """Write a file with ``torch.save``, whole or not at all, without a second copy in memory.
 
+    The content is on the disk before the file has its name.
+
     Args:
         path: of the file; one that is there already is replaced.
         content: to save.
@@ -127,7 +129,7 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
 def write_safetensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str] | None = None
 ) -> Path:
-    """Write a ``.safetensors`` file, whole or not at all.
+    """Write a ``.safetensors`` file, whole or not at all: its content is on the disk before the file has its name.
 
     The format has no shared tensors: of names with one and the same tensor (tied weights) the first is stored, and the
     metadata's ``aliases`` maps the others to it, in JSON.
@@ -241,6 +243,8 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield unfinished
+        with unfinished.open("r+b") as file:
+            os.fsync(file.fileno())
         os.replace(unfinished, path)
     except BaseException as error:
         unfinished.unlink(missing_ok=True)

@@ -163,7 +163,10 @@ def _tokenizer(command: Command) -> Tokenizer:
         raise FileNotFoundError(
             f"the tokenizer is {command.tokenizer!r}; expected 'byte' or the path of a tokenizer.json"
         )
-    return load_tokenizer(command.tokenizer, end_of_text=command.end_of_text)
+    try:
+        return load_tokenizer(command.tokenizer, end_of_text=command.end_of_text)
+    except ValueError as error:
+        raise ValueError(f"--tokenizer {command.tokenizer}: {error}") from error
 
 
 def _plan(command: Command, files: list[Path], tokenizer: Tokenizer) -> dict[str, Any]:

@@ -222,7 +222,7 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_of_text: str | None = No
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no such tokenizer, or has no such token.
+        ValueError: if the file is no such tokenizer, has no such token, or one that a document may have.
         ModuleNotFoundError: if it is a BPE and the package ``tokenizers`` is not installed.
     """
     text = Path(path).read_bytes()
@@ -247,14 +247,21 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_of_text: str | None = No
 
 
 def _with_end_of_text(path: str | os.PathLike[str], backend: Any, token: str) -> BpeTokenizer:
-    i = backend.token_to_id(token)
-    if i is None:
+    try:
+        i = backend.token_to_id(token)
+        tokenizer = None if i is None else BpeTokenizer(backend, end_of_text=i, token=token)
+    except (TypeError, ValueError) as error:  # no text, or none that has UTF-8, or one that a document may have
+        raise ValueError(
+            f"the tokenizer {path} cannot end documents with {token!r}: {error}. Mend the file, or name another "
+            "end-of-text"
+        ) from error
+    if tokenizer is None:
         special = sorted(added.content for added in backend.get_added_tokens_decoder().values() if added.special)[:20]
         raise ValueError(
             f"the tokenizer {path} has no token {token!r} to end documents with; its special tokens are {special}. "
             "Name its end-of-text"
         )
-    return BpeTokenizer(backend, end_of_text=i, token=token)
+    return tokenizer
 
 
 def _check_ids(content: Any, backend: Any) -> None:

@@ -90,7 +90,8 @@ def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[
         Corpus.
 
     Raises:
-        ValueError: if the numbers of manifests and weights differ, or a tokenizer has more ids than the model.
+        ValueError: if the numbers of manifests and weights differ, or a tokenizer is none or has more ids than the
+            model.
         FileNotFoundError: if a manifest is not there.
     """
     data = settings.data
@@ -217,10 +218,22 @@ def _tar_name(text: str) -> str:
 
 def _tokenizer(beside: str, data: DataSettings) -> Tokenizer | None:
     if data.tokenizer.endswith(".json"):
-        return load_tokenizer(data.tokenizer)
+        return _load(data.tokenizer, given=f"--tokenizer {data.tokenizer}")
     if beside.startswith("pipe:") or is_remote(beside):
         return None
     folder = Path(beside).absolute().parent
     folders = [folder, folder.parents[1]] if folder.name in ("train", "validation") else [folder]  # as domains lie
     found = [path for each in folders if (path := each / "tokenizer.json").is_file()]
-    return load_tokenizer(found[0]) if found else None
+    return _load(found[0], given=f"the tokenizer beside {beside} (--tokenizer names another)") if found else None
+
+
+def _load(path: str | Path, *, given: str) -> Tokenizer:
+    """Read a tokenizer; what is wrong with it begins with how it was given."""
+    try:
+        return load_tokenizer(path)
+    except ValueError as error:
+        raise ValueError(f"{given}: {error}") from error
+    except OSError as error:
+        raise OSError(
+            f"{given}: {path} cannot be read ({error.strerror or error}); expected a tokenizer.json"
+        ) from error

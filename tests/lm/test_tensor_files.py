@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import random
 import sys
 
@@ -56,6 +58,40 @@ def test_a_failing_write_leaves_the_old_file(tmp_path):
     with pytest.raises(TypeError):
         write_safetensors(path, {"w": torch.zeros(3)}, metadata={"step": 3})
     assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+every_writer = pytest.mark.parametrize("write", [write_torch, write_safetensors])
+
+
+@every_writer
+def test_the_content_is_on_the_disk_before_the_file_has_its_name(write, tmp_path, monkeypatch):
+    synced, sync, replace = [], os.fsync, os.replace
+
+    def fsync(descriptor):
+        synced.append((os.fstat(descriptor).st_ino, os.fstat(descriptor).st_size))
+        sync(descriptor)
+
+    def move(source, target):
+        assert synced == [(os.stat(source).st_ino, os.stat(source).st_size)]
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", move)
+    assert write(tmp_path / "a", {"w": torch.ones(1000)}).stat().st_size > 4000
+
+
+@every_writer
+def test_content_that_does_not_reach_the_disk_replaces_nothing(write, tmp_path, monkeypatch):
+    def fail(descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    path = tmp_path / "a"
+    path.write_text("old")
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        write(path, {"w": torch.ones(3)})
+    assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -1,4 +1,5 @@
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -107,6 +108,22 @@ def test_load_refuses_other_files(tmp_path, content):
     path = tmp_path / "tokenizer.json"
     path.write_text(content)
     with pytest.raises(ValueError, match=r"tokenizer.json is no tokenizer that save_tokenizer wrote"):
+        load_tokenizer(path)
+
+
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [
+        ("\ud800", r"'utf-8' codec can't encode character '\\ud800'"),
+        (5, "'int' object"),
+        ("a", "the text 'a' encodes to end-of-text; make it a special token"),
+    ],
+)
+def test_a_token_that_cannot_end_documents_is_told_with_the_file(tmp_path, token, why):
+    path = tmp_path / "tokenizer.json"
+    content = json.loads(TOKENIZERS[1].to_json())
+    path.write_text(json.dumps({"type": "moekit.byte_level_bpe", "end_of_text": token, "tokenizer": content}))
+    with pytest.raises(ValueError, match=rf"tokenizer {re.escape(str(path))} cannot end documents with .*: {why}"):
         load_tokenizer(path)
 
 

@@ -1,5 +1,8 @@
+import errno
+import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -156,6 +159,24 @@ def test_a_tokenizer_may_be_a_path(shards, tmp_path):
     save_tokenizer(ByteTokenizer(), tmp_path / "mine.json")
     found = corpus(dataset_manifest=shards.train, val_manifest=shards.validation, tokenizer=f"{tmp_path}/mine.json")
     assert all(each.tokenizer.vocab_size == 257 for each in found.validation)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_told_as_it_was_given(shards, tmp_path, monkeypatch):
+    manifest, path = write_shards(tmp_path, torch.zeros(2, 65, dtype=torch.int64)), tmp_path / "tokenizer.json"
+    path.write_bytes(b"caf\xe9")
+    what = (
+        re.escape(f"{path} is no tokenizer that save_tokenizer wrote, nor") + ".* 'utf-8' codec can't decode byte 0xe9"
+    )
+    beside = f"the tokenizer beside {manifest} (--tokenizer names another)"
+    with pytest.raises(ValueError, match=f"^{re.escape(beside)}: {what}"):
+        corpus(val_manifest=(manifest,), resume="x")
+    given = {"dataset_manifest": shards.train, "val_manifest": shards.validation, "tokenizer": str(path)}
+    with pytest.raises(ValueError, match=f"^--tokenizer {re.escape(str(path))}: {what}"):
+        corpus(**given)
+    denied = PermissionError(errno.EACCES, "Permission denied", str(path))
+    monkeypatch.setattr(sources, "load_tokenizer", Mock(side_effect=denied))
+    with pytest.raises(OSError, match=rf"^--tokenizer .*json: {path} cannot be read \(Permission denied\); expected a"):
+        corpus(**given)
 
 
 def test_a_tokenizer_beside_a_manifest_must_fit_too(tmp_path):
