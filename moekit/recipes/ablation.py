@@ -21,7 +21,7 @@ from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.signals import exit_status, stop_on_signals
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
-from moekit.recipes.ablation_failures import Failure, attempt, told_failures
+from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failures, told_held
 from moekit.recipes.ablation_runs import Job, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
@@ -64,10 +64,12 @@ class Outcome(NamedTuple):
     Attributes:
         failures: runs that raised an error.
         stopped_by: the signal that stopped it before its last run, or None.
+        held: runs that other processes do.
     """
 
     failures: tuple[Failure, ...]
     stopped_by: str | None
+    held: tuple[Held, ...] = ()
 
 
 def main(
@@ -84,8 +86,8 @@ def main(
         launch: the words that start it, for the hint how to go on.
 
     Raises:
-        SystemExit: with a message, if settings or data make no sense, or a run failed; with 130 or 143, if Ctrl-C or
-            SIGTERM stopped it.
+        SystemExit: with a message, if settings or data make no sense, a run failed, or another process does one; with
+            130 or 143, if Ctrl-C or SIGTERM stopped it.
     """
     words = sys.argv[1:] if arguments is None else arguments
     cut = words.index("--") if "--" in words else len(words)
@@ -99,13 +101,15 @@ def main(
         if fault is None and not isinstance(error, _ERRORS):
             raise
         raise SystemExit(f"{prog}: {fault or error}") from error
-    told = f"{prog}: {told_failures(outcome.failures, runs=len(jobs))}" if outcome.failures else None
+    told = [told_failures(outcome.failures, runs=len(jobs))] if outcome.failures else []
+    told += [told_held(outcome.held, runs=len(jobs))] if outcome.held else []
+    text = "\n".join(f"{prog}: {each}" for each in told)
     if outcome.stopped_by is not None:
-        if told is not None:
-            print(told, file=sys.stderr)
+        if text:
+            print(text, file=sys.stderr)
         raise SystemExit(exit_status(outcome.stopped_by))  # so that `&&` does not go on
-    if told is not None:
-        raise SystemExit(told)
+    if text:
+        raise SystemExit(text)
 
 
 def plan(settings: AblationSettings, words: Sequence[str], *, prog: str | None = None) -> list[Job]:
@@ -178,6 +182,8 @@ def labelled(settings: AblationSettings) -> dict[str, str]:
 def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *, command: str = "") -> Outcome:
     """Do the runs that are not done, and write and print the table of those that are. One that fails stops no other.
 
+    A run that another process does is left to it: it is in the table if it is done by then, else it is told.
+
     Args:
         settings: of the ablation.
         jobs: all runs.
@@ -185,7 +191,7 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
         command: that started the program, for the hint how to go on.
 
     Returns:
-        Which runs failed, and whether a signal stopped it.
+        Which runs failed, which others do still, and whether a signal stopped it.
 
     Raises:
         ValueError: if the folder holds runs with other settings, or of another recipe with the same label; or if the
@@ -197,6 +203,7 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
     settle_folder(settings.folder, jobs[0].settings)
     refuse_other_recipes(jobs)
     outcome = _do_all(settings, jobs, console)
+    outcome = outcome._replace(held=tuple(each for each in outcome.held if not each.job.results.exists()))
     show(settings, _lines(jobs, outcome.failures), console)
     if outcome.stopped_by is not None:
         console.print(f"stopped; go on with:\n  {command}", highlight=False, soft_wrap=True)
@@ -206,6 +213,7 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
 def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -> Outcome:
     results = JsonLines(settings.folder / "results.jsonl")
     failures: list[Failure] = []
+    held: list[Held] = []
     logged = read_metrics(results.path)
     with stop_on_signals() as stop:
         for number, job in enumerate(jobs, start=1):
@@ -213,18 +221,20 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -
             with console.status(f"{place} {job.label}, seed {job.seed}"):
                 came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
             if came is None:
-                return Outcome(tuple(failures), stop.name or "SIGTERM")  # a run stops by nothing else
-            failed = isinstance(came, Failure)
-            line = came.line if isinstance(came, Failure) else came
-            if new or failed:
-                console.print(f"{place} {_told(line)}", highlight=False, markup=False, soft_wrap=True)
+                return Outcome(tuple(failures), stop.name or "SIGTERM", tuple(held))  # a run stops by nothing else
+            done = isinstance(came, dict)
+            if new or not done:
+                told = f"{place} {job.label}, seed {job.seed}: {_told(came)}"
+                console.print(told, highlight=False, markup=False, soft_wrap=True)
             if isinstance(came, Failure):
                 failures.append(came)
-            elif line not in logged:
-                results.log(line)
-            if stop and (number < len(jobs) or failed):
-                return Outcome(tuple(failures), stop.name)
-    return Outcome(tuple(failures), None)
+            elif isinstance(came, Held):
+                held.append(came)
+            elif came not in logged:
+                results.log(came)
+            if stop and (number < len(jobs) or not done):
+                return Outcome(tuple(failures), stop.name, tuple(held))
+    return Outcome(tuple(failures), None, tuple(held))
 
 
 def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[dict[str, Any]]:
@@ -260,9 +270,10 @@ def _console() -> Console:
     return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=180)
 
 
-def _told(line: dict[str, Any]) -> str:
-    who = f"{line['router']}, seed {line['seed']}: "
-    if "failed" in line:
-        return who + line["failed"]
-    losses = ", ".join(f"{name} {scores['loss']:.3f}" for name, scores in line["validation"].items())
-    return f"{who}{losses}; {line['seconds']:.0f} s of training, {tokens_per_second(line):,.0f} tokens/s"
+def _told(came: dict[str, Any] | Failure | Held) -> str:
+    if isinstance(came, Failure | Held):
+        return came.told
+    if "failed" in came:
+        return str(came["failed"])
+    losses = ", ".join(f"{name} {scores['loss']:.3f}" for name, scores in came["validation"].items())
+    return f"{losses}; {came['seconds']:.0f} s of training, {tokens_per_second(came):,.0f} tokens/s"

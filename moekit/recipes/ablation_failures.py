@@ -1,4 +1,4 @@
-"""What becomes of a run that raises an error: it is told at the end, and the other runs go on."""
+"""What becomes of a run that raises an error, or that another process does: it is told at the end, and others go on."""
 
 import traceback
 from collections.abc import Sequence
@@ -37,6 +37,18 @@ class Failure(NamedTuple):
         return {"router": self.label, "seed": self.seed, "failed": self.told, "error": self.kind}
 
 
+class Held(NamedTuple):
+    """A run that another process does: it has not failed, and its folder is not ours.
+
+    Attributes:
+        job: the run.
+        told: which folder it is, and who has it, in words.
+    """
+
+    job: Job
+    told: str
+
+
 def failure_of(job: Job, error: BaseException) -> Failure:
     """Note an error, and write its traceback into the run's folder.
 
@@ -55,15 +67,15 @@ def failure_of(job: Job, error: BaseException) -> Failure:
     return Failure(job.label, job.seed, kind, fault or f"{kind}: {error}", report)
 
 
-def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | None:
-    """Do a run unless it is done.
+def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | Held | None:
+    """Do a run unless it is done, or another process does it.
 
     Args:
         job: the run.
         keep_checkpoints: leave the checkpoint of a run that is done.
 
     Returns:
-        Its line of ``results.jsonl``; or what went wrong; or None if somebody asked to stop.
+        Its line of ``results.jsonl``; or what went wrong; or who does it; or None if somebody asked to stop.
     """
     try:
         # again, since other processes that share the folder have gone on
@@ -72,8 +84,8 @@ def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | N
         if not job.results.exists() and not do(job, keep_checkpoints=keep_checkpoints):
             return None
         line = line_of(job)
-    except BlockingIOError as error:  # another process does this run: nothing has failed, and its folder is not ours
-        return Failure(job.label, job.seed, type(error).__name__, str(error))
+    except BlockingIOError as error:
+        return Held(job, str(error).partition(";")[0])  # what follows is about flags of the training program
     except (Exception, SystemExit) as error:  # a recipe's code may raise anything, and sys.exit would end all
         return failure_of(job, error)
     (job.folder / ERROR_FILE).unlink(missing_ok=True)
@@ -103,3 +115,18 @@ def told_failures(failures: Sequence[Failure], *, runs: int) -> str:
         lines.append(f"  {'; '.join(f'{each.label}, seed {each.seed}' for each in own)}: {told}")
         lines += [f"  traceback: {own[0].report}"] if own[0].report else []
     return "\n".join(lines)
+
+
+def told_held(held: Sequence[Held], *, runs: int) -> str:
+    """Name the runs that other processes do.
+
+    Args:
+        held: at least one.
+        runs: of the ablation.
+
+    Returns:
+        Lines of text.
+    """
+    counted = f"{len(held)} of {runs} runs {'is' if len(held) == 1 else 'are'}"
+    lines = [f"{counted} left to another process; give the same command again when it has ended"]
+    return "\n".join([*lines, *(f"  {each.job.label}, seed {each.job.seed}: {each.told}" for each in held)])

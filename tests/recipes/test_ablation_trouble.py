@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from moekit.lm import folder_locks
+from moekit.lm.folder_locks import FolderLock
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation_failures, ablation_runs, train
 from moekit.recipes.ablation import main
@@ -240,6 +243,65 @@ def test_a_run_that_failed_keeps_neither_model_nor_data(ablate, files, monkeypat
     with pytest.raises(SystemExit, match="1 of 3 runs failed"):
         ablate("--routers", "top_k", "--recipe", "broken.py:step", "--recipe", "r.py:half")
     assert alive == [[], [False], [False, False]]
+
+
+@pytest.fixture
+def held(ablate, monkeypatch):
+    """Have the folder of one run as another process would have it, beside a run that is done."""
+    lock = FolderLock(ablate("--routers", "relu") / "top_k-seed0")
+    monkeypatch.setattr(folder_locks, "PATIENCE", 0.0)
+    lock.take()
+    yield lock
+    lock.let_go()
+
+
+def test_a_run_that_another_process_does_is_left_to_it_and_has_not_failed(ablate, held, tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k,switch")
+    head, line = ended.value.code.splitlines()
+    told = "ablate_routers.py: 1 of 2 runs is left to another process; give the same command again when it has ended"
+    assert head == told
+    who = rf"process {os.getpid()} of \S+|another process"
+    assert re.fullmatch(rf"  top_k, seed 0: F/top_k-seed0: ({who}) trains in this run folder", line)
+    assert re.search(r"\[1/2\] top_k, seed 0: F/top_k-seed0: .* trains in this run folder\n", capsys.readouterr().out)
+    folder = tmp_path / "F"
+    assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["relu", "switch"]
+    table = (folder / "table.md").read_text()
+    assert [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| ")][2:] == ["| switch"]
+    assert "failed" not in table
+    assert not list((folder / "top_k-seed0").iterdir())
+    held.let_go()
+    ablate("--routers", "top_k,switch")
+    assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["relu", "switch", "top_k"]
+
+
+def test_a_run_that_another_process_has_done_meanwhile_is_in_the_table(ablate, held, tmp_path, monkeypatch):
+    ablate("--routers", "top_k", folder="elsewhere")
+    do = ablation_failures.do
+
+    def meanwhile(job, **options):
+        if job.label == "switch":
+            shutil.copytree(tmp_path / "elsewhere/top_k-seed0", held.folder, dirs_exist_ok=True)
+        return do(job, **options)
+
+    monkeypatch.setattr(ablation_failures, "do", meanwhile)
+    folder = ablate("--routers", "top_k,switch")
+    rows = [line.split(" | ")[0] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
+    assert rows[2:] == ["| top_k", "| switch"]
+
+
+def test_a_stop_wins_over_a_run_of_another_process_and_both_are_told(ablate, held, monkeypatch, capsys):
+    do = ablation_failures.do
+
+    def interrupted(job, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return do(job, **options)
+
+    monkeypatch.setattr(ablation_failures, "do", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert "1 of 1 runs is left to another process" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
