@@ -38,7 +38,8 @@ class MoE(nn.Module):
 
     Raises:
         TypeError: if the recipe is none.
-        ValueError: if a size is not positive.
+        ValueError: if a size is not positive; from the layer, if another recipe was put in whose gate or experts take
+            other parameters.
         RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none.
 
     Example:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import init_linear_gate, linear_gate
+from moekit.routing.gates import check_parts, init_linear_gate, linear_gate
 
 
 class BiasedGateParams(NamedTuple):
@@ -41,7 +41,7 @@ def biased_gate(x: Tensor, params: BiasedGateParams) -> Tensor:
         (T, E) float32 logits (float64 if ``x`` is float64).
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the widths do not match, or the parameters are another gate's.
 
     Example:
         >>> biased_gate(torch.ones(1, 3), BiasedGateParams(torch.ones(3, 2), torch.tensor([0.0, 0.5])))
@@ -51,6 +51,7 @@ def biased_gate(x: Tensor, params: BiasedGateParams) -> Tensor:
         OpenAI, gpt-oss-120b & gpt-oss-20b Model Card, 2025, section 2.2 (a linear router projection),
             https://arxiv.org/abs/2508.10925; the bias is in its released code and weights
     """
+    check_parts("biased_gate", params, BiasedGateParams)
     if params.b.shape != params.w.shape[1:]:
         raise ValueError(
             f"biased_gate: w has shape {tuple(params.w.shape)} and b {tuple(params.b.shape)}; expected (D, E) and (E,) "

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.routing.gates import linear_gate
+from moekit.routing.gates import check_parts, linear_gate
 
 _LARGEST_TEMPERATURE = math.log(100)  # of Swin Transformer v2 and Tutel
 
@@ -47,7 +47,7 @@ def cosine_gate(x: Tensor, params: CosineGateParams) -> Tensor:
         (T, E) float32 logits, of at most 100 in size. A token that projects to zero gets zeros.
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the widths do not match, or the parameters are another gate's.
 
     Example:
         >>> params = CosineGateParams(torch.eye(2), torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.zeros(1))
@@ -58,6 +58,7 @@ def cosine_gate(x: Tensor, params: CosineGateParams) -> Tensor:
         Chi et al., On the Representation Collapse of Sparse Mixture of Experts, 2022 (X-MoE),
         https://arxiv.org/abs/2204.09179
     """
+    check_parts("cosine_gate", params, CosineGateParams)
     if params.experts.ndim != 2 or params.experts.shape[1] != params.projection.shape[-1]:
         raise ValueError(
             f"cosine_gate: projection has shape {tuple(params.projection.shape)} and experts "

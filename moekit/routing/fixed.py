@@ -22,7 +22,8 @@ def hash_choice(
 ) -> Routing:
     """Look the experts of each token up by its vocabulary id: S_t = table[id_t].
 
-    Causal. No host synchronisation. Deterministic on CUDA.
+    Causal. No host synchronisation. Deterministic on CUDA. Ids are not checked, since that would read them: one below
+    zero counts from the end of the table, as any index of a tensor, so padding of -1 needs a ``token_mask``.
 
     Args:
         logits: (T, E) float32; only the weights depend on them.

@@ -29,7 +29,7 @@ def linear_gate(x: Tensor, w: Tensor) -> Tensor:
         (T, E) float32 logits.
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the widths do not match, or ``w`` is no tensor.
 
     Example:
         >>> linear_gate(torch.ones(2, 3, dtype=torch.bfloat16), torch.ones(3, 4)).dtype
@@ -71,7 +71,7 @@ def score_and_pass(gate: Gate, x: Tensor, params: Any) -> tuple[Logits, Tensor]:
         >>> logits.shape, torch.equal(tokens, x)
         (torch.Size([2, 4]), True)
     """
-    if gate is linear_gate and _half_gates.takes(x, params):
+    if gate is linear_gate and isinstance(params, Tensor) and _half_gates.takes(x, params):
         _check_gate(x, params)
         return _half_gates.logits_and_tokens(x, params)
     return gate(x, params), x
@@ -107,7 +107,41 @@ def init_linear_gate(
     return w.normal_(std=dim**-0.5 if std is None else std, generator=generator)
 
 
+def check_parts(name: str, params: Any, kind: type[tuple[Tensor, ...]]) -> None:
+    """Refuse parameters that lack a tensor that a gate reads: those of another kind of gate.
+
+    Args:
+        name: of the gate, for the message.
+        params: that it was given.
+        kind: the NamedTuple that it takes; anything with its fields will do.
+
+    Raises:
+        ValueError: if a field is not there.
+
+    Example:
+        >>> from moekit.routing import SoftGateParams
+        >>> check_parts("soft_gate", SoftGateParams(torch.ones(4, 6), torch.ones(1)), SoftGateParams)
+    """
+    lacking = [part for part in kind._fields if not hasattr(params, part)]  # type: ignore[attr-defined]
+    if lacking:
+        raise ValueError(
+            f"{name}: the gate's parameters are {type(params).__name__}, which lack {', '.join(lacking)}; expected "
+            f"{kind.__name__}. {_OTHER_GATE.format(name)}"
+        )
+
+
+_OTHER_GATE = (
+    "A module keeps the parameters of the recipe that it was made of: make a new MoE of a recipe with another gate, or "
+    "draw the parameters with init_{}."
+)
+
+
 def _check_gate(x: Tensor, w: Tensor) -> None:
+    if not isinstance(w, Tensor):
+        raise ValueError(
+            f"linear_gate: the gate's parameters are {type(w).__name__}; expected a tensor (D, E). "
+            f"{_OTHER_GATE.format('linear_gate')}"
+        )
     if x.ndim != 2 or w.ndim != 2 or x.shape[1] != w.shape[0]:
         raise ValueError(
             f"linear_gate: x has shape {tuple(x.shape)} and w {tuple(w.shape)}; expected (T, D) and (D, E) with the "

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.routing.gates import clean, linear_gate, noisy
+from moekit.routing.gates import check_parts, clean, linear_gate, noisy
 from moekit.routing.top_k import softmax_of_top_k
 from moekit.types import Gate, Logits, NoisyLogits, Routing
 
@@ -52,7 +52,7 @@ def noisy_gate(x: Tensor, params: NoisyGateParams, *, training: bool = True) -> 
         NoisyLogits, (T, E) float32 each.
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the widths do not match, or the parameters are another gate's.
 
     Example:
         >>> noisy_gate(torch.ones(2, 3), init_noisy_gate(3, 4), training=False).std[0, 0].item()
@@ -61,6 +61,7 @@ def noisy_gate(x: Tensor, params: NoisyGateParams, *, training: bool = True) -> 
     References:
         Shazeer et al., Outrageously Large Neural Networks, 2017, equations 3 to 5, https://arxiv.org/abs/1701.06538
     """
+    check_parts("noisy_gate", params, NoisyGateParams)
     z = linear_gate(x, params.w)
     std = F.softplus(linear_gate(x, params.noise)) + _LEAST_STD
     return NoisyLogits(z + torch.randn_like(z) * std if training else z, z, std)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import linear_gate
+from moekit.routing.gates import check_parts, linear_gate
 from moekit.types import SoftRouting
 
 _EPSILON = 1e-6  # added to lengths, as in the paper's listing 2
@@ -42,7 +42,7 @@ def soft_gate(x: Tensor, params: SoftGateParams) -> Tensor:
         (T, E*S) float32 logits.
 
     Raises:
-        ValueError: if the widths do not match.
+        ValueError: if the widths do not match, or the parameters are another gate's.
 
     Example:
         >>> params = SoftGateParams(torch.tensor([[3.0, 0.0], [0.0, 5.0]]), torch.tensor([2.0]))
@@ -52,6 +52,7 @@ def soft_gate(x: Tensor, params: SoftGateParams) -> Tensor:
     References:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, section 2.3, https://arxiv.org/abs/2308.00951
     """
+    check_parts("soft_gate", params, SoftGateParams)
     dtype = torch.promote_types(x.dtype, torch.float32)
     tokens, slots = _unit(x.to(dtype), dim=-1), _unit(params.slots.to(dtype), dim=0)
     return linear_gate(tokens, slots) * params.scale.to(dtype)

@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from moekit.parallel import Part
-from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, remoe, switch
+from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, remoe, sparsely_gated, switch
 from moekit.segments import tokens_per_expert
 
 D, E = 16, 4
@@ -201,6 +201,32 @@ def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
     moe.recipe = deepseek_moe(k=2)
     with pytest.raises(RuntimeError, match="its recipe remembers 'bias', and the one that it was made of did not"):
         moe(torch.randn(3, D))
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        (
+            mixtral(),
+            sparsely_gated(k=2),
+            "noisy_gate: the gate's parameters are Parameter, which lack w, noise; expected",
+        ),
+        (sparsely_gated(k=2), mixtral(), "linear_gate: the gate's parameters are NoisyGateParams; expected a tensor"),
+        (
+            mixtral(),
+            switch(),
+            "relu_mlp: the experts' parameters are GatedParams, whose gate it would not use; expected",
+        ),
+        (switch(), mixtral(), "swiglu: the experts' parameters are MlpParams, which lack gate; expected GatedParams"),
+    ],
+)
+def test_a_recipe_with_other_parameters_cannot_be_put_into_a_module(first, second, message: str) -> None:
+    moe, x = MoE(D, E, first, hidden=8), torch.randn(3, D)
+    moe.recipe = second
+    with pytest.raises(ValueError, match=message):
+        moe(x)
+    moe.recipe = first
+    moe(x)
 
 
 def test_a_method_that_is_not_called_is_no_recipe() -> None:

@@ -1,9 +1,33 @@
+import itertools
+import re
 from functools import partial
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moekit.routing import linear_gate, score_and_pass
+from moekit.routing import (
+    biased_gate,
+    cosine_gate,
+    init_biased_gate,
+    init_cosine_gate,
+    init_linear_gate,
+    init_noisy_gate,
+    init_soft_gate,
+    linear_gate,
+    noisy_gate,
+    score_and_pass,
+    soft_gate,
+)
+
+GATES = {
+    linear_gate: init_linear_gate,
+    biased_gate: init_biased_gate,
+    noisy_gate: init_noisy_gate,
+    cosine_gate: init_cosine_gate,
+    soft_gate: partial(init_soft_gate, slots=1),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -40,3 +64,37 @@ def test_shapes_that_do_not_fit(x: tuple[int, ...], w: tuple[int, ...]) -> None:
     for call in (linear_gate, partial(score_and_pass, linear_gate)):
         with pytest.raises(ValueError, match=r"x has shape .* and w .*; expected \(T, D\) and \(D, E\).*Flatten x"):
             call(torch.zeros(x), torch.zeros(w))
+
+
+def test_parameters_of_another_gate_are_named() -> None:
+    for gate, other in itertools.permutations(GATES, 2):
+        given, own = GATES[other](3, 5), GATES[gate](3, 5)
+        expected = "a tensor (D, E)" if gate is linear_gate else type(own).__name__
+        message = f"{gate.__name__}: the gate's parameters are {type(given).__name__}(;|, which lack .*;) expected "
+        message += (
+            rf"{re.escape(expected)}\. .*make a new MoE of .* or draw the parameters with init_{gate.__name__}\.$"
+        )
+        for call in (gate, partial(score_and_pass, gate)):
+            with pytest.raises(ValueError, match=message):
+                call(torch.randn(4, 3), given)
+
+
+def test_parameters_of_another_gate_are_named_for_bfloat16_on_cuda() -> None:
+    with FakeTensorMode():
+        x = torch.empty(4, 3, dtype=torch.bfloat16, device="cuda")
+        with pytest.raises(
+            ValueError, match="linear_gate: the gate's parameters are NoisyGateParams; expected a tensor"
+        ):
+            score_and_pass(linear_gate, x, init_noisy_gate(3, 5, device="cuda"))
+
+
+def test_parameters_are_known_by_their_fields() -> None:
+    """A user's own tuple is as good, and may hold more."""
+
+    class Mine(NamedTuple):
+        w: torch.Tensor
+        b: torch.Tensor
+        more: int
+
+    w, b = torch.randn(3, 5), torch.randn(5)
+    torch.testing.assert_close(biased_gate(torch.eye(3), Mine(w, b, 1)), w + b)
