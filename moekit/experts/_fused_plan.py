@@ -1,5 +1,6 @@
 """The plan of the fused layer: a list of tensors, as operators take it, and what kernels see in it."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -33,10 +34,42 @@ def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> li
     """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
     from moekit.experts.kernels import _plan_triton
 
+    check_num_experts(num_experts, experts.device)
     if experts.numel() == 0:
         return [experts.new_empty(experts.shape)]
     rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
     return [rows, assignments, schedule.table]
+
+
+def check_num_experts(num_experts: int, device: torch.device) -> None:
+    """Refuse more experts than a program of the plan's kernels has shared memory to count the assignments of.
+
+    The counts are four bytes for each expert and for what is missing, in a power of two of them: 64 KiB up to
+    E = 16,383, which every card has, then 128 KiB up to 32,767, and then 256 KiB.
+
+    Args:
+        num_experts: E.
+        device: of the kernels.
+
+    Raises:
+        ValueError: if the device has less.
+
+    Example:
+        >>> check_num_experts(512, torch.device("cuda"))
+    """
+    if num_experts >= 2**14 and num_experts > (most := _most_experts(device)):
+        raise ValueError(
+            f"fused_layer: E = {num_experts} experts; expected at most {most} on {device}, whose shared memory holds "
+            f"the counts of no more. Compose the layer of expert_layer and loop, which takes any number."
+        )
+
+
+@cache
+def _most_experts(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 2**31 - 1
+    counts = torch.cuda.get_device_properties(device).shared_memory_per_block_optin // 4  # type: ignore[attr-defined]
+    return int(2 ** (counts.bit_length() - 1) - 1)
 
 
 def _lists_of_tokens(experts: Tensor, tokens: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:

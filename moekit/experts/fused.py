@@ -86,7 +86,8 @@ def fused_layer(
     Raises:
         ValueError: if ``precision`` is neither, ``keep`` is no ``Keep``, or the kernels do not know the activation;
             from the layer, if ``params`` do not fit the activation, the parts of the routing each other, or shapes and
-            dtypes each other.
+            dtypes each other, or if there are more experts than the device's shared memory has counts for: 32,767 where
+            that is 128 KiB or more, 16,383 where it is less.
 
     Example:
         >>> from moekit.experts import GEGLU

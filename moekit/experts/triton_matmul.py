@@ -9,6 +9,10 @@ from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_precision, 
 from moekit.operators import differentiated_once, operator, refuse_tangents, transformable
 from moekit.types import Groups
 
+# A program of the schedule compares 64 tiles with all groups, in a power of two of them, and no tensor of a Triton
+# program has more than 2^20 entries.
+_MOST_GROUPS = 2**14
+
 
 def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") -> Tensor:
     """Multiply groups of any sizes by kernels in Triton, of any widths; sums are taken in float32.
@@ -26,7 +30,7 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
         (R, F); rows past the last group are undefined.
 
     Raises:
-        ValueError: if the shapes or dtypes do not fit, or ``precision`` is neither.
+        ValueError: if the shapes or dtypes do not fit, there are more than 16,384 groups, or ``precision`` is neither.
 
     Example:
         >>> rows, w = torch.ones(3, 2, device="meta"), torch.ones(2, 2, 4, device="meta")
@@ -34,6 +38,11 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
         torch.Size([3, 4])
     """
     check_product(rows, groups, w)
+    if w.shape[0] > _MOST_GROUPS:
+        raise ValueError(
+            f"triton: E = {w.shape[0]} experts; expected at most {_MOST_GROUPS}, which a program of its kernels can "
+            f"compare at once. Take loop, which takes any number."
+        )
     rows, w = in_autocast(rows, w)
     check_dtypes("triton", rows, w, allowed=KERNEL_DTYPES)
     check_precision("triton", precision)

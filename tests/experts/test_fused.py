@@ -2,6 +2,7 @@
 
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ import torch
 from fused_cases import ACTIVATIONS, LOW, TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
 
-from moekit.experts import init_mlp, pack_gated, swiglu
+from moekit.experts import _fused_plan, init_mlp, pack_gated, swiglu
+from moekit.experts._fused_plan import check_num_experts
 from moekit.experts.activations import RELU2, SWIGLU, Activation
 from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
 from moekit.experts.tile_files import layer_tiles
@@ -430,3 +432,29 @@ def test_a_gradient_of_gradients_by_the_routers_weights_is_refused() -> None:
     [grad] = torch.autograd.grad(y, x, create_graph=True)
     with pytest.raises(RuntimeError, match="fused_layer: its gradient has no gradient"):
         torch.autograd.grad(grad.sum(), weights)
+
+
+@pytest.mark.parametrize(("kibibytes", "most"), [(64, 16_383), (99, 16_383), (163, 32_767), (227, 32_767)])
+def test_more_experts_are_refused_than_shared_memory_has_counts_for(
+    kibibytes: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(shared_memory_per_block_optin=1024 * kibibytes)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(_fused_plan, "_most_experts", _fused_plan._most_experts.__wrapped__)  # remember no false card
+    device = torch.device("cuda", 0)
+    check_num_experts(most, device)
+    message = (
+        rf"fused_layer: E = {most + 1} experts; expected at most {most} on cuda:0, .* loop, which takes any number"
+    )
+    with pytest.raises(ValueError, match=message):
+        check_num_experts(most + 1, device)
+    check_num_experts(2**20, torch.device("cpu"))  # the interpreter's memory is the host's
+
+
+def test_a_plan_is_refused_before_a_kernel_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_fused_plan, "_most_experts", lambda device: 2**14 - 1)
+    x, routing, params = draw((5, 16, 16, 3, 2), SWIGLU)
+    routing = routing._replace(num_experts=2**14)
+    params = type(params)(*(w[:1].expand(2**14, -1, -1) for w in params))
+    with pytest.raises(ValueError, match="fused_layer: E = 16384 experts; expected at most 16383 on cpu"):
+        fused_layer()(x, routing, params)

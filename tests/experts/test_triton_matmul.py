@@ -7,6 +7,7 @@ from interpreted import DEVICE, INTERPRETED, Calls, run_interpreted, runs_kernel
 from torch import Tensor
 
 from moekit.experts.triton_matmul import triton
+from moekit.operators import HAS_TRITON
 from moekit.types import Groups
 
 # Awkward sizes: empty first, middle and last groups, one row, all on one, more than a tile, nothing at all.
@@ -177,6 +178,26 @@ def test_errors_say_what_was_given_and_expected() -> None:
         triton(rows, groups, w, precision="bf16")
     with pytest.raises(ValueError, match=r"rows \(3, 2\).*do not fit; expected \(R, D\)"):
         triton(rows, groups, w.transpose(1, 2))
+    many = torch.ones(2**14 + 1, 2, 4, device="meta")
+    sizes = torch.ones(2**14 + 1, device="meta")
+    with pytest.raises(
+        ValueError, match=r"triton: E = 16385 experts; expected at most 16384, .* Take loop, which takes"
+    ):
+        triton(rows.to("meta"), Groups(sizes, None), many)
+    assert triton(rows.to("meta"), Groups(sizes[1:], None), many[1:]).shape == (3, 4)
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="needs Triton")
+def test_more_groups_are_refused_than_a_program_compares_with_its_tiles() -> None:
+    import triton.language as tl
+
+    from moekit.experts.kernels._tiles_triton import _schedule_launch
+
+    def entries(num_groups: int) -> int:
+        constants = _schedule_launch(num_groups, 1, 1, 16).constants
+        return constants["GROUPS"] * constants["BLOCK"]
+
+    assert entries(2**14) <= tl.TRITON_MAX_TENSOR_NUMEL < entries(2**14 + 1)
 
 
 @runs_kernels
