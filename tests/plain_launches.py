@@ -1,8 +1,8 @@
 """Compile the plain kernels of a layer for a card, with the tiles of the rule.
 
 A program of its own, for what decides about descriptors is replaced in it: python tests/plain_launches.py CAPABILITY
-PRODUCTS, where the capability is 80, 86, 90, 100 or 120, and products are bf16, ieee or tf32. It prints the bytes of shared
-memory that each kernel takes, gated experts and others, as JSON.
+PRODUCTS, where the capability is 80, 86, 90, 100 or 120, and products are bf16, ieee or tf32. It prints the bytes of
+shared memory that each kernel takes, gated experts and others, as JSON.
 """
 
 import json

@@ -135,6 +135,7 @@ for name in {OPTIONAL}:
 import moekit
 assert "torch._dynamo" not in sys.modules, "import moekit loads the compiler, which takes a second"
 assert "torch.distributed.tensor" not in sys.modules, "import moekit loads sharded tensors, a quarter of its time"
+assert "torch.utils.flop_counter" not in sys.modules, "import moekit loads FLOP counters, and Triton with them"
 from moekit.recipes import mixtral
 moe = moekit.MoE(8, 4, mixtral(), hidden=8)
 moe(torch.ones(3, 8)).y.sum().backward()

@@ -5,16 +5,22 @@ import importlib.metadata
 import os
 import platform
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moekit import __version__
-from moekit.experts import batched, grouped, loop, triton
+from moekit.dispatch import dropless
+from moekit.experts import GatedParams, batched, grouped, loop, swiglu, triton
+from moekit.experts.tiles import LayerSize
 from moekit.recipes.backends import choose_backend
-from moekit.types import GroupedMatmul, Groups
+from moekit.recipes.layers import expert_layer
+from moekit.routing import top_k
+from moekit.types import ExpertLayer, GroupedMatmul, Groups
 
 
 class Package(NamedTuple):
@@ -74,10 +80,9 @@ def diagnose() -> Iterator[str]:
         for name, matmul in (ON_CUDA if device.startswith("cuda") else BACKENDS).items():
             yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
     yield ""
-    yield "expert layer that auto chooses"
+    yield "expert layer that auto chooses, forward + backward"
     for device, dtype, where in _places():
-        choice = choose_backend(device, dtype)
-        yield f"  {where:<16} {choice.name}: {choice.reason}"
+        yield f"  {where:<16} {describe_choice(device, dtype)}"
 
 
 def _places() -> Iterator[tuple[str, torch.dtype, str]]:
@@ -150,13 +155,18 @@ def try_backend(matmul: GroupedMatmul, *, device: str, dtype: torch.dtype) -> st
         >>> try_backend(loop, device="cpu", dtype=torch.float32) is None
         True
     """
+    return _tried(lambda: "" if _multiplies(matmul, device, dtype) else "wrong result")
+
+
+def _tried(find_fault: Callable[[], str]) -> str | None:
+    """Say why something does not work, which is what it finds wrong, or raises; None if it works."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            right = _multiplies(matmul, device, dtype)
+            fault = find_fault()
     except Exception as error:  # whatever a backend raises on this device is the answer
-        return f"does not work: {_one_line(error)}"
-    return None if right else "does not work: wrong result"
+        fault = _one_line(error)
+    return f"does not work: {fault}" if fault else None
 
 
 def _multiplies(matmul: GroupedMatmul, device: str, dtype: torch.dtype) -> bool:
@@ -165,6 +175,92 @@ def _multiplies(matmul: GroupedMatmul, device: str, dtype: torch.dtype) -> bool:
     y = matmul(rows, Groups(torch.tensor([4, 4], dtype=torch.int32, device=device), capacity=4), w)
     grads = torch.autograd.grad(y, (rows, w), torch.ones_like(y))
     return all(bool((tensor == value).all()) for tensor, value in zip((y, *grads), (16, 16, 4), strict=True))
+
+
+def describe_choice(device: str, dtype: torch.dtype) -> str:
+    """Say which expert layer ``auto`` chooses, why, and whether it works.
+
+    Args:
+        device: of tokens and parameters.
+        dtype: of both.
+
+    Returns:
+        One line.
+
+    Example:
+        >>> line = describe_choice("cpu", torch.float32)
+        >>> line.split(":")[0], line.split(". ")[-1]
+        ('fused_cpu', 'Tried: works')
+    """
+    try:
+        choice = choose_backend(device, dtype)
+    except Exception as error:  # of a device that torch lists and cannot use
+        return f"does not work: {_one_line(error)}"
+    return f"{choice.name}: {choice.reason}. Tried: {try_layer(choice.layer, device=device, dtype=dtype) or 'works'}"
+
+
+# Experts of 64 rows each, and widths, for which fused_layer takes on every card the kernels that it takes in training.
+_TRIED = LayerSize(torch.float32, assignments=128, experts=2, dim=256, hidden=256, gated=True)
+
+
+def try_layer(layer: ExpertLayer, *, device: str, dtype: torch.dtype) -> str | None:
+    """Run a layer of SwiGLU experts, forward and backward, and hold it against a loop over them in float32.
+
+    Args:
+        layer: to try.
+        device: to try it on. A CUDA device compiles kernels first, unless it has before.
+        dtype: of tokens and parameters.
+
+    Returns:
+        Why it does not work, or None if it does.
+
+    Example:
+        >>> layer = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))
+        >>> try_layer(layer, device="cpu", dtype=torch.bfloat16) is None
+        True
+        >>> try_layer(lambda x, routing, params: x, device="cpu", dtype=torch.float32)
+        'does not work: wrong y, and wrong gradients of x, weights, gate, up, down'
+    """
+    return _tried(lambda: _wrong_in(layer, device, dtype))
+
+
+def _wrong_in(layer: ExpertLayer, device: str, dtype: torch.dtype) -> str:
+    found, expected = (
+        _run(each, device, dtype, inner) for each, inner in ((layer, dtype), (_reference, torch.float32))
+    )
+    wrong = [name for name, want in expected.items() if not _is_near(found[name], want)]
+    of = ", ".join(name for name in wrong if name != "y")
+    said = (["wrong y"] if "y" in wrong else []) + ([f"wrong gradients of {of}"] if of else [])
+    return ", and ".join(said)
+
+
+_reference = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))
+
+
+def _run(layer: ExpertLayer, device: str, dtype: torch.dtype, inner: torch.dtype) -> dict[str, Tensor | None]:
+    """Run a layer on numbers of ``dtype`` that are written as ``inner``; return y and its gradients by name."""
+    _, assignments, experts, dim, hidden, *_ = _TRIED
+    tokens, generator = assignments // experts, torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, scale: float = 1.0) -> Tensor:
+        drawn = (scale * torch.randn(shape, generator=generator)).to(dtype).to(device, inner)
+        return drawn.requires_grad_()
+
+    up = partial(draw, experts, dim, hidden, scale=dim**-0.5)
+    x, params = draw(tokens, dim), GatedParams(up(), up(), draw(experts, hidden, dim, scale=hidden**-0.5))
+    routing = top_k(torch.randn(tokens, experts, generator=generator).to(device), k=experts)
+    weights = routing.weights.requires_grad_()
+    y = layer(x, routing._replace(weights=weights), params)
+    leaves = {"x": x, "weights": weights, **params._asdict()}
+    grads = torch.autograd.grad(y, list(leaves.values()), draw(tokens, dim).detach(), allow_unused=True)
+    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+def _is_near(found: Tensor | None, expected: Tensor | None) -> bool:
+    """Say whether two tensors differ by what rounding to bfloat16 here and there can do; not if one has NaN."""
+    if found is None or expected is None or found.shape != expected.shape:
+        return False
+    return bool((found.float() - expected).norm() <= 0.03 * expected.norm())
 
 
 def _one_line(error: Exception) -> str:

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moekit.dispatch import dropless
-from moekit.experts import fused_cpu, loop
+from moekit.experts import GatedParams, fused_cpu, loop
 from moekit.experts.tile_files import layer_tiles, table_text
 from moekit.experts.tile_tables import from_table
 from moekit.experts.tiles import LayerSize
@@ -30,7 +31,7 @@ from moekit.recipes.bench.stages import Stage, shares
 from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of, stages_of, title
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
-from moekit.types import Groups
+from moekit.types import Groups, Routing
 
 SMALL = LayerShape("small", 64, 16, 24, 8, 2)
 RUNNING = [
@@ -294,6 +295,37 @@ def test_a_report_has_a_table_for_each_load(report: Report) -> None:
         assert sum(shares(stages)) == pytest.approx(1)
         assert stages[4].teraflops == pytest.approx(SMALL.flops / min(stages[4].seconds) / 1e12)
         assert stages[5].gigabytes_per_second == pytest.approx(3 * 64 * 16 * 4 / min(stages[5].seconds) / 1e9)
+
+
+def test_rows_of_ones_own_are_measured_like_the_others() -> None:
+    seen, lines = [], []
+
+    def layer(x: Tensor, routing: Routing, params: GatedParams) -> Tensor:
+        seen.append(x.shape)
+        return fused_cpu(plan=dropless().plan)(x, routing, params)
+
+    def broken(case: Case) -> Contender:
+        raise NotImplementedError("not written yet.")
+
+    mine = {"mine": partial(row_module.of_layer, layer=layer), "mine, broken": broken}
+    report = bench_layer([SMALL], rounds=2, only=["loop", "mine"], rows=mine, tell=lines.append)
+    assert lines == ["small, uniform: 4 rows, 2 rounds", "  mine, broken: skipped, not written yet"]
+    assert set(seen) == {(64, 16)}
+    rows = json.loads(as_json(report))["tables"][0]["rows"]
+    assert [row["name"] for row in rows] == ["dense bound", "loop", "mine", "mine, broken"]
+    bound, found = rows[0], rows[2]
+    assert found["fraction"] == median(b / t for b, t in zip(bound["both"], found["both"], strict=True)) > 0
+    assert found["memory"]["held"] > 0
+    text = as_markdown(report)
+    assert f"| mine | {' | '.join(rows_of(report.tables[0])[2][1:])} |" in text
+    assert "- mine, broken: not written yet" in text
+    assert [row.name for row in bench_layer([SMALL], rounds=1, only=["loop"], rows=mine).tables[0].rows][1:] == ["loop"]
+
+
+@pytest.mark.parametrize("name", ["dense bound", "dense expert", "fused_cpu", "scattermoe"])
+def test_rows_of_ones_own_do_not_take_the_place_of_others(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"bench_layer: rows = \['{name}'\], which there are already; give rows"):
+        bench_layer([SMALL], rows={name: partial(row_module.of_layer, layer=None), "mine": None})
 
 
 def test_json_and_markdown_say_the_same(report: Report) -> None:

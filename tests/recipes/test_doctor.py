@@ -1,12 +1,24 @@
+import re
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 
-from moekit.experts import batched, grouped, loop
+from moekit.experts import batched, grouped, layer_tiles, loop
 from moekit.recipes import doctor
-from moekit.recipes.doctor import PACKAGES, Package, describe_devices, describe_package, diagnose, try_backend
+from moekit.recipes.backends import Choice, auto
+from moekit.recipes.doctor import (
+    PACKAGES,
+    Package,
+    describe_choice,
+    describe_devices,
+    describe_package,
+    diagnose,
+    try_backend,
+    try_layer,
+)
 
 
 @pytest.mark.parametrize("package", PACKAGES, ids=lambda package: package.name)
@@ -83,6 +95,72 @@ def test_the_diagnosis_names_every_package_and_backend():
     assert all(f"\n  {package.name} " in text for package in PACKAGES)
     for name in ("loop", "batched", "grouped"):
         assert f"\n  cpu float32      {name:<8} works" in text
+    assert re.findall(r"\n  cpu (\w+) +fused_cpu: the CPU: .* alone\. Tried: works", text) == ["float32", "bfloat16"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_auto_takes_on_the_cpu_works(dtype):
+    assert try_layer(auto(), device="cpu", dtype=dtype) is None
+
+
+def test_layers_that_raise_or_err_are_found_out():
+    def spoiled(x, routing, params, *, name):
+        y = auto()(x, routing, params)
+        if name == "y":
+            return y.detach() * 1.05 + y - y.detach()
+        if name == "nan":
+            return y * torch.nan
+        leaf = {"x": x, "weights": routing.weights, **params._asdict()}[name]
+        return y + (leaf - leaf.detach()).sum()  # the same numbers, with another gradient
+
+    for name in ("x", "weights", "gate", "up", "down"):
+        said = try_layer(partial(spoiled, name=name), device="cpu", dtype=torch.float32)
+        assert said == f"does not work: wrong gradients of {name}"
+    assert try_layer(partial(spoiled, name="y"), device="cpu", dtype=torch.bfloat16) == "does not work: wrong y"
+    assert try_layer(partial(spoiled, name="nan"), device="cpu", dtype=torch.float32).startswith(
+        "does not work: wrong y, "
+    )
+
+    def raises(x, routing, params):
+        raise RuntimeError("PTX was compiled for another card.\nstack")
+
+    assert try_layer(raises, device="cpu", dtype=torch.float32) == "does not work: PTX was compiled for another card"
+
+
+def test_a_choice_that_does_not_work_is_said_with_its_name(monkeypatch):
+    def raises(x, routing, params):
+        raise RuntimeError("no kernel image.\nstack")
+
+    choice = Choice("fused_layer", raises, "cuda in bfloat16")
+    monkeypatch.setattr(doctor, "choose_backend", lambda device, dtype: choice)
+    said = "fused_layer: cuda in bfloat16. Tried: does not work: no kernel image"
+    assert describe_choice("cpu", torch.float32) == said
+    assert sum(line.endswith(said) for line in diagnose()) == 2
+
+
+def test_a_device_that_is_listed_and_cannot_be_used_is_no_traceback(monkeypatch):
+    def lost(device):
+        raise RuntimeError("CUDA unknown error.\nstack")
+
+    monkeypatch.setattr("moekit.experts.tiles.torch.cuda.get_device_capability", lost)
+    assert describe_choice("cuda:7", torch.bfloat16).startswith(
+        "does not work: device = cuda:7, which torch cannot use"
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_layer_that_is_tried_takes_the_kernels_of_training(dtype):
+    tiles = layer_tiles(doctor._TRIED._replace(dtype=dtype, capability=9))
+    assert all(tile.specialized for tile in tiles)
+    assert min(doctor._TRIED.dim, doctor._TRIED.hidden) >= 256
+    seen = []
+
+    def spy(x, routing, params):
+        seen.append((x.dtype, routing.weights.numel(), routing.num_experts, x.shape[1], params.down.shape[1]))
+        return auto()(x, routing, params)
+
+    assert try_layer(spy, device="cpu", dtype=dtype) is None
+    assert seen == [(dtype, *doctor._TRIED[1:5])]
 
 
 def test_every_cuda_device_is_diagnosed(monkeypatch):
@@ -92,6 +170,8 @@ def test_every_cuda_device_is_diagnosed(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(doctor, "describe_devices", lambda: ["none"])
     monkeypatch.setattr(doctor, "try_backend", lambda matmul, *, device, dtype: tried.append((device, dtype)))
+    layers = []
+    monkeypatch.setattr(doctor, "try_layer", lambda layer, *, device, dtype: layers.append((device, dtype)))
     text = "\n".join(diagnose())
     for index in range(2):
         for dtype in ("float32", "bfloat16"):
@@ -99,6 +179,10 @@ def test_every_cuda_device_is_diagnosed(monkeypatch):
             assert f"\n  cuda:{index} {dtype}".ljust(19) + " fused_layer: cuda in" in text
     assert "\n  cpu bfloat16     fused_cpu: the CPU" in text
     assert [device for device, _ in tried] == ["cpu"] * 6 + ["cuda:0"] * 8 + ["cuda:1"] * 8
+    assert layers == [
+        (each, dtype) for each in ("cpu", "cuda:0", "cuda:1") for dtype in (torch.float32, torch.bfloat16)
+    ]
+    assert text.count(". Tried: works") == 6
 
 
 @pytest.mark.parametrize(("amx", "said"), [(True, "training takes bf16"), (False, "training takes float32")])

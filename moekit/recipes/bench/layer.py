@@ -97,6 +97,7 @@ def bench_layer(
     loads: Sequence[str] = ("uniform",),
     rounds: int = 9,
     only: Sequence[str] = (),
+    rows: Mapping[str, Build] = {},
     tiles: Callable[[LayerSize], LayerTiles] = layer_tiles,
     tell: Callable[[str], object] = lambda line: None,
     done: Callable[[Report], object] = lambda report: None,
@@ -112,6 +113,8 @@ def bench_layer(
         loads: how experts are loaded, of ``LOADS``.
         rounds: how often each row is measured, in turn with the others.
         only: beginnings of the names of rows to measure beside the bound; empty measures all.
+        rows: of your own, by name, after the others: each builds what is run from a ``Case``. ``of_layer`` of
+            ``moekit.recipes.bench.rows`` does so around an expert layer.
         tiles: chooses the tiles of ``fused_layer``'s kernels, in its rows, in that of ``auto``, and in its stages.
         tell: gets a line of progress now and then.
         done: gets the report after each table, which is the last one's if what comes next does not fit the memory.
@@ -120,17 +123,31 @@ def bench_layer(
         Report. Rows that do not work here, or are not installed, say why.
 
     Raises:
-        ValueError: if there are no rounds, no such device, or a word of ``only`` is the beginning of no row.
+        ValueError: if there are no rounds, no such device, a word of ``only`` is the beginning of no row, or a name in
+            ``rows`` is that of another row.
 
     Example:
         >>> from moekit.recipes.bench.shapes import shape_of
         >>> report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["loop", "scattermoe"])
         >>> [(row.name, row.skipped) for row in report.tables[0].rows]
         [('dense bound', ''), ('loop', ''), ('scattermoe', "No module named 'scattermoe'")]
+
+        A layer of your own beside ``auto``:
+
+        >>> from functools import partial
+        >>> from moekit.dispatch import dropless
+        >>> from moekit.experts import loop, swiglu
+        >>> from moekit.recipes import expert_layer
+        >>> from moekit.recipes.bench.rows import of_layer
+        >>> mine = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))  # or any ExpertLayer
+        >>> rows = {"mine": partial(of_layer, layer=mine)}
+        >>> report = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["auto", "mine"], rows=rows)
+        >>> [row.name for row in report.tables[0].rows if row.fraction > 0]
+        ['dense bound', 'auto', 'mine']
     """
     if rounds < 1:
         raise ValueError(f"bench_layer: rounds = {rounds}; expected at least 1.")
-    builds, place = _chosen(only), device_of(device, given="bench_layer: device =")
+    builds, place = _chosen(only, rows), device_of(device, given="bench_layer: device =")
     report = Report(describe_machine(device, dtype), [])
     for shape in shapes:
         for load in loads:
@@ -170,8 +187,12 @@ def describe_machine(device: str, dtype: torch.dtype) -> dict[str, str]:
     }
 
 
-def _chosen(only: Sequence[str]) -> dict[str, Build]:
+def _chosen(only: Sequence[str], rows: Mapping[str, Build]) -> dict[str, Build]:
     builds = {"dense expert": dense_expert, **moekit_rows(), **peer_rows()}
+    taken = [name for name in rows if name in (BOUND, *builds)]
+    if taken:
+        raise ValueError(f"bench_layer: rows = {taken}, which there are already; give rows of your own other names.")
+    builds |= rows
     wrong = [word for word in only if not any(name.startswith(word) for name in (BOUND, *builds))]
     if wrong:
         raise ValueError(
