@@ -339,7 +339,8 @@ def test_a_second_launch_of_a_run_is_refused(program, shards, impatient):
     assert (names_in(folder), files(folder)) == (names, before)
     program("--resume", str(checkpoint_folder(folder, 4)), name="b")  # another folder is free, and so is scoring
     validation = str(shards.validation[0].with_name("00000000.tar"))
-    main(["--model", "moekit_tiny", "--precision", "fp32", "--resume", str(folder), "--val-data", validation])
+    main(["--model", "moekit_tiny", "--precision", "fp32", "--resume", str(folder), "--val-data", validation,
+          "--logs", str(folder.parent), "--name", "scored"])  # fmt: skip
     first.let_go()
     program("--resume", "latest")
     assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
