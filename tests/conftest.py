@@ -37,11 +37,11 @@ def poison() -> Iterator[None]:
 @pytest.fixture
 def ship(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
     """Return a function of entries that become the table of tiles that comes with the package."""
-    from moekit.experts import tile_files
+    from moekit.experts import tile_files, tile_tables
 
     def replace(*entries: Any) -> None:
-        tile_files._layer_tiles_once.cache_clear()
+        tile_tables._once.cache_clear()
         monkeypatch.setattr(tile_files, "_shipped", lambda: entries)
 
     yield replace
-    tile_files._layer_tiles_once.cache_clear()
+    tile_tables._once.cache_clear()

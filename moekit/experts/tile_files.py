@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.experts.tile_tables import Table, TileEntry, choose, remembered
-from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, ruled_tiles
+from moekit.experts.tiles import LayerSize, LayerTiles, Tile, check_tiles, misfit, ruled_tiles
 from moekit.operators import constant_in_graphs
 
 FORMAT = "moekit tiles 3"
@@ -50,14 +50,11 @@ def layer_tiles(size: LayerSize) -> LayerTiles:
         >>> layer_tiles(LayerSize(torch.float32, 64, 8, 16, 32, gated=True)).down
         Tile(m=64, n=128, k=32, warps=8, stages=3, band=16, overlap=False, specialized=False)
     """
-    return remembered(_layer_tiles, _layer_tiles_once, size)
+    return remembered(_layer_tiles, size)
 
 
 def _layer_tiles(size: LayerSize) -> LayerTiles:
     return choose(shipped(), ruled_tiles, size)
-
-
-_layer_tiles_once = functools.lru_cache(maxsize=512)(_layer_tiles)
 
 
 def table_text(table: Iterable[TileEntry]) -> str:
@@ -147,12 +144,12 @@ def _entry(content: Any, where: str) -> TileEntry:
 
 
 def _tile(content: Any, where: str) -> Tile:
-    fields = _fields(content, Tile._fields, where)
-    for field, least in {"m": 16, "n": 16, "k": 16, "warps": 1, "stages": 1, "band": 1}.items():
-        _expect_whole(fields[field], f"{where}.{field}", least, power=field not in ("stages", "band"))
-    for field in ("overlap", "specialized"):
-        _expect(isinstance(fields[field], bool), f"{where}.{field}", fields[field], "true or false")
-    return Tile(**fields)
+    tile = Tile(**_fields(content, Tile._fields, where))
+    found = misfit(tile)
+    if found is not None:
+        field, expected = found
+        _expect(False, f"{where}.{field}", content[field], expected)
+    return tile
 
 
 def _fields(content: Any, names: Sequence[str], where: str) -> dict[str, Any]:
@@ -164,10 +161,9 @@ def _fields(content: Any, names: Sequence[str], where: str) -> dict[str, Any]:
     return {name: content[name] for name in names}
 
 
-def _expect_whole(value: Any, where: str, least: int = 1, *, power: bool = False) -> None:
-    whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    kind = "a power of two" if power else "a whole number"
-    _expect(whole and (not power or value & (value - 1) == 0), where, value, f"{kind}, at least {least}")
+def _expect_whole(value: Any, where: str) -> None:
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    _expect(whole, where, value, "a whole number, at least 1")
 
 
 def _expect(holds: bool, where: str, value: Any, expected: str) -> None:

@@ -118,18 +118,14 @@ def from_table(
         >>> tiles(size._replace(dim=1536)).up.m, tiles(size._replace(dim=256)).up.m
         (64, 128)
     """
-    pick = partial(choose, tuple(table), otherwise)
-    return partial(remembered, pick, lru_cache(maxsize=512)(pick))
+    return partial(remembered, partial(choose, tuple(table), otherwise))
 
 
-def remembered(
-    pick: Callable[[LayerSize], LayerTiles], once: Callable[[LayerSize], LayerTiles], size: LayerSize
-) -> LayerTiles:
+def remembered(pick: Callable[[LayerSize], LayerTiles], size: LayerSize) -> LayerTiles:
     """Choose the tiles of one size of layer, looking for each size once, but in a graph that is traced.
 
     Args:
-        pick: chooses.
-        once: ``pick``, which remembers.
+        pick: chooses; hashable, and the same object in each call that is to remember.
         size: of the layer.
 
     Returns:
@@ -137,11 +133,22 @@ def remembered(
 
     Example:
         >>> import torch
-        >>> remembered(len, list, LayerSize(torch.bfloat16, 8, 8, 8, 8, gated=True))[:3]
-        [torch.bfloat16, 8, 8]
+        >>> asked = []
+        >>> pick = lambda size: asked.append(size.dim) or ruled_tiles(size)
+        >>> size = LayerSize(torch.bfloat16, 8, 8, 64, 8, gated=True)
+        >>> remembered(pick, size) == remembered(pick, size) == remembered(pick, size._replace(dim=128))
+        True
+        >>> asked
+        [64, 128]
     """
     known = type(size.assignments) is int and not torch.compiler.is_compiling()  # and no symbol of a traced graph
-    return once(size) if known else pick(size)
+    return _once(pick, size) if known else pick(size)
+
+
+@lru_cache(maxsize=512)
+def _once(pick: Callable[[LayerSize], LayerTiles], size: LayerSize) -> LayerTiles:
+    """Choose, and remember it; a partial function is itself alone, so that no table is hashed in a call."""
+    return pick(size)
 
 
 def choose(table: Table, otherwise: Callable[[LayerSize], LayerTiles], size: LayerSize) -> LayerTiles:

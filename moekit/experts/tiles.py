@@ -1,5 +1,6 @@
 """Tile sizes of the Triton kernels: what one program computes at a time, chosen by shape class before anything runs."""
 
+import reprlib
 from typing import NamedTuple
 
 import torch
@@ -232,13 +233,61 @@ def _up_tile(rows: Tile, size: LayerSize) -> Tile:
     return alone._replace(n=rows.n // 2) if size.gated and size.narrow else alone
 
 
+_LEAST = (("m", 16), ("n", 16), ("k", 16), ("warps", 1), ("stages", 1), ("band", 1))  # what Triton multiplies, at least
+_COUNTS = ("stages", "band")  # the other numbers are sides of blocks and warps: powers of two
+
+
+def misfit(tile: Tile) -> tuple[str, str] | None:
+    """Find what of a tile no kernel takes.
+
+    Args:
+        tile: with fields of any type.
+
+    Returns:
+        The name of the first wrong field and what was expected of it, or None.
+
+    Example:
+        >>> misfit(Tile(128, 256, 64, warps=8, stages=3)), misfit(Tile(128, 24, 64, warps=8, stages=3))
+        (None, ('n', 'a power of two, at least 16'))
+    """
+    for field, least in _LEAST:
+        value, counts = getattr(tile, field), field in _COUNTS
+        whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+        if not whole or not (counts or value & (value - 1) == 0):
+            return field, f"{'a whole number' if counts else 'a power of two'}, at least {least}"
+    for field in ("overlap", "specialized"):
+        if not isinstance(getattr(tile, field), bool):
+            return field, "true or false"
+    return None
+
+
 def check_tiles(tiles: LayerTiles) -> LayerTiles:
-    """Return tiles that fit each other.
+    """Return tiles that kernels take, and that fit each other.
+
+    Args:
+        tiles: what was chosen for a layer.
+
+    Returns:
+        The same.
 
     Raises:
-        ValueError: if those over grouped rows differ in ``m``, or those of weights in ``k``; or if specialized ones are
-            not of 128 rows, or gradients of matrices not of 64.
+        ValueError: if they are no ``LayerTiles`` of ``Tile``; if a number is no power of two, or less than the least
+            (``misfit``); if those over grouped rows differ in ``m``, or those of weights in ``k``; or if specialized
+            ones are not of 128 rows, or gradients of matrices not of 64.
+
+    Example:
+        >>> tiles = LayerTiles(*[Tile(m=16, n=16, k=16, warps=4, stages=2, band=0)] * 6)
+        >>> check_tiles(tiles)
+        Traceback (most recent call last):
+        ValueError: the tiles of a layer: up.band = 0; expected a whole number, at least 1. Correct what chooses them.
     """
+    if not isinstance(tiles, LayerTiles):
+        raise ValueError(
+            f"the tiles of a layer: {reprlib.repr(tiles)}; expected LayerTiles, of a Tile for each of "
+            f"{', '.join(LayerTiles._fields)}. Return those from the function that chooses tiles."
+        )
+    for product in LayerTiles._fields:  # by names: Dynamo of torch 2.11 cannot loop over constant tiles
+        _check_tile(product, getattr(tiles, product))
     over_rows, of_weights = tiles[:4], tiles[4:]  # which Dynamo of torch 2.11 can follow; it cannot unpack them
     heights, depths = {tile.m for tile in over_rows}, {tile.k for tile in of_weights}
     if len(heights) > 1 or len(depths) > 1:
@@ -251,3 +300,15 @@ def check_tiles(tiles: LayerTiles) -> LayerTiles:
     if any(tile.specialized for tile in of_weights) and depths != {64}:
         raise ValueError(f"the tiles of a layer: k = {depths.pop()}, specialized; expected k = 64, or no such tile.")
     return tiles
+
+
+def _check_tile(product: str, tile: Tile) -> None:
+    if not isinstance(tile, Tile):
+        raise ValueError(f"the tiles of a layer: {product} = {reprlib.repr(tile)}; expected a Tile.")
+    found = misfit(tile)
+    if found is not None:
+        field, expected = found
+        raise ValueError(
+            f"the tiles of a layer: {product}.{field} = {getattr(tile, field)!r}; expected {expected}. Correct what "
+            f"chooses them."
+        )

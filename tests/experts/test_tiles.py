@@ -1,5 +1,7 @@
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -228,7 +230,7 @@ def test_choosing_compiles_to_one_graph(ship, dynamic: bool) -> None:
 
     def run(x, tiles):
         size = SIZE._replace(assignments=x.numel(), capability=9 + capability_of(x.device))
-        return x * tiles(size).up.band
+        return x * check_tiles(tiles(size)).up.band
 
     mine = from_table([marked(4), marked(8, SIZE._replace(assignments=64 * 64))])
     torch._dynamo.reset()
@@ -307,6 +309,75 @@ def test_tiles_that_do_not_fit_are_refused() -> None:
         check_tiles(LayerTiles(*low))
     with pytest.raises(ValueError, match=r"k = 32, specialized; expected k = 64, or no such tile"):
         check_tiles(LayerTiles(*shallow))
+
+
+PRODUCTS = ", ".join(LayerTiles._fields)
+
+
+@pytest.mark.parametrize(
+    ("product", "field", "value", "expected"),
+    [
+        ("up", "m", 24, "a power of two, at least 16"),
+        ("down", "n", 8, "a power of two, at least 16"),
+        ("grad_up", "k", 24, "a power of two, at least 16"),
+        ("grad_hidden", "k", 64.0, "a power of two, at least 16"),
+        ("grad_rows", "warps", 0, "a power of two, at least 1"),
+        ("grad_rows", "warps", 3, "a power of two, at least 1"),
+        ("grad_down", "stages", 0, "a whole number, at least 1"),
+        ("grad_down", "stages", True, "a whole number, at least 1"),
+        ("up", "band", 0, "a whole number, at least 1"),
+        ("up", "band", -1, "a whole number, at least 1"),
+        ("down", "band", 2.5, "a whole number, at least 1"),
+        ("down", "overlap", 1, "true or false"),
+        ("grad_up", "specialized", None, "true or false"),
+    ],
+)
+def test_tiles_that_no_kernel_takes_are_named(product: str, field: str, value: Any, expected: str) -> None:
+    tiles = ruled_tiles(SIZE)
+    wrong = tiles._replace(**{product: getattr(tiles, product)._replace(**{field: value})})
+    words = rf"^the tiles of a layer: {product}\.{field} = {value}; expected {expected}\. Correct what chooses them\.$"
+    with pytest.raises(ValueError, match=words):
+        check_tiles(wrong)
+
+
+def test_bands_and_stages_are_any_whole_numbers() -> None:
+    tiles = LayerTiles(*(tile._replace(band=3, stages=5, warps=1) for tile in ruled_tiles(SIZE)))
+    assert check_tiles(tiles) is tiles
+
+
+@pytest.mark.parametrize("wrong", [Tile(64, 64, 64, 4, 3), tuple(ruled_tiles(SIZE)), None, {"up": 1}])
+def test_what_are_no_tiles_of_a_layer_is_refused(wrong: Any) -> None:
+    with pytest.raises(ValueError, match=rf"^the tiles of a layer: .*; expected LayerTiles, .* {PRODUCTS}\."):
+        check_tiles(wrong)
+
+
+def test_what_is_no_tile_of_a_product_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"^the tiles of a layer: grad_rows = \(64, 64\); expected a Tile\.$"):
+        check_tiles(ruled_tiles(SIZE)._replace(grad_rows=(64, 64)))  # type: ignore[arg-type]
+
+
+def test_a_choice_by_a_table_is_pickled_with_it() -> None:
+    tiles = from_table([marked(4)])
+    again = pickle.loads(pickle.dumps(tiles))
+    for size in (SIZE, SIZE._replace(dim=64)):
+        assert again(size) == tiles(size)
+    assert again(SIZE).up.band == 4
+    assert copy.deepcopy(tiles)(SIZE).up.band == 4
+
+
+def test_a_choice_hashes_no_table_in_a_call() -> None:
+    class Counted(TileEntry):
+        def __hash__(self) -> int:
+            raise AssertionError("a table was hashed")
+
+    tiles = from_table([Counted(*marked(4))])
+    assert tiles(SIZE) is tiles(SIZE) is not None
+    assert tiles(SIZE).up.band == 4
+
+
+def test_tables_do_not_answer_for_each_other() -> None:
+    one, other = from_table([marked(4)]), from_table([marked(8)])
+    assert [each(SIZE).up.band for each in (one, other, one)] == [4, 8, 4]
 
 
 def test_what_is_no_table_is_refused(tmp_path) -> None:

@@ -291,7 +291,7 @@ def test_auto_and_its_choice_hand_the_tiles_on(monkeypatch) -> None:
         asked.append(options["tiles"])
         return Choice("fake", lambda x, routing, params: x, "")
 
-    monkeypatch.setattr(backends, "choose_backend", choose)
+    monkeypatch.setattr(backends, "_choose", choose)
     x, params = torch.ones(2, 4), init_gated(3, 4, 8)
     for layer in (backends.auto(tiles=tiles), backends.auto()):
         layer(x, top_k(torch.zeros(2, 3), k=1), params)
