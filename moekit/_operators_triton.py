@@ -24,6 +24,11 @@ def has_tma(device: torch.device) -> bool:
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
 
 
+def is_interpreted() -> bool:
+    """Say whether Triton interprets kernels: then it runs them on CPU tensors, and multiplies bfloat16 wrongly."""
+    return bool(knobs.runtime.interpret)
+
+
 def launched_by(major: int) -> str:
     """Say what launches kernels on a CUDA device of a major compute capability; each for the first time Triton does."""
     if cuda_driver() is None:

@@ -122,6 +122,31 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+def without_vmap(name: str) -> Callable[..., Any]:
+    """Make the rule for ``torch.vmap`` of an ``autograd.Function`` that has none: torch would name the class alone.
+
+    Args:
+        name: of what users call, for the message.
+
+    Returns:
+        A function to be the class's static method ``vmap``, which raises NotImplementedError.
+
+    Example:
+        >>> without_vmap("a layer")(None, (0,), torch.ones(1))
+        Traceback (most recent call last):
+        NotImplementedError: a layer: it has no vmap support (torch.vmap, and what torch.func makes of it). Call it \
+once for all tokens, flattened to (T, D), or compose the layer of `expert_layer` on `loop` or `batched`, which do.
+    """
+
+    def refuse(info: Any, in_dims: Any, *args: Any) -> None:
+        raise NotImplementedError(
+            f"{name}: it has no vmap support (torch.vmap, and what torch.func makes of it). Call it once for all "
+            f"tokens, flattened to (T, D), or compose the layer of `expert_layer` on `loop` or `batched`, which do."
+        )
+
+    return refuse
+
+
 def transformable(
     name: str, function: Callable[..., Any], backward: Callable[..., Any], setup_context: Callable[..., None]
 ) -> Callable[..., Any]:
@@ -145,7 +170,8 @@ def transformable(
         >>> torch.func.grad(doubled)(torch.tensor(3.0))
         tensor(2.)
     """
-    methods = {"forward": function, "backward": backward, "setup_context": setup_context}
+    rule = without_vmap(name)
+    methods = {"forward": function, "backward": backward, "setup_context": setup_context, "vmap": rule}
     whole: Any = type(name, (torch.autograd.Function,), {key: staticmethod(each) for key, each in methods.items()})
 
     def call(*args: Any) -> Any:

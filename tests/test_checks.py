@@ -71,3 +71,17 @@ def test_auto_says_which_parameters_it_expects() -> None:
 def test_a_clamped_activation_has_a_gate() -> None:
     with pytest.raises(ValueError, match=r"clamped_swiglu.* has no gate, and clamps one; expected gated=True"):
         fused_layer(activation=Activation("clamped_swiglu", gated=False))
+
+
+@pytest.mark.parametrize("constants", [{"alpha": 1.702}, {"limit": 0.01}, {"alpha": 1.702, "limit": 0.01}], ids=str)
+def test_constants_that_an_activation_would_not_use_are_refused(constants: dict[str, float]) -> None:
+    activation = Activation("silu", gated=True, **constants)
+    for make in (fused_layer, partial(fused_cpu, plan=dropless().plan)):
+        with pytest.raises(ValueError, match=r"alpha or a limit, which silu does not use; expected .*clamped_swiglu"):
+            make(activation=activation)
+
+
+def test_an_unknown_activation_is_told_of_a_network_of_its_own() -> None:
+    for make in (fused_layer, partial(fused_cpu, plan=dropless().plan)):
+        with pytest.raises(ValueError, match=r"For any other .*`expert_layer` and an expert network of your own over"):
+            make(activation=Activation("tanh", gated=True))

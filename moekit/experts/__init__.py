@@ -30,8 +30,9 @@ from moekit.experts.ffns import (
     relu_mlp,
     swiglu,
 )
-from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
 from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.keep import EVERYTHING, INPUTS, PREACTIVATION, Keep
 from moekit.experts.matmuls import batched, grouped, loop
 from moekit.experts.packed import PackedGatedParams, pack_gated, unpack_gated
 from moekit.experts.simple import init_simple, simple, simple_experts

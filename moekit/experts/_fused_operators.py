@@ -9,7 +9,7 @@ from torch import Tensor
 from moekit.experts._fused_plan import plan_of, plan_routing
 from moekit.experts.activations import Activation
 from moekit.experts.tiles import LayerTiles, Tile
-from moekit.operators import differentiated_once, operator
+from moekit.operators import differentiated_once, operator, without_vmap
 
 
 class Layout(NamedTuple):
@@ -133,6 +133,8 @@ class FusedOnce(torch.autograd.Function):
     def backward(ctx, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         """Return the gradients of tokens, routing weights and parameters."""
         return (None,) * len(ctx.needs_input_grad) if grad is None else Fused.backward(ctx, grad)
+
+    vmap = staticmethod(without_vmap("fused_layer"))
 
 
 def _save(  # type: ignore[no-untyped-def]

@@ -1,6 +1,6 @@
 """Experts with biases, over any grouped matmul. A bias is stored (E, 1, F): one row for all rows of an expert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.experts.checks import PASS_TURNED, turned
 from moekit.experts.ffns import init_gated, init_mlp
 from moekit.types import GroupedMatmul, Groups
 
@@ -210,10 +211,12 @@ def affine(rows: Tensor, groups: Groups, weights: tuple[Tensor, Tensor], *, matm
         tensor([1., 2., 2.])
     """
     w, bias = weights
-    if bias.shape != (w.shape[0], 1, w.shape[2]):
+    if not _adds(bias.shape, w.shape):
+        lies_turned = _adds(bias.shape, turned(w.shape)) and rows.shape[-1:] == w.shape[2:]
+        mend = f"These weights fit the other way round: {PASS_TURNED}" if lies_turned else _INSERT
         raise ValueError(
             f"affine: w has shape {tuple(w.shape)} and the bias {tuple(bias.shape)}; expected (E, D, F) and (E, 1, F) "
-            f"with the same E and F. Insert the axis with bias.unsqueeze(1)."
+            f"with the same E and F. {mend}"
         )
     out = matmul(rows, groups, w)  # (R, F)
     if groups.capacity is not None:  # equal groups, so that the gradient of a bias is a plain sum
@@ -221,6 +224,13 @@ def affine(rows: Tensor, groups: Groups, weights: tuple[Tensor, Tensor], *, matm
     # A product with ones: its gradient is each group's sum, taken in float32 by every backend, without atomics.
     column = F.pad(bias, (0, 0, 0, _COLUMNS - 1))  # (E, 8, F), zero but for the first row
     return out + matmul(column.new_ones(rows.shape[0], _COLUMNS), groups, column)
+
+
+_INSERT = "Insert the axis with bias.unsqueeze(1)."
+
+
+def _adds(bias: Sequence[int], w: Sequence[int]) -> bool:
+    return len(w) == 3 and tuple(bias) == (w[0], 1, w[2])
 
 
 def init_biased_gated(

@@ -1,50 +1,41 @@
-"""A whole expert layer as a few kernels: rows are never written between the two halves of a projection.
+"""A whole expert layer as a few kernels: tokens are copied to rows, multiplied twice, and summed by their weights.
 
-Between forward and backward it keeps what its argument ``keep`` says; nothing else of N rows lives that long.
+The activation is taken where the first product is added up: of hidden units its results are written and, only if they
+are to be kept, pre-activations. Between forward and backward it keeps what its argument ``keep`` says; nothing else of
+N rows lives that long.
 """
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moekit.autocast import in_autocast
-from moekit.checks import check_devices, check_routing
 from moekit.experts._fused_operators import Fused, FusedOnce, Layout, Settings
 from moekit.experts._memory_order import is_transposed
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams
-from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_dtypes, check_precision
+from moekit.experts.checks import (
+    check_activation,
+    check_chooser,
+    check_keep,
+    check_kernel_dtypes,
+    check_precision,
+)
 from moekit.experts.ffns import GatedParams, MlpParams
+from moekit.experts.keep import EVERYTHING as EVERYTHING
+from moekit.experts.keep import INPUTS, PREACTIVATION, Keep
 from moekit.experts.packed import PackedGatedParams
+from moekit.experts.param_checks import check_params
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
 from moekit.operators import is_transformed, refuse_tangents, wants_gradient
 from moekit.types import ExpertLayer, Routing
 
-
-class Keep(NamedTuple):
-    """What lives from the forward to the backward, beside tokens, routing and parameters; the rest is computed again.
-
-    Attributes:
-        rows: the tokens copied to their rows, N D entries; else they are copied again.
-        preactivation: the up-projections with their biases, N F entries each; else the backward computes them again,
-            which adds a sixth of the arithmetic of forward and backward for MLP experts, and two ninths for gated ones.
-
-    Example:
-        >>> Keep(rows=False, preactivation=True) == PREACTIVATION  # what fused_layer takes unless told otherwise
-        True
-    """
-
-    rows: bool
-    preactivation: bool
-
-
-EVERYTHING = Keep(rows=True, preactivation=True)
-PREACTIVATION = Keep(rows=False, preactivation=True)
-INPUTS = Keep(rows=False, preactivation=False)
+_GATED = (GatedParams, BiasedGatedParams, PackedGatedParams)
+_PLAIN = (MlpParams, BiasedMlpParams)
 
 
 def fused_layer(
@@ -61,7 +52,10 @@ def fused_layer(
     In the backward, the gradient of a router weight is an inner product: <a, dy W_down^T>, and with biases + <dy, b>.
 
     Matrices are read as they lie in memory, (E, D, F) or a view of (E, F, D), also where gate and up are views of one
-    tensor, and gradients come back in that order: nothing is copied. Those of ``PackedGatedParams`` come back packed.
+    tensor, and gradients come back in that order, those of ``PackedGatedParams`` packed. In 16 bits no matrix is
+    copied. In float32 they are where experts have many rows, for as long as a product runs: exact products copy
+    matrices that they read transposed, from 16 rows an expert on, and TF32 products the others, from 128 on, forward
+    or backward; gradients of matrices by TF32 read transposed copies of rows on cards with descriptors (9.0 and later).
     Matrices of any other strides, as interleaved columns, are copied in each call; so are those of gate and up if their
     strides differ.
 
@@ -70,7 +64,7 @@ def fused_layer(
 
     Causal if the routing is. No host synchronisation. Deterministic on CUDA: a token's rows are added in the order of
     its assignments, for which routings that are no (T, K) are sorted by token. On the CPU it runs only in Triton's
-    interpreter.
+    interpreter, which multiplies bfloat16 wrongly, so there that is refused.
 
     Args:
         activation: what experts do. Gated ones take ``GatedParams``, ``BiasedGatedParams`` or ``PackedGatedParams``,
@@ -84,10 +78,13 @@ def fused_layer(
         A function (x (T, D), routing, params) -> (T, D), of float32, bfloat16 or float16; sums are taken in float32.
 
     Raises:
-        ValueError: if ``precision`` is neither, ``keep`` is no ``Keep``, or the kernels do not know the activation;
-            from the layer, if ``params`` do not fit the activation, the parts of the routing each other, or shapes and
-            dtypes each other, or if there are more experts than the device's shared memory has counts for: 32,767 where
-            that is 128 KiB or more, 16,383 where it is less.
+        ValueError: if ``precision`` is neither, ``keep`` is no ``Keep``, ``tiles`` is no function, or the kernels do
+            not know the activation; from the layer, if ``params`` do not fit the activation, the parts of the routing
+            each other, or shapes, devices and dtypes each other; if tensors are float64, or bfloat16 in Triton's
+            interpreter; or if there are more experts than the device's shared memory has counts for: 32,767 where that
+            is 128 KiB or more, 16,383 where it is less.
+        NotImplementedError: from the layer, if a tensor has a tangent, for a gradient in forward mode, or inside
+            ``torch.vmap``.
 
     Example:
         >>> from moekit.experts import GEGLU
@@ -103,8 +100,8 @@ def fused_layer(
     """
     check_precision("fused_layer", precision)
     check_activation("fused_layer", activation)
-    if not isinstance(keep, Keep):
-        raise ValueError(f"fused_layer: keep = {keep!r}; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep.")
+    check_keep("fused_layer", keep)
+    check_chooser("fused_layer", tiles)
     return partial(_fused_layer, activation=activation, keep=keep, precision=precision, tiles=tiles)
 
 
@@ -118,10 +115,10 @@ def _fused_layer(
     precision: str,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
-    _check(x, routing, params, activation)
+    check_params("fused_layer", x, routing, params, activation, _GATED if activation.gated else _PLAIN)
     parameters, layout = _in_memory(params)
     x, *parameters = in_autocast(x, *parameters)
-    check_dtypes("fused_layer", x, *parameters, allowed=KERNEL_DTYPES)
+    check_kernel_dtypes("fused_layer", x, *parameters)
     experts, tokens, weights = routing.expert_indices, routing.token_indices, routing.weights
     if experts.ndim != 2:
         experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
@@ -160,41 +157,3 @@ def _in_memory(params: Any) -> tuple[list[Tensor], Layout]:
     ups = [p.transpose(1, 2) for p in ups] if layout.up_transposed else ups
     down = down.transpose(1, 2) if layout.down_transposed else down
     return [*ups, down, *biases], layout
-
-
-def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
-    check_routing("fused_layer", routing)
-    expected = (GatedParams, BiasedGatedParams, PackedGatedParams) if activation.gated else (MlpParams, BiasedMlpParams)
-    kind = next((each for each in expected if isinstance(params, each)), None)
-    if kind is None:
-        names = [each.__name__ for each in expected]
-        raise ValueError(
-            f"fused_layer: the parameters are {type(params).__name__}, and the activation {activation}; expected "
-            f"{', '.join(names[:-1])} or {names[-1]}. Pass the activation of these experts, or other parameters."
-        )
-    axes = _AXES[kind]
-    hidden = params.down.shape[-1 if isinstance(params, PackedGatedParams) else -2]
-    sizes = {"E": routing.num_experts, "D": x.shape[-1], "F": hidden, "2F": 2 * hidden, "1": 1}
-    wanted, shapes = [tuple(sizes[axis] for axis in each) for each in axes], [tuple(p.shape) for p in params]
-    if x.shape[:-1] != (routing.num_tokens,) or shapes != wanted:
-        advice = " Flatten the tokens." if x.ndim != 2 else _OF_PACKED if kind is PackedGatedParams else ""
-        named = ", ".join(f"{name} ({', '.join(each)})" for name, each in zip(params._fields, axes, strict=True))
-        raise ValueError(
-            f"fused_layer: x {tuple(x.shape)} and parameters {shapes} do not fit a routing of {routing.num_tokens} "
-            f"tokens and {routing.num_experts} experts; expected x (T, D), {named}: {wanted}.{advice}"
-        )
-    check_devices("fused_layer", x, *routing[:3], *params)
-
-
-_OF_PACKED = (
-    " Packed halves are the rows of gate, then those of up; pass interleaved ones as "
-    "GatedParams(w[:, 0::2].mT, w[:, 1::2].mT, .)."
-)
-_UP, _DOWN = ("E", "D", "F"), ("E", "F", "D")
-_AXES = {
-    GatedParams: (_UP, _UP, _DOWN),
-    BiasedGatedParams: (_UP, _UP, _DOWN, ("E", "1", "F"), ("E", "1", "F"), ("E", "1", "D")),
-    PackedGatedParams: (("E", "2F", "D"), ("E", "D", "F")),
-    MlpParams: (_UP, _DOWN),
-    BiasedMlpParams: (_UP, _DOWN, ("E", "1", "F"), ("E", "1", "D")),
-}

@@ -7,15 +7,18 @@ from typing import Any
 from torch import Tensor
 
 from moekit.autocast import in_autocast
-from moekit.checks import check_devices, check_routing
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._fused_cpu import fused_experts
 from moekit.experts.activations import SWIGLU, Activation
 from moekit.experts.checks import check_activation, check_dtypes
 from moekit.experts.ffns import GatedParams, MlpParams
 from moekit.experts.packed import PackedGatedParams
+from moekit.experts.param_checks import check_params
 from moekit.operators import refuse_tangents, wants_gradient
 from moekit.types import DispatchPlan, ExpertLayer, Routing
+
+_GATED = (GatedParams, PackedGatedParams)
+_PLAIN = (MlpParams,)
 
 
 def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation = SWIGLU) -> ExpertLayer:
@@ -40,9 +43,10 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
         float64 tensors. The operator is one for ``torch.compile``; its gradient has no gradient.
 
     Raises:
-        ValueError: if it does not know the activation; from the layer, if tensors are elsewhere, or ``params`` do not
-            fit the activation or each other.
-        NotImplementedError: from the layer, if a tensor has a tangent, for a gradient in forward mode.
+        ValueError: if it does not know the activation, or the plan is no function; from the layer, if tensors are
+            elsewhere, of several dtypes, or do not fit each other, or ``params`` do not fit the activation.
+        NotImplementedError: from the layer, if a tensor has a tangent, for a gradient in forward mode, or inside
+            ``torch.vmap``.
 
     Example:
         >>> import torch
@@ -58,13 +62,20 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
             https://arxiv.org/abs/2512.14080
     """
     check_activation("fused_cpu", activation, tuple(ACTIVATIONS))
+    if not callable(plan):
+        raise ValueError(
+            f"fused_cpu: plan is a {type(plan).__name__}; expected a function Routing -> DispatchPlan, such as "
+            f"dropless().plan. Of a dispatcher pass its attribute plan."
+        )
     return partial(_fused_cpu, plan=plan, activation=activation)
 
 
 def _fused_cpu(
     x: Tensor, routing: Routing, params: Any, *, plan: Callable[[Routing], DispatchPlan], activation: Activation
 ) -> Tensor:
-    _check(x, routing, params, activation)
+    if x.device.type != "cpu":
+        raise ValueError(f"fused_cpu: x is on {x.device}; expected the CPU. Use fused_layer on a GPU.")
+    check_params("fused_cpu", x, routing, params, activation, _GATED if activation.gated else _PLAIN)
     x, *projections = in_autocast(x, *params)
     check_dtypes("fused_cpu", x, *projections)
     refuse_tangents("fused_cpu", x, routing.weights, *projections)
@@ -79,30 +90,3 @@ def _fused_cpu(
         activation.function, packed, keep,
     )  # fmt: skip
     return y
-
-
-def _check(x: Tensor, routing: Routing, params: Any, activation: Activation) -> None:
-    check_routing("fused_cpu", routing)
-    if x.device.type != "cpu":
-        raise ValueError(f"fused_cpu: x is on {x.device}; expected the CPU. Use fused_layer on a GPU.")
-    check_devices("fused_cpu", x, *routing[:3], *params)
-    packed = activation.gated and isinstance(params, PackedGatedParams)
-    kind = PackedGatedParams if packed else GatedParams if activation.gated else MlpParams
-    if len(params) != len(kind._fields) or isinstance(params, PackedGatedParams) != packed:
-        raise ValueError(
-            f"fused_cpu: {len(params)} projections were given for {activation}; expected those of {kind.__name__}, "
-            f"{', '.join(kind._fields)}. Pass the activation that fits the parameters."
-        )
-    shapes, num_experts, dim = [tuple(w.shape) for w in params], routing.num_experts, x.shape[-1]
-    hidden = (shapes[-1 if packed else 0] or (0,))[-1]
-    if packed:
-        wanted = [(num_experts, 2 * hidden, dim), (num_experts, dim, hidden)]
-        said = "(E, 2F, D) and, for down, (E, D, F)"
-    else:
-        wanted = [*[(num_experts, dim, hidden)] * (len(shapes) - 1), (num_experts, hidden, dim)]
-        said = "(E, D, F) and, for down, (E, F, D)"
-    if shapes != wanted or x.shape[:-1] != (routing.num_tokens,):
-        raise ValueError(
-            f"fused_cpu: x {tuple(x.shape)} and projections {shapes} do not fit a routing of {routing.num_tokens} "
-            f"tokens over {routing.num_experts} experts; expected (T, D), {said}."
-        )

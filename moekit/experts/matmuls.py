@@ -29,7 +29,7 @@ def loop(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         (R, F); rows past the last group are zero.
 
     Raises:
-        ValueError: if the shapes do not fit.
+        ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too.
 
     Example:
         >>> loop(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape
@@ -60,7 +60,8 @@ def batched(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         (E * C, F).
 
     Raises:
-        ValueError: if the groups are not known to be equal, or the shapes do not fit.
+        ValueError: if the groups are not known to be equal, the shapes do not fit, the tensors are on several devices,
+            or of two dtypes, in autocast too.
 
     Example:
         >>> batched(torch.ones(4, 2), Groups(torch.tensor([2, 2]), 2), torch.ones(2, 2, 3)).shape
@@ -97,8 +98,10 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
         (R, F); rows past the last group are undefined.
 
     Raises:
-        ValueError: if the shapes do not fit.
-        NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode.
+        ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too; on
+            CUDA, if rows of D or F numbers are no multiple of 16 bytes.
+        NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode, or inside
+            ``torch.vmap``.
 
     Example:
         >>> grouped(torch.ones(3, 2), Groups(torch.tensor([1, 2]), None), torch.ones(2, 2, 4)).shape

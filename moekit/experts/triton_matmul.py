@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moekit.autocast import in_autocast
 from moekit.experts._memory_order import is_transposed
-from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_precision, check_product
+from moekit.experts.checks import check_kernel_dtypes, check_precision, check_product
 from moekit.operators import differentiated_once, operator, refuse_tangents, transformable
 from moekit.types import Groups
 
@@ -18,7 +18,14 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
     """Multiply groups of any sizes by kernels in Triton, of any widths; sums are taken in float32.
 
     Rows and weights are read by tensor descriptors (TMA) from Hopper on if D and F are multiples of 16 bytes, and by
-    pointers elsewhere. No host synchronisation. Deterministic. On the CPU it runs only in Triton's interpreter.
+    pointers elsewhere. Weights are read as they lie in memory, (E, D, F) or a view of (E, F, D), and their gradients
+    come back in that order. In 16 bits none are copied. In float32 they are where groups have many rows, for as long as
+    a product runs: exact products copy weights that they read transposed, from 16 rows a group on, and TF32 products
+    the others, from 128 on, forward or backward. Rows that are not contiguous, and weights of any other strides, are
+    copied in each call.
+
+    No host synchronisation. Deterministic. On the CPU it runs only in Triton's interpreter, which multiplies bfloat16
+    wrongly, so there that is refused.
 
     Args:
         rows: (R, D) float32, bfloat16 or float16.
@@ -30,7 +37,9 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
         (R, F); rows past the last group are undefined.
 
     Raises:
-        ValueError: if the shapes or dtypes do not fit, there are more than 16,384 groups, or ``precision`` is neither.
+        ValueError: if shapes, devices or dtypes do not fit, tensors are float64, or bfloat16 in Triton's interpreter,
+            there are more than 16,384 groups, or ``precision`` is neither.
+        NotImplementedError: if a tensor has a tangent, for a gradient in forward mode, or inside ``torch.vmap``.
 
     Example:
         >>> rows, w = torch.ones(3, 2, device="meta"), torch.ones(2, 2, 4, device="meta")
@@ -44,7 +53,7 @@ def triton(rows: Tensor, groups: Groups, w: Tensor, *, precision: str = "ieee") 
             f"compare at once. Take loop, which takes any number."
         )
     rows, w = in_autocast(rows, w)
-    check_dtypes("triton", rows, w, allowed=KERNEL_DTYPES)
+    check_kernel_dtypes("triton", rows, w)
     check_precision("triton", precision)
     refuse_tangents("triton", rows, w)
     return _transformable(rows, groups.sizes.to(torch.int32).contiguous(), w, precision)

@@ -149,6 +149,10 @@ def test_a_bias_of_another_shape_says_how_to_mend_it() -> None:
     params = draw()
     with pytest.raises(ValueError, match=r"bias \(5, 7\); expected \(E, D, F\) and \(E, 1, F\).*bias.unsqueeze\(1\)"):
         affine(torch.zeros(15, D), EQUAL, (params.up, params.up_bias.squeeze(1)), matmul=loop)
+    with pytest.raises(ValueError, match=r"bias \(5, 1, 7\); .*weights fit the other way round: pass w\.mT"):
+        affine(torch.zeros(15, D), EQUAL, (params.up.mT, params.up_bias), matmul=loop)
+    with pytest.raises(ValueError, match=r"w has shape \(.,\) .*; expected \(E, D, F\)"):
+        affine(torch.zeros(15, D), EQUAL, (params.up[:, 0, 0], params.up_bias), matmul=loop)
 
 
 @pytest.mark.parametrize("groups", [EQUAL, UNEQUAL], ids=["equal", "unequal"])

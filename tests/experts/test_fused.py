@@ -352,8 +352,27 @@ def test_errors_say_what_was_given_and_expected() -> None:
             fused_layer(activation=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="keep = 'inputs'; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep"):
         fused_layer(keep="inputs")  # type: ignore[arg-type]
+    for wrong in ("tiles.json", LOW):
+        with pytest.raises(ValueError, match=r"tiles = .*(json|Tile).*; expected .*from_table\(read_tiles\("):
+            fused_layer(tiles=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="precision = 'fp8'; expected 'ieee' or 'tf32'"):
         fused(precision="fp8")
+    with pytest.raises(ValueError, match=r"parameters \[.*\(32,\)\] do not fit .* down \(E, F, D\)\.$"):
+        layer(x, routing, params._replace(down=params.down[0].flatten()))
+
+
+@runs_kernels
+@pytest.mark.skipif(DEVICE != "cpu", reason="is of Triton's interpreter")
+def test_bfloat16_is_refused_where_the_interpreter_would_multiply_it() -> None:
+    x, routing, params = draw(SHAPES["usual"], SWIGLU)
+    message = r"fused_layer: .* torch\.bfloat16 on the CPU, .* multiplies bfloat16 wrongly; expected .*float16"
+    with pytest.raises(ValueError, match=message):
+        fused()(x.bfloat16(), routing, type(params)(*(w.bfloat16() for w in params)))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        fused()(x, routing, params)
+    with torch.device("meta"):
+        x, routing, params = draw(SHAPES["usual"], SWIGLU, torch.bfloat16)
+        assert fused()(x, routing, params).dtype == torch.bfloat16
 
 
 def test_tiles_that_do_not_fit_are_refused() -> None:

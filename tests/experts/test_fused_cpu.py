@@ -3,7 +3,7 @@
 import mmap
 import threading
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -369,15 +369,15 @@ def test_errors_say_what_was_given() -> None:
     x, logits, *params = draw(init_gated)
     layer, routing = fused_cpu(plan=dropless().plan), top_k(logits, k=2)
     gated = type(init_gated(1, 1, 1))(*params)
-    with pytest.raises(ValueError, match=r"3 projections were given for .*; expected those of MlpParams, up, down"):
+    with pytest.raises(ValueError, match=r"are GatedParams, and the activation .*'relu2'.*; expected MlpParams\. Pass"):
         fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, gated)
-    with pytest.raises(ValueError, match=r"2 projections were given for .*; expected those of MlpParams, up, down"):
+    with pytest.raises(ValueError, match=r"are PackedGatedParams, and the activation .*; expected MlpParams\. Pass"):
         fused_cpu(plan=dropless().plan, activation=RELU2)(x, routing, pack_gated(gated))
-    with pytest.raises(ValueError, match=r"expected \(T, D\), \(E, 2F, D\) and, for down, \(E, D, F\)\."):
+    with pytest.raises(ValueError, match=r"expected x \(T, D\), gate_up \(E, 2F, D\), down \(E, D, F\): "):
         layer(x, routing, PackedGatedParams(gated.gate, gated.down))
     with pytest.raises(ValueError, match=r"fused_cpu: activation = .*'clamped_swiglu'.*; expected an Activation"):
         fused_cpu(plan=dropless().plan, activation=CLAMPED_SWIGLU)
-    with pytest.raises(ValueError, match=r"x \(12, 5\) and projections .* do not fit a routing of 13 tokens over 4"):
+    with pytest.raises(ValueError, match=r"x \(12, 5\) and parameters .* do not fit a routing of 13 tokens and 4"):
         layer(x[:12], routing, gated)
     with pytest.raises(
         ValueError, match=r"tokens and parameters are torch.float32, torch.float64, .*expected one dtype"
@@ -385,7 +385,7 @@ def test_errors_say_what_was_given() -> None:
         layer(x.float(), routing, gated)
     with pytest.raises(ValueError, match=r"x is on meta; expected the CPU. Use fused_layer on a GPU"):
         layer(x.to("meta"), routing, gated)
-    with pytest.raises(ValueError, match=r"projections \[\(.*\), .*\] do not fit .* expected \(T, D\), \(E, D, F\)"):
+    with pytest.raises(ValueError, match=r"parameters \[\(.*\] do not fit .* expected x \(T, D\), gate \(E, D, F\)"):
         layer(x, routing, type(gated)(*[w[0] for w in gated]))
     for part in ("weights", "expert_indices", "token_indices"):
         with pytest.raises(ValueError, match=r"fused_cpu: the routing has .*\(13, 1\).*; expected one shape. Give"):
@@ -553,7 +553,7 @@ def test_a_tangent_of_a_parameter_is_refused(name: str) -> None:
 @pytest.mark.parametrize("number", [3, 5])
 def test_parameters_of_another_number_of_experts_are_refused(number: int) -> None:
     x, routing = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2)
-    with pytest.raises(ValueError, match=r"do not fit a routing of 13 tokens over 4 experts"):
+    with pytest.raises(ValueError, match=r"do not fit a routing of 13 tokens and 4 experts"):
         fused_cpu(plan=dropless().plan)(x, routing, init_gated(number, 5, 7))
 
 
@@ -578,12 +578,36 @@ def test_matrices_that_do_not_fit_each_other_are_refused() -> None:
         params._replace(down=params.down.flatten()),
         params._replace(gate=params.gate.sum()),
     ):
-        with pytest.raises(ValueError, match=r"x \(13, 5\) and projections .* do not fit"):
+        with pytest.raises(ValueError, match=r"x \(13, 5\) and parameters .* do not fit"):
             layer(x, routing, wrong)
 
 
+class _OtherOrder(NamedTuple):
+    up: Tensor
+    gate: Tensor
+    down: Tensor
+
+
+def test_parameters_are_not_read_by_position() -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    for wrong in (_OtherOrder(params.up, params.gate, params.down), tuple(params)):
+        with pytest.raises(ValueError, match=r"are (_OtherOrder|tuple), .*; expected GatedParams or PackedGatedParams"):
+            fused_cpu(plan=dropless().plan)(x, routing, wrong)
+
+
+def test_matrices_of_the_other_order_are_refused_with_a_word_on_how_to_turn_them() -> None:
+    x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)
+    with pytest.raises(ValueError, match=r"stored \(E, in, out\), and these fit the other way round: pass w\.mT"):
+        fused_cpu(plan=dropless().plan)(x, routing, GatedParams(*(w.mT for w in params)))
+
+
+def test_a_dispatcher_in_the_place_of_its_plan_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"fused_cpu: plan is a Dispatcher; expected a function .* attribute plan"):
+        fused_cpu(plan=dropless())  # type: ignore[arg-type]
+
+
 def test_fewer_projections_than_the_activation_has_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"2 projections were given for .*; expected those of GatedParams, gate, up"):
+    with pytest.raises(ValueError, match=r"are MlpParams, .*; expected GatedParams or PackedGatedParams"):
         fused_cpu(plan=dropless().plan)(torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_mlp(4, 5, 7))
 
 

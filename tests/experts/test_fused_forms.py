@@ -1,5 +1,6 @@
 """The fused layer on parameters in any order of memory, packed, and with biases, against the loop in float64."""
 
+import re
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -11,7 +12,16 @@ from fused_cases import TOLERANCE, compare, draw, fused, reference, run
 from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
 
-from moekit.experts import GatedParams, MlpParams, clamped_swiglu, init_biased_gated, relu2, swiglu
+from moekit.experts import (
+    GatedParams,
+    MlpParams,
+    clamped_swiglu,
+    init_biased_gated,
+    init_gated,
+    init_mlp,
+    relu2,
+    swiglu,
+)
 from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_gated, biased_mlp, init_biased_mlp
 from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
@@ -410,6 +420,30 @@ def test_errors_say_what_was_given_and_expected() -> None:
     with pytest.raises(ValueError, match=r"\(3, 8\).*gate_bias \(E, 1, F\).*down_bias \(E, 1, D\)"):
         fused()(x, routing, biased._replace(gate_bias=biased.gate_bias.squeeze(1)))
     assert fused_layer(activation=CLAMPED_SWIGLU).keywords["activation"].limit == 7.0
+
+
+@pytest.mark.parametrize(
+    ("activation", "init", "stored"),
+    [
+        (SWIGLU, init_gated, "GatedParams are stored (E, in, out)"),
+        (SWIGLU, init_biased_gated, "BiasedGatedParams are stored (E, in, out)"),
+        (SWIGLU, lambda *sizes: pack_gated(init_gated(*sizes)), "PackedGatedParams are stored (E, out, in)"),
+        (RELU2, init_mlp, "MlpParams are stored (E, in, out)"),
+        (RELU2, init_biased_mlp, "BiasedMlpParams are stored (E, in, out)"),
+    ],
+    ids=["gated", "biased gated", "packed", "mlp", "biased mlp"],
+)
+def test_matrices_of_the_other_order_are_refused_with_a_word_on_how_to_turn_them(
+    activation: Activation, init: Callable[..., Any], stored: str
+) -> None:
+    (x, routing, _), params = draw((5, 4, 8, 3, 2), activation), init(3, 4, 8)
+    others = params._make(w if "bias" in name else w.mT for name, w in params._asdict().items())
+    shapes = [tuple(w.shape) for w in params]
+    message = f"{shapes}. Matrices of {stored}, and these fit the other way round: pass w.mT of each, a view"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        fused(activation=activation)(x, routing, others)
+    with pytest.raises(ValueError, match=r"do not fit a routing(?!.*other way round)"):
+        fused(activation=activation)(x, routing, others._replace(down=params.down))
 
 
 @runs_kernels

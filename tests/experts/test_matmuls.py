@@ -201,6 +201,15 @@ def test_no_experts_give_zeros_that_have_gradients(matmul) -> None:
 
 
 @pytest.mark.parametrize("matmul", [loop, batched, grouped])
+def test_weights_of_the_other_order_are_refused_with_a_word_on_how_to_turn_them(matmul) -> None:
+    rows, groups = torch.zeros(6, D), Groups(torch.full((2,), 3, dtype=torch.int32), 3)
+    with pytest.raises(ValueError, match=r"stored \(E, in, out\), and these fit the other way round: pass w\.mT"):
+        matmul(rows, groups, torch.zeros(2, F, D))
+    with pytest.raises(ValueError, match=r"stored \(E, in, out\)\.$"):
+        matmul(rows, groups, torch.zeros(2, F, D + 1))
+
+
+@pytest.mark.parametrize("matmul", [loop, batched, grouped])
 def test_rows_of_three_axes_are_refused(matmul) -> None:
     groups = Groups(torch.full((2,), 3, dtype=torch.int32), 3)
     with pytest.raises(ValueError, match=r"do not fit; expected \(R, D\), \(E,\) and"):

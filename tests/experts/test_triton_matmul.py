@@ -149,6 +149,17 @@ def test_autocast_casts_to_its_dtype() -> None:
 
 
 @runs_kernels
+@pytest.mark.skipif(DEVICE != "cpu", reason="is of Triton's interpreter")
+def test_bfloat16_is_refused_where_the_interpreter_would_multiply_it() -> None:
+    rows, groups, w = make([5, 3], (24, 40), torch.float32)
+    message = r"triton: .* torch\.bfloat16 on the CPU, .*interpreter multiplies bfloat16 wrongly; expected .*float16"
+    with pytest.raises(ValueError, match=message):
+        triton(rows.bfloat16(), groups, w.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=message):
+        triton(rows, groups, w)
+
+
+@runs_kernels
 def test_a_second_call_gives_the_same_bits() -> None:
     rows, groups, w = make([5, 0, 30], (21, 35), torch.float32)
     first, second = (triton(rows, groups, w)[:35] for _ in range(2))
@@ -177,7 +188,9 @@ def test_errors_say_what_was_given_and_expected() -> None:
     with pytest.raises(ValueError, match="precision = 'bf16'; expected 'ieee' or 'tf32'"):
         triton(rows, groups, w, precision="bf16")
     with pytest.raises(ValueError, match=r"rows \(3, 2\).*do not fit; expected \(R, D\)"):
-        triton(rows, groups, w.transpose(1, 2))
+        triton(rows, groups, w[:, :1])
+    with pytest.raises(ValueError, match=r"w \(2, 4, 2\) do not fit; .* these fit the other way round: pass w\.mT"):
+        triton(rows, groups, w.mT)
     many = torch.ones(2**14 + 1, 2, 4, device="meta")
     sizes = torch.ones(2**14 + 1, device="meta")
     with pytest.raises(
