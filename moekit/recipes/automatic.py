@@ -8,26 +8,15 @@ from typing import Any
 import torch
 
 from moekit.experts import BiasedGatedParams, BiasedMlpParams, grouped
-from moekit.experts.activations import (
-    CLAMPED_SWIGLU,
-    GEGLU,
-    GEGLU_TANH,
-    GELU_MLP,
-    RELU2,
-    RELU_MLP,
-    SWIGLU,
-    Activation,
-)
+from moekit.experts.activations import CLAMPED_SWIGLU, Activation
 from moekit.experts.tile_files import layer_tiles, read_tiles
 from moekit.experts.tile_tables import from_table
 from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.recipes.backends import auto, auto_top_k, why_not_fused
-from moekit.recipes.expert_networks import experts_of
+from moekit.recipes.expert_networks import ACTIVATIONS, experts_of
 from moekit.recipes.layers import Recipe, expert_layer
 from moekit.routing import top_k
 from moekit.types import ExpertLayer, Router
-
-_ACTIVATIONS = (SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU_MLP, RELU2)
 
 
 def automatic(recipe: Recipe, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
@@ -133,7 +122,7 @@ def _activation_of(experts: Callable[..., Any]) -> Activation | None:
     """Find the activation whose expert network on ``grouped`` this is, with biases or without."""
     found = _bound(experts)
     limits = {name: value for name, value in found[2].items() if name in ("alpha", "limit")}
-    for activation in (*_ACTIVATIONS, CLAMPED_SWIGLU._replace(**limits)):
+    for activation in (*ACTIVATIONS, CLAMPED_SWIGLU._replace(**limits)):
         for kind in (None, BiasedGatedParams if activation.gated else BiasedMlpParams):
             if found == _bound(partial(experts_of(activation, kind), matmul=grouped)):
                 return activation

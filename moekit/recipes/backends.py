@@ -23,13 +23,13 @@ from moekit.experts import (
     grouped,
     loop,
 )
-from moekit.experts.checks import KERNEL_DTYPES
-from moekit.experts.fused import PREACTIVATION, Keep
+from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_chooser, check_keep
+from moekit.experts.keep import PREACTIVATION, Keep
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
-from moekit.recipes.layers import expert_layer, limited
+from moekit.recipes.layers import check_dispatcher, expert_layer, limited
 from moekit.routing import fused_top_k, softmax, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
@@ -85,17 +85,50 @@ def choose_backend(
         Choice.
 
     Raises:
-        ValueError: if there is no such activation among moekit's expert networks, or none with such parameters; if a
-            CUDA device cannot be used here; if ``fused_layer`` is chosen and ``keep`` is no ``Keep``.
+        ValueError: if an argument is of another kind, whatever is chosen; if the kernels know no such activation, or
+            moekit no expert network with such parameters; if a CUDA device cannot be used here.
 
     Example:
         >>> choice = choose_backend("cpu", torch.float32)
         >>> choice.name, choice.reason
         ('fused_cpu', 'the CPU: computes expert by expert in the cache, a thread each, and keeps pre-activations alone')
     """
-    device = torch.device(device)
-    dispatcher = dropless() if dispatcher is None else dispatcher
-    experts = experts_of(activation, params)
+    _check("choose_backend", dispatcher, activation, keep, tiles)
+    experts_of(activation, params)  # which says what it expects
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"choose_backend: dtype = {dtype!r}; expected a torch.dtype, such as torch.bfloat16.")
+    return _choose(
+        torch.device(device), dtype, dispatcher=dropless() if dispatcher is None else dispatcher,
+        activation=activation, params=params, widths=widths, keep=keep, tiles=tiles,
+    )  # fmt: skip
+
+
+def _check(
+    name: str,
+    dispatcher: Dispatcher | None,
+    activation: Activation,
+    keep: Keep,
+    tiles: Callable[[LayerSize], LayerTiles],
+) -> None:
+    if dispatcher is not None:
+        check_dispatcher(name, dispatcher)
+    check_activation(name, activation)
+    check_keep(name, keep)
+    check_chooser(name, tiles)
+
+
+def _choose(
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    dispatcher: Dispatcher,
+    activation: Activation,
+    params: type[Any] | None,
+    widths: tuple[int, int] | None,
+    keep: Keep,
+    tiles: Callable[[LayerSize], LayerTiles],
+) -> Choice:
+    """Choose as ``choose_backend`` does, of arguments that were checked; parameters are the layer's to check."""
     if device.type == "cpu":
         fused, unusable = "fused_cpu", why_not_fused_cpu(activation, params, dispatcher=dispatcher)
         if not unusable:
@@ -109,7 +142,7 @@ def choose_backend(
             reason = f"{device.type} in {_word(dtype)}, {_DROPPING if drops else 'dropless'}, with Triton: {what}"
             return Choice(fused, limited(layer, plan=dispatcher.plan) if drops else layer, reason)
     name, matmul, reason = _matmul_for(device, dtype, dispatcher, widths)
-    layer = expert_layer(dispatcher=dispatcher, experts=partial(experts, matmul=matmul))
+    layer = expert_layer(dispatcher=dispatcher, experts=partial(experts_of(activation, params), matmul=matmul))
     return Choice(name, layer, f"{reason}; not {fused}: {unusable}")
 
 
@@ -134,7 +167,8 @@ def auto(
         A function (x (T, D), routing, params) -> (T, D).
 
     Raises:
-        ValueError: from the layer, as ``choose_backend``, and as what it chooses.
+        ValueError: if an argument is of another kind, whatever would be chosen; from the layer, as ``choose_backend``,
+            and as what it chooses.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -143,6 +177,7 @@ def auto(
         >>> recipe.layer(torch.ones(5, 4), recipe.route(torch.zeros(5, 3)), init_gated(3, 4, 8)).shape
         torch.Size([5, 4])
     """
+    _check("auto", dispatcher, activation, keep, tiles)
     dispatcher = dropless() if dispatcher is None else dispatcher
     return partial(_auto, dispatcher=dispatcher, activation=activation, keep=keep, tiles=tiles)
 
@@ -161,7 +196,7 @@ def _auto(
     if not hasattr(params, "down"):
         experts_of(activation, kind)  # which says what it expects
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]
-    choice = choose_backend(
+    choice = _choose(
         x.device, dtype_in_products(x.dtype, x.device.type), dispatcher=dispatcher, activation=activation, params=kind,
         widths=(x.shape[1], hidden), keep=keep, tiles=tiles,
     )  # fmt: skip

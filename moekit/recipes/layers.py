@@ -1,5 +1,6 @@
 """The glue: stages become an expert layer, and a recipe becomes an MoE layer."""
 
+import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
@@ -112,6 +113,9 @@ def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
     Returns:
         A function (x (T, D), routing, params) -> (T, D).
 
+    Raises:
+        ValueError: if ``dispatcher`` is none, or ``experts`` cannot be called.
+
     Example:
         >>> from moekit.dispatch import dropless
         >>> from moekit.experts import grouped, init_gated, swiglu
@@ -120,7 +124,36 @@ def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
         >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 3), k=2), init_gated(3, 4)).shape
         torch.Size([5, 4])
     """
+    check_dispatcher("expert_layer", dispatcher)
+    if not callable(experts):
+        raise ValueError(
+            f"expert_layer: experts are {reprlib.repr(experts)}; expected a function (rows, groups, params) -> rows, "
+            f"such as partial(swiglu, matmul=grouped)."
+        )
     return partial(_expert_layer, dispatcher=dispatcher, experts=experts)
+
+
+def check_dispatcher(name: str, dispatcher: Any) -> None:
+    """Refuse what is no dispatcher: a function that returns one, or its plan.
+
+    Args:
+        name: of the function, for the message.
+        dispatcher: as ``dropless()``.
+
+    Raises:
+        ValueError: if it is no ``Dispatcher``.
+
+    Example:
+        >>> check_dispatcher("a layer", "dropless")
+        Traceback (most recent call last):
+        ValueError: a layer: dispatcher = 'dropless'; expected a Dispatcher, such as dropless() or \
+padded(capacity_factor=1.25): its value, with the brackets.
+    """
+    if not isinstance(dispatcher, Dispatcher):
+        raise ValueError(
+            f"{name}: dispatcher = {dispatcher!r}; expected a Dispatcher, such as dropless() or "
+            f"padded(capacity_factor=1.25): its value, with the brackets."
+        )
 
 
 def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispatcher, experts: Experts) -> Tensor:
@@ -143,6 +176,9 @@ def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> E
     Returns:
         A function (x (T, D), routing, params) -> (T, D).
 
+    Raises:
+        ValueError: if ``layer`` or ``plan`` cannot be called, as a ``Dispatcher`` in place of its plan.
+
     Example:
         >>> from moekit.dispatch import padded
         >>> from moekit.experts import fused_layer
@@ -153,6 +189,17 @@ def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> E
     References:
         Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
     """
+    if not callable(layer):
+        raise ValueError(
+            f"limited: layer = {reprlib.repr(layer)}; expected a function (x, routing, params) -> y, such as "
+            f"fused_layer()."
+        )
+    if not callable(plan):
+        given = "a Dispatcher" if isinstance(plan, Dispatcher) else reprlib.repr(plan)
+        raise ValueError(
+            f"limited: plan is {given}; expected a function routing -> DispatchPlan. Pass that of a dispatcher, as "
+            f"padded(capacity_factor=1.25).plan."
+        )
     return partial(_limited, layer=layer, plan=plan)
 
 

@@ -6,15 +6,38 @@ import pytest
 import torch
 
 from moekit.dispatch import by_weight, dropless, padded
-from moekit.experts import INPUTS, BiasedGatedParams, BiasedMlpParams, batched, grouped, loop, swiglu
-from moekit.experts.activations import CLAMPED_SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU2, RELU_MLP, SWIGLU
+from moekit.experts import (
+    INPUTS,
+    BiasedGatedParams,
+    BiasedMlpParams,
+    batched,
+    biased_gated,
+    biased_mlp,
+    geglu,
+    gelu_mlp,
+    grouped,
+    loop,
+    relu2,
+    relu_mlp,
+    swiglu,
+)
+from moekit.experts.activations import (
+    CLAMPED_SWIGLU,
+    GEGLU,
+    GEGLU_TANH,
+    GELU_MLP,
+    RELU2,
+    RELU_MLP,
+    SWIGLU,
+    Activation,
+)
 from moekit.experts.tile_files import layer_tiles, table_text
 from moekit.experts.tile_tables import entry_of
 from moekit.experts.tiles import LayerSize, ruled_tiles
 from moekit.recipes import MoE, expert_layer, gpt_oss, mixtral, olmoe, openlm, switch
 from moekit.recipes.automatic import automatic, tiles_of, why_not_on_kernels
 from moekit.recipes.backends import auto, auto_top_k
-from moekit.recipes.expert_networks import experts_of
+from moekit.recipes.expert_networks import ACTIVATIONS, experts_of
 from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe
 from moekit.recipes.settings import ModelSettings
@@ -148,7 +171,7 @@ def test_a_file_that_is_no_table_is_refused_by_its_flag(tmp_path, content, messa
         tiles_of(path, flag="--tiles")
 
 
-@pytest.mark.parametrize("activation", [SWIGLU, GEGLU, GEGLU_TANH, GELU_MLP, RELU_MLP, RELU2, CLAMPED_SWIGLU])
+@pytest.mark.parametrize("activation", [*ACTIVATIONS, CLAMPED_SWIGLU])
 @pytest.mark.parametrize("biased", [False, True])
 def test_every_expert_network_is_known_with_biases_and_without(activation, biased: bool) -> None:
     kind = None if not biased else BiasedGatedParams if activation.gated else BiasedMlpParams
@@ -156,6 +179,37 @@ def test_every_expert_network_is_known_with_biases_and_without(activation, biase
     known, slow = (mixtral()._replace(layer=expert_layer(dispatcher=dropless(), experts=each)) for each in networks)
     assert automatic(known).layer.keywords["activation"] == activation
     assert automatic(slow) is slow
+
+
+@pytest.mark.parametrize(
+    ("experts", "activation"),
+    [
+        (swiglu, SWIGLU),
+        (geglu, GEGLU),
+        (partial(geglu, approximate="tanh"), GEGLU_TANH),
+        (gelu_mlp, GELU_MLP),
+        (partial(gelu_mlp, approximate="none"), Activation("gelu", gated=False)),
+        (relu_mlp, RELU_MLP),
+        (relu2, RELU2),
+        (partial(biased_gated, activation=torch.nn.functional.relu), Activation("relu", gated=True)),
+        (partial(biased_mlp, activation=torch.nn.functional.gelu), Activation("gelu", gated=False)),
+    ],
+)
+def test_networks_are_known_by_the_activation_that_they_compute(experts, activation) -> None:
+    recipe = mixtral()._replace(layer=expert_layer(dispatcher=dropless(), experts=partial(experts, matmul=grouped)))
+    assert automatic(recipe).layer.keywords["activation"] == activation
+
+
+def test_a_module_whose_tiles_are_of_a_file_is_saved_and_loaded(tmp_path) -> None:
+    size = LayerSize(torch.bfloat16, 131072, 64, 2048, 1024, gated=True, capability=9)
+    (tmp_path / "tiles.json").write_text(table_text([entry_of(size, ruled_tiles(size), origin="a test")]))
+    tiles = tiles_of(tmp_path / "tiles.json", flag="--tiles")
+    moe = MoE(8, 4, automatic(mixtral(), choose=partial(auto, tiles=tiles)), hidden=12)
+    assert tiles(size) == ruled_tiles(size)  # remembered, which is not saved
+    torch.save(moe, tmp_path / "moe.pt")
+    again, x = torch.load(tmp_path / "moe.pt", weights_only=False), torch.randn(5, 8)
+    assert torch.equal(again(x).y, moe(x).y)
+    assert again.recipe.layer.keywords["tiles"](size) == tiles(size)
 
 
 def test_steepness_and_limit_of_clamped_experts_are_taken_along() -> None:

@@ -108,9 +108,34 @@ def test_a_gpu_keeps_to_a_capacity_limit_on_the_fused_kernels(hopper) -> None:
     )
 
 
-def test_what_is_no_keep_is_refused_where_it_counts(hopper) -> None:
-    with pytest.raises(ValueError, match=r"fused_layer: keep = 'inputs'; expected EVERYTHING, PREACTIVATION, INPUTS"):
-        choose_backend("cuda", BF16, keep="inputs")
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"keep": "everything"}, r"keep = 'everything'; expected EVERYTHING, PREACTIVATION, INPUTS or another Keep\."),
+        ({"tiles": "tiles.json"}, r"tiles = 'tiles\.json'; expected a function of a LayerSize, such as from_table"),
+        ({"activation": "swiglu"}, r"activation = 'swiglu'; expected an Activation, such as moekit\.experts\.SWIGLU"),
+        ({"activation": Activation("tanh", gated=True)}, r"activation = .*'tanh'.*; expected .* function of silu"),
+        ({"activation": CLAMPED_SWIGLU._replace(gated=False)}, r".* has no gate, and clamps one; expected gated"),
+        ({"dispatcher": dropless}, r"dispatcher = <function dropless .*; expected a Dispatcher, such as dropless\(\)"),
+        ({"dispatcher": dropless().plan}, r"dispatcher = <function dropless_plan .*; expected a Dispatcher"),
+    ],
+)
+def test_what_is_no_argument_is_refused_when_a_layer_is_made(hopper, given, words) -> None:
+    """Whatever device it will run on: a recipe that is tried on the CPU is to train on CUDA."""
+    with pytest.raises(ValueError, match=rf"^auto: {words}"):
+        auto(**given)
+    for device in ("cpu", "cuda", "meta"):
+        with pytest.raises(ValueError, match=rf"^choose_backend: {words}"):
+            choose_backend(device, BF16, **given)
+
+
+def test_parameters_and_dtypes_that_are_none_are_refused() -> None:
+    words = r"^experts_of: the type of the parameters is given as a GatedParams; expected one of GatedParams, Biased.*"
+    for device in ("cpu", "meta"):
+        with pytest.raises(ValueError, match=words + r"\. Pass the type, type\(params\)\.$"):
+            choose_backend(device, BF16, params=init_gated(3, 4, 8))
+        with pytest.raises(ValueError, match=r"^choose_backend: dtype = 'bfloat16'; expected a torch\.dtype, such as"):
+            choose_backend(device, "bfloat16")
 
 
 def test_auto_hands_keep_and_tiles_on(monkeypatch) -> None:
@@ -253,11 +278,13 @@ def test_auto_computes_what_the_composed_layer_does(activation, ffn, init, facto
 def test_auto_inside_autocast_asks_for_the_dtype_of_autocast(monkeypatch) -> None:
     asked = []
 
-    def choose(device, dtype, **options):
-        asked.append((dtype, options["widths"]))
-        return choose_backend(device, dtype, **options)
+    choose = backends._choose
 
-    monkeypatch.setattr(backends, "choose_backend", choose)
+    def asking(device, dtype, **options):
+        asked.append((dtype, options["widths"]))
+        return choose(device, dtype, **options)
+
+    monkeypatch.setattr(backends, "_choose", asking)
     x, params = torch.randn(12, 6), init_gated(4, 6, 10)
     routing = top_k(torch.randn(12, 4), k=2)
     with torch.autocast("cpu", dtype=BF16):
@@ -320,11 +347,12 @@ def one_row(x: torch.Tensor, params, expert: int, activation: Activation) -> tor
     return y if packed or "down_bias" not in params._fields else y + params.down_bias[expert][0]
 
 
+GATED = (SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, STEEP, Activation("relu", True), Activation("relu2", True))
+PLAIN = (GELU_MLP, RELU_MLP, RELU2, Activation("gelu", False), Activation("silu", False))
 NETWORKS = [
-    *((a, k) for a in (SWIGLU, GEGLU, GEGLU_TANH, CLAMPED_SWIGLU, STEEP)
-      for k in (GatedParams, BiasedGatedParams, PackedGatedParams)),
-    *((a, k) for a in (GELU_MLP, RELU_MLP, RELU2) for k in (MlpParams, BiasedMlpParams)),
-]  # fmt: skip
+    *((a, k) for a in GATED for k in (GatedParams, BiasedGatedParams, PackedGatedParams)),
+    *((a, k) for a in PLAIN for k in (MlpParams, BiasedMlpParams)),
+]
 
 
 @pytest.mark.parametrize(("activation", "kind"), NETWORKS)
@@ -345,6 +373,20 @@ def test_auto_takes_the_parameters_of_every_network(activation: Activation, kind
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, msg=name)
+
+
+@pytest.mark.parametrize("activation", [Activation("relu", True), Activation("gelu", False)])
+def test_an_activation_without_a_name_is_composed_where_nothing_is_fused(hopper, activation: Activation) -> None:
+    """A dispatcher with ways of its own takes the fused layer's place; so does a dtype that no kernel has."""
+    weighing, x = weigh_inputs(dropless()), torch.randn(7, 6).double()
+    params, routing = draw(GatedParams if activation.gated else MlpParams), top_k(torch.randn(7, 3).double(), k=1)
+    rows = [w * x[t] for t, (w,) in enumerate(routing.weights.double())]
+    chosen = routing.expert_indices[:, 0].tolist()
+    expected = torch.stack([one_row(row, params, e, activation) for row, e in zip(rows, chosen, strict=True)])
+    y = auto(dispatcher=weighing, activation=activation)(x, routing, params)
+    torch.testing.assert_close(y, expected)
+    choice = choose_backend("cuda", torch.float64, activation=activation)
+    assert (choice.name, choice.layer.func) == ("loop", expert_layer(dispatcher=weighing, experts=len).func)
 
 
 @pytest.mark.parametrize(("activation", "kind"), NETWORKS)
@@ -372,11 +414,13 @@ def test_what_the_cpus_fused_layer_does_not_take_is_said(activation, kind, why, 
 def test_auto_asks_with_the_widths_and_type_of_its_parameters(monkeypatch) -> None:
     asked = []
 
-    def choose(device, dtype, **options):
-        asked.append((options["params"], options["widths"]))
-        return choose_backend(device, dtype, **options)
+    choose = backends._choose
 
-    monkeypatch.setattr(backends, "choose_backend", choose)
+    def asking(device, dtype, **options):
+        asked.append((options["params"], options["widths"]))
+        return choose(device, dtype, **options)
+
+    monkeypatch.setattr(backends, "_choose", asking)
     kinds = [GatedParams, BiasedGatedParams, PackedGatedParams]
     for kind in kinds:
         auto()(torch.randn(7, 6).double(), top_k(torch.randn(7, 3).double(), k=2), draw(kind))
@@ -409,11 +453,6 @@ def test_a_choice_for_a_gpu_is_a_constant_of_a_compiled_graph(hopper, monkeypatc
     torch._dynamo.reset()
     torch.compile(run, fullgraph=True, backend="eager")(torch.ones(2))
     assert names == ["fused_layer" if triton else "grouped"]
-
-
-def test_an_unknown_activation() -> None:
-    with pytest.raises(ValueError, match=r"function='tanh'.* is no expert network of moekit's; expected one of"):
-        experts_of(Activation("tanh", gated=True))
 
 
 @pytest.mark.parametrize("unusable", ["", "Triton is not installed"])

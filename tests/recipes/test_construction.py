@@ -58,12 +58,14 @@ KEEPS = {"preactivation": PREACTIVATION, "inputs": INPUTS, "everything": EVERYTH
 def test_layers_of_a_run_get_its_keep_and_its_tiles(tmp_path, monkeypatch, recipe, keep):
     path = tmp_path / "tiles.json"
     path.write_text(table_text([]))
-    monkeypatch.setattr("moekit.recipes.automatic.from_table", lambda table: ("by", table))
+    tables, by_table = [], lambda size: None
+    monkeypatch.setattr("moekit.recipes.automatic.from_table", lambda table: tables.append(table) or by_table)
     words = ["--model", "moekit_tiny", "--precision", "fp32", "--recipe", recipe, "--moe-keep", keep]
-    for flags, tiles in (((), layer_tiles), (("--moe-tiles", str(path)), ("by", ()))):
+    for flags, tiles in (((), layer_tiles), (("--moe-tiles", str(path)), by_table)):
         model, evaluation, _ = make_model(parse_settings([*words, *flags], prog="test"), one_process())
         for each in (*(layer.recipe for _, layer in moe_layers(model)), evaluation):
             assert (each.layer.keywords["keep"], each.layer.keywords["tiles"]) == (KEEPS[keep], tiles)
+    assert set(tables) == {()}
 
 
 def test_a_run_without_flags_chooses_as_auto_does():

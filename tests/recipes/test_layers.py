@@ -10,6 +10,7 @@ from moekit.experts import (
     GatedParams,
     batched,
     fused_cpu,
+    fused_layer,
     gelu_mlp,
     grouped,
     init_gated,
@@ -332,6 +333,28 @@ def test_a_dropless_layer_within_a_limit_is_the_padded_one(priority, factor: flo
         results.append((y, *torch.autograd.grad(y.square().sum(), [x, *leaves_of(params)])))
     for name, one, other in zip(("y", "x", "gate", *GatedParams._fields), *results, strict=True):
         torch.testing.assert_close(one, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_a_layer_is_made_of_what_it_needs() -> None:
+    """Wrong parts are refused when a layer is made, not when it is called."""
+    tight, experts = padded(capacity_factor=0.5), partial(swiglu, matmul=loop)
+    with pytest.raises(
+        ValueError, match=r"^limited: plan is a Dispatcher; expected a function routing -> DispatchPlan\. "
+    ):
+        limited(fused_layer(), plan=tight)
+    with pytest.raises(ValueError, match=r"^limited: plan is 1\.25; expected a function .*Pass that of a dispatcher"):
+        limited(fused_layer(), plan=1.25)
+    with pytest.raises(
+        ValueError, match=r"^limited: layer = 'fused_layer'; expected a function \(x, routing, params\)"
+    ):
+        limited("fused_layer", plan=tight.plan)
+    for wrong in (padded, tight.plan, None):
+        with pytest.raises(
+            ValueError, match=r"^expert_layer: dispatcher = .*; expected a Dispatcher, such as dropless"
+        ):
+            expert_layer(dispatcher=wrong, experts=experts)
+    with pytest.raises(ValueError, match=r"^expert_layer: experts are 'swiglu'; expected a function \(rows, groups"):
+        expert_layer(dispatcher=tight, experts="swiglu")
 
 
 @pytest.mark.parametrize("exchanged", [False, True])
