@@ -1,12 +1,13 @@
 """Documents in text and JSON-lines files, read in pieces of whole documents whose borders depend on the files alone.
 
 A text file is one document. In JSON lines (``.jsonl``, ``.ndjson``, ``.json``) every line is an object with the text
-under a key. Either may be compressed (``.gz``).
+under a key. Either may be compressed (``.gz``). Suffixes may be in capitals.
 """
 
 import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -63,7 +64,8 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
     """Find the files that paths, folders and globs name.
 
     Args:
-        patterns: paths of files; of folders, for all files below them that are not hidden; and globs.
+        patterns: paths of files; of folders, for all files below them that are not hidden, linked folders included;
+            and globs.
 
     Returns:
         Absolute paths, each once, sorted.
@@ -78,14 +80,28 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
             raise ValueError(f"the input {pattern} is a URL; expected local files. Copy it here first")
         # A file whose name has brackets is itself, not a glob.
         matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
-        files = {file for match in matches for file in _below(Path(match).resolve())}
+        files = {file for match in matches for file in _below(Path(match).resolve(), seen=set())}
         if not files:
             raise FileNotFoundError(f"the input {pattern!r} matches no file; expected a file, a folder or a glob")
         found |= files
     for file in found:
-        if file.suffix in OTHER_FORMATS:
+        if file.suffix.lower() in OTHER_FORMATS:
             raise ValueError(f"{file} is {file.suffix}; expected text or JSON lines, plain or .gz. Convert it first")
     return sorted(found)
+
+
+def in_capitals(file: Path) -> bool:
+    """Say whether a suffix that decides how a file is read has capitals: such suffixes used to be passed over.
+
+    Args:
+        file: its path.
+
+    Example:
+        >>> in_capitals(Path("A.JSONL")), in_capitals(Path("A.jsonl"))
+        (True, False)
+    """
+    kinds = (".gz", *JSON_LINES)
+    return any(suffix.lower() in kinds and suffix not in kinds for suffix in file.suffixes[-2:])
 
 
 def read_pieces(files: Iterable[Path], *, piece_bytes: int) -> Iterator[Piece]:
@@ -136,19 +152,22 @@ def documents(block: Block, *, key: str) -> Iterator[str | BadDocument]:
             yield error
 
 
-def _below(path: Path) -> Iterator[Path]:
+def _below(path: Path, *, seen: set[Path]) -> Iterator[Path]:
+    """Yield the files at or below a path; links may lead in circles, so a folder that was seen is passed over."""
     if path.is_file():
         yield path
-    for file in path.rglob("*") if path.is_dir() else ():
-        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(path).parts):
-            yield file.resolve()
+    elif path.is_dir() and path not in seen:
+        seen.add(path)
+        for name in os.listdir(path):
+            if not name.startswith("."):
+                yield from _below((path / name).resolve(), seen=seen)
 
 
 def _blocks(files: Iterable[Path], size: int) -> Iterator[tuple[Block, int]]:
     before = 0
     for path in files:
-        packed = path.suffix == ".gz"
-        lines_of = (path.with_suffix("") if packed else path).suffix in JSON_LINES
+        packed = path.suffix.lower() == ".gz"
+        lines_of = (path.with_suffix("") if packed else path).suffix.lower() in JSON_LINES
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if packed else raw
             first = 1 if lines_of else 0

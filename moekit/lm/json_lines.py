@@ -107,10 +107,11 @@ def _whole_lines(path: Path) -> Iterator[_Line]:
         yield _Line(number, text, metrics)
 
 
-def _step(line: _Line, path: Path) -> int:
-    if "step" not in line.metrics:
+def _step(line: _Line, path: Path) -> float:
+    step = line.metrics.get("step")
+    if isinstance(step, bool) or not isinstance(step, int | float):
         raise ValueError(f"{path}, line {line.number} is {line.text[:60]!r}, without a step; delete it and start again")
-    return line.metrics["step"]
+    return step
 
 
 def _without_nonfinite(value: Any, place: tuple[str, ...], found: list[str]) -> Any:

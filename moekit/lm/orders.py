@@ -31,7 +31,8 @@ class Order:
     """The order in which a run takes its sequences, from one or several sources of shards.
 
     The next sequence comes from the source that is furthest behind its share (of equals, the first), so the weights
-    hold whatever the sizes are. A source visits its shards in an order drawn for each pass, and reads several shards at
+    hold whatever the sizes are: after any number of sequences to within one with up to three sources, and with more
+    to little more than one. A source visits its shards in an order drawn for each pass, and reads several shards at
     once, one per lane. Slot s of an optimizer step is served by lane s modulo ``lanes``. A lane without a shard claims
     the next one of the pass; if none is left, the sequence comes from the lane that has most left (of equals, the
     first). So a pass has every sequence exactly once, and ends before the next begins.

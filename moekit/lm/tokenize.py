@@ -27,8 +27,9 @@ from rich.console import Console
 
 from moekit.lm import tokenize_parts as phases
 from moekit.lm import tokenize_plans as plans
-from moekit.lm.documents import find_files, read_pieces
+from moekit.lm.documents import find_files, in_capitals, read_pieces
 from moekit.lm.processes import available_cores, process_pool, run_in_order
+from moekit.lm.shard_members import MAX_MEMBER_BYTES
 from moekit.lm.shards import MANIFEST
 from moekit.lm.tokenize_progress import Progress, Summary, show_progress
 from moekit.lm.tokenizers import END_OF_TEXT, ByteTokenizer, Tokenizer, load_tokenizer, save_tokenizer
@@ -41,7 +42,8 @@ class Command:
     """Turn text or JSON lines into shards. The same command goes on where it was stopped."""
 
     input: tuple[str, ...]
-    """Text files, one document each, and JSON lines (.jsonl, .ndjson, .json), plain or .gz; or folders, or globs."""
+    """Text files, one document each, and JSON lines (.jsonl, .ndjson, .json), plain or .gz; or folders, or globs.
+    Links to folders are followed."""
     output: Path
     """Folder of the shards and their manifest. Nothing in it is ever overwritten."""
     tokenizer: str
@@ -77,7 +79,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m moekit.lm
         SystemExit: with a message and status 1, if it cannot go on; with status 130 at Ctrl-C.
     """
     command = tyro.cli(Command, prog=prog, args=arguments)
-    console = Console()
+    console = Console(markup=False, emoji=False)
     start = time.monotonic()
     again = "The same command goes on where this one stopped"
     try:
@@ -95,7 +97,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m moekit.lm
         raise SystemExit(f"{prog}: {error}") from None
     seconds = max(time.monotonic() - start, 1e-9)
     for line in [f"{command.output / MANIFEST} is done", *summary.lines(length=command.seq_len + 1, seconds=seconds)]:
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True)
 
 
 def tokenize(command: Command, executor: Executor, *, most: int, progress: Progress) -> Summary:
@@ -122,6 +124,7 @@ def tokenize(command: Command, executor: Executor, *, most: int, progress: Progr
     if inside:
         raise ValueError(f"the input {inside[0]} lies in the output {folder}; give another --output")
     tokenizer = _tokenizer(command)
+    _check_size(command.seq_len, tokenizer)
     plan = _plan(command, files, tokenizer)
     if (folder / MANIFEST).exists():
         return _finished(folder, plan)
@@ -152,6 +155,23 @@ def _check(command: Command) -> None:
         raise ValueError(f"seed is {command.seed}; expected 0 to 2**63 - 1")
     if "://" in str(command.output) or ":/" in str(command.output):  # Path makes one slash of two
         raise ValueError(f"the output {command.output} is a URL; expected a local folder. Copy it there afterwards")
+    output = command.output.resolve()
+    for place in (output, *output.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(
+                f"the output {command.output}: {place} is a file; expected a folder, or a new name"
+            )
+
+
+def _check_size(seq_len: int, tokenizer: Tokenizer) -> None:
+    """A member that no reader takes would be noticed in training alone."""
+    widest = len(f"{tokenizer.vocab_size - 1}, ")
+    most = MAX_MEMBER_BYTES // widest - 1
+    if seq_len > most:
+        raise ValueError(
+            f"seq_len is {seq_len}, whose sequences may take {(seq_len + 1) * widest:,} bytes in a shard; expected at "
+            f"most {most}, for {MAX_MEMBER_BYTES // 2**20} MiB is the most that is read"
+        )
 
 
 def _tokenizer(command: Command) -> Tokenizer:
@@ -176,6 +196,7 @@ def _plan(command: Command, files: list[Path], tokenizer: Tokenizer) -> dict[str
         "inputs": plans.input_states(files),
         "tokenizer": plans.tokenizer_digest(tokenizer),
         "seed": command.seed if command.shuffle else "no shuffle",
+        **({"suffixes": "in capitals, too"} if any(map(in_capitals, files)) else {}),
         **{name: getattr(command, name) for name in kept},
     }
 
@@ -183,10 +204,10 @@ def _plan(command: Command, files: list[Path], tokenizer: Tokenizer) -> dict[str
 def _finished(folder: Path, plan: dict[str, Any]) -> Summary:
     if not (folder / plans.RECORD).exists():
         plans.check_free(folder)
-    record = json.loads((folder / plans.RECORD).read_text(encoding="utf-8"))
-    plans.check_same(record["plan"], plan, folder)
+    recorded, summary = plans.read_finished(folder)
+    plans.check_same(recorded, plan, folder)
     shutil.rmtree(folder / plans.PARTS, ignore_errors=True)  # a run may have been killed while it did this
-    tally, sequences, shards, padding = record["summary"]
+    tally, sequences, shards, padding = summary
     return Summary(phases.Tally(*tally), sequences, shards, padding, new_tokens=0)
 
 

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from moekit.lm.files import write_whole
 from moekit.lm.shards import MANIFEST
-from moekit.lm.tokenize_parts import TOKENIZER
+from moekit.lm.tokenize_parts import TOKENIZER, Tally
 from moekit.lm.tokenizers import BpeTokenizer, Tokenizer
 
 FORMAT = 1  # raise it when the same plan would give other bytes
@@ -53,6 +53,48 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
+def read_record(path: Path) -> dict[str, Any]:
+    """Read what an earlier run noted.
+
+    Args:
+        path: of a file that such a run wrote.
+
+    Returns:
+        What it holds.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}), expected what an earlier run noted. {_ANEW}") from error
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is damaged: it holds {str(record)[:60]!r}, expected a JSON object. {_ANEW}")
+    return record
+
+
+def read_finished(folder: Path) -> tuple[dict[str, Any], tuple[list[Any], int, int, int]]:
+    """Read what a finished run noted.
+
+    Args:
+        folder: its output.
+
+    Returns:
+        Its plan; and its summary: a tally, sequences, shards, padding.
+
+    Raises:
+        ValueError: if that is damaged.
+    """
+    path = folder / RECORD
+    record = read_record(path)
+    match record:
+        case {"plan": dict(plan), "summary": [list(tally), int(sequences), int(shards), int(padding)]}:
+            if len(tally) == len(Tally._fields):
+                return plan, (tally, sequences, shards, padding)
+    raise ValueError(f"{path} is damaged: it lacks a plan or a summary. {_ANEW}")
+
+
 def check_same(recorded: Mapping[str, Any], plan: Mapping[str, Any], folder: Path) -> None:
     """Check that a command is the one that a folder was begun with.
 
@@ -70,7 +112,7 @@ def check_same(recorded: Mapping[str, Any], plan: Mapping[str, Any], folder: Pat
     for key in sorted({*recorded, *plan}):
         old, new = recorded.get(key), plan.get(key)
         if old != new and (key, old, new) != ("on_bad_document", "raise", "skip"):
-            differences += _changed_inputs(old, new) if key == "inputs" else [f"{key} was {old!r} and is {new!r}"]
+            differences += _changed_inputs(old or {}, new) if key == "inputs" else [f"{key} was {old!r} and is {new!r}"]
     if differences:
         raise ValueError(f"{folder} was begun by another command: {'; '.join(differences)}. {_ANEW}")
 
@@ -83,12 +125,12 @@ def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         plan: of the command.
 
     Raises:
-        ValueError: if the folder was begun by another command.
+        ValueError: if the folder was begun by another command, or the plan in it is damaged.
         FileExistsError: if it holds shards of which nothing is known.
     """
     path = folder / PARTS / "plan.json"
     if path.exists():
-        check_same(json.loads(path.read_text(encoding="utf-8")), plan, folder)
+        check_same(read_record(path), plan, folder)
     else:
         check_free(folder)
     write_whole(path, json.dumps(plan))

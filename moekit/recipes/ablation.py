@@ -4,8 +4,6 @@ Each run is one of the training program, in a folder of its own. What is done is
 stopped at any time and goes on where it was.
 """
 
-import os
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +12,7 @@ from typing import Any, NamedTuple
 
 import tyro
 from rich.console import Console
+from rich.text import Text
 
 from moekit.lm._lookup import unknown_name
 from moekit.lm.files import write_whole
@@ -25,14 +24,16 @@ from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failur
 from moekit.recipes.ablation_runs import Job, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
+from moekit.recipes.commands import command_line
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.consoles import print_notes
+from moekit.recipes.consoles import plain_console, print_notes
 from moekit.recipes.names import RECIPES, users_fault
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.setup import make_config, overridden_flags
 
 BASELINE = "top_k"
 _FASTER = ("--val-num-samples", "65536", "--val-every-n-steps", "1000000")  # before the user's words, which win
+_TABLE_COLUMNS = 180
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, TypeError)
 
 
@@ -83,7 +84,7 @@ def main(
     Args:
         arguments: the words of the command line; None takes ``sys.argv``.
         prog: its name in messages.
-        launch: the words that start it, for the hint how to go on.
+        launch: the words that start it where ``arguments`` are not those of this process, for the hint how to go on.
 
     Raises:
         SystemExit: with a message, if settings or data make no sense, a run failed, or another process does one; with
@@ -93,9 +94,9 @@ def main(
     cut = words.index("--") if "--" in words else len(words)
     settings = tyro.cli(AblationSettings, args=words[:cut], prog=prog)
     try:
-        jobs, console = plan(settings, words[cut + 1 :], prog=prog), _console()
+        jobs, console = plan(settings, words[cut + 1 :], prog=prog), plain_console(piped=_TABLE_COLUMNS)
         print_notes(console, overridden_flags(jobs[0].settings.model))
-        outcome = ablate(settings, jobs, console, command=shlex.join([*launch.split(), *words]))
+        outcome = ablate(settings, jobs, console, command=command_line(words, prog=prog, launch=launch))
     except Exception as error:
         fault = next((fault for each in settings.recipe if (fault := users_fault(each, error))), None)
         if fault is None and not isinstance(error, _ERRORS):
@@ -218,7 +219,7 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -
     with stop_on_signals() as stop:
         for number, job in enumerate(jobs, start=1):
             place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
-            with console.status(f"{place} {job.label}, seed {job.seed}"):
+            with console.status(Text(f"{place} {job.label}, seed {job.seed}")):
                 came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
             if came is None:
                 return Outcome(tuple(failures), stop.name or "SIGTERM", tuple(held))  # a run stops by nothing else
@@ -262,12 +263,6 @@ def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: C
     except ModuleNotFoundError as error:
         picture = f"none: {error}"
     console.print(f"table: {settings.folder / 'table.md'}\npicture: {picture}", highlight=False, soft_wrap=True)
-
-
-def _console() -> Console:
-    """Give a file or a pipe the width that the table needs."""
-    console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=180)
 
 
 def _told(came: dict[str, Any] | Failure | Held) -> str:

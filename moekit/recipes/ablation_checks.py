@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -11,11 +12,13 @@ from moekit.recipes.ablation_recipes import other_recipe
 from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
 from moekit.recipes.configuration import flat_settings
+from moekit.recipes.consoles import whole_lines
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config
 from moekit.recipes.sources import check_lasts, make_corpus
 
 _OWN = frozenset({"steps", "recipe", "seed", "name", "logs", "resume", "describe", "world_size"})
+_WHERE_TO = "put a whole one back, or choose another --folder"
 _NOT_SHARED = frozenset({"recipe", "seed", "name", "logs", "resume", "describe", "world_size", "config"})
 
 
@@ -60,11 +63,16 @@ def check_data(settings: TrainSettings, console: Console) -> None:
         console: where to say what takes time.
 
     Raises:
-        ValueError: if they make no sense.
+        ValueError: if they make no sense, or there are none to compare routers on.
         FileNotFoundError: if they are not there.
     """
     config = make_config(settings.model)
-    corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False, markup=False))
+    corpus = make_corpus(settings, config, say=whole_lines(console))
+    if not corpus.validation:
+        raise ValueError(
+            "there are no validation data, and routers are compared by their losses on such data; give after the `--` "
+            "one --val-manifest for each --dataset-manifest, or --val-data"
+        )
     check_lasts(corpus, make_budget(settings, seq_len=config.seq_len, world_size=1))
 
 
@@ -86,7 +94,7 @@ def settle_folder(folder: Path, settings: TrainSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(shared, indent=1) + "\n")
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = _shared_before(path)
     names = sorted(name for name in {*before, *shared} if before.get(name) != shared.get(name))
     if names:
         told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {shared.get(name)})" for name in names)
@@ -94,6 +102,16 @@ def settle_folder(folder: Path, settings: TrainSettings) -> None:
             f"{folder} holds runs with {told}; rows of a table share their settings. Give the same again, or choose "
             f"another --folder"
         )
+
+
+def _shared_before(path: Path) -> dict[str, Any]:
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {_WHERE_TO}") from error
+    if not isinstance(before, dict):
+        raise ValueError(f"{path} is damaged: it holds {str(before)[:60]}, expected the runs' settings; {_WHERE_TO}")
+    return before
 
 
 def refuse_other_recipes(jobs: Sequence[Job]) -> None:

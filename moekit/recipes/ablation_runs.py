@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
-from moekit.lm.batches import ValidationBatch, read_validation
+from moekit.lm.batches import ValidationBatch
 from moekit.lm.files import write_whole
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
@@ -26,7 +26,7 @@ from moekit.recipes.routing_sums import all_routing_sums
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
 from moekit.recipes.settings import TrainSettings
-from moekit.recipes.sources import ValidationSet
+from moekit.recipes.sources import ValidationSet, read_set
 from moekit.recipes.steps import split_ids
 from moekit.recipes.train import train
 
@@ -119,10 +119,19 @@ def line_of(job: Job) -> dict[str, Any]:
 
     Returns:
         Label, recipe as it was trained, seed, and what ``results.json`` holds.
+
+    Raises:
+        ValueError: if that is damaged.
     """
     recipe = stored_recipe(job.folder) or job.settings.model.recipe
     named = {"router": job.label, "recipe": recipe, "seed": job.seed}
-    return {**named, **json.loads(job.results.read_text(encoding="utf-8"))}
+    try:
+        found = json.loads(job.results.read_text(encoding="utf-8"))
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not {"failed", "validation"} & found.keys():
+        raise ValueError(f"{job.results} is damaged, expected what a run came to; delete it, and the run is done again")
+    return {**named, **found}
 
 
 def record(run: Run, console: Console, *, progress: Progress, trained: Trained) -> None:
@@ -201,29 +210,20 @@ def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:
     """Average what capacity limits dropped in training, over layers and reported steps.
 
     Args:
-        metrics: lines of ``metrics.jsonl``.
+        metrics: lines of ``metrics.jsonl``; those without layers count nothing.
 
     Returns:
         The share of assignments.
 
     Example:
-        >>> training_drop_rate([{"layers": [{"drop_rate": 0.5}, {"drop_rate": 0.0}]}])
+        >>> training_drop_rate([{"layers": [{"drop_rate": 0.5}, {"drop_rate": 0.0}]}, {"step": 2}])
         0.25
     """
-    rates = [layer["drop_rate"] for line in metrics for layer in line["layers"]]
+    rates = [layer["drop_rate"] for line in metrics for layer in line.get("layers", ())]
     return sum(rates) / len(rates) if rates else 0.0
 
 
 def _batches(run: Run, each: ValidationSet, tokens: int) -> Iterator[ValidationBatch]:
     """Read the first so many tokens of a validation set, in whole sequences."""
-    data, config = run.settings.data, run.model.config
-    return read_validation(
-        each.shards,
-        batch_size=run.settings.optimizer.batch_size or DEFAULT_BATCH,
-        seq_len=config.seq_len,
-        vocab_size=config.vocab_size,
-        num_sequences=-(-tokens // config.seq_len),
-        on_bad=data.on_bad_data,
-        data_key=each.data_key,
-        allow_commands=data.allow_pipe_commands,
-    )
+    batch_size = run.settings.optimizer.batch_size or DEFAULT_BATCH
+    return read_set(each, run.settings.data, run.model.config, batch_size=batch_size, tokens=tokens)

@@ -252,7 +252,7 @@ def _words(values: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [flag, *map(str, value if isinstance(value, list) else [value])]
+            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]  # it may begin with -
     return words
 
 

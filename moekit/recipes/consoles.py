@@ -1,19 +1,37 @@
 """Where programs print: consoles wide enough for their tables, and lines as they are."""
 
+import os
 from collections.abc import Callable, Iterable
 from functools import partial
 
 from rich.console import Console
 
 
+def plain_console(*, quiet: bool = False, piped: int = 120) -> Console:
+    """Return a console that prints names and paths as they are, in tables too: neither markup nor emoji codes are read.
+
+    Args:
+        quiet: print nothing.
+        piped: columns of a file or a pipe, unless COLUMNS says how many; a terminal has its own.
+
+    Example:
+        >>> plain_console().print("logs/a[v2]/:car:")
+        logs/a[v2]/:car:
+    """
+    console = Console(quiet=quiet, markup=False, emoji=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = piped
+    return console
+
+
 def wide_console() -> Console:
-    """Return a console of at least 120 columns, for a row of numbers that is cut says nothing.
+    """Return a plain console of at least 120 columns, for a row of numbers that is cut says nothing.
 
     Example:
         >>> wide_console().width >= 120
         True
     """
-    console = Console()
+    console = plain_console()
     console.width = max(console.width, 120)
     return console
 
@@ -25,10 +43,10 @@ def whole_lines(console: Console) -> Callable[[str], None]:
         console: to print to.
 
     Example:
-        >>> whole_lines(Console(width=8))("as [it] is, whole")
-        as [it] is, whole
+        >>> whole_lines(Console(width=8))("as [it] is, whole :car:")
+        as [it] is, whole :car:
     """
-    return partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    return partial(console.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_notes(console: Console, lines: Iterable[str], *, style: str | None = None) -> None:
@@ -44,7 +62,7 @@ def print_notes(console: Console, lines: Iterable[str], *, style: str | None = N
         as [it] is, whole
     """
     for line in lines:
-        console.print(line, style=style, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 def print_warnings(console: Console, lines: Iterable[str]) -> None:

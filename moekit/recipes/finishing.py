@@ -1,6 +1,7 @@
 """The end of a run: the whole of the validation data, tables, samples of text, results and the picture."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from rich.console import Console
@@ -63,12 +64,12 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
             "seconds": round(progress.seconds, 1),
         }
         report.write_results(run.folder / "results.json", summary, scores, simple)
-        picture = report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
+        picture = _picture(run, scores, simple)
     if run.corpus.tokenizer is not None:
         with evaluating(run.model, run.evaluation_recipe):
             report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
     console.rule()
-    console.print(f"picture: {picture}\ncheckpoint: {checkpoint}")
+    console.print(f"picture: {picture}\ncheckpoint: {checkpoint}", highlight=False, soft_wrap=True)
 
 
 def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:
@@ -81,10 +82,18 @@ def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:
     return f"{tokens:,} tokens{there} in {seconds:.0f} s of training{speed}"
 
 
-def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:
-    """Score with count models, which take whole sequences alone: a run whose data have others ends without them."""
+def _picture(run: Run, scores: Mapping[str, Evaluation], simple: Mapping[str, report.Baselines]) -> Path | str:
+    """Draw the run; matplotlib is an extra, and a run is none the worse without it."""
     try:
-        return report.simple_scores(run.corpus, scores, run.model.config)
-    except ValueError as error:
+        return report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
+    except ModuleNotFoundError as error:
+        return f"none: {error}"
+
+
+def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:
+    """Score with count models; a run ends without them where their data have holes, or cannot be read once more."""
+    try:
+        return report.simple_scores(run.corpus, scores, run.model.config, run.settings.data)
+    except (ValueError, OSError) as error:
         console.print(f"no bigrams and unigrams beside the scores: {error}", highlight=False, soft_wrap=True)
         return {}

@@ -22,10 +22,12 @@ from moekit.lm.tokenizers import Tokenizer
 from moekit.lm.urls import is_remote
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import parameter_table
-from moekit.recipes.sources import Corpus, Source, ValidationSet
+from moekit.recipes.settings import DataSettings
+from moekit.recipes.sources import Corpus, Source, ValidationSet, read_set
 
 MOST_BASELINE_TOKENS = 50_000_000
 LARGEST_BIGRAM_VOCABULARY = 8192  # a table of counts for all pairs takes 8 V^2 bytes
+_READ_TOGETHER = 64  # sequences; changes no number
 
 
 class Baselines(NamedTuple):
@@ -40,19 +42,29 @@ class Baselines(NamedTuple):
     bigram: float | None
 
 
-def baselines(source: Source, held_out: ValidationSet, *, vocab_size: int) -> Baselines:
+def baselines(source: Source, held_out: ValidationSet, config: ModelConfig, data: DataSettings) -> Baselines:
     """Score a validation set with a unigram and a bigram model of its source's training data, all held in memory.
+
+    They score what the model is scored on: of the set the first ``--val-num-samples`` tokens, of longer sequences the
+    front. They count the front of each training sequence.
 
     Args:
         source: of the training data.
         held_out: from the source.
-        vocab_size: V.
+        config: of the model.
+        data: how the run reads.
 
     Returns:
         Baselines.
+
+    Raises:
+        ValueError: if training data are bad, which are left out nowhere here.
+        OSError: if data cannot be read.
     """
-    train = load_sequences(source.manifest, vocab_size=vocab_size)
-    scored = load_sequences(held_out.location, vocab_size=vocab_size)
+    vocab_size = config.vocab_size
+    train = load_sequences(source.manifest, seq_len=config.seq_len, vocab_size=vocab_size, data_key=data.data_key)
+    batches = read_set(held_out, data, config, batch_size=_READ_TOGETHER, tokens=data.val_num_samples)
+    scored = torch.cat([each.batch.ids for each in batches])
     small = vocab_size <= LARGEST_BIGRAM_VOCABULARY and len(train) > 1
     return Baselines(
         unigram_loss(train, scored, vocab_size=vocab_size),
@@ -60,23 +72,29 @@ def baselines(source: Source, held_out: ValidationSet, *, vocab_size: int) -> Ba
     )
 
 
-def simple_scores(corpus: Corpus, names: Iterable[str], config: ModelConfig) -> dict[str, Baselines]:
+def simple_scores(
+    corpus: Corpus, names: Iterable[str], config: ModelConfig, data: DataSettings
+) -> dict[str, Baselines]:
     """Score the validation sets that were held out from a source with count models of it.
 
-    Data that are not on this machine, or too large to be held in memory, have no baseline.
+    Training data that are not on this machine, or too large to be held in memory, have no baseline.
 
     Args:
         corpus: of the run.
         names: of the sets to score.
         config: of the model.
+        data: how the run reads.
 
     Returns:
         Name to baselines, for those that have any.
+
+    Raises:
+        ValueError, OSError: see ``baselines``.
     """
     sources = {source.name: source for source in corpus.sources}
     pairs = [(each, sources.get(each.name)) for each in corpus.validation if each.name in set(names)]
     return {
-        each.name: baselines(source, each, vocab_size=config.vocab_size)
+        each.name: baselines(source, each, config, data)
         for each, source in pairs
         if source is not None and _is_small(source, config.seq_len)
     }
@@ -249,24 +267,22 @@ def draw(
 
     Args:
         path: of the PNG.
-        metrics: lines of ``metrics.jsonl``; a step whose loss was not finite has none to draw.
+        metrics: lines of ``metrics.jsonl``; a step whose loss was not finite has none to draw, and an earlier launch
+            of the run may have scored other sets.
         evaluations: domain to its final scores.
         simple: domain to its baselines.
 
     Returns:
         The path.
     """
-    scored = [line for line in metrics if "validation" in line]
-    trained = [line for line in metrics if line["loss"] is not None]
     curves = {
-        domain: Curve([line["step"] for line in scored], [line["validation"][domain] for line in scored])
+        domain: _curve((line["step"], line.get("validation", {}).get(domain)) for line in metrics)
         for domain in evaluations
-        if scored
     }
     return plot_run(
         path,
-        train=Curve([line["step"] for line in trained], [line["loss"] for line in trained]),
-        validation=curves,
+        train=_curve((line["step"], line.get("loss")) for line in metrics),
+        validation={domain: curve for domain, curve in curves.items() if curve.steps},
         baselines={domain: pair.bigram for domain, pair in simple.items() if pair.bigram is not None},
         loads={
             domain: {layer.layer: layer.load for layer in scores.layers}
@@ -274,6 +290,11 @@ def draw(
             if scores.layers
         },
     )
+
+
+def _curve(points: Iterable[tuple[int, float | None]]) -> Curve:
+    known = [(step, loss) for step, loss in points if loss is not None]
+    return Curve([step for step, _ in known], [loss for _, loss in known])
 
 
 def print_samples(console: Console, model: LanguageModel, tokenizer: Tokenizer, prompts: Sequence[str]) -> None:

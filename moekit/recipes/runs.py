@@ -16,6 +16,7 @@ from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Grid, World, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
+from moekit.recipes.consoles import whole_lines
 from moekit.recipes.construction import make_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.optimizers import make_optimizer
@@ -204,7 +205,7 @@ def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Co
     corpus = None
     for turn in (True, False):
         if (world.rank == 0) is turn:
-            corpus = make_corpus(settings, config, say=lambda text: console.print(text, highlight=False))
+            corpus = make_corpus(settings, config, say=whole_lines(console))
         wait(world)
     assert corpus is not None
     return corpus

@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from moekit.lm.batches import read_validation
 from moekit.lm.model import LanguageModel
 from moekit.parallel import World
 from moekit.recipes import report
@@ -26,7 +25,7 @@ from moekit.recipes.precisions import autocast, precision_words
 from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
-from moekit.recipes.sources import Corpus
+from moekit.recipes.sources import Corpus, read_set
 from moekit.recipes.weights import find_checkpoint, load_weights
 
 
@@ -123,17 +122,14 @@ def score_sets(
     per_rank = given.batch_size or (given.global_batch_size or world.size * DEFAULT_BATCH) // world.size
     scores = {}
     for each in corpus.validation:
-        batches = read_validation(
-            each.shards,
+        batches = read_set(
+            each,
+            data,
+            config,
             batch_size=world.size * max(per_rank // given.accum_freq, 1),
-            seq_len=config.seq_len,
-            vocab_size=config.vocab_size,
+            tokens=limit,
             rank=world.rank,
             world_size=world.size,
-            num_sequences=None if limit is None else -(-limit // config.seq_len),
-            on_bad=data.on_bad_data,
-            data_key=each.data_key,
-            allow_commands=data.allow_pipe_commands,
         )
         scores[each.name] = evaluate(
             model,

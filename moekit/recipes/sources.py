@@ -1,13 +1,15 @@
 """From settings to the data of a run: sources to train on, and sets to score."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from moekit.lm.batches import ValidationBatch, read_validation
 from moekit.lm.configs import ModelConfig
 from moekit.lm.corpora import MIXING_WEIGHTS
 from moekit.lm.orders import check_budget
@@ -17,6 +19,8 @@ from moekit.lm.tokenizers import Tokenizer, load_tokenizer, token_bytes
 from moekit.lm.urls import expand_braces, is_remote, resolve_url
 from moekit.recipes.budgets import Budget
 from moekit.recipes.settings import DataSettings, TrainSettings
+
+_TokenizerOf = Callable[[str], Tokenizer | None]  # given where the data are
 
 
 class Source(NamedTuple):
@@ -84,19 +88,21 @@ def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[
     Args:
         settings: of the run.
         config: gives sequence length and, for the default tokenizer, vocabulary.
-        say: called with a line of text before each step that takes time.
+        say: called with a line of text before each step that takes time, and of a tokenizer beside the data that does
+            not serve.
 
     Returns:
         Corpus.
 
     Raises:
-        ValueError: if the numbers of manifests and weights differ, or a tokenizer is none or has more ids than the
-            model.
+        ValueError: if the numbers of manifests and weights differ, or the tokenizer that the settings name is none or
+            has more ids than the model.
         FileNotFoundError: if a manifest is not there.
     """
     data = settings.data
+    tokenizer_of = partial(_tokenizer, data=data, found=cache(partial(_found, vocab_size=config.vocab_size, say=say)))
     named = bool(data.dataset_manifest) or settings.evaluates_only
-    corpus = _named(data) if named else _embedded(data, config, say)
+    corpus = _named(data, tokenizer_of) if named else _embedded(data, config, tokenizer_of, say)
     if len(corpus.weights) != len(corpus.sources):
         raise ValueError(
             f"--train-data-mix-weights has {len(corpus.weights)} numbers for {len(corpus.sources)} sources "
@@ -109,6 +115,47 @@ def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[
                 f"{config.vocab_size}; expected no more. Choose --tokenizer bpe-{config.vocab_size} or another model."
             )
     return corpus
+
+
+def read_set(
+    held_out: ValidationSet,
+    data: DataSettings,
+    config: ModelConfig,
+    *,
+    batch_size: int,
+    tokens: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[ValidationBatch]:
+    """Read a validation set as it is scored.
+
+    Args:
+        held_out: the set.
+        data: how a run reads.
+        config: gives sequence length and vocabulary.
+        batch_size: sequences per batch over all ranks.
+        tokens: read the first so many, rounded up to whole sequences; None reads all.
+        rank: number of this process.
+        world_size: how many processes share the sequences.
+
+    Returns:
+        The batches.
+
+    Raises:
+        ValueError, OSError: see ``read_validation``.
+    """
+    return read_validation(
+        held_out.shards,
+        batch_size=batch_size,
+        seq_len=config.seq_len,
+        vocab_size=config.vocab_size,
+        rank=rank,
+        world_size=world_size,
+        num_sequences=None if tokens is None else -(-tokens // config.seq_len),
+        on_bad=data.on_bad_data,
+        data_key=held_out.data_key,
+        allow_commands=data.allow_pipe_commands,
+    )
 
 
 def check_lasts(corpus: Corpus, budget: Budget) -> None:
@@ -134,20 +181,22 @@ def check_lasts(corpus: Corpus, budget: Budget) -> None:
     )
 
 
-def _embedded(data: DataSettings, config: ModelConfig, say: Callable[[str], None]) -> Corpus:
+def _embedded(
+    data: DataSettings, config: ModelConfig, tokenizer_of: _TokenizerOf, say: Callable[[str], None]
+) -> Corpus:
     prepared = prepare(
         tokenizer_name=data.tokenizer or f"bpe-{config.vocab_size}", seq_len=config.seq_len, progress=say
     )
     sources, held_out = [], []
     for name, manifests in prepared.domains.items():
         sources.append(Source(name, str(manifests.train), read_manifest(manifests.train)))
-        held_out.append(_validation_set(name, str(manifests.validation), data, prepared.tokenizer))
+        held_out.append(_validation_set(name, str(manifests.validation), data, lambda _: prepared.tokenizer))
     weights = data.train_data_mix_weights or tuple(MIXING_WEIGHTS[source.name] for source in sources)
     taken = [source.name for source in sources]
-    return Corpus(tuple(sources), weights, (*held_out, *_tars(data, taken)), None, prepared.tokenizer)
+    return Corpus(tuple(sources), weights, (*held_out, *_tars(data, taken, tokenizer_of)), None, prepared.tokenizer)
 
 
-def _named(data: DataSettings) -> Corpus:
+def _named(data: DataSettings, tokenizer_of: _TokenizerOf) -> Corpus:
     manifests, held_out = data.dataset_manifest, data.val_manifest
     if manifests and held_out and len(held_out) != len(manifests):
         raise ValueError(
@@ -157,10 +206,10 @@ def _named(data: DataSettings) -> Corpus:
     names = _names(manifests or held_out)
     read = [read_manifest(manifest, allow_commands=data.allow_pipe_commands) for manifest in manifests]
     sources = tuple(Source(*triple) for triple in zip(names, manifests, read, strict=False))
-    sets = [_validation_set(name, url, data, None) for name, url in zip(names, held_out, strict=False)]
+    sets = [_validation_set(name, url, data, tokenizer_of) for name, url in zip(names, held_out, strict=False)]
     weights = data.train_data_mix_weights or (1.0,) * len(manifests)
     passes = None if data.multiple_data_passes else 1
-    return Corpus(sources, weights, (*sets, *_tars(data, names)), passes, None)
+    return Corpus(sources, weights, (*sets, *_tars(data, names, tokenizer_of)), passes, None)
 
 
 def _check_tokenizer(data: DataSettings) -> None:
@@ -190,12 +239,12 @@ def _distinct(names: Sequence[str], taken: Sequence[str]) -> list[str]:
     return found
 
 
-def _validation_set(name: str, manifest: str, data: DataSettings, tokenizer: Tokenizer | None) -> ValidationSet:
+def _validation_set(name: str, manifest: str, data: DataSettings, tokenizer_of: _TokenizerOf) -> ValidationSet:
     shards = read_manifest(manifest, allow_commands=data.allow_pipe_commands)
-    return ValidationSet(name, shards, data.data_key, tokenizer or _tokenizer(manifest, data), manifest)
+    return ValidationSet(name, shards, data.data_key, tokenizer_of(manifest), manifest)
 
 
-def _tars(data: DataSettings, taken: Sequence[str]) -> list[ValidationSet]:
+def _tars(data: DataSettings, taken: Sequence[str], tokenizer_of: _TokenizerOf) -> list[ValidationSet]:
     sets = []
     for number, text in enumerate(data.val_data):
         urls = [resolve_url(each, allow_commands=data.allow_pipe_commands) for each in expand_braces(text)]
@@ -206,7 +255,7 @@ def _tars(data: DataSettings, taken: Sequence[str]) -> list[ValidationSet]:
                 raise FileNotFoundError(f"--val-data {text}: there is no file {url}; expected a tar of sequences")
         keys = data.val_data_key or ((data.data_key,) if data.data_key else ())
         key = keys[number if len(keys) > 1 else 0] if keys else None
-        sets.append(ValidationSet(_tar_name(text), urls, key, _tokenizer(urls[0], data), text))
+        sets.append(ValidationSet(_tar_name(text), urls, key, tokenizer_of(urls[0]), text))
     names = _distinct([each.name for each in sets], taken)
     return [each._replace(name=name) for each, name in zip(sets, names, strict=True)]
 
@@ -216,15 +265,30 @@ def _tar_name(text: str) -> str:
     return words[-1].rsplit("/", 1)[-1].removesuffix(".tar") or text
 
 
-def _tokenizer(beside: str, data: DataSettings) -> Tokenizer | None:
+def _tokenizer(beside: str, *, data: DataSettings, found: Callable[[Path], Tokenizer | None]) -> Tokenizer | None:
     if data.tokenizer.endswith(".json"):
         return _load(data.tokenizer, given=f"--tokenizer {data.tokenizer}")
     if beside.startswith("pipe:") or is_remote(beside):
         return None
     folder = Path(beside).absolute().parent
     folders = [folder, folder.parents[1]] if folder.name in ("train", "validation") else [folder]  # as domains lie
-    found = [path for each in folders if (path := each / "tokenizer.json").is_file()]
-    return _load(found[0], given=f"the tokenizer beside {beside} (--tokenizer names another)") if found else None
+    path = next((path for each in folders if (path := each / "tokenizer.json").is_file()), None)
+    return None if path is None else found(path)
+
+
+def _found(path: Path, *, vocab_size: int, say: Callable[[str], None]) -> Tokenizer | None:
+    """Read a tokenizer that nobody named and that may be of anything: where it does not serve, it is told and left."""
+    given = "the tokenizer beside the data"
+    trouble: Exception | str
+    try:
+        tokenizer = _load(path, given=given)
+        if tokenizer.vocab_size <= vocab_size:
+            return tokenizer
+        trouble = f"{given}: {path} has {tokenizer.vocab_size} ids, the model's vocabulary {vocab_size}"
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        trouble = error
+    say(f"no bits per byte: {trouble} (--tokenizer names another)")
+    return None
 
 
 def _load(path: str | Path, *, given: str) -> Tokenizer:

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from rich.table import Table
+from rich.text import Text
 
 from moekit.parallel.link_times import not_hidden
 from moekit.parallel.payloads import Sent
@@ -40,7 +41,7 @@ def time_table(gpus: Sequence[int], predictions: Predictions, *, compute: float,
     best = [cheapest(predictions, column) for column in range(len(gpus))]
     for name, row in predictions.items():
         cells = ["-" if found is None else _milliseconds(found.seconds) for found in row]
-        table.add_row(name, *(f"[bold]{c}[/]" if name == b else c for c, b in zip(cells, best, strict=True)))
+        table.add_row(name, *(Text(c, "bold") if name == b else c for c, b in zip(cells, best, strict=True)))
     exchanges = [_at(predictions, name, column).seconds for column, name in enumerate(best)]
     left = [not_hidden(exchange, compute, num_chunks=chunks) for exchange in exchanges]
     table.add_section()

@@ -16,8 +16,9 @@ from moekit.parallel import World, any_true, share, start_processes, under_torch
 from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
+from moekit.recipes.commands import command_line
 from moekit.recipes.configuration import flat_settings, parse, write_config
-from moekit.recipes.consoles import print_notes, print_warnings
+from moekit.recipes.consoles import plain_console, print_notes, print_warnings, wide_console
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
@@ -58,7 +59,7 @@ def main(
     Args:
         arguments: the words of the command line; None takes ``sys.argv``.
         prog: its name in messages.
-        launch: the words that start it, for the hint how to resume.
+        launch: the words that start it where ``arguments`` are not those of this process, for the hint how to resume.
 
     Raises:
         SystemExit: with a message, if settings or data make no sense; with a status, if a signal stopped the run.
@@ -69,19 +70,19 @@ def main(
         settings, derived = parse(words, prog=prog)
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
-            console = Console()
+            console = wide_console()
             print_notes(console, overridden_flags(settings.model))
             describe(settings, console)
             return
         if settings.run.deterministic:
             make_deterministic()
         with start_processes() as world:
-            console = Console(quiet=world.rank > 0)
+            console = plain_console(quiet=world.rank > 0)
             print_notes(console, notes(settings, world))
             if settings.evaluates_only:
                 score(settings, world, console)
             else:
-                command = shlex.join([*launch.split(), *words])
+                command = command_line(words, prog=prog, launch=launch)
                 stopped_by = _launched(settings, console, world, command=command, derived=derived).stopped_by
     except Exception as error:
         fault = None if settings is None else users_fault(settings.model.recipe, error)

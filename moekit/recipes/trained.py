@@ -20,13 +20,14 @@ def trained_model(
 ) -> LanguageModel:
     """Load the model that a run trained, with its weights and what its routers remember.
 
-    It has the recipe of its training. With fewer ranks than the run had, or another device, it is the same model.
+    It has the recipe of its training. With fewer ranks than the run had, or another device, it is the same model. Its
+    parameters are float32, whatever the precision of the training: those of bf16 or fp16 come back exactly.
 
     Args:
         checkpoint: a checkpoint folder, step_NNNNNNNN, or a run folder for its newest.
         recipe: for a checkpoint whose recipe is in a file, ``path/to/file.py:name`` of that recipe on this machine; its
             code is run.
-        device: of the parameters, in the dtype of training.
+        device: of the parameters.
 
     Returns:
         The model, in training mode, as every new module.

@@ -97,8 +97,9 @@ def test_empty_lines_are_passed_over_and_counted(path):
     assert read_metrics(path) == LINES
 
 
-def test_a_line_without_a_step_cannot_be_ordered(path):
-    path.write_text('{"loss": 1.0}\n' + path.read_text())
+@pytest.mark.parametrize("line", ['{"loss": 1.0}', '{"step": null, "loss": 1.0}', '{"step": "1", "loss": 1.0}'])
+def test_a_line_without_a_step_cannot_be_ordered(path, line):
+    path.write_text(line + "\n" + path.read_text())
     JsonLines(path)
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is .*loss.*without a step; delete it"):
         JsonLines(path, from_step=20)

@@ -145,6 +145,33 @@ def test_find_files_expands_and_sorts(corpus):
     assert [path.name for path in find_files([f"{corpus}/x[1].txt"])] == ["x[1].txt"]
 
 
+def test_linked_folders_are_followed_once(corpus, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "e.txt").write_text("linked")
+    (corpus / "link").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(corpus)
+    (corpus / ".hidden_link").symlink_to(tmp_path)
+    found = find_files([str(corpus)])
+    assert [path.name for path in found] == ["a.jsonl", "b.txt", "c.json.gz", "d.md.gz", "e.txt"]
+    assert found == find_files([str(corpus / "link"), str(corpus)])
+
+
+def test_suffixes_may_be_in_capitals(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.JSONL").write_text(json_lines(LINES[:3]))
+    (folder / "b.Json.GZ").write_bytes(gzip.compress(json_lines(LINES[3:5]).encode()))
+    assert run(command(folder, tmp_path / "out")).tally.documents == 5
+    record = tmp_path / "out" / "tokenize.json"
+    record.write_text(record.read_text().replace('"suffixes": "in capitals, too"', '"other": 1'))
+    with pytest.raises(ValueError, match="suffixes was None and is 'in capitals, too'"):  # shards of an older version
+        run(command(folder, tmp_path / "out"))
+    (folder / "c.txt.ZST").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"c\.txt\.ZST is \.ZST; expected text or JSON lines"):
+        run(command(folder, tmp_path / "out"))
+
+
 def test_a_bpe_and_its_copy(corpus, tmp_path):
     save_tokenizer(train_bpe(TEXTS, vocab_size=300), tmp_path / "bpe.json")
     run(command(corpus, tmp_path / "out", tokenizer=str(tmp_path / "bpe.json")))
@@ -397,6 +424,12 @@ def test_impossible_settings_are_refused(corpus, tmp_path):
         ({"input": ("s3://bucket/a.jsonl",)}, "is a URL; expected local files"),
         ({"output": Path("s3://bucket/out")}, "is a URL; expected a local folder"),
         ({"output": corpus}, "lies in the output"),
+        ({"output": corpus / "b.txt" / "out"}, r"^the output .*out: .*/b\.txt is a file; expected a folder, or a new"),
+        ({"output": corpus / "b.txt"}, r"^the output .*/b\.txt is a file; expected a folder, or a new name"),
+        (
+            {"seq_len": 13_421_772},
+            "seq_len is 13421772, whose .* expected at most 13421771, for 64 MiB is the most",
+        ),
     ]:
         with pytest.raises((ValueError, OSError), match=words):
             run(replace(command(corpus, tmp_path / "out"), **changes))
@@ -404,6 +437,18 @@ def test_impossible_settings_are_refused(corpus, tmp_path):
     (corpus / "x.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"x.parquet is .parquet; expected text or JSON lines"):
         run(command(corpus, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", "{}", '{"plan": {}, "summary": [3, 2, 1, 0]}'])
+def test_damaged_notes_of_an_earlier_run_are_named(corpus, tmp_path, damage):
+    run(command(corpus, tmp_path / "out"))
+    (tmp_path / "out" / "tokenize.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"out/tokenize\.json is damaged.*Give another --output, or remove the folder"):
+        run(command(corpus, tmp_path / "out"))
+    (tmp_path / "half" / ".parts").mkdir(parents=True)
+    (tmp_path / "half" / ".parts" / "plan.json").write_text(damage)
+    with pytest.raises(ValueError, match=r"\.parts/plan\.json is damaged|half was begun by another command"):
+        run(command(corpus, tmp_path / "half"))
 
 
 def test_a_damaged_gzip_is_named(corpus, tmp_path):
@@ -469,7 +514,7 @@ def test_the_command_line_says_what_is_wrong(corpus, tmp_path, capsys):
         assert isinstance(stopped.value.code, str)  # a message, so status 1
         assert "Traceback" not in capsys.readouterr().err
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(SystemExit, match=r"moekit tokenize: .*Not a directory.*file"):
+    with pytest.raises(SystemExit, match=r"moekit tokenize: .*/file is a file; expected a folder, or a new name"):
         main(
             ["--input", str(corpus), "--output", str(tmp_path / "file" / "out"), "--tokenizer", "byte"],
             prog="moekit tokenize",

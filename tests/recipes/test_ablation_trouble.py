@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -309,6 +310,7 @@ def test_a_stop_wins_over_a_run_of_another_process_and_both_are_told(ablate, hel
     [
         (("--val-manifest", "nowhere.jsonl", "gone.jsonl"), r"nowhere\.jsonl"),
         (("--no-multiple-data-passes", "--batch-size", "4000"), r"--multiple-data-passes"),
+        (("--val-manifest",), r"there are no validation data, and routers are compared by .* --val-manifest for each"),
     ],
 )
 def test_data_that_no_run_can_take_are_refused_before_the_first(ablate, files, rest, message):
@@ -316,6 +318,20 @@ def test_data_that_no_run_can_take_are_refused_before_the_first(ablate, files, r
         ablate("--routers", "top_k,switch", rest=rest)
     assert "runs failed" not in ended.value.code
     assert not (files / "F").exists()
+
+
+def test_damaged_files_of_an_ablation_are_named(ablate, files):
+    folder = ablate("--routers", "top_k")
+    for content in ("{", "[]", "{}"):
+        (folder / "top_k-seed0/results.json").write_text(content)
+        with pytest.raises(
+            SystemExit, match=r"F/top_k-seed0/results\.json is damaged, expected .*; delete it, and the"
+        ):
+            ablate("--routers", "top_k")
+    for content in ("{", "[]"):
+        (folder / "settings.json").write_text(content)
+        with pytest.raises(SystemExit, match=r"F/settings\.json is damaged.* put a whole one back, or choose another"):
+            ablate("--routers", "top_k")
 
 
 def test_a_stop_wins_over_a_failure_and_both_are_told(ablate, files, monkeypatch, capsys):
@@ -353,10 +369,10 @@ def test_a_run_that_fails_while_it_is_stopped_is_not_the_end_of_a_whole_ablation
 def test_with_data_workers_ctrl_c_to_the_whole_group_ends_with_its_status(flags, tmp_path):
     number = signal.SIGINT
     words = ["--steps", "2000", "--seeds", "1", "--routers", "top_k", "--folder", "F", "--", *flags, "--workers", "2"]
-    command = [sys.executable, str(ROOT / "examples/ablate_routers.py"), *words, "--log-every-n-steps", "1"]
+    started = [sys.executable, str(ROOT / "examples/ablate_routers.py"), *words, "--log-every-n-steps", "1"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        command,
+        started,
         cwd=tmp_path,
         env=environment,
         text=True,
@@ -372,5 +388,6 @@ def test_with_data_workers_ctrl_c_to_the_whole_group_ends_with_its_status(flags,
     os.killpg(process.pid, number)  # as a terminal does
     said, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, said
-    assert "stopped; go on with:\n  python examples/ablate_routers.py --steps 2000" in said
+    told = said.split("stopped; go on with:\n  ")[1].splitlines()[0]
+    assert told == shlex.join(started)  # as it was started, here from another folder
     assert list((tmp_path / "F/top_k-seed0/checkpoints").glob("step_*"))

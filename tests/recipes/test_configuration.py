@@ -256,6 +256,12 @@ def test_numbers_and_texts_come_back_exactly(lr, weights, seed, text):
     assert unflatten(json.loads(json.dumps(flat_settings(settings)))) == settings
 
 
+def test_a_name_may_begin_with_a_dash(tmp_path):
+    path = write_config(tmp_path, parse_settings(["--name=-x", "--wandb-project-name=--y"]))
+    settings = parse_settings(["--config", str(path)])
+    assert (settings.run.name, settings.run.wandb_project_name) == ("-x", "--y")
+
+
 def test_what_a_run_writes(tmp_path):
     settings = parse_settings(["--name", "a", "--resume", "latest", "--steps", "5", "--describe", "--no-skip-tokens"])
     path = write_config(tmp_path / "new" / "folder", settings)

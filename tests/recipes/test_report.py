@@ -15,6 +15,7 @@ from moekit.recipes import mixtral, openlm, report
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import language_model
 from moekit.recipes.report import Baselines
+from moekit.recipes.settings import DataSettings
 from moekit.recipes.sources import Corpus, Source, ValidationSet
 
 
@@ -30,6 +31,7 @@ SCORES = {
     "prose": scores(2.0, 1.25, [load(0, [0.5, 0.25, 0.25, 0.0], drop_rate=0.125), load(2, [0.25] * 4, entropy=0.5)]),
     "code": scores(1.0, None, [load(0, [0.25] * 4), load(2, [0.0, 0.0, 0.0, 1.0])]),
 }
+TINY, DATA = load_config("moekit_tiny"), DataSettings()
 SIMPLE = {"prose": Baselines(4.0, 3.0), "code": Baselines(5.0, None)}
 
 
@@ -58,7 +60,7 @@ def small_model(**options):
 
 
 def test_baselines_score_the_validation_data(shards):
-    unigram, bigram = report.baselines(*sources_of(shards), vocab_size=512)
+    unigram, bigram = report.baselines(*sources_of(shards), TINY, DATA)
     train, held_out = load_sequences(shards.train[0]), load_sequences(shards.validation[0])
     assert unigram == unigram_loss(train, held_out, vocab_size=512)
     assert bigram == bigram_loss(train, held_out, vocab_size=512)
@@ -67,26 +69,36 @@ def test_baselines_score_the_validation_data(shards):
 
 def test_a_large_vocabulary_or_a_single_sequence_has_no_bigram(shards, tmp_path):
     source, held_out = sources_of(shards)
-    assert report.baselines(source, held_out, vocab_size=50_432).bigram is None
+    assert report.baselines(source, held_out, load_config("moekit_tiny", vocab_size=50_432), DATA).bigram is None
     single = write_shards(tmp_path, load_sequences(shards.train[0])[:1])
-    assert report.baselines(source._replace(manifest=str(single)), held_out, vocab_size=512).bigram is None
+    assert report.baselines(source._replace(manifest=str(single)), held_out, TINY, DATA).bigram is None
+
+
+def test_baselines_score_what_the_model_is_scored_on(shards):
+    source, held_out = sources_of(shards)
+    train, scored = load_sequences(shards.train[0])[:, :33], load_sequences(shards.validation[0])[:2, :33]
+    half = load_config("moekit_tiny", seq_len=32)  # of the front of each, the first 33 to 64 tokens are scored
+    found = report.baselines(source, held_out, half, DataSettings(val_num_samples=33))
+    assert found == (unigram_loss(train, scored, vocab_size=512), bigram_loss(train, scored, vocab_size=512))
+    other_members = DataSettings(data_key="txt")
+    with pytest.raises(ValueError, match=r"ends in \.txt; found json"):
+        report.baselines(source, held_out, half, other_members)
 
 
 def test_baselines_are_of_sets_that_were_held_out_from_a_source(shards):
     source, held_out = sources_of(shards)
-    config = load_config("moekit_tiny")
     other = held_out._replace(name="other")
     corpus = Corpus((source, source._replace(name="code")), (1, 1), (held_out, other), None, None)
-    found = report.simple_scores(corpus, ["prose", "other"], config)
-    assert found == {"prose": report.baselines(source, held_out, vocab_size=512)}
-    assert report.simple_scores(corpus, ["other"], config) == {}
+    found = report.simple_scores(corpus, ["prose", "other"], TINY, DATA)
+    assert found == {"prose": report.baselines(source, held_out, TINY, DATA)}
+    assert report.simple_scores(corpus, ["other"], TINY, DATA) == {}
 
 
 @pytest.mark.parametrize("manifest", ["s3://bucket/prose/manifest.jsonl", "pipe:aws s3 cp s3://b/p/m.jsonl -"])
 def test_data_elsewhere_have_no_baseline(shards, manifest):
     source, held_out = sources_of(shards)
     corpus = Corpus((source._replace(manifest=manifest),), (1,), (held_out,), None, None)
-    assert report.simple_scores(corpus, ["prose"], load_config("moekit_tiny")) == {}
+    assert report.simple_scores(corpus, ["prose"], TINY, DATA) == {}
 
 
 def test_data_too_large_for_memory_have_no_baseline(shards):
@@ -95,7 +107,7 @@ def test_data_too_large_for_memory_have_no_baseline(shards):
     for count, expected in ((most, ["prose"]), (most + 1, [])):
         counted = source._replace(shards=[source.shards[0]._replace(num_sequences=count)])
         corpus = Corpus((counted,), (1,), (held_out,), None, None)
-        assert list(report.simple_scores(corpus, ["prose"], load_config("moekit_tiny"))) == expected
+        assert list(report.simple_scores(corpus, ["prose"], TINY, DATA)) == expected
 
 
 def test_the_score_table_sets_losses_beside_baselines():
@@ -204,3 +216,12 @@ def test_draw_takes_its_curves_from_the_metrics(monkeypatch, tmp_path, validated
     assert drawn["baselines"] == {"prose": 3.0}
     assert drawn["loads"]["prose"] == {0: [0.5, 0.25, 0.25, 0.0], 2: [0.25] * 4}
     assert list(drawn["loads"]) == ["prose", "code"]
+
+
+def test_draw_takes_lines_of_launches_that_scored_other_sets_and_lines_without_a_loss(monkeypatch, tmp_path):
+    drawn = {}
+    monkeypatch.setattr(report, "plot_run", lambda path, **options: drawn.update(options))
+    metrics = [{"step": 10, "loss": 3.0, "validation": {"prose": 2.5}}, {"step": 15, "note": "from elsewhere"}]
+    report.draw(tmp_path / "run.png", [*metrics, {"step": 20, "loss": 2.0, "validation": {"code": 1.5}}], SCORES, {})
+    assert drawn["train"] == ([10, 20], [3.0, 2.0])
+    assert drawn["validation"] == {"prose": ([10], [2.5]), "code": ([20], [1.5])}

@@ -18,10 +18,10 @@ from moekit.recipes.sources import Source, ValidationSet, make_corpus
 TINY = make_config(ModelSettings(preset="moekit_tiny"))
 
 
-def corpus(config=TINY, *, resume=None, **data):
+def corpus(config=TINY, *, resume=None, say=lambda text: pytest.fail(f"nothing to say, but {text!r}"), **data):
     data = {name: tuple(map(str, v)) if name.endswith("manifest") else v for name, v in data.items()}
     settings = TrainSettings(data=DataSettings(**data), run=RunSettings(resume=resume))
-    return make_corpus(settings, config, say=lambda text: pytest.fail(f"nothing takes time, but it said {text!r}"))
+    return make_corpus(settings, config, say=say)
 
 
 # Data that are named.
@@ -162,14 +162,11 @@ def test_a_tokenizer_may_be_a_path(shards, tmp_path):
 
 
 def test_a_tokenizer_that_cannot_be_read_is_told_as_it_was_given(shards, tmp_path, monkeypatch):
-    manifest, path = write_shards(tmp_path, torch.zeros(2, 65, dtype=torch.int64)), tmp_path / "tokenizer.json"
+    path = tmp_path / "tokenizer.json"
     path.write_bytes(b"caf\xe9")
     what = (
         re.escape(f"{path} is no tokenizer that save_tokenizer wrote, nor") + ".* 'utf-8' codec can't decode byte 0xe9"
     )
-    beside = f"the tokenizer beside {manifest} (--tokenizer names another)"
-    with pytest.raises(ValueError, match=f"^{re.escape(beside)}: {what}"):
-        corpus(val_manifest=(manifest,), resume="x")
     given = {"dataset_manifest": shards.train, "val_manifest": shards.validation, "tokenizer": str(path)}
     with pytest.raises(ValueError, match=f"^--tokenizer {re.escape(str(path))}: {what}"):
         corpus(**given)
@@ -179,12 +176,25 @@ def test_a_tokenizer_that_cannot_be_read_is_told_as_it_was_given(shards, tmp_pat
         corpus(**given)
 
 
-def test_a_tokenizer_beside_a_manifest_must_fit_too(tmp_path):
-    manifest = write_shards(tmp_path, torch.zeros(2, 65, dtype=torch.int64))
-    save_tokenizer(ByteTokenizer(), tmp_path / "tokenizer.json")
-    small = type(TINY)(**{**vars(TINY), "vocab_size": 200})
-    with pytest.raises(ValueError, match="has 257 ids, the model's vocabulary 200; expected no more"):
-        corpus(small, val_manifest=(manifest,), resume="x")
+@pytest.mark.parametrize(
+    ("content", "vocab_size", "told"),
+    [
+        ('{"model": {"type": "WordPiece"}}', 512, "is no tokenizer that save_tokenizer wrote, nor a "),
+        ('{"type": "moekit.byte"}', 200, "has 257 ids, the model's vocabulary 200"),
+    ],
+)
+def test_a_foreign_tokenizer_beside_the_data_is_told_once_and_left(tmp_path, content, vocab_size, told):
+    manifest, path = write_shards(tmp_path, torch.zeros(2, 65, dtype=torch.int64)), tmp_path / "tokenizer.json"
+    path.write_text(content)
+    config, said = type(TINY)(**{**vars(TINY), "vocab_size": vocab_size}), []
+    tar = read_manifest(manifest)[0].path
+    found = corpus(config, say=said.append, dataset_manifest=(manifest,), val_manifest=(manifest,), val_data=(tar,))
+    assert [each.tokenizer for each in found.validation] == [None, None]
+    [line] = said
+    where = re.escape(f"no bits per byte: the tokenizer beside the data: {path} ")
+    assert re.fullmatch(rf"{where}{told}.* \(--tokenizer names another\)", line)
+    with pytest.raises(ValueError, match=r"^--tokenizer .*is no tokenizer|^tokenizer byte has 257 ids"):
+        corpus(config, dataset_manifest=(manifest,), val_manifest=(manifest,), tokenizer=str(path))
 
 
 # The embedded domains.

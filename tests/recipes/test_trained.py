@@ -44,6 +44,16 @@ def test_a_model_comes_back_with_what_its_routers_remember(recipe: str, tmp_path
         trained_model(newest, device="meta")
 
 
+def test_parameters_of_bf16_come_back_exactly_in_float32(tmp_path: Path) -> None:
+    _, model = checkpoint_of(tmp_path, "mixtral")
+    tensors = {f"model.{name}": tensor.bfloat16() for name, tensor in model.state_dict().items()}
+    settings = {"model": "moekit_tiny", "recipe": "mixtral", "precision": "bf16"}
+    newest = save_checkpoint(checkpoint_folder(tmp_path, 4), tensors, {"step": 4, "settings": settings})
+    found = trained_model(newest).state_dict()
+    assert {tensor.dtype for tensor in found.values()} == {torch.float32}
+    assert all(torch.equal(found[name], tensors[f"model.{name}"].float()) for name in found)
+
+
 def test_names_of_checkpoints(tmp_path: Path) -> None:
     newest, _ = checkpoint_of(tmp_path, "mixtral")
     assert newest_of(tmp_path) == newest_of(newest) == newest

@@ -13,7 +13,7 @@ from small_runs import numbers, words
 
 from moekit.lm.checkpoints import checkpoint_folder, read_state
 from moekit.lm.shards import write_shards
-from moekit.recipes import train
+from moekit.recipes import report, train
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.names import find_recipe
 from moekit.recipes.recording import Recorder
@@ -77,6 +77,40 @@ def test_a_tracker_that_fails_loses_no_step(program, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no space left"):
         program("--log-every-n-steps", "5")
     assert checkpoint_folder(tmp_path / "logs/a", 5).exists()
+
+
+def test_a_run_ends_well_without_matplotlib_and_where_its_held_out_data_cannot_be_read_again(
+    program, monkeypatch, capsys
+):
+    def absent(path, **options):
+        raise ModuleNotFoundError("the picture of a run needs matplotlib")
+
+    def unreachable(*arguments, **options):
+        raise OSError("no answer from the store")
+
+    monkeypatch.setattr(report, "plot_run", absent)
+    monkeypatch.setattr(report, "read_set", unreachable)
+    folder = program("--steps", "1", name="a[v2]:car:")
+    said = capsys.readouterr().out
+    assert "no bigrams and unigrams beside the scores: no answer from the store\n" in said
+    ending = f"picture: none: the picture of a run needs matplotlib\ncheckpoint: {folder}/checkpoints/step_00000001\n"
+    assert said.endswith(ending)
+    assert "unigram" not in json.loads((folder / "results.json").read_text())["validation"]["prose"]
+
+
+def test_the_line_to_go_on_with_is_whole_and_torchruns_is_named(program, interrupt_after, monkeypatch, capsys):
+    interrupt_after(1)
+    program(name="a[v2]:car:")
+    said = capsys.readouterr().out
+    hint = said[said.index("go on with:\n") :].splitlines()[1]
+    assert " --name 'a[v2]:car:' --logs " in hint
+    assert hint.endswith(" --resume latest")
+    for name in ("recipes.commands", "recipes.train"):
+        monkeypatch.setattr(f"moekit.{name}.under_torchrun", lambda: True)
+    interrupt_after(1)
+    with pytest.raises(SystemExit, match="1"):
+        program(name="b")
+    assert "go on with:\n  (the same torchrun line) --resume latest\n" in capsys.readouterr().out
 
 
 def test_another_global_batch_is_refused(program):
