@@ -51,6 +51,54 @@ Give every assignment a weight, an expert and a token.
         )
 
 
+def check_tokens(name: str, x: Tensor, routing: Any) -> None:
+    """Refuse a routing, and tokens that it was not made for, as every layer does that moves them.
+
+    Args:
+        name: of the caller, for the message.
+        x: (T, D).
+        routing: of T tokens.
+
+    Raises:
+        ValueError: as ``check_routing``; if ``x`` is not (T, D) with the routing's T.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> check_tokens("a strategy", torch.ones(4, 2), top_k(torch.zeros(3, 4), k=2))
+        Traceback (most recent call last):
+        ValueError: a strategy: x has shape (4, 2); expected (3, width): T, the tokens of the routing. Pass the tensor \
+that this routing was made for, flattened to two axes.
+    """
+    check_routing(name, routing)
+    check_rows(f"{name}: x", x, routing.num_tokens, "T, the tokens of the routing", made="this routing was")
+
+
+def check_rows(name: str, rows: Tensor, expected: int, meaning: str, *, made: str) -> None:
+    """Refuse a tensor that is not (R, width) with the R that is expected.
+
+    Args:
+        name: of the caller and the tensor, for the message.
+        rows: (R, width).
+        expected: R.
+        meaning: of R, in words.
+        made: what the tensor was to be made for, and "was" or "were".
+
+    Raises:
+        ValueError: if it is anything else.
+
+    Example:
+        >>> check_rows("mix: x", torch.ones(3), 3, "T, the tokens", made="this routing was")
+        Traceback (most recent call last):
+        ValueError: mix: x has shape (3,); expected (3, width): T, the tokens. Pass the tensor that this routing was \
+made for, flattened to two axes.
+    """
+    if rows.ndim != 2 or rows.shape[0] != expected:
+        raise ValueError(
+            f"{name} has shape {tuple(rows.shape)}; expected ({expected}, width): {meaning}. Pass the tensor that "
+            f"{made} made for, flattened to two axes."
+        )
+
+
 def check_devices(name: str, *tensors: Tensor | None) -> None:
     """Refuse tensors of several devices, which a kernel would read as if they were of one.
 

@@ -8,6 +8,7 @@ the tests compare with.
 import torch
 from torch import Tensor
 
+from moekit.checks import check_rows
 from moekit.operators import is_transformed
 from moekit.rows import Links, copy_rows, differentiable, summed, weighed_back
 from moekit.segments import rows_of_assignments
@@ -38,7 +39,7 @@ def gather_rows(x: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         >>> gather_rows(torch.tensor([[0.0], [1.0], [2.0]]), routing, dropless_plan(routing)).flatten()
         tensor([0., 2., 1.])
     """
-    _check_rows("gather_rows: x", x, routing.num_tokens, "T, the tokens of the routing")
+    check_rows("gather_rows: x", x, routing.num_tokens, "T, the tokens of the routing", made=_MADE)
     if routing.expert_indices.ndim == 2 and not is_transformed():
         return copy_rows(x, _links(routing, plan))
     return gather_rows_by_index(x, routing, plan)
@@ -70,7 +71,7 @@ def scatter_rows(rows: Tensor, routing: Routing, plan: DispatchPlan) -> Tensor:
         >>> scatter_rows(torch.ones(4, 1), routing, dropless_plan(routing)).flatten()
         tensor([1., 1.])
     """
-    _check_rows("scatter_rows: rows", rows, plan.assignments.shape[0], "R, the rows of the plan")
+    check_rows("scatter_rows: rows", rows, plan.assignments.shape[0], "R, the rows of the plan", made=_MADE)
     if routing.expert_indices.ndim == 2 and not is_transformed():
         return _WeighRows.apply(rows, routing.weights, *_links(routing, plan), plan.assignments)
     return scatter_rows_by_index(rows, routing, plan)
@@ -171,9 +172,4 @@ def _links(routing: Routing, plan: DispatchPlan) -> Links:
     return Links(tokens, padding, rows_of_assignments(plan.assignments, experts.numel()).view(experts.shape))
 
 
-def _check_rows(name: str, tensor: Tensor, expected: int, meaning: str) -> None:
-    if tensor.ndim != 2 or tensor.shape[0] != expected:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; expected ({expected}, width): {meaning}. Pass the tensor that "
-            f"this routing and this plan were made for, flattened to two axes."
-        )
+_MADE = "this routing and this plan were"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import outside_autocast
+from moekit.checks import check_rows
 from moekit.types import Routing, SoftRouting
 
 
@@ -37,7 +38,7 @@ def mix_tokens(x: Tensor, routing: SoftRouting) -> Tensor:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, equation 1, https://arxiv.org/abs/2308.00951
     """
     pools, size, num_experts, slots = routing.dispatch_weights.shape
-    _check("mix_tokens: x", x, pools * size, "T, the tokens of the routing")
+    check_rows("mix_tokens: x", x, pools * size, "T, the tokens of the routing", made="this routing was")
     tokens = x.reshape(pools, size, x.shape[1])
     mixed = _einsum("gtes,gtd->egsd", routing.dispatch_weights, tokens)
     return mixed.reshape(num_experts * pools * slots, x.shape[1])
@@ -68,7 +69,8 @@ def spread_slots(slots: Tensor, routing: SoftRouting) -> Tensor:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, equation 3, https://arxiv.org/abs/2308.00951
     """
     pools, size, num_experts, each = routing.combine_weights.shape
-    _check("spread_slots: slots", slots, num_experts * pools * each, "E*G*S, the slots of the routing")
+    expected, meaning = num_experts * pools * each, "E*G*S, the slots of the routing"
+    check_rows("spread_slots: slots", slots, expected, meaning, made="this routing was")
     outputs = slots.reshape(num_experts, pools, each, slots.shape[1])
     return _einsum("gtes,egsd->gtd", routing.combine_weights, outputs).reshape(pools * size, slots.shape[1])
 
@@ -107,11 +109,3 @@ def _einsum(equation: str, weights: Tensor, rows: Tensor) -> Tensor:
     dtype = torch.promote_types(rows.dtype, torch.float32)
     with outside_autocast(rows.device.type):
         return torch.einsum(equation, weights.to(dtype), rows.to(dtype)).to(rows.dtype)
-
-
-def _check(name: str, rows: Tensor, expected: int, meaning: str) -> None:
-    if rows.ndim != 2 or rows.shape[0] != expected:
-        raise ValueError(
-            f"{name} has shape {tuple(rows.shape)}; expected ({expected}, D): {meaning}. Pass the tensor that this "
-            f"routing was made for, flattened to two axes."
-        )

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moekit.checks import check_tokens
 from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
 from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, multiplied, total
@@ -34,7 +35,8 @@ def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) 
         ExpertLayer over E experts.
 
     Raises:
-        ValueError: when called, if P does not divide E.
+        ValueError: when called, before anything is sent: if P does not divide E, the routing is no sparse one, or ``x``
+            is not (T, D) with its T. A rank that alone raises leaves the others waiting for it.
 
     Example:
         >>> import torch.distributed as dist
@@ -60,7 +62,8 @@ def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = Fa
     each. Tokens, which differ from rank to rank, are gathered; the partial outputs are added and scattered back. It is
     what more ranks than experts need: ``all_to_all(tensor_parallel(layer, group=hidden), group=experts)``.
 
-    Exact for feed-forwards that treat every hidden unit alone, as all of ``moekit.experts`` do.
+    Exact for feed-forwards that treat every hidden unit alone and add nothing to their sum, as those of
+    ``moekit.experts`` without biases do. A bias of the D outputs (``down_bias``) would be added once by every rank.
 
     Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
     Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
@@ -72,6 +75,11 @@ def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = Fa
 
     Returns:
         ExpertLayer over E experts.
+
+    Raises:
+        ValueError: when called, before anything is sent: if the parameters have a ``down_bias`` and Y > 1, the routing
+            is no sparse one, or ``x`` is not (T, D) with its T. A rank that alone raises leaves the others waiting for
+            it.
 
     Example:
         >>> import torch.distributed as dist
@@ -145,6 +153,12 @@ def _gathered(
     equal: bool,
     split_experts: bool,
 ) -> Tensor:
+    name = "all_gather" if split_experts else "tensor_parallel"
+    check_tokens(name, x, routing)
+    if split_experts:
+        experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
+    elif group.size() > 1 and getattr(params, "down_bias", None) is not None:
+        raise ValueError(_BIASED.format(kind=type(params).__name__, ranks=group.size()))
     sizes = _sizes(routing, group, equal)
     arrived = _arrived(routing, sizes, group, split_experts)
     rows = gather(_padded(narrowed(x), sizes.tokens), group=group)  # (P * T, D)
@@ -169,12 +183,12 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
     choices = len(shape) == 2
     k = shape[1] if choices else 1
     length = sizes.tokens if choices else sizes.assignments
-    columns = [routing.expert_indices.reshape(-1, k)]
+    columns = [routing.expert_indices if choices else routing.expert_indices.reshape(-1, 1)]
     columns += [] if choices else [routing.token_indices.reshape(-1, 1)]
-    columns += [] if routing.positions is None else [routing.positions.reshape(-1, k)]
+    columns += [] if routing.positions is None else [routing.positions.reshape(columns[0].shape)]
     numbers = gather(_padded(torch.cat(columns, dim=1), length, value=-1), group=group)
     experts, *others = numbers.split(k, dim=1)
-    weights = gather(_padded(routing.weights.reshape(-1, k), length), group=group)
+    weights = gather(_padded(routing.weights.reshape(columns[0].shape), length), group=group)
     per_rank = experts_per_rank(routing.num_experts, num_ranks) if split_experts else routing.num_experts
     if split_experts:
         experts = experts - group.rank() * per_rank
@@ -194,6 +208,13 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
         pool=multiplied(sizes.pool, Ratio(1, num_ranks)) if split_experts else sizes.pool,
         positions=others[0].view_as(experts) if others else None,
     )
+
+
+_BIASED = (
+    "tensor_parallel: the parameters are {kind}, with a down_bias, which each of the {ranks} ranks would add to its "
+    "part of an output: the sum has it {ranks} times. Expected experts without a bias of their outputs. Spread whole "
+    "experts, by all_to_all or all_gather, or add these biases outside of tensor_parallel."
+)
 
 
 def _padded(x: Tensor, length: int, *, value: int = 0) -> Tensor:

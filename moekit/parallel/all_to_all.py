@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from moekit.checks import check_tokens
 from moekit.parallel.arrivals import ExchangeSizes, added, arrived_choices, arrived_list, taken
 from moekit.parallel.collectives import connect, exchange, narrowed
 from moekit.parallel.exchange_plans import (
@@ -41,7 +42,8 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
         ExpertLayer over E experts.
 
     Raises:
-        ValueError: when called, if P does not divide E.
+        ValueError: when called, before anything is sent: if P does not divide E, the routing is no sparse one, or ``x``
+            is not (T, D) with its T. A rank that alone raises leaves the others waiting for it.
 
     Example:
         >>> import torch.distributed as dist
@@ -85,7 +87,7 @@ def static_all_to_all(
         ExpertLayer over E experts.
 
     Raises:
-        ValueError: if the capacity factor is not a positive, finite number; when called, if P does not divide E.
+        ValueError: if the capacity factor is not a positive, finite number; when called, as ``all_to_all``.
 
     Example:
         >>> import torch.distributed as dist
@@ -170,6 +172,7 @@ def _all_to_all(
     group: ProcessGroup,
     return_group: ProcessGroup,
 ) -> Tensor:
+    check_tokens("all_to_all", x, routing)
     plan = plan_exchange(routing, group.size())
     sizes = _agree(plan, routing, group)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
@@ -185,6 +188,7 @@ def _static_all_to_all(
     capacity_factor: Ratio,
     return_group: ProcessGroup,
 ) -> Tensor:
+    check_tokens("static_all_to_all", x, routing)
     num_ranks = group.size()
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)

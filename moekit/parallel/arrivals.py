@@ -40,7 +40,7 @@ def arrived_choices(
     tokens = torch.where(links.padding, -1, links.tokens)
     ranks = torch.arange(num_ranks, device=device)
     target = torch.repeat_interleave(ranks, plan.sizes, output_size=sum(sizes.sent))
-    owners = torch.where(links.padding.unsqueeze(1), -1, taken(plan.owners.view(-1, k), tokens))
+    owners = torch.where(links.padding.unsqueeze(1), -1, taken(plan.owners.view_as(routing.expert_indices), tokens))
     experts = taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
     numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
     if routing.positions is not None:

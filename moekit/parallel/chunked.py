@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.checks import check_tokens
 from moekit.ratios import multiplied
 from moekit.types import ExpertLayer, Ratio, Routing
 
@@ -29,7 +30,8 @@ def chunked(layer: ExpertLayer, *, num_chunks: int) -> ExpertLayer:
         ExpertLayer.
 
     Raises:
-        ValueError: if ``num_chunks`` is not positive; when called, if the routing is not (T, K).
+        ValueError: if ``num_chunks`` is not positive; when called, if the routing is not (T, K), or ``x`` not of its
+            tokens.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -54,6 +56,7 @@ def _chunked(
     num_chunks: int,
     streams: Sequence[torch.cuda.Stream],
 ) -> Tensor:
+    check_tokens("chunked", x, routing)
     if routing.expert_indices.ndim != 2:
         raise ValueError(
             "chunked slices the choices of tokens, (T, K), and this router's routing is none. Leave it out"

@@ -1,5 +1,7 @@
 """Exchanges between the ranks of a group that gradients flow through: each one's backward is the opposite exchange.
 
+Those of a backward that is to have a gradient itself (``create_graph=True``) have one, too.
+
 All ranks of the group must call each of them, in the same order, forward and backward; a rank without rows sends none.
 NCCL carries tensors on GPUs, gloo those on CPUs.
 """
@@ -12,6 +14,7 @@ from torch.distributed import ProcessGroup
 
 from moekit.autocast import in_autocast
 from moekit.operators import wants_gradient
+from moekit.rows import differentiable
 
 
 def exchange(
@@ -78,7 +81,8 @@ def connect(y: Tensor, *inputs: Tensor) -> Tensor:
     """Make a tensor depend on others, with gradient zero, so that their backward runs whatever ``y`` was made from.
 
     A layer that got no rows may return a constant. Without this its rank would skip the exchange of gradients that the
-    other ranks wait for.
+    other ranks wait for. The gradients of ``inputs`` are connected to that of ``y`` and to ``inputs`` in the same way,
+    where they are to have gradients themselves.
 
     Args:
         y: any tensor.
@@ -94,7 +98,7 @@ def connect(y: Tensor, *inputs: Tensor) -> Tensor:
     # Compiled without gradients, Dynamo would hand back another of the arguments.
     if not wants_gradient(y, *inputs):
         return y
-    return _Connect.apply(y, *inputs)
+    return _Connect.apply(y, *(inputs if torch.compiler.is_compiling() else map(_Tail.apply, inputs)))
 
 
 class _Exchange(torch.autograd.Function):
@@ -105,7 +109,11 @@ class _Exchange(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
-        return _all_to_all(grad, ctx.received, ctx.sent, ctx.group), None, None, None
+        if differentiable():
+            back = exchange(grad, group=ctx.group, sent=ctx.received, received=ctx.sent)
+        else:
+            back = _all_to_all(grad, ctx.received, ctx.sent, ctx.group)
+        return back, None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -116,7 +124,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return _reduce_scatter(grad, ctx.group), None
+        return reduce_scatter(grad, group=ctx.group) if differentiable() else _reduce_scatter(grad, ctx.group), None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -127,18 +135,36 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
-        return _all_gather(grad, ctx.group), None
+        return gather(grad, group=ctx.group) if differentiable() else _all_gather(grad, ctx.group), None
 
 
 class _Connect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, y: Tensor, *inputs: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         ctx.others = len(inputs)
+        if not torch.compiler.is_compiling():
+            ctx.save_for_backward(*inputs)  # tails
         return y.view_as(y)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
-        return grad, *[None] * ctx.others  # runs their backward all the same, and costs nothing
+        if not differentiable():
+            return grad, *[None] * ctx.others  # runs their backward all the same, and costs nothing
+        tails = ctx.saved_tensors
+        return grad, *[connect(torch.zeros_like(tail), grad, *tails) for tail in tails]
+
+
+class _Tail(torch.autograd.Function):
+    """An empty tensor that depends on another without keeping its memory."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.shape = x.shape
+        return x.new_empty(0)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor | None:  # type: ignore[no-untyped-def]
+        return connect(grad.new_zeros(ctx.shape), grad) if differentiable() else None
 
 
 # The operators behind ``torch.distributed``'s functional collectives: they return new tensors, and compile.

@@ -59,7 +59,8 @@ def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
     """Join the other processes of the launch, if there are any, and leave them at the end.
 
     The launcher's variables say who is who: ``RANK``, ``WORLD_SIZE`` and ``LOCAL_RANK`` as ``torchrun`` sets them.
-    NCCL carries tensors of GPUs, gloo those of CPUs. A process group that exists already is used, and left alone.
+    NCCL carries tensors of GPUs, gloo those of CPUs. A process group that exists already is used, and left alone; it
+    needs no launcher. The rank's GPU is then that of ``LOCAL_RANK``, or the current one where that is not set.
 
     An exception leaves at once. The orderly end would wait for the others, who wait for this rank, and nobody would
     read the traceback; so the process group stays as it is until the process ends, which is soon, and then breaks the
@@ -73,19 +74,20 @@ def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
         World.
 
     Raises:
-        ValueError: if only some of the launcher's variables are set, or SLURM started several tasks without them.
+        ValueError: if there is no process group yet, and only some of the launcher's variables are set, or SLURM
+            started several tasks without them.
 
     Example:
         >>> with start_processes() as world:
         ...     world.rank, world.size
         (0, 1)
     """
-    if "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    joined = dist.is_available() and dist.is_initialized()
+    if not joined and "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         raise ValueError(
             f"this is one of {os.environ['SLURM_STEP_NUM_TASKS']} tasks of a SLURM step without RANK, so each would "
             "train alone in the same folder. Let srun start torchrun, one task per node, and torchrun the ranks"
         )
-    joined = dist.is_available() and dist.is_initialized()
     with _reported_errors(), _end_with_launcher():
         if not joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield one_process()
@@ -187,10 +189,12 @@ def wait(world: World) -> None:
 
 def _join(patience: timedelta, *, joined: bool) -> torch.device:
     """Make the process group unless there is one; return the device of this rank."""
-    local = _local_rank()
+    if not joined:
+        _check_launcher()
     if not torch.cuda.is_available():
         device, backend, bound = torch.device("cpu"), "gloo", None
     else:
+        local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         bound = device  # NCCL then connects here, where its errors are understood, and not in the first step
@@ -199,14 +203,13 @@ def _join(patience: timedelta, *, joined: bool) -> torch.device:
     return device
 
 
-def _local_rank() -> int:
+def _check_launcher() -> None:
     missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
     if missing:
         raise ValueError(
             f"this is one of {os.environ.get('WORLD_SIZE', '?')} processes by WORLD_SIZE, but {', '.join(missing)} "
             "is not set. Start them with torchrun, which sets all of them, or unset WORLD_SIZE for a single process"
         )
-    return int(os.environ["LOCAL_RANK"])
 
 
 @contextmanager

@@ -91,7 +91,8 @@ def mesh_names(tensor: Tensor) -> tuple[str, ...]:
         tensor: any.
 
     Returns:
-        Names, with sizes; none for a whole tensor. Tensors with the same may share a fused operation.
+        Names, with sizes; none for a whole tensor. The axes of a mesh without names are numbered. Tensors with the same
+        may share a fused operation.
 
     Example:
         >>> mesh_names(torch.ones(2))
@@ -100,4 +101,5 @@ def mesh_names(tensor: Tensor) -> tuple[str, ...]:
     if not is_spread(tensor):
         return ()
     mesh = tensor.device_mesh
-    return tuple(f"{name} {ranks}" for name, ranks in zip(mesh.mesh_dim_names or (), mesh.shape, strict=True))
+    names = mesh.mesh_dim_names or [f"axis {number}" for number in range(mesh.ndim)]
+    return tuple(f"{name} {ranks}" for name, ranks in zip(names, mesh.shape, strict=True))

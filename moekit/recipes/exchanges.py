@@ -118,7 +118,8 @@ def spread_recipe(
     if evaluates and settings.moe_exchange == "static":
         settings = replace(settings, moe_exchange="all_to_all")
     limited = recipe.plan is not dropless_plan
-    layer = spread_layer(recipe.layer, grid, make_exchange(settings))
+    static = settings.moe_exchange == "static"
+    layer = spread_layer(recipe.layer, grid, make_exchange(settings), equal=static)
     if settings.moe_exchange_chunks > 1:
         if limited:
             raise ValueError(
@@ -133,26 +134,28 @@ def spread_recipe(
         together = plan_together(plan, group=group_of(grid.tokens, "together"), equal=not evaluates)
         ordered = partial(with_positions, rank=rank, num_ranks=num_ranks, block=dealt)
         plan = partial(_after, edit=ordered, plan=together)
-    if settings.moe_exchange == "static":
+    if static and layout.experts > 1:  # where hidden dimensions alone are split, no exchange leaves tokens behind
         factor, ranks = settings.moe_exchange_capacity_factor, layout.experts
         plan = partial(_after, edit=partial(static_routing, num_ranks=ranks, capacity_factor=factor), plan=plan)
     return recipe._replace(layer=layer, plan=plan)
 
 
-def spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange) -> ExpertLayer:
+def spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange, *, equal: bool = False) -> ExpertLayer:
     """Nest the strategies that a layout asks for: hidden dimension inside, then experts of a node, then nodes.
 
     Args:
         layer: runs on one rank's part of the experts.
         grid: of all ranks, in whose layout tokens travel.
         exchange: spreads experts over the ranks of a group.
+        equal: ranks that share a hidden dimension have as many tokens and assignments as each other, also behind the
+            exchange, so that nobody needs to ask.
 
     Returns:
         ExpertLayer over all experts.
     """
     layout = grid.layout
     if layout.hidden > 1:
-        layer = tensor_parallel(layer, group=group_of(grid.experts, "hidden"))
+        layer = tensor_parallel(layer, group=group_of(grid.experts, "hidden"), equal=equal)
     for name, size in (("experts", layout.experts), ("nodes", layout.nodes)):
         if size > 1:
             layer = exchange(layer, group=group_of(grid.exchange, name), return_group=grid.returns.get(name))

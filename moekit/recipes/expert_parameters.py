@@ -117,7 +117,8 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
         Name of a parameter to its axis.
 
     Raises:
-        ValueError: if a parameter has no such axis, or several.
+        ValueError: if a parameter has no such axis, or several; if these axes differ in size, as that of ``gate_up``
+            does, which holds two parts behind each other: a slice of it is not one of each.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -137,6 +138,14 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
                 f"for {2 * width}; expected exactly one axis to follow the hidden dimension, which ranks can share"
             )
         axes[name] = differing[0]
+    sizes = {name: getattr(small, name).shape[axis] for name, axis in axes.items()}
+    if len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the hidden axes of experts' parameters have different sizes for hidden = {width}: "
+            f"{', '.join(f'{name} {size}' for name, size in sizes.items())}; expected one size, so that a rank's "
+            f"slices belong to the same hidden units. Packed parts, as gate and up in one tensor, are cut in the "
+            f"wrong places: keep them apart, as init_gated does, or the experts whole (--moe-hidden-ranks 1)."
+        )
     return axes
 
 

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moekit.parallel import Part, fill
+from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
@@ -142,8 +142,9 @@ class MoE(nn.Module):
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
         """Draw all parameters anew, in place, and let the router forget: for a module that was made on the meta device.
 
-        Sharded parameters (``fully_shard``) get their shares of what each rank draws whole, so all ranks must draw
-        alike: give them generators of one seed.
+        All ranks must draw alike: give them generators of one seed. A rank whose part of the experts is its own
+        (``distribute_experts``) draws that part alone. Other sharded parameters (``fully_shard``) get their shares of
+        what each rank draws whole.
 
         Args:
             generator: of the weights, on the parameters' device; None takes torch's global one.
@@ -158,11 +159,19 @@ class MoE(nn.Module):
         """
         like = next(self.parameters())
         drawn = MoE(
-            self.dim, self.num_experts, self.recipe, hidden=self._hidden, part=self._part, generator=generator,
-            device=like.device, dtype=like.dtype,
+            self.dim, self.num_experts, self.recipe, hidden=self._hidden, part=self._part_to_draw(),
+            generator=generator, device=like.device, dtype=like.dtype,
         ).state_dict()  # fmt: skip
         for name, tensor in self.state_dict().items():
-            fill(tensor, drawn[name])
+            fill(tensor if tensor.shape == drawn[name].shape else local(tensor), drawn[name])
+
+    def _part_to_draw(self) -> Part:
+        """Return this rank's part of the experts, or all of them where it holds another share than its part."""
+        options: dict[str, Any] = {"part": self._part, "generator": torch.Generator(), "device": "meta"}
+        own = draw_experts(self.recipe.init, self.num_experts, self.dim, self._hidden, **options)
+        held = self.experts.parameters()
+        fits = (p.shape in (each.shape, local(each).shape) for p, each in zip(own, held, strict=True))
+        return self._part if all(fits) else Part()
 
     def extra_repr(self) -> str:
         """Describe the sizes in ``print(moe)``."""

@@ -34,13 +34,14 @@ def load_balance_loss(
         token_mask: (T,) bool, True for real tokens. Others count in neither f nor P.
         tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
             ranks (the global-batch loss of Qiu et al.): (E,), or (K, E) by choice, of which ``choices`` takes the
-            first.
+            first. Counts of several calls are given times this call's share of their tokens, as every ``Loss`` gets
+            them; where ``per_token`` is None that changes nothing.
         sequence_length: not used; ``sequence_balance_loss`` is the form that does.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.
-        per_token: assignments per token that count as one, f_e = c_e / (per_token * T). K is the papers' 1/(K T)
-            even where some choices do not exist; 1 is Hugging Face's normalisation, **K at perfect balance**. None
-            takes what there is, so that f sums to one.
+        per_token: assignments per token that count as one, f_e = c_e / (per_token * T), also of counts from elsewhere.
+            K is the papers' 1/(K T) even where some choices do not exist; 1 is Hugging Face's normalisation, **K at
+            perfect balance**. None takes what there is, so that f sums to one.
 
     Returns:
         Scalar float32.
@@ -59,13 +60,12 @@ def load_balance_loss(
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
         Qiu et al., Demons in the Detail, 2025 (global-batch statistics), https://arxiv.org/abs/2501.11873
     """
-    own = counts_of_pools(routing, token_mask, choices=choices)  # (1, E)
-    counts = own
+    counts = counts_of_pools(routing, token_mask, choices=choices)  # (1, E)
     if tokens_per_expert is not None:
         counts = tokens_per_expert[:choices].sum(0) if tokens_per_expert.ndim == 2 else tokens_per_expert
     scores = shares(hidden(clean(logits), token_mask), score)
     sums, real = sums_of_pools(scores, token_mask), real_tokens(scores, token_mask)
-    return balance_of_pools(counts, sums, real, assigned=own.sum(-1), per_token=per_token)
+    return balance_of_pools(counts, sums, real, assigned=counts.sum(-1, keepdim=True), per_token=per_token)
 
 
 def z_loss(

@@ -133,9 +133,11 @@ def test_one_graph() -> None:
 
 def test_errors_say_what_was_given() -> None:
     weights = torch.rand(G, L, E, S)
-    with pytest.raises(ValueError, match=r"mix_tokens: x has shape \(5, 4\); expected \(6, D\): T, the tokens of the"):
+    with pytest.raises(
+        ValueError, match=r"mix_tokens: x has shape \(5, 4\); expected \(6, width\): T, the tokens of the"
+    ):
         mix_tokens(torch.zeros(5, D), SoftRouting(weights, weights))
     with pytest.raises(
-        ValueError, match=r"spread_slots: slots has shape \(6, 4\); expected \(12, D\): E\*G\*S, the slots"
+        ValueError, match=r"spread_slots: slots has shape \(6, 4\); expected \(12, width\): E\*G\*S, the slots"
     ):
         spread_slots(torch.zeros(T, D), SoftRouting(weights, weights))

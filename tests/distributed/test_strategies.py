@@ -46,6 +46,10 @@ def test_a_layer_that_returns_a_constant_does_not_hold_the_others_up():
     run_ranks("strategy_cases:constant_on_empty", 3, limit=30)
 
 
+def test_second_derivatives_refusals_no_choices_and_weights_drawn_anew():
+    run_ranks("strategy_edges:edges", 4, limit=60)
+
+
 @pytest.mark.parametrize(("ranks", "experts"), [(3, 8), (8, 4)])
 def test_experts_that_ranks_cannot_share_evenly_are_refused(ranks, experts):
     [message, *_] = run_ranks("strategy_cases:refused", ranks, experts, limit=30)

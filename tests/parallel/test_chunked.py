@@ -51,6 +51,6 @@ def test_what_cannot_be_sliced_is_refused() -> None:
     with pytest.raises(ValueError, match="num_chunks = 0; expected at least 1"):
         chunked(lambda x, routing, params: x, num_chunks=0)
     flat = choices(3)
-    flat = flat._replace(expert_indices=flat.expert_indices.flatten())
+    flat = flat._replace(**{name: getattr(flat, name).flatten() for name in Routing._fields[:3]})
     with pytest.raises(ValueError, match=r"chunked slices the choices of tokens, \(T, K\)"):
         chunked(lambda x, routing, params: x, num_chunks=2)(torch.ones(3, 1), flat, None)

@@ -43,8 +43,17 @@ def test_rows_need_not_be_contiguous_nor_their_gradient(group, move):
     assert torch.equal(grad, torch.ones(4, 3))
 
 
+@every_exchange
+def test_a_gradient_has_a_gradient(group, move):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    [first] = torch.autograd.grad(move(x * x, group=group).square().sum(), x, create_graph=True)
+    torch.testing.assert_close(first, 4 * x**3)
+    [second] = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second, 12 * x**2)
+
+
 def test_exchanges_in_both_directions_take_sizes_the_other_way_round(group, monkeypatch):
-    """The backward receives what the forward sent."""
+    """The backward receives what the forward sent, and its own backward sends it again."""
     from moekit.parallel import collectives
 
     asked = []
@@ -55,9 +64,12 @@ def test_exchanges_in_both_directions_take_sizes_the_other_way_round(group, monk
 
     monkeypatch.setattr(collectives, "_all_to_all", all_to_all)
     x = torch.ones(3, 2, requires_grad=True)
-    exchange(x, group=group, sent=[3], received=[5]).sum().backward()
+    y = exchange(x, group=group, sent=[3], received=[5])
+    [grad] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
     assert asked == [([3], [5]), ([5], [3])]
-    assert x.grad.shape == (3, 2)
+    assert grad.shape == (3, 2)
+    torch.autograd.grad(grad.sum(), x)
+    assert asked[2:] == asked[:2]
 
 
 def test_connected_tensors_keep_their_values_and_gradient():

@@ -62,6 +62,28 @@ def test_a_group_that_exists_is_used_and_left_alone():
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("tasks", [None, "2"])
+def test_a_group_that_exists_needs_no_launcher(monkeypatch, tasks):
+    """As processes that a program spawned, or srun started, have one."""
+    if tasks is not None:
+        monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        with start_processes() as world:
+            assert world == World(0, 1, torch.device("cpu"))
+        chosen = []
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+        with start_processes() as world:
+            assert world.device == torch.device("cuda", 3)
+        assert chosen == [3]
+        assert dist.is_initialized()
+    finally:
+        dist.destroy_process_group()
+
+
 def test_one_process_asks_nobody():
     world = World(0, 1, torch.device("cpu"))
     tensor, value = torch.randn(3), object()

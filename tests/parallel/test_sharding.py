@@ -97,6 +97,11 @@ def test_parts_of_experts_that_no_other_rank_has_are_not_summed(grid, monkeypatc
     assert (local(layer.up.grad) == 3).all()
 
 
+def test_the_axes_of_a_mesh_without_names_are_numbered(group):
+    """As ``fully_shard`` makes one that is given none."""
+    assert mesh_names(distribute_tensor(torch.zeros(4), group, [Shard(0)])) == ("axis 0 1",)
+
+
 def test_whole_tensors_stay_as_they_are():
     tensor = torch.randn(2)
     assert whole(tensor) is tensor

@@ -190,6 +190,25 @@ def test_evaluation_turns_a_static_exchange_into_one_that_drops_nothing(grids):
     assert given.moe_exchange == "static"
 
 
+def test_nobody_asks_for_sizes_behind_a_static_exchange(grids):
+    """Ranks that share a hidden dimension have as many tokens as each other, so the device need not be read."""
+    given, layout = settings_of(moe_exchange="static"), Layout(8, hidden=2, experts=4)
+    for recipe in (mixtral(), openlm()):
+        trained, scored = (
+            dict(nested(spread_recipe(recipe, grids(layout), given, block=4, evaluates=evaluates).layer)[:-1])
+            for evaluates in (False, True)
+        )
+        assert trained["_gathered"] == {**HIDDEN[1], "equal": True}
+        assert scored["_gathered"] == HIDDEN[1]
+
+
+def test_a_static_exchange_over_one_rank_leaves_nothing_behind(grids):
+    """The hidden dimension alone is split: there is no exchange, and the plan is that of one process."""
+    given = settings_of(moe_exchange="static", moe_exchange_capacity_factor=0.25)
+    spread = spread_recipe(mixtral(), grids(Layout(8, hidden=2)), given, block=4)
+    assert spread.plan is mixtral().plan
+
+
 @pytest.mark.parametrize("exchange", ["all_to_all", "all_gather"])
 def test_evaluation_keeps_other_exchanges(grids, exchange):
     layers = [

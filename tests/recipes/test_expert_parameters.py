@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moekit.experts import GatedParams, MlpParams, init_gated, init_mlp
+from moekit.experts import GatedParams, MlpParams, init_gated, init_mlp, pack_gated
 from moekit.parallel import Part
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_axes, hidden_size
 
@@ -178,6 +178,18 @@ def _strange(num_experts, dim, hidden, *, shape, **options):
 def test_parameters_that_ranks_cannot_share_are_refused(shape, message):
     with pytest.raises(ValueError, match=message):
         hidden_axes(partial(_strange, shape=shape), 4, 6)
+
+
+def test_packed_parameters_are_not_cut():
+    """Half of the rows of gate_up is all of gate."""
+
+    def init(num_experts, dim, hidden, **options):
+        return pack_gated(init_gated(num_experts, dim, hidden, **options))
+
+    for hidden in (4, 6, None):
+        with pytest.raises(ValueError, match=r"gate_up \d+, down \d+; expected one size.* keep them apart"):
+            hidden_axes(init, 4, hidden)
+    assert draw_experts(init, 4, 4, 6, part=Part(1, 2)).gate_up.shape == (2, 12, 4)
 
 
 def test_parameters_that_ranks_cannot_share_need_no_axis_as_long_as_they_are_not_shared():

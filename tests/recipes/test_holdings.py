@@ -205,6 +205,14 @@ def test_nothing_is_listed_where_every_rank_holds_all(capsys, monkeypatch):
     assert below == []
 
 
+def test_no_number_is_cut_in_a_narrow_terminal_or_a_pipe(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    main(f"--describe --world-size 64 --model open_lm_160m --fsdp {SPREAD}".split())
+    said = capsys.readouterr().out
+    assert "360,635,136" in said[said.index("bytes per rank") :]
+    assert "…" not in said
+
+
 def test_a_single_rank(capsys, monkeypatch):
     rows, _ = printed(capsys, monkeypatch, "--world-size 1 --model moekit_tiny")
     assert "bytes per rank, 1 rank" in rows

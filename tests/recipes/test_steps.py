@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from moekit.lm.configs import load_config
-from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, gshard, mixtral, olmoe, openlm
+from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, dynamic_k, gshard, mixtral, olmoe, openlm
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import weighted_sum
 from moekit.recipes.steps import (
@@ -18,6 +18,7 @@ from moekit.recipes.steps import (
     take_gradient,
     update_router_states,
 )
+from moekit.routing import load_balance_loss
 from moekit.segments import tokens_per_expert
 
 RECIPES = {
@@ -255,6 +256,17 @@ def test_each_balancing_loss_reaches_the_gradients_that_are_compared(name):
         _, without = loss_and_gradients(model, ids.chunk(2))
         gate = "layers.0.feed_forward.gate"
         assert (full[gate] - without[gate]).abs().max() > 1e-6 * full[gate].abs().max()
+
+
+@pytest.mark.parametrize("method", [dynamic_k, partial(mixtral, k=2)], ids=["any number of choices", "two choices"])
+def test_the_divisor_of_the_counts_is_of_the_step_too(method):
+    """Unequal micro-batches, in which tokens have choices in unequal numbers."""
+    loss = partial(load_balance_loss, per_token=1.0)
+    recipe = method()._replace(losses={"load_balance": loss}, coefficients={"load_balance": 5.0})
+    model = make(recipe, num_experts=8, freq=2).double()
+    ids = torch.randint(512, (8, 17))
+    one, three = (loss_and_gradients(model, batches, masked=False) for batches in ([ids], ids.split([3, 1, 4])))
+    assert_same(one, three, 1e-12)
 
 
 def test_micro_batches_of_their_own_scope_balance_another_load():

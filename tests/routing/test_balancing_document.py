@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from moekit.routing import coefficients, importance_losses, losses, pooled_losses, regularizers, sequence_losses, top_k
+from moekit.routing import (
+    coefficients,
+    importance_losses,
+    losses,
+    pooled_losses,
+    quantile_bias,
+    regularizers,
+    round_robin,
+    sequence_losses,
+    top_k,
+)
 from moekit.routing.coefficients import LossForm, fastmoe_gshard, value_at_balance
 from moekit.types import NoisyLogits
 
@@ -59,6 +69,18 @@ def test_its_python_runs() -> None:
     assert len(blocks) >= 6
     for block in blocks:
         exec(compile(block, "balancing.md", "exec"), scope)
+
+
+def test_what_depends_on_how_a_step_is_cut_up_is_listed() -> None:
+    listed = TEXT.split("**Does the gradient depend", 1)[1].split("**Padding**")[0]
+    logits, state = torch.randn(6, E), quantile_bias(k=1)
+    halves = logits.chunk(2)
+    assert not round_robin(logits, k=1).expert_indices.equal(torch.cat([round_robin(z, k=1)[1] for z in halves]))
+    assert "`round_robin`" in listed
+    start = state.init(E)
+    whole, cut = (sum(state.observe(z, None, start) for z in parts) for parts in ([logits], halves))
+    assert not torch.allclose(state.update(start, whole), state.update(start, cut))
+    assert "`quantile_bias` (`quantile_moe`, `router:quantile`)" in listed
 
 
 def test_every_loss_is_in_the_table() -> None:

@@ -128,12 +128,21 @@ def test_one_assignment_per_token_is_hugging_faces_normalisation() -> None:
 
 
 def test_the_divisor_holds_for_counts_from_elsewhere() -> None:
+    """Counts of a larger batch come times this call's share of its tokens; here some tokens have no choice at all."""
     logits, routing = routed()
-    counts = 7 * tokens_per_expert(routing.expert_indices, E)
-    torch.testing.assert_close(
-        load_balance_loss(logits, routing, tokens_per_expert=counts, per_token=1),
-        load_balance_loss(logits, routing, per_token=1),
-    )
+    routing = routing._replace(expert_indices=routing.expert_indices.where(routing.weights > 0.6, -1))
+    counts = tokens_per_expert(routing.expert_indices, E)
+    whole, sizes = load_balance_loss(logits, routing, per_token=1), [3, 1, 8]
+    parts = zip(logits.split(sizes), *(each.split(sizes) for each in routing[1:3]), strict=True)
+    total = 0.0
+    for part, experts, weights in parts:
+        size = len(part)
+        tokens = torch.arange(size).unsqueeze(1).expand(size, K)
+        own = Routing(tokens, experts, weights, num_tokens=size, num_experts=E, pool=size * K)
+        share = size / T
+        total = total + share * load_balance_loss(part, own, tokens_per_expert=counts.double() * share, per_token=1)
+    torch.testing.assert_close(total, whole)
+    torch.testing.assert_close(torch.autograd.grad(total, logits), torch.autograd.grad(whole, logits))
 
 
 @pytest.mark.parametrize("loss", [load_balance_loss, z_loss])
