@@ -136,10 +136,8 @@ def test_a_transform_is_counted_too(name: str) -> None:
     assert counter.get_total_flops() / PRODUCT == {"fused_cpu": 9, "grouped": 3 + 1 + 1}[name]
 
 
-@pytest.mark.parametrize(("name", "device"), [("fused_cpu", "cpu"), ("fused_layer", "meta"), ("fused_layer", "cpu")])
+@pytest.mark.parametrize(("name", "device"), [("fused_cpu", "cpu"), ("fused_layer", "meta")])
 def test_all_assignments_of_a_routing_are_counted_whether_they_exist_or_not(name: str, device: str) -> None:
-    if name == "fused_layer" and device != "meta" and DEVICE == "cpu":
-        device = "meta"  # no kernels run in this process
     x, routing, params = case("gated", device)
     missing = routing._replace(expert_indices=torch.full_like(routing.expert_indices, -1))
     assert counts(LAYERS[name]("gated"), (x, missing, params)) == (3, 6)
