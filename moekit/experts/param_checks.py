@@ -59,6 +59,23 @@ view, which is not copied in 16 bits.
     check_devices(name, x, *routing[:3], *params)
 
 
+def kind_of(params: Any) -> type[Any]:
+    """Say which type of experts' parameters these are, also where they are a subclass of it.
+
+    Args:
+        params: of the experts.
+
+    Returns:
+        The type among moekit's, or that of ``params`` if it is none of them.
+
+    Example:
+        >>> from moekit.experts import init_mlp
+        >>> kind_of(init_mlp(2, 4, 8)).__name__, kind_of(7).__name__
+        ('MlpParams', 'int')
+    """
+    return next((kind for kind in _AXES if isinstance(params, kind)), type(params))
+
+
 _UP, _DOWN = ("E", "D", "F"), ("E", "F", "D")
 _AXES: dict[type[Any], tuple[tuple[str, ...], ...]] = {
     GatedParams: (_UP, _UP, _DOWN),

@@ -79,8 +79,8 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
         if "://" in pattern:
             raise ValueError(f"the input {pattern} is a URL; expected local files. Copy it here first")
         # A file whose name has brackets is itself, not a glob.
-        matches = [pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True)
-        files = {file for match in matches for file in _below(Path(match).resolve(), seen=set())}
+        matches = [Path(each) for each in ([pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True))]
+        files = {file for match in matches if match.exists() for file in _below(match.resolve(), seen=set())}
         if not files:
             raise FileNotFoundError(f"the input {pattern!r} matches no file; expected a file, a folder or a glob")
         found |= files
@@ -159,8 +159,9 @@ def _below(path: Path, *, seen: set[Path]) -> Iterator[Path]:
     elif path.is_dir() and path not in seen:
         seen.add(path)
         for name in os.listdir(path):
-            if not name.startswith("."):
-                yield from _below((path / name).resolve(), seen=seen)
+            child = path / name
+            if not name.startswith(".") and child.exists():  # not if a link leads nowhere, or to itself by others
+                yield from _below(child.resolve(), seen=seen)
 
 
 def _blocks(files: Iterable[Path], size: int) -> Iterator[tuple[Block, int]]:

@@ -25,6 +25,7 @@ from moekit.experts import (
 )
 from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_chooser, check_keep
 from moekit.experts.keep import PREACTIVATION, Keep
+from moekit.experts.param_checks import kind_of
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import constant_in_graphs
@@ -192,7 +193,7 @@ def _auto(
     keep: Keep,
     tiles: Callable[[LayerSize], LayerTiles],
 ) -> Tensor:
-    kind = type(params)
+    kind = kind_of(params)
     if not hasattr(params, "down"):
         experts_of(activation, kind)  # which says what it expects
     hidden = params.down.shape[2 if kind is PackedGatedParams else 1]

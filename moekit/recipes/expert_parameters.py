@@ -118,7 +118,7 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
 
     Raises:
         ValueError: if a parameter has no such axis, or several; if these axes differ in size, as that of ``gate_up``
-            does, which holds two parts behind each other: a slice of it is not one of each.
+            does, which may hold two parts behind each other: a slice of it is then not one of each.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -143,8 +143,9 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
         raise ValueError(
             f"the hidden axes of experts' parameters have different sizes for hidden = {width}: "
             f"{', '.join(f'{name} {size}' for name, size in sizes.items())}; expected one size, so that a rank's "
-            f"slices belong to the same hidden units. Packed parts, as gate and up in one tensor, are cut in the "
-            f"wrong places: keep them apart, as init_gated does, or the experts whole (--moe-hidden-ranks 1)."
+            f"slices belong to the same hidden units. Parts that lie behind each other in one tensor, as gate and up, "
+            f"would be cut in the wrong places, and sizes cannot tell whether these do: keep parts apart, as "
+            f"init_gated does, or the experts whole (--moe-hidden-ranks 1)."
         )
     return axes
 

@@ -298,6 +298,6 @@ def _load(path: str | Path, *, given: str) -> Tokenizer:
     except ValueError as error:
         raise ValueError(f"{given}: {error}") from error
     except OSError as error:
-        raise OSError(
+        raise type(error)(
             f"{given}: {path} cannot be read ({error.strerror or error}); expected a tokenizer.json"
         ) from error

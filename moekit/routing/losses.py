@@ -33,9 +33,9 @@ def load_balance_loss(
         routing: the decision made from them.
         token_mask: (T,) bool, True for real tokens. Others count in neither f nor P.
         tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
-            ranks (the global-batch loss of Qiu et al.): (E,), or (K, E) by choice, of which ``choices`` takes the
-            first. Counts of several calls are given times this call's share of their tokens, as every ``Loss`` gets
-            them; where ``per_token`` is None that changes nothing.
+            ranks, times this call's share of their tokens (the global-batch loss of Qiu et al.): (E,), or (K, E) by
+            choice, of which ``choices`` takes the first. Every ``Loss`` gets them so. With ``per_token`` counts without
+            that share would multiply the loss; where it is None the share changes nothing.
         sequence_length: not used; ``sequence_balance_loss`` is the form that does.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.

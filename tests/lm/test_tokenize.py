@@ -155,6 +155,10 @@ def test_linked_folders_are_followed_once(corpus, tmp_path):
     found = find_files([str(corpus)])
     assert [path.name for path in found] == ["a.jsonl", "b.txt", "c.json.gz", "d.md.gz", "e.txt"]
     assert found == find_files([str(corpus / "link"), str(corpus)])
+    (corpus / "one").symlink_to(corpus / "other")
+    (corpus / "other").symlink_to(corpus / "one")
+    (corpus / "nowhere").symlink_to(tmp_path / "absent")
+    assert found == find_files([str(corpus)]) == find_files([f"{corpus}/*"])
 
 
 def test_suffixes_may_be_in_capitals(tmp_path):

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.dispatch import dropless, padded, weigh_inputs
+from moekit.dispatch import dropless, gather_rows, padded, weigh_inputs
 from moekit.experts import (
     CLAMPED_SWIGLU,
     EVERYTHING,
@@ -502,3 +502,18 @@ def test_the_router_s_kernel_is_asked_for_in_float32(hopper, monkeypatch) -> Non
     monkeypatch.setattr(backends, "why_not_fused", lambda device, dtype: asked.append(dtype) or "no")
     backends.auto_top_k(torch.randn(3, 4).double(), k=2)
     assert asked == [torch.float32]
+
+
+def test_a_subclass_of_parameters_runs_where_its_type_does() -> None:
+    class Named(GatedParams):
+        """A type of one's own."""
+
+    class NamedPacked(PackedGatedParams):
+        """Another."""
+
+    x, routing, params = torch.randn(5, 4), top_k(torch.randn(5, 3), k=2), init_gated(3, 4, 8)
+    expected = auto()(x, routing, params)
+    assert torch.equal(auto()(x, routing, Named(*params)), expected)
+    torch.testing.assert_close(auto()(x, routing, NamedPacked(*pack_gated(params))), expected)
+    composed = auto(dispatcher=dropless()._replace(dispatch=lambda *given: gather_rows(*given)))
+    torch.testing.assert_close(composed(x, routing, NamedPacked(*pack_gated(params))), expected)

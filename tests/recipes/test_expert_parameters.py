@@ -187,7 +187,7 @@ def test_packed_parameters_are_not_cut():
         return pack_gated(init_gated(num_experts, dim, hidden, **options))
 
     for hidden in (4, 6, None):
-        with pytest.raises(ValueError, match=r"gate_up \d+, down \d+; expected one size.* keep them apart"):
+        with pytest.raises(ValueError, match=r"gate_up \d+, down \d+; expected one size.* keep parts apart"):
             hidden_axes(init, 4, hidden)
     assert draw_experts(init, 4, 4, 6, part=Part(1, 2)).gate_up.shape == (2, 12, 4)
 
