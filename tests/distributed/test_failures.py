@@ -144,12 +144,15 @@ FAULTS = {
     "rank": ("Signal 9 (SIGKILL)", 20, 2),
     "launcher": ("torchrun is gone, so this rank ends", 20, 2),
 }
+FOR_FULL = ("signal", "raise")  # else tested by signals to a job (test_slurm.py), and by bad data (test_ranks.py)
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_in_every_way_equals_the_unbroken_one(flags, unbroken, faulty, tmp_path, mark):
+def test_a_run_that_fails_in_every_way_equals_the_unbroken_one(flags, unbroken, faulty, tmp_path, mark, full):
     torchrun, step = ["--nproc-per-node", str(RANKS)], 0
     for kind, (message, limit, gained) in FAULTS.items():
+        if kind in FOR_FULL and not full:
+            continue
         program, fault = faulty(kind, ranks=["1"], call=4)
         status, said = ended(launch(torchrun, program, fault, *flags(tmp_path, "--resume", "latest"), mark=mark))
         took = seconds_since_fault(tmp_path)

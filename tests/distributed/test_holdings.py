@@ -51,7 +51,7 @@ def model(tmp_path_factory):
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_ranks_hold_what_is_planned(model, ranks, full):
-    if ranks in (2, 4) and not full:
+    if ranks in (4, 8) and not full:
         pytest.skip("is for --full")
     commands = [words_of(name, ranks, model) for name in FLAGS]
     by_rank = run_ranks("holding_cases:held_all", ranks, commands, limit=60)

@@ -192,7 +192,9 @@ def test_a_run_killed_at_random_moments_equals_the_unbroken_one(flags, unbroken,
 
 
 @pytest.mark.slow
-def test_a_run_stopped_twice_goes_on_with_other_workers(flags, unbroken, tmp_path, mark):
+def test_a_run_stopped_twice_goes_on_with_other_workers(flags, unbroken, tmp_path, mark, full):
+    if not full:
+        pytest.skip("is for --full: test_trouble.py stops runs by signals, test_batches.py changes workers")
     folder = tmp_path / "a"
     for number, (step, workers) in enumerate([(3, 0), (9, 2)]):
         launch = Launch(flags(tmp_path, "--resume", "latest", "--workers", str(workers)), folder, mark=mark)

@@ -10,7 +10,7 @@ pytestmark = pytest.mark.distributed
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_strategies_equal_one_process(ranks, full):
-    if ranks == 4 and not full:
+    if ranks == 8 and not full:
         pytest.skip("is for --full")
     cases = matrix(ranks, full=full)
     done = run_ranks("strategy_cases:compare_all", ranks, cases, limit=600 if full else 120)
