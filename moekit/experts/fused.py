@@ -25,7 +25,6 @@ from moekit.experts.checks import (
     check_precision,
 )
 from moekit.experts.ffns import GatedParams, MlpParams
-from moekit.experts.keep import EVERYTHING as EVERYTHING
 from moekit.experts.keep import INPUTS, PREACTIVATION, Keep
 from moekit.experts.packed import PackedGatedParams
 from moekit.experts.param_checks import check_params

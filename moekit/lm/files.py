@@ -1,8 +1,13 @@
-"""Writing files whole: a reader sees the old content or the new, never half of it, also after a power failure."""
+"""Writing files whole: a reader sees the old content or the new, never half of it, also after a power failure.
+
+And what is said of files that are in a folder's place, or that somebody else damaged.
+"""
 
 import errno
+import json
 import os
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
@@ -38,6 +43,54 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
         partial.unlink(missing_ok=True)
         raise
     return path
+
+
+def check_folder(folder: Path, *, given: str) -> None:
+    """Refuse a folder in whose place, or above which, there is a file.
+
+    Args:
+        folder: that need not be there.
+        given: how the user gave it, for the message.
+
+    Raises:
+        NotADirectoryError: if there is one.
+
+    Example:
+        >>> check_folder(Path("logs/a"), given="--logs logs")
+    """
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise NotADirectoryError(f"{given}: {place} is a file; expected a folder, or a new name")
+
+
+def read_object(path: Path, *, expected: str, mend: str) -> dict[str, Any]:
+    """Read a JSON object that a program of ours wrote.
+
+    Args:
+        path: of the file.
+        expected: what it should hold, for the message.
+        mend: the end of the message, with what parts it from the rest.
+
+    Returns:
+        The object.
+
+    Raises:
+        FileNotFoundError: if there is no file.
+        ValueError: if it is damaged, or holds something else.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     read_object(write_whole(Path(folder) / "a.json", '{"a": 1}'), expected="a plan", mend=".")
+        {'a': 1}
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}), expected {expected}{mend}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds {str(found)[:60]!r}, expected {expected}{mend}")
+    return found
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

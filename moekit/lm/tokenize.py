@@ -28,6 +28,7 @@ from rich.console import Console
 from moekit.lm import tokenize_parts as phases
 from moekit.lm import tokenize_plans as plans
 from moekit.lm.documents import find_files, in_capitals, read_pieces
+from moekit.lm.files import check_folder
 from moekit.lm.processes import available_cores, process_pool, run_in_order
 from moekit.lm.shard_members import MAX_MEMBER_BYTES
 from moekit.lm.shards import MANIFEST
@@ -155,12 +156,7 @@ def _check(command: Command) -> None:
         raise ValueError(f"seed is {command.seed}; expected 0 to 2**63 - 1")
     if "://" in str(command.output) or ":/" in str(command.output):  # Path makes one slash of two
         raise ValueError(f"the output {command.output} is a URL; expected a local folder. Copy it there afterwards")
-    output = command.output.resolve()
-    for place in (output, *output.parents):
-        if place.exists() and not place.is_dir():
-            raise NotADirectoryError(
-                f"the output {command.output}: {place} is a file; expected a folder, or a new name"
-            )
+    check_folder(command.output.resolve(), given=f"the output {command.output}")
 
 
 def _check_size(seq_len: int, tokenizer: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from moekit.lm.files import write_whole
+from moekit.lm.files import read_object, write_whole
 from moekit.lm.shards import MANIFEST
 from moekit.lm.tokenize_parts import TOKENIZER, Tally
 from moekit.lm.tokenizers import BpeTokenizer, Tokenizer
@@ -16,6 +16,7 @@ from moekit.lm.tokenizers import BpeTokenizer, Tokenizer
 FORMAT = 1  # raise it when the same plan would give other bytes
 PARTS = ".parts"
 RECORD = "tokenize.json"
+_NOTED = "what an earlier run noted"
 _ANEW = "Give another --output, or remove the folder to start anew"
 
 
@@ -53,27 +54,6 @@ def library_versions() -> dict[str, str]:
     return versions
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """Read what an earlier run noted.
-
-    Args:
-        path: of a file that such a run wrote.
-
-    Returns:
-        What it holds.
-
-    Raises:
-        ValueError: if it is damaged.
-    """
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}), expected what an earlier run noted. {_ANEW}") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is damaged: it holds {str(record)[:60]!r}, expected a JSON object. {_ANEW}")
-    return record
-
-
 def read_finished(folder: Path) -> tuple[dict[str, Any], tuple[list[Any], int, int, int]]:
     """Read what a finished run noted.
 
@@ -87,7 +67,7 @@ def read_finished(folder: Path) -> tuple[dict[str, Any], tuple[list[Any], int, i
         ValueError: if that is damaged.
     """
     path = folder / RECORD
-    record = read_record(path)
+    record = read_object(path, expected=_NOTED, mend=f". {_ANEW}")
     match record:
         case {"plan": dict(plan), "summary": [list(tally), int(sequences), int(shards), int(padding)]}:
             if len(tally) == len(Tally._fields):
@@ -130,7 +110,7 @@ def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """
     path = folder / PARTS / "plan.json"
     if path.exists():
-        check_same(read_record(path), plan, folder)
+        check_same(read_object(path, expected=_NOTED, mend=f". {_ANEW}"), plan, folder)
     else:
         check_free(folder)
     write_whole(path, json.dumps(plan))

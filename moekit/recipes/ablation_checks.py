@@ -3,11 +3,10 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from moekit.lm.files import write_whole
+from moekit.lm.files import read_object, write_whole
 from moekit.recipes.ablation_recipes import other_recipe
 from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
@@ -94,7 +93,7 @@ def settle_folder(folder: Path, settings: TrainSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(shared, indent=1) + "\n")
         return
-    before = _shared_before(path)
+    before = read_object(path, expected="the runs' settings", mend=f"; {_WHERE_TO}")
     names = sorted(name for name in {*before, *shared} if before.get(name) != shared.get(name))
     if names:
         told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {shared.get(name)})" for name in names)
@@ -102,16 +101,6 @@ def settle_folder(folder: Path, settings: TrainSettings) -> None:
             f"{folder} holds runs with {told}; rows of a table share their settings. Give the same again, or choose "
             f"another --folder"
         )
-
-
-def _shared_before(path: Path) -> dict[str, Any]:
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {_WHERE_TO}") from error
-    if not isinstance(before, dict):
-        raise ValueError(f"{path} is damaged: it holds {str(before)[:60]}, expected the runs' settings; {_WHERE_TO}")
-    return before
 
 
 def refuse_other_recipes(jobs: Sequence[Job]) -> None:

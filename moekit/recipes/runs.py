@@ -12,6 +12,7 @@ from rich.console import Console
 
 from moekit.lm.batches import BatchStream, open_stream
 from moekit.lm.checkpoint_folders import remove_leftovers
+from moekit.lm.files import check_folder
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Grid, World, share, wait
@@ -227,9 +228,7 @@ def run_folder(settings: TrainSettings) -> Path:
     run, recipe = settings.run, settings.model.recipe.rpartition(":")[2]
     preset = Path(settings.model.preset).stem
     folder = run.logs / (run.name or f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    for parent in (folder, *folder.parents):
-        if parent.exists() and not parent.is_dir():
-            raise NotADirectoryError(f"--logs {run.logs}: {parent} is a file; expected a folder, or a new name")
+    check_folder(folder, given=f"--logs {run.logs}")
     _refuse_another_run(settings, folder)
     return folder
 

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from moekit.dispatch import dropless
 from moekit.experts import init_gated, loop, swiglu
-from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
+from moekit.experts.keep import EVERYTHING, INPUTS, PREACTIVATION, Keep
 from moekit.experts.triton_matmul import triton
 from moekit.recipes import expert_layer
 from moekit.routing import top_k

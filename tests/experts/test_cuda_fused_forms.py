@@ -13,7 +13,8 @@ from torch import Tensor
 from moekit.experts import GatedParams, MlpParams, clamped_swiglu, init_gated, init_mlp, swiglu
 from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_mlp
-from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
+from moekit.experts.keep import INPUTS, PREACTIVATION, Keep
 from moekit.experts.packed import pack_gated, unpack_gated
 from moekit.routing import expert_choice, top_k
 from moekit.types import ExpertLayer, Routing

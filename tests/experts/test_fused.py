@@ -13,7 +13,8 @@ from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_int
 from moekit.experts import _fused_plan, init_mlp, pack_gated, swiglu
 from moekit.experts._fused_plan import check_num_experts
 from moekit.experts.activations import RELU2, SWIGLU, Activation
-from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
+from moekit.experts.keep import EVERYTHING, INPUTS, PREACTIVATION, Keep
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tile_tables import entry_of
 from moekit.experts.tiles import LayerSize

@@ -24,7 +24,8 @@ from moekit.experts import (
 )
 from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, Activation
 from moekit.experts.biased import BiasedGatedParams, BiasedMlpParams, biased_gated, biased_mlp, init_biased_mlp
-from moekit.experts.fused import INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
+from moekit.experts.keep import INPUTS, PREACTIVATION, Keep
 from moekit.experts.packed import PackedGatedParams, pack_gated, unpack_gated
 from moekit.types import ExpertLayer, Routing
 

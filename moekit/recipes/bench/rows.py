@@ -11,8 +11,9 @@ from torch import Tensor
 
 from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu
-from moekit.experts.fused import EVERYTHING, INPUTS, PREACTIVATION, Keep, fused_layer
+from moekit.experts.fused import fused_layer
 from moekit.experts.fused_cpu import fused_cpu
+from moekit.experts.keep import EVERYTHING, INPUTS, PREACTIVATION, Keep
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.experts.triton_matmul import triton
