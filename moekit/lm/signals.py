@@ -12,6 +12,8 @@ class StopRequest:
 
     Attributes:
         name: the signal's name, or None.
+        ends_process: set by a program that ends because of it. A SIGTERM that comes later then does nothing: the
+            program's last lines and its status stay those of the first.
 
     Example:
         >>> bool(StopRequest())
@@ -20,6 +22,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.name: str | None = None
+        self.ends_process = False
 
     def __bool__(self) -> bool:
         return self.name is not None
@@ -31,6 +34,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     A second Ctrl-C acts at once. A second SIGTERM does not: launchers and schedulers send several, to a process and to
     its group, and each would otherwise end the process before its checkpoint is written. SIGKILL is there for haste.
+    The handlers that were there before come back at the end, but for ``ends_process``.
 
     One inside another asks both: an ablation hears of a signal that a run of it has answered.
 
@@ -53,8 +57,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
     try:
         yield request
     finally:
-        for number in signals:
-            signal.signal(number, previous[number])
+        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        # not our handler, which Python takes away before it ends
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if request.ends_process else previous[signal.SIGTERM])
 
 
 def exit_status(stopped_by: str) -> int:

@@ -17,7 +17,7 @@ from rich.text import Text
 from moekit.lm._lookup import unknown_name
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
-from moekit.lm.signals import exit_status, stop_on_signals
+from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
 from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failures, told_held
@@ -96,7 +96,8 @@ def main(
     try:
         jobs, console = plan(settings, words[cut + 1 :], prog=prog), plain_console(piped=_TABLE_COLUMNS)
         print_notes(console, overridden_flags(jobs[0].settings.model))
-        outcome = ablate(settings, jobs, console, command=command_line(words, prog=prog, launch=launch))
+        command = command_line(words, prog=prog, launch=launch)
+        outcome = ablate(settings, jobs, console, command=command, ends_process=True)
     except Exception as error:
         fault = next((fault for each in settings.recipe if (fault := users_fault(each, error))), None)
         if fault is None and not isinstance(error, _ERRORS):
@@ -180,7 +181,14 @@ def labelled(settings: AblationSettings) -> dict[str, str]:
     return dict(pairs)
 
 
-def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *, command: str = "") -> Outcome:
+def ablate(
+    settings: AblationSettings,
+    jobs: Sequence[Job],
+    console: Console,
+    *,
+    command: str = "",
+    ends_process: bool = False,
+) -> Outcome:
     """Do the runs that are not done, and write and print the table of those that are. One that fails stops no other.
 
     A run that another process does is left to it: it is in the table if it is done by then, else it is told.
@@ -190,6 +198,7 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
         jobs: all runs.
         console: where to.
         command: that started the program, for the hint how to go on.
+        ends_process: whether the process ends if a signal stops it: it heeds no SIGTERM on its way.
 
     Returns:
         Which runs failed, which others do still, and whether a signal stopped it.
@@ -203,7 +212,9 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
         check_data(jobs[0].settings, console)
     settle_folder(settings.folder, jobs[0].settings)
     refuse_other_recipes(jobs)
-    outcome = _do_all(settings, jobs, console)
+    with stop_on_signals() as stop:
+        outcome = _do_all(settings, jobs, console, stop)
+        stop.ends_process = ends_process and outcome.stopped_by is not None
     outcome = outcome._replace(held=tuple(each for each in outcome.held if not each.job.results.exists()))
     show(settings, _lines(jobs, outcome.failures), console)
     if outcome.stopped_by is not None:
@@ -211,30 +222,29 @@ def ablate(settings: AblationSettings, jobs: Sequence[Job], console: Console, *,
     return outcome
 
 
-def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console) -> Outcome:
+def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console, stop: StopRequest) -> Outcome:
     results = JsonLines(settings.folder / "results.jsonl")
     failures: list[Failure] = []
     held: list[Held] = []
     logged = read_metrics(results.path)
-    with stop_on_signals() as stop:
-        for number, job in enumerate(jobs, start=1):
-            place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
-            with console.status(Text(f"{place} {job.label}, seed {job.seed}")):
-                came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
-            if came is None:
-                return Outcome(tuple(failures), stop.name or "SIGTERM", tuple(held))  # a run stops by nothing else
-            done = isinstance(came, dict)
-            if new or not done:
-                told = f"{place} {job.label}, seed {job.seed}: {_told(came)}"
-                console.print(told, highlight=False, markup=False, soft_wrap=True)
-            if isinstance(came, Failure):
-                failures.append(came)
-            elif isinstance(came, Held):
-                held.append(came)
-            elif came not in logged:
-                results.log(came)
-            if stop and (number < len(jobs) or not done):
-                return Outcome(tuple(failures), stop.name, tuple(held))
+    for number, job in enumerate(jobs, start=1):
+        place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
+        with console.status(Text(f"{place} {job.label}, seed {job.seed}")):
+            came = attempt(job, keep_checkpoints=settings.keep_checkpoints)
+        if came is None:
+            return Outcome(tuple(failures), stop.name or "SIGTERM", tuple(held))  # a run stops by nothing else
+        done = isinstance(came, dict)
+        if new or not done:
+            told = f"{place} {job.label}, seed {job.seed}: {_told(came)}"
+            console.print(told, highlight=False, markup=False, soft_wrap=True)
+        if isinstance(came, Failure):
+            failures.append(came)
+        elif isinstance(came, Held):
+            held.append(came)
+        elif came not in logged:
+            results.log(came)
+        if stop and (number < len(jobs) or not done):
+            return Outcome(tuple(failures), stop.name, tuple(held))
     return Outcome(tuple(failures), None, tuple(held))
 
 

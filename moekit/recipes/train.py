@@ -83,7 +83,8 @@ def main(
                 score(settings, world, console)
             else:
                 command = command_line(words, prog=prog, launch=launch)
-                stopped_by = _launched(settings, console, world, command=command, derived=derived).stopped_by
+                launched = _launched(settings, console, world, command=command, derived=derived, ends_process=True)
+                stopped_by = launched.stopped_by
     except Exception as error:
         fault = None if settings is None else users_fault(settings.model.recipe, error)
         if fault is None and not isinstance(error, _ERRORS):
@@ -185,8 +186,12 @@ def _launched(
     command: str,
     finishing: Callable[..., None] | None = None,
     derived: Collection[str] = (),
+    ends_process: bool = False,
 ) -> Launch:
-    """Do what ``train`` says; ``derived`` names the settings that an earlier run filled in."""
+    """Do what ``train`` says; ``derived`` names the settings that an earlier run filled in.
+
+    ``ends_process``: the process ends if a signal stops the run, and heeds no SIGTERM on its way.
+    """
     with claimed(settings, world) as folder:
         run = set_up(settings, world, console, folder=folder)
         try:
@@ -196,7 +201,7 @@ def _launched(
                 names = derived_names(flat_settings(settings), flat_settings(filled))
                 write_config(run.folder, filled, derived={*derived, *names})
             announce(run, console)
-            ended = _train_and_save(run, console, started, command=command)
+            ended = _train_and_save(run, console, started, command=command, ends_process=ends_process)
         finally:
             run.stream.close()
     if ended.progress.step < run.budget.steps:
@@ -210,7 +215,7 @@ def _launched(
     return Launch(run.folder, None)
 
 
-def _train_and_save(run: Run, console: Console, started: Progress, *, command: str) -> Ended:
+def _train_and_save(run: Run, console: Console, started: Progress, *, command: str, ends_process: bool) -> Ended:
     """Train to the end or to a stop, and save what no checkpoint holds yet."""
     world = run.world
     with recording(run, console, started) as recorder, stop_on_signals() as stop:
@@ -223,6 +228,7 @@ def _train_and_save(run: Run, console: Console, started: Progress, *, command: s
             save(run, progress, ended.at)
         if ended.trouble is not None:
             raise ended.trouble
+        stop.ends_process = ends_process and progress.step < run.budget.steps
         return ended
 
 

@@ -55,6 +55,16 @@ def test_a_second_ctrl_c_acts_at_once_however_many_were_around(handlers):
     assert current() == handlers
 
 
+def test_a_program_that_ends_because_of_a_signal_heeds_no_sigterm_on_its_way(handlers):
+    with stop_on_signals() as around:
+        with stop_on_signals() as stop:
+            signal.raise_signal(signal.SIGTERM)
+            stop.ends_process = True
+        assert current()[1] == signal.SIG_IGN
+        assert not around.ends_process
+    assert current() == handlers
+
+
 @pytest.mark.parametrize("number", SIGNALS)
 def test_the_first_signal_becomes_a_request(handlers, number):
     done = 0

@@ -56,6 +56,14 @@ def program(quick: None, shards: Shards, tmp_path: Path) -> Callable[..., Path]:
     return run
 
 
+@pytest.fixture(autouse=True)
+def _heeds_sigterm() -> Iterator[None]:
+    """Put the handler of SIGTERM back, which a program that was stopped leaves out until its end."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
 @pytest.fixture
 def interrupt_after() -> Iterator[Callable[..., None]]:
     """Send this process a signal in the middle of the report of a step, once."""
