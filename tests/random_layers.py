@@ -160,12 +160,13 @@ def trouble(drawn: Layer, routing: Routing, limit: float | None) -> list[str]:
     found, again = run(layers[0], *given), run(layers[0], *given)
     tf32 = drawn.dtype == torch.float32 and drawn.precision == "tf32"
     tolerance = TF32_TOLERANCE if tf32 else TOLERANCE[drawn.dtype]
-    tolerance *= 10 if drawn.activation.function in KINKED else 1
+    if drawn.activation.function in KINKED:  # as rounding is small, so few slopes are others: their norm is the root
+        tolerance = 1.5 * tolerance**0.5
     wrong = []
     for name, want in run(layers[1], *given, dtype=torch.float64).items():
         error, size = (found[name].double() - want).norm(), want.norm().clamp_min(1e-4)
         if name == "weights":  # inner products of dim numbers, which may cancel
-            size = torch.maximum(size, 0.1 * want.numel() ** 0.5 * dim**0.5 * torch.ones_like(size))
+            size = torch.maximum(size, 0.2 * want.numel() ** 0.5 * dim**0.5 * torch.ones_like(size))
         if not error <= tolerance * size:
             wrong.append(f"{name} differs by {error / size:.2g}")
         if not torch.equal(found[name], again[name]):
