@@ -41,7 +41,8 @@ class StepReport(NamedTuple):
         step: optimizer steps done.
         steps: steps in all.
         loss: cross-entropy, nats per token.
-        balance: mean over MoE layers of the balancing loss, 1 at perfect balance; None where there is no such loss.
+        balance: mean over MoE layers of the balancing loss; None where there is no such loss. At perfect balance it is
+            1, or K for a loss that counts per token.
         lr: learning rate.
         tokens_per_second: since the last report.
         layers: one per MoE layer.

@@ -18,7 +18,7 @@ from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.evaluate import evaluating
-from moekit.recipes.finishing import Trained
+from moekit.recipes.finishing import Trained, method_of_run
 from moekit.recipes.language_models import moe_layers, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.precisions import autocast
@@ -157,6 +157,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
         "seconds": round(progress.seconds, 3),
         "experts_per_token": experts_per_token(run),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
+        **method_of_run(run),
         "leaks": {when: audit(recipe, experts).leaks for when, recipe in recipes.items() if recipe is not None},
     }
     simple = {

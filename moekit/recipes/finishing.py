@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich.console import Console
 
@@ -10,7 +10,8 @@ from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.evaluate import Evaluation, evaluating
-from moekit.recipes.language_models import parameter_table
+from moekit.recipes.forms import method_of
+from moekit.recipes.language_models import moe_layers, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
@@ -62,6 +63,7 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
             "tokens": tokens,
             "trained_tokens": progress.trained_tokens,
             "seconds": round(progress.seconds, 1),
+            **method_of_run(run),
         }
         report.write_results(run.folder / "results.json", summary, scores, simple)
         picture = _picture(run, scores, simple)
@@ -70,6 +72,22 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
             report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
     console.rule()
     console.print(f"picture: {picture}\ncheckpoint: {checkpoint}", highlight=False, soft_wrap=True)
+
+
+def method_of_run(run: Run) -> dict[str, Any]:
+    """Say by which forms of router, plan and losses a run came to its numbers.
+
+    Args:
+        run: the run.
+
+    Returns:
+        ``method``, as ``method_of`` has it; nothing for a dense model.
+    """
+    layer = next((layer for _, layer in moe_layers(run.model)), None)
+    if layer is None:
+        return {}
+    scope = run.settings.model.moe_loss_scope
+    return {"method": method_of(layer.recipe, evaluation=run.evaluation_recipe, loss_scope=scope)}
 
 
 def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:

@@ -9,6 +9,7 @@ from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.ratios import ratio_of
 from moekit.recipes.choices import place_of
+from moekit.recipes.forms import bound, form_of
 from moekit.recipes.layers import Recipe, limited
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Ratio, Routing
 
@@ -35,8 +36,8 @@ def check_plan(recipe: Recipe) -> None:
     made = _plan_made_by(recipe.layer)
     if made is not None and not _is_same(made, recipe.plan):
         raise ValueError(
-            f"the recipe's layer plans by {_words(made)}, and recipe.plan is {_words(recipe.plan)}, by which leaks are "
-            f"looked for, drops counted and ranks made to agree; expected the same. Replace both: "
+            f"the recipe's layer plans by {form_of(made)}, and recipe.plan is {form_of(recipe.plan)}, by which leaks "
+            f"are looked for, drops counted and ranks made to agree; expected the same. Replace both: "
             f"recipe._replace(layer=..., plan=dispatcher.plan)."
         )
 
@@ -87,25 +88,9 @@ def _is_same(one: Any, other: Any) -> bool:
         return ratio_of(one) == ratio_of(other)
     if not (callable(one) and callable(other)):
         return False
-    (function, options), (others_function, others_options) = _bound(one), _bound(other)
+    (function, options), (others_function, others_options) = bound(one), bound(other)
     return (
         function is others_function
         and options.keys() == others_options.keys()
         and all(_is_same(value, others_options[name]) for name, value in options.items())
     )
-
-
-def _bound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Take a function bound to keywords apart; defaults count as bound."""
-    keywords: dict[Any, Any] = {}
-    while isinstance(function, partial):
-        keywords = {**dict(enumerate(function.args)), **function.keywords, **keywords}
-        function = function.func
-    given = inspect.signature(function).parameters.values()
-    return function, {p.name: p.default for p in given if p.default is not p.empty} | keywords
-
-
-def _words(plan: Callable[..., Any]) -> str:
-    function, options = _bound(plan)
-    given = ", ".join(f"{name}={_words(value) if callable(value) else value}" for name, value in options.items())
-    return f"{getattr(function, '__name__', repr(function))}{f'({given})' if given else ''}"

@@ -182,9 +182,10 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
     """Gather the numbers of a step under the names that trackers show, which are OpenLM's where it has them.
 
     ``samples_per_second`` and ``samples_per_second_per_gpu`` count tokens, as in OpenLM. ``load_balancing_loss`` has
-    its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance. ``tokens`` is nominal, what the
-    steps so far have room for, by which budget and schedule go; ``step_tokens`` counts the targets of the step, and
-    rates count targets too: holes of bad data and padding are none.
+    its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance, or K for a loss that counts per
+    token (``results.json`` names the form). ``tokens`` is nominal, what the steps so far have room for, by which
+    budget and schedule go; ``step_tokens`` counts the targets of the step, and rates count targets too: holes of bad
+    data and padding are none.
 
     Args:
         run: the run.

@@ -37,7 +37,8 @@ class StepLoss(NamedTuple):
     Attributes:
         total: what was differentiated: cross-entropy plus the other losses with their coefficients.
         cross_entropy: mean over targets, nats.
-        balancing: name to the mean over MoE layers, without coefficient; 1 at perfect balance for ``load_balance``.
+        balancing: name to the mean over MoE layers, without coefficient; at perfect balance ``load_balance`` is 1, or
+            K for a recipe whose loss counts per token (``per_token=1.0``).
         z: mean squared log-sum-exp of the output logits.
         logit_mean: mean of the output logits.
         routing: (MoE layers, E + 3) float64, see ``moekit.recipes.routing_sums``.
