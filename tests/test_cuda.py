@@ -91,6 +91,17 @@ def test_two_runs_are_bit_equal(name: str) -> None:
         assert torch.equal(value, first[key]), key
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_moe"])  # with shared experts, it is theirs that the sum reaches
+def test_the_gradient_of_a_sum_lies_in_memory(name: str, dtype: torch.dtype) -> None:
+    moe = MoE(64, 8, RECIPES[name](k=2), hidden=96).to("cuda", dtype)
+    x = torch.randn(128, 64, device="cuda", dtype=dtype)
+    one, other = moe(x).y.sum(), moe(x).y
+    found = torch.autograd.grad(one, list(moe.parameters()))
+    expected = torch.autograd.grad(other, list(moe.parameters()), torch.ones_like(other))
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("name", RECIPES)

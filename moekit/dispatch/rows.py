@@ -129,11 +129,38 @@ def scatter_rows_by_index(rows: Tensor, routing: Routing, plan: DispatchPlan) ->
         return rows[:0] + routing.weights.sum().to(rows.dtype)  # still connected to both
     if routing.weights.numel() == 0:  # padding rows alone
         return (rows[:0].sum(0) + routing.weights.sum().to(rows.dtype)).expand(routing.num_tokens, -1)
-    weights = routing.weights.flatten().index_select(0, plan.assignments.clamp_min(0)).to(dtype)
+    weights = weights_of_rows(routing, plan).to(dtype)
     # Masked before it is multiplied: 0 * NaN would reach the router's gradient.
     clean = rows.to(dtype).masked_fill(padding.unsqueeze(1), 0.0)
     sums = torch.zeros(routing.num_tokens, rows.shape[1], dtype=dtype, device=rows.device)
     return sums.index_add(0, tokens, clean * weights.unsqueeze(1)).to(rows.dtype)
+
+
+def weights_of_rows(routing: Routing, plan: DispatchPlan) -> Tensor:
+    """Take each row's weight; that of padding is zero, whatever the weights are.
+
+    Args:
+        routing: any.
+        plan: of R rows.
+
+    Returns:
+        (R,), the dtype of the weights.
+
+    Example:
+        >>> from moekit.dispatch import padded_plan
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(2, 2), k=1)
+        >>> weights_of_rows(routing, padded_plan(routing, capacity_factor=2.0))
+        tensor([0.5000, 0.0000, 0.5000, 0.0000])
+    """
+    padding = plan.assignments < 0
+    weights = routing.weights.flatten()
+    if weights.shape[0] == 0:
+        return weights.sum().expand(padding.shape)  # zeros, still connected to the router
+    # Masked last, so that what a padding row's gradient holds, NaN included, goes no further; and spread, since
+    # padding rows that all read one weight would serialise the backward on it.
+    spread = torch.arange(padding.shape[0], device=padding.device) % weights.shape[0]
+    return weights.index_select(0, torch.where(padding, spread, plan.assignments)).masked_fill(padding, 0.0)
 
 
 class _WeighRows(torch.autograd.Function):

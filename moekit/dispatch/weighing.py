@@ -5,6 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moekit.dispatch.rows import weights_of_rows
 from moekit.types import Dispatcher, DispatchPlan, Routing
 
 
@@ -44,7 +45,7 @@ def weigh_inputs(dispatcher: Dispatcher) -> Dispatcher:
 
 def _dispatch(x: Tensor, routing: Routing, plan: DispatchPlan, *, dispatcher: Dispatcher) -> Tensor:
     rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
-    weights = _weights_of_rows(routing, plan).unsqueeze(1)
+    weights = weights_of_rows(routing, plan).unsqueeze(1)
     return (rows * weights.to(torch.promote_types(rows.dtype, torch.float32))).to(rows.dtype)
 
 
@@ -52,15 +53,3 @@ def _combine(rows: Tensor, routing: Routing, plan: DispatchPlan, *, dispatcher: 
     # An assignment that does not exist has no row; its weight stays zero all the same.
     ones = torch.ones_like(routing.weights).masked_fill(routing.expert_indices < 0, 0.0)
     return dispatcher.combine(rows, routing._replace(weights=ones), plan)
-
-
-def _weights_of_rows(routing: Routing, plan: DispatchPlan) -> Tensor:
-    """Return each row's weight, (R,), zero for padding rows."""
-    padding = plan.assignments < 0
-    weights = routing.weights.flatten()
-    if weights.shape[0] == 0:
-        return weights.sum().expand(padding.shape)  # zeros, still connected to the router
-    # Masked last, so that what a padding row's gradient holds, NaN included, goes no further; and spread, since
-    # padding rows that all read one weight would serialise the backward on it.
-    spread = torch.arange(padding.shape[0], device=padding.device) % weights.shape[0]
-    return weights.index_select(0, torch.where(padding, spread, plan.assignments)).masked_fill(padding, 0.0)

@@ -114,10 +114,36 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     rows, w = in_autocast(rows, w)
     if rows.is_cuda:
         _check_alignment(rows, w)
-        # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
-        return F.grouped_mm(rows, w, offs=groups.sizes.cumsum(0).to(torch.int32))
+        return _grouped_mm(rows, groups.sizes, w)
     refuse_tangents("grouped", rows, w)
     return _grouped_cpu.product(rows, groups.sizes, w)
+
+
+def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
+    # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
+    return _ContiguousGradient.apply(F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32)))  # type: ignore[no-any-return]
+
+
+class _ContiguousGradient(torch.autograd.Function):
+    """A tensor as it is, with a gradient as it lies in memory: ``grouped_mm`` refuses that of a sum, one number."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        pass
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return grad.contiguous()
+
+    @staticmethod
+    def jvp(ctx, tangent: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        return tangent.view_as(tangent)
 
 
 def _check_alignment(rows: Tensor, w: Tensor) -> None:

@@ -12,6 +12,7 @@ from moekit.dispatch import (
     scatter_rows,
     scatter_rows_by_index,
 )
+from moekit.dispatch.rows import weights_of_rows
 from moekit.routing import round_robin, top_k
 from moekit.routing.top_k import token_choice
 from moekit.types import DispatchPlan, Groups, Routing
@@ -281,3 +282,30 @@ def test_a_list_without_assignments_leaves_zeros(dispatcher) -> None:
     assert torch.equal(y, torch.zeros(3, 4))
     grads = torch.autograd.grad(y.sum(), (x, weights))
     assert [grad.tolist() for grad in grads] == [[[0.0] * 4] * 3, []]
+
+
+@pytest.mark.parametrize("junk", [torch.nan, torch.inf])
+def test_padding_takes_no_weight_and_gives_none_a_gradient(junk: float) -> None:
+    routing = popular()
+    routing = routing._replace(**{name: getattr(routing, name).flatten() for name in routing._fields[:3]})  # a list
+    plan = padded_plan(routing, capacity_factor=2.0)
+    weights = routing.weights.detach().clone()
+    weights[:K] = junk  # of token 0
+    y = scatter_rows(torch.randn(plan.assignments.shape[0], D).double(), routing._replace(weights=weights), plan)
+    assert y.isfinite().all(1).tolist() == [False] + [True] * (T - 1)
+    weights = routing.weights.detach().requires_grad_()
+    y = scatter_rows(torch.ones(plan.assignments.shape[0], D).double(), routing._replace(weights=weights), plan)
+    grad = torch.zeros_like(y)
+    grad[T - 1] = junk
+    (found,) = torch.autograd.grad(y, weights, grad)
+    assert found.isfinite().tolist() == [True] * (K * (T - 1)) + [False] * K
+
+
+def test_padding_reads_different_weights() -> None:
+    routing = popular()
+    plan = padded_plan(routing, capacity_factor=8.0)
+    weights = routing.weights.detach().requires_grad_()
+    found = weights_of_rows(routing._replace(weights=weights), plan)
+    reads = found.grad_fn.next_functions[0][0]  # behind the mask
+    counts = reads._saved_index.bincount()
+    assert counts.max() - counts.min() <= 2, "else the backward adds to one weight, one after the other"

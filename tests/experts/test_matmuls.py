@@ -4,6 +4,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from moekit.experts import batched, grouped, loop, triton
+from moekit.experts.matmuls import _grouped_mm
 from moekit.types import Groups
 
 D, F = 5, 7
@@ -91,6 +92,25 @@ def test_an_empty_group_has_a_gradient_of_zero(matmul) -> None:
     (grad,) = torch.autograd.grad(matmul(rows, groups, w).sum(), w)  # also a gradient of stride 0
     assert (grad[1] == 0).all()
     assert (grad[0] != 0).all()
+
+
+def test_torchs_product_takes_the_gradient_of_a_sum() -> None:
+    groups = Groups(torch.tensor([2, 0, 3]), None)
+    rows, w = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))
+    found = torch.autograd.grad(_grouped_mm(rows, groups.sizes, w).sum(), (rows, w))
+    expected = torch.autograd.grad(loop(rows, groups, w).sum(), (rows, w))
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_loop_takes_its_weights_apart_once() -> None:
+    rows, groups, w = make([2, 0, 3])
+    seen, rest = [], [loop(rows, groups, w).grad_fn]
+    while rest:
+        node = rest.pop()
+        seen.append(type(node).__name__)
+        rest += [each for each, _ in node.next_functions if each is not None]
+    assert not [name for name in seen if name.startswith(("Select", "Index"))], "each has a gradient as large as w"
+    assert "UnbindBackward0" in seen
 
 
 @pytest.mark.parametrize("matmul", [loop, grouped])
