@@ -121,7 +121,7 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
 
 def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
     # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
-    return _ContiguousGradient.apply(F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32)))  # type: ignore[no-any-return]
+    return _ContiguousGradient.apply(F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32)))
 
 
 class _ContiguousGradient(torch.autograd.Function):

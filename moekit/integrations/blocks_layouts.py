@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from moekit.experts import BiasedGatedParams, GatedParams, MlpParams
@@ -127,17 +128,16 @@ def rows_of_experts(prefix: str, num_experts: Callable[[Any], int]) -> Piece:
     return Piece(
         partial(_read_rows, prefix=prefix, num_experts=num_experts),
         lambda p, _: {
-            f"{prefix}.w1": turned(p.gate).flatten(0, 1),
-            f"{prefix}.v1": turned(p.up).flatten(0, 1),
-            f"{prefix}.w2": p.down.flatten(0, 1),
+            f"{prefix}.w1": rearrange(p.gate, "e d f -> (e f) d"),
+            f"{prefix}.v1": rearrange(p.up, "e d f -> (e f) d"),
+            f"{prefix}.w2": rearrange(p.down, "e f d -> (e f) d"),
         },
     )
 
 
 def _read_rows(entries: Entries, config: Any, *, prefix: str, num_experts: Callable[[Any], int]) -> GatedParams:
-    w1, v1, w2 = (
-        take(entries, f"{prefix}.{name}").unflatten(0, (num_experts(config), -1)) for name in ("w1", "v1", "w2")
-    )
+    matrices = (take(entries, f"{prefix}.{name}") for name in ("w1", "v1", "w2"))
+    w1, v1, w2 = (rearrange(w, "(e f) d -> e f d", e=num_experts(config)) for w in matrices)
     return GatedParams(turned(w1), turned(v1), w2.contiguous())
 
 

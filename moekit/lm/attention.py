@@ -2,9 +2,11 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from moekit.lm.initialization import output_std, truncated_normal_
@@ -75,8 +77,10 @@ class Attention(nn.Module):
             (B, L, D).
         """
         q, k, v = self.in_proj(x).chunk(3, dim=-1)  # (B, L, A) each
-        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (self.q_norm(q), self.k_norm(k), v))  # (B, L, H, Dh)
+        split = partial(rearrange, pattern="b l (heads dim) -> b l heads dim", dim=self.head_dim)
+        q, k, v = split(self.q_norm(q)), split(self.k_norm(k)), split(v)
         # Norms may return float32 under autocast, and the attention wants one dtype.
         q, k = self.rotate(q).to(v.dtype), self.rotate(k).to(v.dtype)
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
-        return self.out_proj(y.transpose(1, 2).flatten(2))
+        q, k, v = (rearrange(t, "b l heads dim -> b heads l dim") for t in (q, k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.out_proj(rearrange(y, "b heads l dim -> b l (heads dim)"))

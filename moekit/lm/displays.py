@@ -46,6 +46,7 @@ class StepReport(NamedTuple):
         lr: learning rate.
         tokens_per_second: since the last report.
         layers: one per MoE layer.
+        mfu: model FLOPs utilization; None where the peak of the device is not known.
     """
 
     step: int
@@ -55,6 +56,7 @@ class StepReport(NamedTuple):
     lr: float
     tokens_per_second: float
     layers: Sequence[LayerLoad]
+    mfu: float | None = None
 
 
 class Display(Protocol):
@@ -117,11 +119,12 @@ class _Lines:
 
     def update(self, report: StepReport) -> None:
         seconds = (time.monotonic() - self._start) / max(report.step - self._done, 1) * (report.steps - report.step)
-        loads = "  ".join(f"L{layer.layer} {load_bar(layer.load)}" for layer in report.layers)
+        loads = "".join(f"  L{layer.layer} {load_bar(layer.load)}" for layer in report.layers)
         balance = "" if report.balance is None else f"balance {report.balance:.2f}  "
+        mfu = "" if report.mfu is None else f"MFU {report.mfu:.1%}  "
         self.say(
             f"step {report.step:>5}/{report.steps}  loss {report.loss:.3f}  {balance}"
-            f"{report.tokens_per_second:,.0f} tokens/s  left {seconds:.0f} s  {loads}"
+            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}left {seconds:.0f} s{loads}{_worst(report.layers)}"
         )
 
     def say(self, text: str) -> None:
@@ -144,14 +147,24 @@ class _Panel:
     def update(self, report: StepReport) -> None:
         self._progress.update(self._task, completed=report.step, step=f"{report.step}/{report.steps}")
         balance = () if report.balance is None else (("   balance ", "dim"), f"{report.balance:.2f}")
+        mfu = () if report.mfu is None else (("   MFU ", "dim"), f"{report.mfu:.1%}")
         numbers = Text.assemble(
             ("loss ", "dim"), (f"{report.loss:.3f}", "bold green"), *balance,
-            ("   lr ", "dim"), f"{report.lr:.1e}", ("   tokens/s ", "dim"), f"{report.tokens_per_second:,.0f}",
+            ("   lr ", "dim"), f"{report.lr:.1e}", ("   tokens/s ", "dim"), f"{report.tokens_per_second:,.0f}", *mfu,
         )  # fmt: skip
         self.live.update(Group(self._progress, numbers, _loads(report.layers)))
 
     def say(self, text: str) -> None:
         self.live.console.print(text, highlight=False, markup=False)
+
+
+def _worst(layers: Sequence[LayerLoad]) -> str:
+    """Say how bad loads are in the layer where they are worst; logs have no room for every layer."""
+    if not layers:
+        return ""
+    violation, dropped = max(layer.max_violation for layer in layers), max(layer.drop_rate for layer in layers)
+    dead = sum(layer.dead_experts for layer in layers)
+    return f"  max violation {violation:.2f}  dropped {dropped:.1%}  dead {dead}"
 
 
 def _loads(layers: Sequence[LayerLoad]) -> Table:

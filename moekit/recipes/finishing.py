@@ -13,6 +13,7 @@ from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.forms import method_of
 from moekit.recipes.language_models import moe_layers, parameter_table
 from moekit.recipes.loop import validate
+from moekit.recipes.recording import device_name, utilization
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
 from moekit.recipes.scoring import append_results
@@ -50,10 +51,8 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
     console.print()
     report.print_scores(console, scores, simple)
-    console.print(
-        f"{total:,} parameters, {active:,} active per token; {_counted_words(tokens, progress.seconds, trained)}",
-        highlight=False,
-    )
+    speed = f"{_counted_words(tokens, progress.seconds, trained)}{_mfu_words(run, trained)}"
+    console.print(f"{total:,} parameters, {active:,} active per token; {speed}", highlight=False)
     picture = None
     if run.world.rank == 0:
         append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
@@ -98,6 +97,12 @@ def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:
         return f"{tokens:,} tokens by its steps, {seconds:.0f} s of training; {own}"
     there = "" if trained.tokens == tokens else f" by its steps, {trained.tokens:,} of them trained on,"
     return f"{tokens:,} tokens{there} in {seconds:.0f} s of training{speed}"
+
+
+def _mfu_words(run: Run, trained: Trained) -> str:
+    """Say how much of what the devices could do this launch used."""
+    mfu = utilization(run, trained.tokens / trained.seconds) if trained.seconds > 0 else None
+    return f", MFU {mfu:.1%}" if mfu is not None else f", MFU unknown (no peak known: {device_name(run.world.device)})"
 
 
 def _picture(run: Run, scores: Mapping[str, Evaluation], simple: Mapping[str, report.Baselines]) -> Path | str:

@@ -115,6 +115,7 @@ class Recorder:
             result.rate,
             metrics["tokens_per_second"],
             loads,
+            metrics.get("mfu"),
         )
         self._display.update(report)
 
@@ -198,7 +199,6 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         Name to number.
     """
     loss, budget, ranks = result.loss, run.budget, run.world.size
-    flops_per_second = 6 * parameter_table(run.model)[-1].active * speed.tokens
     names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
     cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
     metrics: dict[str, Any] = {
@@ -214,16 +214,16 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         "tokens_per_second": round(speed.tokens, 1),
         "samples_per_second": round(speed.tokens, 1),
         "samples_per_second_per_gpu": round(speed.tokens / ranks, 1),
-        "tflops_per_second": round(flops_per_second / 1e12, 4),
+        "tflops_per_second": round(_flops_per_token(run) * speed.tokens / 1e12, 4),
         "data_time": data_time,
         "batch_time": 1 / speed.steps if speed.steps else 0.0,
         **result.seconds,
         "skipped_steps": progress.skipped_steps,
         "skipped_data": dict(progress.skipped_data),
     }
-    peak = next((rate for name, rate in _PEAK.items() if name in device_name(run.world.device)), None)
-    if peak is not None:
-        metrics["mfu"] = flops_per_second / (peak * ranks)
+    mfu = utilization(run, speed.tokens)
+    if mfu is not None:
+        metrics["mfu"] = mfu
     if run.settings.optimizer.z_loss_coefficient:
         metrics["z_loss"] = z
     if run.settings.run.log_logit_mean:
@@ -231,6 +231,28 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
     if run.scaler.is_enabled():
         metrics["loss_scale"] = run.scaler.get_scale()
     return metrics
+
+
+def utilization(run: Run, tokens_per_second: float) -> float | None:
+    """Compute model FLOPs utilization (MFU): six FLOPs per active parameter and token, of what the devices could do.
+
+    Args:
+        run: the run.
+        tokens_per_second: targets, over all ranks.
+
+    Returns:
+        A share of the peak of all ranks' devices; None where the peak of the device is not known.
+
+    References:
+        Chowdhery et al., PaLM, 2022, appendix B (there with attention, which is left out here),
+        https://arxiv.org/abs/2204.02311
+    """
+    peak = next((rate for name, rate in _PEAK.items() if name in device_name(run.world.device)), None)
+    return None if peak is None else _flops_per_token(run) * tokens_per_second / (peak * run.world.size)
+
+
+def _flops_per_token(run: Run) -> int:
+    return 6 * parameter_table(run.model)[-1].active
 
 
 def _epoch_metrics(run: Run, step: int) -> dict[str, int]:

@@ -56,7 +56,7 @@ def test_without_a_terminal_every_step_is_one_plain_line():
     assert len(lines) == 3, "longer than the console is wide, and still one line each"
     assert "\x1b" not in console.file.getvalue()
     assert lines[0].startswith("step    10/40  loss 3.250  balance 1.02  12,346 tokens/s  left ")
-    assert lines[0].endswith("L0 █▄▄   L2 ▄▄▄▄")
+    assert lines[0].endswith("L0 █▄▄   L2 ▄▄▄▄  max violation 1.00  dropped 12.5%  dead 1"), "of the worst layer"
     assert lines[1] == "[bold]saved[/bold]"
     assert "left 0 s" in lines[2]
 
@@ -76,6 +76,15 @@ def test_a_dense_model_has_no_loads_to_show():
     with show_training(console, 40) as display:
         display.update(report(10, layers=[], balance=None))
     assert console.file.getvalue().rstrip().endswith(" s")
+
+
+@pytest.mark.parametrize("make_console", [plain, terminal])
+def test_the_share_of_the_peak_is_shown_where_it_is_known(make_console):
+    for mfu, shown in ((0.4137, True), (None, False)):
+        console = make_console()
+        with show_training(console, 40) as display:
+            display.update(report(10, mfu=mfu))
+        assert ("41.4%" in without_escapes(console.file.getvalue())) == shown
 
 
 @pytest.mark.parametrize("make_console", [plain, terminal])
