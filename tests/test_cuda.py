@@ -9,7 +9,7 @@ import torch
 from moekit import MoE
 from moekit.experts import batched, grouped, loop
 from moekit.recipes import Recipe, deepseek_moe, mixtral, olmoe, openlm, switch
-from moekit.types import GroupedMatmul
+from moekit.types import GroupedMatmul, Groups
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,12 +94,25 @@ def test_two_runs_are_bit_equal(name: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["mixtral", "deepseek_moe"])  # with shared experts, it is theirs that the sum reaches
 def test_the_gradient_of_a_sum_lies_in_memory(name: str, dtype: torch.dtype) -> None:
-    moe = MoE(64, 8, RECIPES[name](k=2), hidden=96).to("cuda", dtype)
+    moe = MoE(64, 8, RECIPES[name](), hidden=96).to("cuda", dtype)
     x = torch.randn(128, 64, device="cuda", dtype=dtype)
     one, other = moe(x).y.sum(), moe(x).y
     found = torch.autograd.grad(one, list(moe.parameters()))
     expected = torch.autograd.grad(other, list(moe.parameters()), torch.ones_like(other))
     assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_more_groups_than_torchs_product_takes_are_refused_in_words() -> None:
+    for num_groups in (1023, 1024):
+        rows, w = (
+            torch.ones(shape, device="cuda", dtype=torch.bfloat16) for shape in ((num_groups, 16), (num_groups, 16, 16))
+        )
+        groups = Groups(torch.ones(num_groups, device="cuda", dtype=torch.int64), None)
+        if num_groups == 1023:
+            assert (grouped(rows, groups, w) == 16).all()
+        else:
+            with pytest.raises(ValueError, match="1024 groups; CUDA's grouped_mm takes at most 1023"):
+                grouped(rows, groups, w)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

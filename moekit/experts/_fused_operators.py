@@ -53,7 +53,8 @@ class Settings(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def _settings(text: str) -> Settings:
+def settings_of(text: str) -> Settings:
+    """Read settings from the text that ``Settings`` is written as."""
     function, precision, *words = text.split()
     gated, *numbers = [int(word) for word in words]
     start, width = len(Layout._fields), len(Tile._fields)
@@ -68,22 +69,13 @@ class Fused(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def]
-        ctx,
-        settings: str,
-        constants: list[float],
-        keep_rows: bool,
-        keep_pre: bool,
-        height: int,
-        align: int,
-        x: Tensor,
-        weights: Tensor,
-        experts: Tensor,
-        tokens: Tensor,
-        *parameters: Tensor,
-    ) -> Tensor:
-        """Run the layer, and keep what is to be kept."""
-        projections = list(parameters)
+    def forward(ctx, *given: Any) -> Tensor:  # type: ignore[no-untyped-def]
+        """Run the layer, and keep what is to be kept.
+
+        One name for all that is given: without gradients Dynamo leaves ``ctx`` out where as many are given as named.
+        """
+        settings, constants, keep_rows, keep_pre, height, align, *tensors = given
+        x, weights, experts, tokens, *projections = tensors
         plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         _save(ctx, (settings, constants), (x, weights, rows, pre), plan, projections)
@@ -157,7 +149,7 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     num_rows = plan[1].shape[0] if len(plan) > 1 else 0
     rows = x.new_empty(num_rows if keep_rows else 0, x.shape[1])
-    pre = x.new_empty(num_rows if keep_pre else 0, _preactivations(projections, _settings(settings).layout))
+    pre = x.new_empty(num_rows if keep_pre else 0, _preactivations(projections, settings_of(settings).layout))
     return x.new_empty(x.shape), rows, pre
 
 
@@ -177,7 +169,7 @@ def _forward(
     if weights.numel() == 0:
         y, rows, pre = _forward_fake(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         return y.zero_(), rows, pre
-    function, gated, precision, layout, tiles = _settings(settings)
+    function, gated, precision, layout, tiles = settings_of(settings)
     y, rows, pre = _fused_triton.forward(
         x.contiguous(), weights.contiguous(), plan_of(plan, projections[0].shape[0]), _experts(projections, layout),
         activation=Activation(function, gated, *constants), precision=precision, tiles=tiles, keep_pre=keep_pre,
@@ -199,7 +191,7 @@ def _backward_fake(
 ) -> list[Tensor]:
     if frozen:
         return [x.new_empty(x.shape), weights.new_empty(weights.shape)]
-    matrices, biases = _matrices(projections, _settings(settings).layout)
+    matrices, biases = matrices_of(projections, settings_of(settings).layout)
     *ups, down = matrices
     shapes: list[tuple[int, ...]] = [(len(ups), *ups[0].shape), tuple(down.shape)]
     if biases:
@@ -225,7 +217,7 @@ def _backward(
     if weights.numel() == 0:
         zeros = _backward_fake(grad, x, weights, plan, projections, rows, pre, settings, constants, frozen)
         return [each.zero_() for each in zeros]
-    function, gated, precision, layout, tiles = _settings(settings)
+    function, gated, precision, layout, tiles = settings_of(settings)
     *grads, biases = _fused_triton.backward(
         grad.contiguous(), x.contiguous(), weights.contiguous(), plan_of(plan, projections[0].shape[0]),
         _experts(projections, layout), (rows, pre), activation=Activation(function, gated, *constants),
@@ -234,7 +226,7 @@ def _backward(
     return [each for each in (*grads, *biases) if each is not None]
 
 
-def _matrices(projections: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
+def matrices_of(projections: list[Tensor], layout: Layout) -> tuple[list[Tensor], list[Tensor]]:
     """Part matrices and biases, of which there are as many, unless they are packed."""
     if not layout.biased:
         return projections, []
@@ -243,7 +235,7 @@ def _matrices(projections: list[Tensor], layout: Layout) -> tuple[list[Tensor], 
 
 def _preactivations(projections: list[Tensor], layout: Layout) -> int:
     """Return P F."""
-    matrices, _ = _matrices(projections, layout)
+    matrices, _ = matrices_of(projections, layout)
     axis = 1 if layout.up_transposed else 2
     return sum(p.shape[axis] for p in matrices[:-1])
 
@@ -252,7 +244,7 @@ def _experts(projections: list[Tensor], layout: Layout) -> Any:
     """View parameters as (E, D, F) and (E, F, D), whatever their order in memory."""
     from moekit.experts.kernels._fused_triton import Experts
 
-    matrices, biases = _matrices(projections, layout)
+    matrices, biases = matrices_of(projections, layout)
     *ups, down = (_readable(p) for p in matrices)
     if len(ups) == 2 and ups[0].stride() != ups[1].stride():  # a kernel walks through both alike
         ups = [p.contiguous() for p in ups]

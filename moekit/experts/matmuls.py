@@ -99,7 +99,8 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too; on
-            CUDA, if rows of D or F numbers are no multiple of 16 bytes.
+            CUDA, if rows of D or F numbers are no multiple of 16 bytes, or there are more than 1,023 groups of
+            bfloat16.
         NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode, or inside
             ``torch.vmap``.
 
@@ -113,10 +114,13 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     check_product(rows, groups, w)
     rows, w = in_autocast(rows, w)
     if rows.is_cuda:
-        _check_alignment(rows, w)
+        _check_kernel(rows, w)
         return _grouped_mm(rows, groups.sizes, w)
     refuse_tangents("grouped", rows, w)
     return _grouped_cpu.product(rows, groups.sizes, w)
+
+
+_MOST_GROUPS = 1023  # of torch 2.11's kernel for bfloat16; other dtypes go through a loop
 
 
 def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
@@ -141,12 +145,13 @@ class _ContiguousGradient(torch.autograd.Function):
     def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
         return grad.contiguous()
 
-    @staticmethod
-    def jvp(ctx, tangent: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return tangent.view_as(tangent)
 
-
-def _check_alignment(rows: Tensor, w: Tensor) -> None:
+def _check_kernel(rows: Tensor, w: Tensor) -> None:
+    if rows.dtype == torch.bfloat16 and w.shape[0] > _MOST_GROUPS:
+        raise ValueError(
+            f"grouped: {w.shape[0]} groups; CUDA's grouped_mm takes at most {_MOST_GROUPS} in bfloat16. Use the matmul "
+            f"`triton`, or the layer `fused_layer`."
+        )
     for name, width in (("D", rows.shape[1]), ("F", w.shape[2])):
         if width * rows.element_size() % 16:
             raise ValueError(

@@ -13,7 +13,7 @@ import torch
 from torch.utils import flop_counter
 
 from moekit.experts import _fused_cpu, _grouped_cpu, triton_matmul  # noqa: F401 - whose operators these are
-from moekit.experts._fused_operators import _matrices, _settings
+from moekit.experts._fused_operators import matrices_of, settings_of
 from moekit.routing import _half_gates  # noqa: F401
 
 Shape = Sequence[int]
@@ -60,7 +60,7 @@ def _backward(num_rows: int, ups: Sequence[Shape], down: Shape, *, again: bool, 
 
 def _shapes(projections: list[Any], settings: str) -> tuple[list[Shape], Shape]:
     """Return the shapes of ``ups`` and ``down``, leaving out those of biases."""
-    matrices: list[Any] = _matrices(projections, _settings(settings).layout)[0]
+    matrices: list[Any] = matrices_of(projections, settings_of(settings).layout)[0]
     return matrices[:-1], matrices[-1]
 
 

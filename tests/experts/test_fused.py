@@ -274,6 +274,20 @@ def test_it_compiles_whole() -> None:
 
 
 @runs_kernels
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_it_compiles_whole_without_gradients(name: str) -> None:
+    torch.compiler.reset()
+    x, routing, params = draw(SHAPES["usual"], ACTIVATIONS[name][0])
+    layer = fused(activation=ACTIVATIONS[name][0])
+    x, params = x.to(DEVICE), type(params)(*(p.to(DEVICE) for p in params))
+    routing = routing._replace(**{name: getattr(routing, name).to(DEVICE) for name in routing._fields[:3]})
+    with torch.no_grad():  # Dynamo of torch 2.11 counts arguments there
+        found = torch.compile(layer, fullgraph=True, backend="aot_eager")(x, routing, params)
+        torch.testing.assert_close(found, layer(x, routing, params))
+
+
+@runs_kernels
 @pytest.mark.parametrize(
     ("name", "keep", "turned"),
     [("swiglu", EVERYTHING, False), ("swiglu", INPUTS, True), ("relu2", EVERYTHING, True), ("relu2", INPUTS, False)],

@@ -4,7 +4,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from moekit.experts import batched, grouped, loop, triton
-from moekit.experts.matmuls import _grouped_mm
+from moekit.experts.matmuls import _check_kernel, _grouped_mm
 from moekit.types import Groups
 
 D, F = 5, 7
@@ -94,12 +94,14 @@ def test_an_empty_group_has_a_gradient_of_zero(matmul) -> None:
     assert (grad[0] != 0).all()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of Dynamo
 def test_torchs_product_takes_the_gradient_of_a_sum() -> None:
     groups = Groups(torch.tensor([2, 0, 3]), None)
-    rows, w = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))
-    found = torch.autograd.grad(_grouped_mm(rows, groups.sizes, w).sum(), (rows, w))
+    rows, w = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))
     expected = torch.autograd.grad(loop(rows, groups, w).sum(), (rows, w))
-    torch.testing.assert_close(found, expected)
+    for product in (_grouped_mm, torch.compile(_grouped_mm, fullgraph=True, backend="aot_eager")):
+        found = torch.autograd.grad(product(rows, groups.sizes, w).sum(), (rows, w))
+        torch.testing.assert_close(found, expected, rtol=TOLERANCE[rows.dtype], atol=TOLERANCE[rows.dtype])
 
 
 def test_the_loop_takes_its_weights_apart_once() -> None:
@@ -191,11 +193,17 @@ def test_batched_names_what_to_use_for_unequal_groups() -> None:
 
 
 def test_cuda_alignment_error_names_the_width() -> None:
-    from moekit.experts.matmuls import _check_alignment
-
-    _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 16, dtype=torch.bfloat16))
+    _check_kernel(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 16, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match=r"F = 12 in torch.bfloat16 is 24 bytes a row; .* multiple of 16 bytes"):
-        _check_alignment(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
+        _check_kernel(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
+
+
+def test_more_groups_than_torchs_product_takes_are_refused_in_words() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        _check_kernel(torch.zeros(1, 8, dtype=dtype), torch.zeros(1023, 8, 8, dtype=dtype))
+    _check_kernel(torch.zeros(1, 8, dtype=torch.float16), torch.zeros(1024, 8, 8, dtype=torch.float16))
+    with pytest.raises(ValueError, match="1024 groups; CUDA's grouped_mm takes at most 1023 in bfloat16"):
+        _check_kernel(torch.zeros(1, 8, dtype=torch.bfloat16), torch.zeros(1024, 8, 8, dtype=torch.bfloat16))
 
 
 @pytest.mark.parametrize("matmul", [loop, batched, grouped])
@@ -243,7 +251,5 @@ def test_loop_reads_no_sizes_where_the_capacity_is_known() -> None:
 
 
 def test_cuda_alignment_error_names_the_width_of_the_rows_too() -> None:
-    from moekit.experts.matmuls import _check_alignment
-
     with pytest.raises(ValueError, match=r"D = 12 in torch.bfloat16 is 24 bytes a row"):
-        _check_alignment(torch.zeros(2, 12, dtype=torch.bfloat16), torch.zeros(1, 12, 16, dtype=torch.bfloat16))
+        _check_kernel(torch.zeros(2, 12, dtype=torch.bfloat16), torch.zeros(1, 12, 16, dtype=torch.bfloat16))
