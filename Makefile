@@ -10,13 +10,13 @@ train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
 # Types are checked by one core while tests wait for processes to start; what was found comes after the tests.
-test: setup lint  ## environment, checks, and all tests, two files at a time
+test: setup lint  ## environment, checks, and all tests, two files at a time: about twelve minutes on two cores
 	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
-test-distributed: setup  ## all cases of the matrices over ranks, about twelve minutes
-	$(BIN)/python -m pytest tests/distributed tests/parallel --full --kills 20 $(FLAGS)
+test-distributed: setup  ## all cases of the matrices over ranks and of compilation, about fifteen minutes
+	$(BIN)/python -m pytest tests/distributed tests/parallel tests/test_compile.py --full --kills 20 $(FLAGS)
 
 setup: $(STAMP)  ## the environment
 
@@ -37,5 +37,5 @@ check: lint  ## format, lint, types
 bench: setup  ## measured benchmarks, about two minutes
 	$(BIN)/python -m pytest tests/benchmarks --benchmark-enable --benchmark-only --benchmark-quiet --benchmark-json=bench.json $(FLAGS)
 
-clean:  ## remove the environment and what runs and tests left behind
+clean:  ## remove the environment and what tests and tools left behind; runs in logs/ stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks bench.json

@@ -12,6 +12,17 @@ os.environ["COLUMNS"] = "160"  # of what programs print, so that the path of a t
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add an option; it is known where this folder or a file in it is named on the command line."""
+    parser.addoption("--full", action="store_true", help="run every case of the matrices, in float32 too")
+
+
+@pytest.fixture(scope="session")
+def full(request: pytest.FixtureRequest) -> bool:
+    """Whether all cases are asked for."""
+    return bool(request.config.getoption("--full", default=False))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Begin with the files that hold long tests, so that no worker has one left when the other has nothing."""
     long = {item.path for item in items if any(item.iter_markers("distributed")) or any(item.iter_markers("slow"))}

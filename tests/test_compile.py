@@ -1,5 +1,6 @@
 """Every published recipe compiles without a graph break, forward and backward, and computes the same."""
 
+import inspect
 from functools import partial
 
 import pytest
@@ -17,11 +18,12 @@ from moekit.recipes import (
     gshard,
     mixtral,
     moe_plus_plus,
+    names,
     olmoe,
     openlm,
     switch,
 )
-from moekit.recipes.routers import ROUTERS
+from moekit.recipes.routers import PREFIX, ROUTERS
 
 # Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
 pytestmark = [
@@ -67,6 +69,31 @@ def check(recipe: Recipe, *, backend: str, masked: bool = False) -> None:
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_recipe_compiles_to_one_graph(recipe: Recipe) -> None:
     check(recipe, backend="aot_eager")
+
+
+DRAWS = ("phi_moe", f"{PREFIX}sparse_mixer")  # from another stream when compiled
+
+
+@pytest.mark.parametrize("name", [*names.RECIPES, *(PREFIX + name for name in ROUTERS)])
+def test_every_name_compiles_to_one_graph(full: bool, name: str) -> None:
+    if not full:
+        pytest.skip("is for --full: recipes of every kind are above, and a kind of router each below")
+    makes = names.RECIPES.get(name) or ROUTERS[name.removeprefix(PREFIX)]
+    offered = {"vocab_size": 16} if "vocab_size" in inspect.signature(makes).parameters else {}
+    recipe = names.find_recipe(name, **offered)
+    torch._dynamo.reset()
+    moe, x = MoE(D, 16, recipe, hidden=8), torch.randn(2, 12, D, requires_grad=True)
+    ids = {"token_ids": torch.randint(0, 16, (2, 12))} if "token_ids" in recipe.needs else {}
+    results = []
+    for layer in (moe, torch.compile(moe, fullgraph=True, backend="aot_eager")):
+        torch.default_generator.manual_seed(1)
+        output = layer(x, token_mask=torch.arange(24).view(2, 12) % 5 != 0, **ids)
+        total = output.y.square().sum() + sum(output.losses.values())
+        results.append([output.y, *torch.autograd.grad(total, [x, *moe.parameters()], allow_unused=True)])
+    for found, expected in zip(*results, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None and name not in DRAWS:
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["openlm", "gshard", "mixtral"])
