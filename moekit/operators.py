@@ -135,13 +135,15 @@ def without_vmap(name: str) -> Callable[..., Any]:
         >>> without_vmap("a layer")(None, (0,), torch.ones(1))
         Traceback (most recent call last):
         NotImplementedError: a layer: it has no vmap support (torch.vmap, and what torch.func makes of it). Call it \
-once for all tokens, flattened to (T, D), or compose the layer of `expert_layer` on `loop` or `batched`, which do.
+once for all tokens, flattened to (T, D), or compose the layer of `expert_layer` on `batched`, which has, with \
+padded(capacity_factor=E / K), which drops nothing.
     """
 
     def refuse(info: Any, in_dims: Any, *args: Any) -> None:
         raise NotImplementedError(
             f"{name}: it has no vmap support (torch.vmap, and what torch.func makes of it). Call it once for all "
-            f"tokens, flattened to (T, D), or compose the layer of `expert_layer` on `loop` or `batched`, which do."
+            f"tokens, flattened to (T, D), or compose the layer of `expert_layer` on `batched`, which has, with "
+            f"padded(capacity_factor=E / K), which drops nothing."
         )
 
     return refuse

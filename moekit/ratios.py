@@ -10,16 +10,17 @@ import torch
 
 from moekit.types import Ratio
 
-_PARTS = 9_000_000  # of one: millionths, and thirds and ninths of them
+_PARTS = 693_000_000  # of one: millionths, and the thirds, ninths, sevenths and elevenths of them
 
 
 def ratio_of(number: float | Ratio) -> Ratio:
-    """Return the ratio that was meant by a number: a decimal with up to six digits behind the point, or thirds, ninths.
+    """Return the ratio that was meant by a number: a decimal with up to six digits behind the point, or a fraction.
 
-    What a stage is bound to should be the ratio: where shapes depend on it, torch does not trace the second float.
+    Exact up to three million are such decimals and the fractions whose denominator is 12 or less. What a stage is bound
+    to should be the ratio: where shapes depend on it, torch does not trace the second float.
 
     Args:
-        number: rounded to 1 / 9,000,000, but no positive one to 0; or a ratio, which is returned.
+        number: rounded to 1 / 693,000,000, but no positive one to 0; or a ratio, which is returned.
 
     Returns:
         Ratio.
@@ -28,8 +29,8 @@ def ratio_of(number: float | Ratio) -> Ratio:
         ValueError: if it is not finite.
 
     Example:
-        >>> ratio_of(1.1), ratio_of(4 / 3)
-        (Ratio(numerator=11, denominator=10), Ratio(numerator=4, denominator=3))
+        >>> ratio_of(1.1), ratio_of(8 / 7)
+        (Ratio(numerator=11, denominator=10), Ratio(numerator=8, denominator=7))
     """
     if isinstance(number, Ratio):
         return number

@@ -202,6 +202,7 @@ class Router(Protocol):
     def __call__(self, logits: Any, /, *, bias: Tensor | None = None) -> Routing | SoftRouting:
         """Map logits (T, E) to a routing; ``bias`` (E,) shifts the selection, never the weights.
 
+        A routing with two axes is in the order of tokens: row t is of token t, as layers take it.
         A router may need more, which it then takes by keyword: ``token_ids`` (T,), ``sequence_length``, or what its
         state is called.
         """
@@ -214,10 +215,11 @@ class RouterState(NamedTuple):
     Attributes:
         name: what the tensor is called, in checkpoints too. ``bias`` reaches the router as its selection bias; any
             other name reaches it if the recipe lists it in ``needs``.
-        init: (num_experts, device=) -> the tensor to begin with.
-        observe: (logits, routing, state, token_mask=) -> float64 numbers, (n,), which are added up over micro-batches
-            and ranks.
-        update: (state, sums) -> the new state, once per optimizer step; None for a state that stays.
+        init: (num_experts, device=) -> the tensor to begin with, of any shape and dtype.
+        observe: (logits, routing, state, token_mask=) -> float64 numbers, (n,) of any n, which are added up over
+            micro-batches and ranks.
+        update: (state, sums) -> the new state, of the same shape and dtype, once per optimizer step; None for a state
+            that stays. ``docs/python.md`` has one of three rows.
         scales: name of the loss whose coefficient the state is, if it is one.
 
     Example:
@@ -232,6 +234,25 @@ class RouterState(NamedTuple):
     observe: Callable[..., Tensor] | None = None
     update: Callable[[Tensor, Tensor], Tensor] | None = None
     scales: str = ""
+
+
+class SharedExperts(NamedTuple):
+    """Experts that see every token, with weight one.
+
+    Attributes:
+        network: the feed-forward network, over one group of rows.
+        number: how many: one network of as many times a routed expert's width.
+        gated: whether a sigmoid of the token weighs them.
+
+    Example:
+        >>> from moekit.recipes import qwen2_moe
+        >>> qwen2_moe().shared[1:]
+        (8, True)
+    """
+
+    network: "Experts"
+    number: int = 1
+    gated: bool = False
 
 
 class SimpleExperts(NamedTuple):

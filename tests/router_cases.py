@@ -106,5 +106,5 @@ def tensors_of(case: Case, dim: int, experts: int, **options: Any) -> tuple[Any,
     others = simple().init(dim, **options) if case.extra else None
     state = None if case.state is None else case.state.init(experts + case.extra, device=options.get("device"))
     if state is not None and state.is_floating_point():
-        state = state + torch.linspace(-0.3, 0.3, state.numel(), device=state.device)
+        state = state + torch.linspace(-0.3, 0.3, state.numel(), device=state.device).view(state.shape)
     return gate, others, state

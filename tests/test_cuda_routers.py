@@ -110,7 +110,7 @@ def test_gate_and_router_compile_whole(name):
     case = CASES[name]
     x, params, state = (moved(each, "cuda") for each in drawn(case))
     known = {"sequence_length": L, "token_mask": torch.ones(B, L, dtype=torch.bool, device="cuda")}
-    known |= {"token_ids": IDS.cuda(), "table": state}
+    known |= {"token_ids": IDS.cuda()} | ({} if state is None else {case.state.name: state})
     needs = {need: known[need] for need in case.needs}
     bias = None if state is None or case.state.name != "bias" else state.detach()
 

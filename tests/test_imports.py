@@ -108,6 +108,33 @@ def test_third_party_packages_stay_in_their_places(file: Path) -> None:
                 assert allowed(file), f"{file.relative_to(PACKAGE)} imports {name}"
 
 
+def private_names(source: str) -> set[str]:
+    """Name what a file takes of moekit's other files that begins with an underscore; a module may, for its package."""
+    tree, modules, found = ast.parse(source), set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "moekit":
+            for alias in node.names:
+                if (PACKAGE.parent / node.module.replace(".", "/") / f"{alias.name}.py").exists():
+                    modules.add(alias.asname or alias.name)
+                elif alias.name.startswith("_") and not alias.name.startswith("__"):
+                    found.add(f"{node.module}.{alias.name}")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+            private = node.attr.startswith("_") and not node.attr.startswith("__")
+            found |= {f"{node.value.id}.{node.attr}"} if private else set()
+    return found
+
+
+def test_private_names_are_seen() -> None:
+    source = "from moekit import _rows_triton, types\nfrom moekit.rows import _a, b\ntypes._c\nb._asdict()\ntypes.d"
+    assert private_names(source) == {"moekit.rows._a", "types._c"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_private_names_stay_in_their_files(file: Path) -> None:
+    assert not private_names(file.read_text())
+
+
 OPTIONAL = [
     "transformers",
     "triton",

@@ -21,7 +21,7 @@ from moekit.experts import batched, grouped, init_gated, loop, swiglu
 from moekit.ratios import as_ratio
 from moekit.recipes import expert_layer, moe_layer
 from moekit.recipes.layers import MoEParams
-from moekit.types import Routing
+from moekit.types import RouterState, Routing
 
 B, L, D, F, E, K = 2, 9, 5, 7, 6, 2
 T = B * L
@@ -50,6 +50,13 @@ def named(x: Tensor, gate: Any, experts: Any, extra: Any) -> dict[str, Tensor]:
             parts = {"": group} if isinstance(group, Tensor) else group._asdict()
             found |= {f"{what} {name}": tensor for name, tensor in parts.items()}
     return found
+
+
+def test_a_state_may_have_several_axes() -> None:
+    state = RouterState("memory", lambda num_experts, *, device=None: torch.zeros(3, num_experts, device=device))
+    drawn = tensors_of(Case(partial(r.top_k, k=K), state=state), D, E)[2]
+    assert drawn.shape == (3, E)
+    assert drawn.unique().numel() == 3 * E
 
 
 def by_loops(x: Tensor, routing: Routing, experts: Any, *, limit: int | None, extra: Any) -> Tensor:

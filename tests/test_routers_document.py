@@ -33,7 +33,7 @@ def test_its_names_exist_and_no_router_is_missing():
     named = {name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])}
     assert all(hasattr(routing, name) for name in named)
     start, end = routing.__all__.index("top_k"), routing.__all__.index("load_balance_loss")
-    scores = {"softmax", "sigmoid", "sqrt_softplus", "mask_tokens", "mask_soft"}
+    scores = {"softmax", "sigmoid", "sqrt_softplus", "softmax_over_tokens", "mask_tokens", "mask_soft"}
     assert set(routing.__all__[start:end]) - named <= scores | HELPERS
 
 

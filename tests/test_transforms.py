@@ -5,7 +5,18 @@ from importlib import import_module
 import pytest
 import torch
 from torch import Tensor
-from transform_cases import D, E, K, T, case, check_compiled, check_gradients, check_refusals, composed
+from transform_cases import (
+    D,
+    E,
+    K,
+    T,
+    case,
+    check_compiled,
+    check_gradients,
+    check_refusals,
+    check_row_of_the_page,
+    composed,
+)
 
 from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, fused_cpu, grouped, loop
@@ -26,6 +37,13 @@ LAYERS = {**PLAIN, "grouped": composed(grouped), "fused_cpu": fused_cpu(plan=dro
 @pytest.mark.parametrize("name", LAYERS)
 def test_gradients_are_those_of_autograd(name: str) -> None:
     check_gradients(LAYERS[name])
+
+
+@pytest.mark.parametrize("name", sorted({*LAYERS} - {"auto"}))
+def test_the_page_on_performance_says_what_goes_through(name: str) -> None:
+    check_row_of_the_page(
+        composed(batched, padded(capacity_factor=float(E))) if name == "batched" else LAYERS[name], name
+    )
 
 
 @pytest.mark.parametrize("name", LAYERS)

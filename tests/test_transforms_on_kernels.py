@@ -3,7 +3,7 @@
 import pytest
 import torch
 from interpreted import DEVICE, run_interpreted, runs_kernels, starts_interpreter
-from transform_cases import case, check_compiled, check_gradients, check_refusals, composed
+from transform_cases import case, check_compiled, check_gradients, check_refusals, check_row_of_the_page, composed
 
 from moekit.experts import INPUTS, fused_layer
 from moekit.experts.triton_matmul import triton
@@ -30,6 +30,12 @@ def test_under_the_interpreter() -> None:
 @pytest.mark.parametrize("name", ON_KERNELS)
 def test_gradients_of_kernels_are_those_of_autograd(name: str) -> None:
     check_gradients(ON_KERNELS[name], DEVICE)
+
+
+@runs_kernels
+@pytest.mark.parametrize("name", ["fused_layer", "triton"])
+def test_the_page_on_performance_says_what_goes_through_kernels(name: str) -> None:
+    check_row_of_the_page(ON_KERNELS[name], name, DEVICE)
 
 
 @runs_kernels

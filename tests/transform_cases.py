@@ -1,14 +1,17 @@
 """What tests of transforms share: a small layer, and what is held of every one of its backends."""
 
+import re
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from moekit.dispatch import dropless
-from moekit.experts import GatedParams, init_gated, swiglu
+from moekit.dispatch import dropless, padded
+from moekit.experts import GatedParams, batched, init_gated, swiglu
 from moekit.recipes import expert_layer
 from moekit.routing import top_k
 from moekit.types import ExpertLayer, Routing
@@ -76,3 +79,70 @@ def check_refusals(layer: ExpertLayer, name: str, device: str = "cpu") -> None:
             forward_mode()
     with pytest.raises(NotImplementedError, match=f"^{name}: it has no vmap support"):
         torch.func.vmap(total)(torch.stack([x, x]))
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
+
+
+def check_row_of_the_page(layer: ExpertLayer, name: str, device: str = "cpu") -> None:
+    """Hold each cell of a backend's row in docs/performance.md to what happens; what goes through, to `batched`."""
+    section = (
+        PAGE.read_text(encoding="utf-8").split("\n## Transforms, and gradients of gradients\n")[1].split("\n## ")[0]
+    )
+    [head], [row] = (
+        re.findall(rf"^\| {first}[^|]*\| (.*) \|$", section, flags=re.MULTILINE)
+        for first in ("experts on", f"`{name}`")
+    )
+    columns = _attempts(layer, device)
+    assert head.replace("`", "").split(" | ") == [*columns]
+    for attempts, said in zip(columns.values(), row.split(" | "), strict=True):
+        for attempt in attempts:
+            if said == "yes":
+                attempt()
+            else:
+                assert said == "no"
+                with pytest.raises((RuntimeError, NotImplementedError)):
+                    attempt()
+
+
+def _attempts(layer: ExpertLayer, device: str) -> dict[str, list[Callable[[], None]]]:
+    x, routing, params = case(device)
+    logits = torch.randn(2, T, E, generator=torch.Generator().manual_seed(1)).to(device)
+    plain = composed(batched, padded(capacity_factor=float(E)))  # drops nothing
+
+    def total(x: Tensor, up: Tensor, *, layer: ExpertLayer = layer, routing: Routing = routing) -> Tensor:
+        return layer(x, routing, params._replace(up=up)).square().sum()
+
+    def same(transform: Callable[..., Any]) -> Callable[[], None]:
+        return lambda: torch.testing.assert_close(
+            transform(total), transform(partial(total, layer=plain)), rtol=1e-4, atol=1e-4
+        )
+
+    def routed(f: Callable[..., Tensor]) -> Tensor:
+        return torch.vmap(lambda z: f(x, params.up, routing=top_k(z, k=K)))(logits)
+
+    def of_gradient(f: Callable[..., Tensor], which: int) -> Tensor:
+        def size(each: Tensor) -> Tensor:
+            return (
+                torch.func.grad(f, which)(*(each if i == which else (x, params.up)[i] for i in range(2))).square().sum()
+            )
+
+        return torch.func.grad(size)((x, params.up)[which])
+
+    def by_graph(f: Callable[..., Tensor], which: int) -> Tensor:
+        leaves = [each.clone().requires_grad_() for each in (x, params.up)]
+        (gradient,) = torch.autograd.grad(f(*leaves), leaves[which], create_graph=True)
+        return torch.autograd.grad(gradient.square().sum(), leaves[which])[0]
+
+    gradients = [[same(partial(f, which=i)) for f in (of_gradient, by_graph)] for i in range(2)]
+    return {
+        "grad, vjp": [
+            same(lambda f: torch.func.grad(f, (0, 1))(x, params.up)),
+            same(lambda f: torch.func.vjp(f, x, params.up)[1](torch.ones((), device=device))),
+        ],
+        "jvp": [same(lambda f: torch.func.jvp(f, (x, params.up), (x, params.up)))],
+        "vmap over tokens": [same(lambda f: torch.vmap(f, (0, None))(torch.stack([x, -x]), params.up))],
+        "vmap with the router": [same(routed)],
+        "gradient of a gradient by x": gradients[0],
+        "by the matrices": gradients[1],
+    }

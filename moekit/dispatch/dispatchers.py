@@ -39,7 +39,7 @@ def padded(*, capacity_factor: float | Ratio, priority: Priority = by_position) 
         Dispatcher of ``padded_plan``, ``gather_rows`` and ``scatter_rows``, or that of ``dropless``.
 
     Raises:
-        ValueError: if the capacity factor is negative or not finite.
+        ValueError: if the capacity factor is None, negative or not finite, or the priority no function.
 
     Example:
         >>> padded(capacity_factor=0) == dropless()
@@ -48,9 +48,14 @@ def padded(*, capacity_factor: float | Ratio, priority: Priority = by_position) 
     References:
         Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
     """
+    if not callable(priority):
+        raise ValueError(
+            f"padded: priority = {priority!r}; expected a function of moekit.dispatch: by_position, by_choice or "
+            f"by_weight."
+        )
     if capacity_factor == 0:
         return dropless()
-    if not is_positive(capacity_factor):
+    if capacity_factor is None or not is_positive(capacity_factor):
         raise ValueError(
             f"capacity_factor = {capacity_factor}; expected a finite number >= 0, where 0 means dropless. "
             f"1.25 is OpenLM's default."

@@ -188,7 +188,9 @@ def without_dropped(routing: Routing, plan: DispatchPlan) -> Routing:
 
 
 def capacity(routing: Routing, *, capacity_factor: float | Ratio) -> int:
-    """Compute the rows per expert, C = max(1, trunc(cf * K * T / E)), as MegaBlocks and OpenLM do.
+    """Compute the rows per expert, C = max(1, trunc(cf * K * T / E)), as MegaBlocks and OpenLM do where that is not 0.
+
+    Where it is, they take the largest load, which drops nothing, but has to be read from the device; C is 1 here.
 
     K * T is ``routing.pool``, the assignments that compete. Other systems round up, to multiples of 4 or 8, or leave K
     out. The factor is taken as the number that was written (``ratio_of``), so 1.1 * 10 is 11.

@@ -1,6 +1,6 @@
 """Moving tokens to soft slots and back. Slots are tokens to whatever comes between: any expert layer takes them.
 
-slots = mix_tokens(x, routing)
+slots = mix_tokens(x, routing, token_mask=token_mask)
 slots = layer(slots, slot_routing(routing), params)
 y = spread_slots(slots, routing)
 """
@@ -13,7 +13,7 @@ from moekit.checks import check_rows
 from moekit.types import Routing, SoftRouting
 
 
-def mix_tokens(x: Tensor, routing: SoftRouting) -> Tensor:
+def mix_tokens(x: Tensor, routing: SoftRouting, *, token_mask: Tensor | None = None) -> Tensor:
     """Mix tokens into slots, those of one expert next to each other: s_egs = sum_t D_gtes x_gt.
 
     Sums are taken in float32 (float64 for float64 tokens) even inside autocast. **Not causal.** No host
@@ -22,12 +22,15 @@ def mix_tokens(x: Tensor, routing: SoftRouting) -> Tensor:
     Args:
         x: (T, D).
         routing: over T tokens.
+        token_mask: (T,) bool, or any shape of T elements; True for real tokens. The others are taken for zeros, since a
+            share of zero does not keep NaN or infinity out of a sum.
 
     Returns:
         (E*G*S, D), the dtype of ``x``: expert by expert, pool by pool, slot by slot.
 
     Raises:
         ValueError: if ``x`` is not (T, D) with the routing's T.
+        RuntimeError: of torch, if the mask is not of T elements.
 
     Example:
         >>> half = torch.full((1, 2, 1, 1), 0.5)
@@ -39,6 +42,8 @@ def mix_tokens(x: Tensor, routing: SoftRouting) -> Tensor:
     """
     pools, size, num_experts, slots = routing.dispatch_weights.shape
     check_rows("mix_tokens: x", x, pools * size, "T, the tokens of the routing", made="this routing was")
+    if token_mask is not None:
+        x = x.masked_fill(~token_mask.flatten().bool().unsqueeze(1), 0.0)
     tokens = x.reshape(pools, size, x.shape[1])
     mixed = _einsum("gtes,gtd->egsd", routing.dispatch_weights, tokens)
     return mixed.reshape(num_experts * pools * slots, x.shape[1])

@@ -62,7 +62,7 @@ def _gelu_of(approximate: str) -> InPlaceActivation:
     return InPlaceActivation(partial(_gelu, approximate=approximate), partial(_gelu_backward, approximate=approximate))
 
 
-# An operator's arguments are tensors and plain values: activations reach it by the names of ``fused.Activation``.
+# An operator's arguments are tensors and plain values: activations reach it by the names of ``activations.Activation``.
 ACTIVATIONS: Mapping[str, InPlaceActivation] = MappingProxyType(
     {
         "silu": InPlaceActivation(_silu, _silu_backward),

@@ -71,6 +71,33 @@ def is_experts(module: nn.Module) -> bool:
     return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
 
 
+def experts_modules(name: str, model: nn.Module) -> dict[str, nn.Module]:
+    """List the experts modules of a model.
+
+    Args:
+        name: of the caller, for the message.
+        model: any module.
+
+    Returns:
+        Name to module.
+
+    Raises:
+        ValueError: if it has none.
+
+    Example:
+        >>> experts_modules("a function", nn.Linear(2, 3))  # doctest: +ELLIPSIS
+        Traceback (most recent call last):
+        ValueError: a function: Linear has no experts modules with transformers' experts interface; ...
+    """
+    found = {each: module for each, module in model.named_modules() if is_experts(module)}
+    if not found:
+        raise ValueError(
+            f"{name}: {type(model).__name__} has no experts modules with transformers' experts interface; expected a "
+            f"Mixture-of-Experts model whose experts class carries @use_experts_implementation."
+        )
+    return found
+
+
 def module_params(experts: nn.Module) -> ModuleParams:
     """Read the parameters of a transformers experts module: any of its layouts, biased or not, gated or not.
 

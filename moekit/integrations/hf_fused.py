@@ -25,7 +25,7 @@ from moekit.experts import (
     fused_layer,
     layer_tiles,
 )
-from moekit.integrations.hf_experts import ModuleParams, as_weights, is_experts, module_layer, module_params
+from moekit.integrations.hf_experts import ModuleParams, as_weights, experts_modules, module_layer, module_params
 from moekit.recipes import backends
 from moekit.types import ExpertLayer, Routing
 
@@ -188,14 +188,9 @@ def why_not_fused(
         >>> why_not_fused(mixtral.MixtralSparseMoeBlock(config))
         {'experts': 'its kernels are for CUDA devices, not cpu'}
     """
-    found = {name: module_params(module) for name, module in model.named_modules() if is_experts(module)}
-    if not found:
-        raise ValueError(
-            f"why_not_fused: {type(model).__name__} has no experts modules with transformers' experts interface; "
-            f"expected a Mixture-of-Experts model whose experts class carries @use_experts_implementation."
-        )
     reasons = {}
-    for name, params in found.items():
+    for name, module in experts_modules("why_not_fused", model).items():
+        params = module_params(module)
         where = params.up.device if device is None else torch.device(device)
         reasons[name] = _why_not(params, where, _dtypes(params, where) if dtype is None else {dtype})
     return reasons

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.dispatch import dropless_plan
-from moekit.integrations.hf_experts import is_experts, routing_of
+from moekit.integrations.hf_experts import experts_modules, routing_of
 from moekit.routing import RoutingStats, mask_tokens, routing_stats
 from moekit.types import Routing
 
@@ -145,12 +145,7 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     References:
         The interface of the experts modules is that of transformers, ``transformers/integrations/moe.py``.
     """
-    experts = {name: module for name, module in model.named_modules() if is_experts(module)}
-    if not experts:
-        raise ValueError(
-            f"track_routing: {type(model).__name__} has no experts modules with transformers' experts interface; "
-            f"expected a Mixture-of-Experts model whose experts class carries @use_experts_implementation."
-        )
+    experts = experts_modules("track_routing", model)
     recorder = RoutingRecorder()
     call = _ModelCall(recorder, mask_padding)
     with ExitStack() as hooks:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from moekit.lm.files import write_whole
-from moekit.lm.plots import _matplotlib
+from moekit.lm.plots import matplotlib_parts
 
 
 class Dots(NamedTuple):
@@ -41,7 +41,7 @@ def plot_ablation(path: str | os.PathLike[str], dots: Sequence[Dots], *, sets: S
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    figure_type, _ = _matplotlib()
+    figure_type, _ = matplotlib_parts()
     figure = figure_type(figsize=(3 + 4.2 * max(len(sets), 1), 1.6 + 0.28 * len(dots)), layout="constrained")
     axes = figure.subplots(1, max(len(sets), 1), sharey=True, squeeze=False)[0]
     ordered = sorted(dots, key=lambda each: (not each.comparable, _mean(each, sets)))

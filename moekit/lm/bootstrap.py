@@ -68,9 +68,8 @@ def bootstrap_interval(
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, _DRAWS // len(pairs))
     means = torch.empty(resamples, dtype=torch.float64)
-    for part in means.split(
-        rows
-    ):  # written in place: small results kept among large freed ones would hold their memory
+    # Written in place: small results kept among large freed ones would hold their memory.
+    for part in means.split(rows):
         _means_(part, pairs, generator)
     tail = (1 - confidence) / 2
     low, high = means.quantile(torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()

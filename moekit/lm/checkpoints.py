@@ -132,7 +132,10 @@ def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
     state = read_state(folder)
     _check_files(Path(folder))
     stored = stored_shapes(folder)
-    hint = "Start with the model flags that the checkpoint was trained with; they are in config.json of its run folder."
+    hint = (
+        f"Start with the model flags that the checkpoint was trained with{_recipe_flag(state)}; they are in "
+        f"config.json of its run folder."
+    )
     for name, tensor in tensors.items():
         if stored.get(name) != tensor.shape:
             have = f"shape {tuple(stored[name])}" if name in stored else "no such tensor"
@@ -175,6 +178,12 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         tensors.update({f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")})
     return tensors
+
+
+def _recipe_flag(state: Mapping[str, Any]) -> str:
+    settings = state.get("settings")
+    recipe = settings.get("recipe") if isinstance(settings, Mapping) else None
+    return f", --recipe {recipe} among them" if isinstance(recipe, str) else ""
 
 
 def _check_files(folder: Path) -> None:

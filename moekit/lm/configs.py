@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -15,6 +15,8 @@ from moekit.lm.norms import make_norm
 from moekit.lm.rotary import make_rotary
 
 _TOO_LARGE = 2**31
+_OF_METHOD = {"moe_top_k": int, "moe_capacity_factor": float, "moe_loss_weight": float}
+"""Keys that a file may have too, as OpenLM's do: they are of the MoE layers' method, which a shape does not hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,9 +40,6 @@ class ModelConfig:
         ffn_type: the dense feed-forward, a name of :func:`moekit.lm.feed_forward.make_feed_forward`.
         moe_freq: layer i is MoE if ``i % moe_freq == 0``; 0 makes every layer dense.
         moe_num_experts: E; required where ``moe_freq`` is positive.
-        moe_top_k: experts per token.
-        moe_capacity_factor: rows per expert, in multiples of an even share; 0 means dropless.
-        moe_loss_weight: coefficient of the balancing loss.
 
     Raises:
         ValueError: if a value has the wrong type, is out of range, is an unknown name, or contradicts another.
@@ -67,9 +66,6 @@ class ModelConfig:
     ffn_type: str = "swiglu"
     moe_freq: int = 0
     moe_num_experts: int | None = None
-    moe_top_k: int = 2
-    moe_capacity_factor: float = 1.25
-    moe_loss_weight: float = 0.1
 
     def __post_init__(self) -> None:
         _check_types(self)
@@ -129,7 +125,8 @@ def load_config(
     source, values = str(name_or_path), read_config(name_or_path)
     _check_keys(defaults or {}, source="defaults")
     _check_keys(overrides, source="overrides")
-    merged = {**(defaults or {}), **values, **overrides}
+    of_shape = {key: value for key, value in values.items() if key not in _OF_METHOD}
+    merged = {**(defaults or {}), **of_shape, **overrides}
     required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
     missing = [name for name in required if name not in merged]
     if missing:
@@ -143,6 +140,9 @@ def load_config(
 def read_config(name_or_path: str | Path, /) -> dict[str, Any]:
     """Read the keys that a preset or a file sets, and no others.
 
+    Beside the shape's it may say, as OpenLM's, what its MoE layers do: ``moe_top_k``, ``moe_capacity_factor`` (0 means
+    dropless) and ``moe_loss_weight``.
+
     Args:
         name_or_path: the name of a preset, or a path that ends in ``.json``.
 
@@ -151,15 +151,20 @@ def read_config(name_or_path: str | Path, /) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: if there is no file at the path.
-        ValueError: if no preset has this name, the file is no JSON object, or a key is unknown.
+        ValueError: if no preset has this name, the file is no JSON object, a key is unknown, or what it says of the MoE
+            layers is out of range.
 
     Example:
-        >>> "moe_top_k" in read_config("open_lm_41m")
+        >>> "moe_num_experts" in read_config("open_lm_41m")
         False
     """
     source = str(name_or_path)
     values = _read_path(Path(source)) if source.endswith(".json") else _read_preset(source)
-    _check_keys(values, source=source)
+    _check_keys(values, source=source, others=_OF_METHOD)
+    try:
+        _check_method(values)
+    except ValueError as error:
+        raise ValueError(f"model config {source}: {error}") from error
     return values
 
 
@@ -195,8 +200,8 @@ def _parse(text: str, *, source: str) -> dict[str, Any]:
     return values
 
 
-def _check_keys(values: Mapping[str, Any], *, source: str) -> None:
-    known = [f.name for f in dataclasses.fields(ModelConfig)]
+def _check_keys(values: Mapping[str, Any], *, source: str, others: Iterable[str] = ()) -> None:
+    known = [*(f.name for f in dataclasses.fields(ModelConfig)), *others]
     for key in values:
         if key not in known:
             raise ValueError(f"{source}: {unknown_name(key, known, what='model config key')}")
@@ -204,14 +209,17 @@ def _check_keys(values: Mapping[str, Any], *, source: str) -> None:
 
 def _check_types(config: ModelConfig) -> None:
     for field in dataclasses.fields(config):
-        value, expected = getattr(config, field.name), field.type
-        if isinstance(value, bool):  # a bool is an int to isinstance
-            good = expected is bool
-        else:
-            good = isinstance(value, int | float if expected is float else expected)  # type: ignore[arg-type]
-        if not good:
-            name = getattr(expected, "__name__", str(expected))
-            raise ValueError(f"{field.name} is {value!r} ({type(value).__name__}), expected {name}")
+        _check_type(field.name, getattr(config, field.name), field.type)
+
+
+def _check_type(name: str, value: Any, expected: Any) -> None:
+    if isinstance(value, bool):  # a bool is an int to isinstance
+        good = expected is bool
+    else:
+        good = isinstance(value, int | float if expected is float else expected)
+    if not good:
+        wanted = getattr(expected, "__name__", str(expected))
+        raise ValueError(f"{name} is {value!r} ({type(value).__name__}), expected {wanted}")
 
 
 def _check_heads(config: ModelConfig) -> None:
@@ -230,19 +238,19 @@ def _check_heads(config: ModelConfig) -> None:
 def _check_moe(config: ModelConfig) -> None:
     if config.moe_freq < 0:
         raise ValueError(f"moe_freq is {config.moe_freq}, expected 0 (dense) or a positive step such as 2")
-    if not (0 <= config.moe_capacity_factor < math.inf and 0 <= config.moe_loss_weight < math.inf):
-        raise ValueError(
-            f"moe_capacity_factor is {config.moe_capacity_factor} and moe_loss_weight {config.moe_loss_weight}, "
-            "expected finite numbers, neither negative (capacity factor 0 means dropless)"
-        )
     if config.moe_freq == 0:
         return
     if config.moe_num_experts is None:
         raise ValueError(f"moe_freq is {config.moe_freq}, so moe_num_experts is needed too, for example 8")
     if not 1 <= config.moe_num_experts < _TOO_LARGE:
         raise ValueError(f"moe_num_experts is {config.moe_num_experts}, expected at least 1 and less than 2^31")
-    if not 1 <= config.moe_top_k <= config.moe_num_experts:
-        raise ValueError(
-            f"moe_top_k is {config.moe_top_k}, expected between 1 and moe_num_experts = {config.moe_num_experts}. "
-            "Change one of the two (--moe-top-k, --moe-num-experts)"
-        )
+
+
+def _check_method(values: Mapping[str, Any]) -> None:
+    given = {name: values[name] for name in _OF_METHOD if name in values}
+    for name, value in given.items():
+        _check_type(name, value, _OF_METHOD[name])
+        if name == "moe_top_k" and value < 1:
+            raise ValueError(f"{name} is {value}, expected at least 1")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} is {value}, expected a finite number that is not negative")

@@ -44,7 +44,7 @@ def plot_run(
     Raises:
         ModuleNotFoundError: if matplotlib is not installed.
     """
-    figure_type, ticker = _matplotlib()
+    figure_type, ticker = matplotlib_parts()
     figure = figure_type(figsize=(6 + 3.2 * max(len(loads), 1), 4), layout="constrained")
     ratios = [2.0] + [1.0] * len(loads)
     axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
@@ -99,7 +99,15 @@ def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapp
     axis.legend(fontsize=8)
 
 
-def _matplotlib():  # type: ignore[no-untyped-def]
+def matplotlib_parts():  # type: ignore[no-untyped-def]
+    """Import what pictures are drawn with.
+
+    Returns:
+        The type ``Figure``, and the module ``ticker``.
+
+    Raises:
+        ModuleNotFoundError: if matplotlib is not installed.
+    """
     try:
         from matplotlib import ticker
         from matplotlib.figure import Figure

@@ -52,7 +52,7 @@ def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) 
     References:
         Megatron-LM's token dispatcher ``allgather``, https://github.com/NVIDIA/Megatron-LM
     """
-    return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=True)
+    return partial(_all_gather, layer=layer, group=group, equal=equal)
 
 
 def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
@@ -96,7 +96,7 @@ def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = Fa
         Shoeybi et al., Megatron-LM, 2019, section 3, https://arxiv.org/abs/1909.08053; gathering tokens that differ
         between ranks is its sequence parallelism, Korthikanti et al., 2022, https://arxiv.org/abs/2205.05198
     """
-    return partial(_gathered, layer=layer, group=group, equal=equal, split_experts=False)
+    return partial(_tensor_parallel, layer=layer, group=group, equal=equal)
 
 
 def plan_together(
@@ -128,7 +128,7 @@ def plan_together(
 def _plan_together(
     routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup, equal: bool
 ) -> DispatchPlan:
-    together = _arrived(routing, _sizes(routing, group, equal), group, split_experts=False)
+    together = _gathered(routing, _sizes(routing, group, equal), group)
     made = plan(together)
     num_own = routing.expert_indices.numel()
     own = made.assignments - group.rank() * (together.expert_indices.numel() // group.size())
@@ -143,24 +143,29 @@ class _Sizes(NamedTuple):
     pool: int | Ratio
 
 
-def _gathered(
-    x: Tensor,
-    routing: Routing,
-    params: Any,
-    *,
-    layer: ExpertLayer,
-    group: ProcessGroup,
-    equal: bool,
-    split_experts: bool,
+def _all_gather(
+    x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, group: ProcessGroup, equal: bool
 ) -> Tensor:
-    name = "all_gather" if split_experts else "tensor_parallel"
-    check_tokens(name, x, routing)
-    if split_experts:
-        experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
-    elif group.size() > 1 and getattr(params, "down_bias", None) is not None:
+    check_tokens("all_gather", x, routing)
+    experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
+    sizes = _sizes(routing, group, equal)
+    return _share(x, _of_own_experts(_gathered(routing, sizes, group), group), params, sizes, layer=layer, group=group)
+
+
+def _tensor_parallel(
+    x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, group: ProcessGroup, equal: bool
+) -> Tensor:
+    check_tokens("tensor_parallel", x, routing)
+    if group.size() > 1 and getattr(params, "down_bias", None) is not None:
         raise ValueError(_BIASED.format(kind=type(params).__name__, ranks=group.size()))
     sizes = _sizes(routing, group, equal)
-    arrived = _arrived(routing, sizes, group, split_experts)
+    return _share(x, _gathered(routing, sizes, group), params, sizes, layer=layer, group=group)
+
+
+def _share(
+    x: Tensor, arrived: Routing, params: Any, sizes: _Sizes, *, layer: ExpertLayer, group: ProcessGroup
+) -> Tensor:
+    """Run the layer on the tokens of all ranks, and add up what each rank makes of them."""
     rows = gather(_padded(narrowed(x), sizes.tokens), group=group)  # (P * T, D)
     y = connect(layer(rows, arrived, params), rows, arrived.weights)
     y = reduce_scatter(y, group=group)
@@ -177,7 +182,7 @@ def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:
     return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))))
 
 
-def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts: bool) -> Routing:
+def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
     """Make the routing of the gathered tokens; those that fill up a rank's share have no assignments."""
     num_ranks, shape = group.size(), routing.expert_indices.shape
     choices = len(shape) == 2
@@ -189,14 +194,9 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
     numbers = gather(_padded(torch.cat(columns, dim=1), length, value=-1), group=group)
     experts, *others = numbers.split(k, dim=1)
     weights = gather(_padded(routing.weights.reshape(columns[0].shape), length), group=group)
-    per_rank = experts_per_rank(routing.num_experts, num_ranks) if split_experts else routing.num_experts
-    if split_experts:
-        experts = experts - group.rank() * per_rank
-        experts = torch.where((experts >= 0) & (experts < per_rank), experts, -1)
-        experts = torch.where(numbers[:, :k] < 0, -1, experts)
     source = torch.arange(num_ranks * length, device=experts.device).unsqueeze(1)
     tokens = source if choices else source // max(length, 1) * sizes.tokens + others.pop(0).clamp_min(0)
-    tokens = tokens.expand(-1, k)  # weights stay those of all choices: a token's priority may depend on its best
+    tokens = tokens.expand(-1, k)
     if not choices:
         tokens, experts, weights = tokens.squeeze(1), experts.squeeze(1), weights.squeeze(1)
     return Routing(
@@ -204,9 +204,23 @@ def _arrived(routing: Routing, sizes: _Sizes, group: ProcessGroup, split_experts
         experts,
         weights,
         num_tokens=num_ranks * sizes.tokens,
-        num_experts=per_rank,
-        pool=multiplied(sizes.pool, Ratio(1, num_ranks)) if split_experts else sizes.pool,
+        num_experts=routing.num_experts,
+        pool=sizes.pool,
         positions=others[0].view_as(experts) if others else None,
+    )
+
+
+def _of_own_experts(routing: Routing, group: ProcessGroup) -> Routing:
+    """Number this rank's experts from 0; choices of others' do not exist, but keep their weights.
+
+    A token's priority may depend on the best of all its weights.
+    """
+    per_rank = experts_per_rank(routing.num_experts, group.size())
+    experts = routing.expert_indices - group.rank() * per_rank
+    return routing._replace(
+        expert_indices=torch.where((experts >= 0) & (experts < per_rank), experts, -1),
+        num_experts=per_rank,
+        pool=multiplied(routing.pool, Ratio(1, group.size())),
     )
 
 

@@ -17,6 +17,7 @@ from moekit.parallel.exchange_plans import (
     plan_exchange,
     tokens_of_rows,
 )
+from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, is_positive, multiplied, ratio_of, total
 from moekit.rows import copy_rows, sum_rows
 from moekit.types import ExpertLayer, Ratio, Routing
@@ -42,8 +43,9 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
         ExpertLayer over E experts.
 
     Raises:
-        ValueError: when called, before anything is sent: if P does not divide E, the routing is no sparse one, or ``x``
-            is not (T, D) with its T. A rank that alone raises leaves the others waiting for it.
+        ValueError: if ``group`` is None; when called, before anything is sent: if P does not divide E, the routing is
+            no sparse one, ``x`` is not (T, D) with its T, or a rank has the parameters of all E experts. A rank that
+            alone raises leaves the others waiting for it.
 
     Example:
         >>> import torch.distributed as dist
@@ -60,6 +62,7 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
         Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668; sending a token once per rank and not once per
         expert is DeepSeek-V3's, 2024, section 3.2.2 (per node there), https://arxiv.org/abs/2412.19437
     """
+    _check_group("all_to_all", group)
     return partial(_all_to_all, layer=layer, group=group, return_group=group if return_group is None else return_group)
 
 
@@ -87,7 +90,8 @@ def static_all_to_all(
         ExpertLayer over E experts.
 
     Raises:
-        ValueError: if the capacity factor is not a positive, finite number; when called, as ``all_to_all``.
+        ValueError: if ``group`` is None, or the capacity factor is not a positive, finite number; when called, as
+            ``all_to_all``.
 
     Example:
         >>> import torch.distributed as dist
@@ -103,6 +107,7 @@ def static_all_to_all(
     References:
         Lepikhin et al., GShard, 2020, section 2.2 (capacity per source group), https://arxiv.org/abs/2006.16668
     """
+    _check_group("static_all_to_all", group)
     if not is_positive(capacity_factor):
         raise ValueError(
             f"static_all_to_all: capacity_factor = {capacity_factor}; expected a positive, finite number. The number "
@@ -173,6 +178,7 @@ def _all_to_all(
     return_group: ProcessGroup,
 ) -> Tensor:
     check_tokens("all_to_all", x, routing)
+    _check_part("all_to_all", params, routing, group)
     plan = plan_exchange(routing, group.size())
     sizes = _agree(plan, routing, group)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
@@ -189,12 +195,33 @@ def _static_all_to_all(
     return_group: ProcessGroup,
 ) -> Tensor:
     check_tokens("static_all_to_all", x, routing)
+    _check_part("static_all_to_all", params, routing, group)
     num_ranks = group.size()
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
     row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
     sizes = ExchangeSizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
     return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
+
+
+def _check_group(name: str, group: Any) -> None:
+    if group is None:
+        raise ValueError(
+            f"{name}: group = None; expected a ProcessGroup, such as torch.distributed.group.WORLD once "
+            f"torch.distributed.init_process_group was called."
+        )
+
+
+def _check_part(name: str, params: Any, routing: Routing, group: ProcessGroup) -> None:
+    """Refuse the parameters of all experts on a rank that owns some of them."""
+    num_ranks, num_experts = group.size(), routing.num_experts
+    first = params[0] if isinstance(params, tuple) and params else None
+    if num_ranks > 1 and isinstance(first, Tensor) and first.ndim and first.shape[0] == num_experts > 0:
+        raise ValueError(
+            f"{name}: this rank has the parameters of all {num_experts} experts; expected {num_experts} / {num_ranks} "
+            f"= {experts_per_rank(num_experts, num_ranks)}. Make the layer with part=Part(block=this rank's number, "
+            f"blocks={num_ranks})."
+        )
 
 
 def _travel(

@@ -22,7 +22,7 @@ from moekit.recipes.finishing import Trained, method_of_run
 from moekit.recipes.language_models import moe_layers, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.precisions import autocast
-from moekit.recipes.routing_sums import all_routing_sums
+from moekit.recipes.routing_sums import all_routing_sums, assignments_per_token
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
 from moekit.recipes.settings import TrainSettings
@@ -185,8 +185,8 @@ def experts_per_token(run: Run) -> float:
         inputs, _, mask = split_ids(ids)
         with evaluating(run.model, run.evaluation_recipe), autocast(run.settings.optimizer.precision, run.world.device):
             layers = run.model(inputs, token_mask=mask).layers
-            sums = all_routing_sums(run.model, layers, token_mask=mask).cpu()  # (layers, E + 3), the last: tokens
-        found = found + sums[:, :-3].sum() / sums[:, -1].sum()
+            sums = all_routing_sums(run.model, layers, token_mask=mask).cpu()
+        found = found + assignments_per_token(sums)
     return round(float(found) / len(run.corpus.validation), 3)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from moekit.dispatch import gather_rows, scatter_rows
-from moekit.recipes.choices import num_choices, undecided_logits
+from moekit.recipes.choices import check_order, num_choices, undecided_logits
 from moekit.recipes.layers import Recipe, routing_of_networks
 from moekit.recipes.recipe_checks import check_plan
 from moekit.routing import Causality, causality, clean
@@ -29,7 +29,7 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
         Causality.
 
     Raises:
-        ValueError: if the recipe's plan is not its layer's.
+        ValueError: if the recipe's plan is not its layer's, or its router's rows are not those of the tokens in order.
 
     Example:
         >>> from moekit.recipes import gshard, mixtral
@@ -53,4 +53,5 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
 
 
 def _plan(routing: Routing, *, recipe: Recipe) -> DispatchPlan:
+    check_order(recipe, routing)
     return recipe.plan(routing_of_networks(routing, recipe))

@@ -14,7 +14,8 @@ from moekit.experts.tile_tables import from_table
 from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.recipes.backends import auto, auto_top_k, why_not_fused
 from moekit.recipes.expert_networks import ACTIVATIONS, experts_of
-from moekit.recipes.layers import Recipe, expert_layer
+from moekit.recipes.forms import bound, is_same
+from moekit.recipes.layers import Recipe, parts_of
 from moekit.routing import top_k
 from moekit.types import ExpertLayer, Router
 
@@ -43,16 +44,11 @@ def automatic(recipe: Recipe, *, choose: Callable[..., ExpertLayer] = auto) -> R
         >>> automatic(slow) is slow
         True
     """
-    layer = recipe.layer
-    if not isinstance(layer, partial) or set(layer.keywords) != {"dispatcher", "experts"}:
+    parts = parts_of(recipe.layer)
+    activation = None if parts is None else _activation_of(parts.experts)
+    if parts is None or activation is None:
         return recipe
-    dispatcher, experts = layer.keywords["dispatcher"], layer.keywords["experts"]
-    if layer.args or layer.func is not expert_layer(dispatcher=dispatcher, experts=experts).func:  # type: ignore[attr-defined]
-        return recipe
-    activation = _activation_of(experts)
-    if activation is None:
-        return recipe
-    return recipe._replace(layer=choose(dispatcher=dispatcher, activation=activation), route=_quick(recipe.route))
+    return recipe._replace(layer=choose(dispatcher=parts.dispatcher, activation=activation), route=_quick(recipe.route))
 
 
 def why_not_on_kernels(recipe: Recipe, device: torch.device) -> str:
@@ -112,29 +108,17 @@ def tiles_of(path: Path | None, *, flag: str) -> Callable[[LayerSize], LayerTile
 
 
 def _quick(route: Router) -> Router:
-    known = {"k", "score", "normalize", "scale"}
-    if not isinstance(route, partial) or route.func is not top_k or route.args or not set(route.keywords) <= known:
+    if not isinstance(route, partial) or route.func is not top_k or route.args:
         return route
-    return partial(auto_top_k, **route.keywords)
+    known = {name: route.keywords[name] for name in route.keywords if name in ("k", "score", "normalize", "scale")}
+    return partial(auto_top_k, **known) if is_same(partial(top_k, **known), route) else route
 
 
 def _activation_of(experts: Callable[..., Any]) -> Activation | None:
     """Find the activation whose expert network on ``grouped`` this is, with biases or without."""
-    found = _bound(experts)
-    limits = {name: value for name, value in found[2].items() if name in ("alpha", "limit")}
+    limits = {name: value for name, value in bound(experts)[1].items() if name in ("alpha", "limit")}
     for activation in (*ACTIVATIONS, CLAMPED_SWIGLU._replace(**limits)):
         for kind in (None, BiasedGatedParams if activation.gated else BiasedMlpParams):
-            if found == _bound(partial(experts_of(activation, kind), matmul=grouped)):
+            if is_same(experts, partial(experts_of(activation, kind), matmul=grouped)):
                 return activation
     return None
-
-
-def _bound(function: Callable[..., Any]) -> tuple[Any, ...]:
-    """Return a partial function's parts, which compare where partial functions themselves do not."""
-    if not isinstance(function, partial):
-        return function, (), {}
-    return function.func, function.args, {name: _value(value) for name, value in function.keywords.items()}
-
-
-def _value(value: Any) -> Any:
-    return _bound(value) if isinstance(value, partial) else value

@@ -1,6 +1,5 @@
 """The choice of an expert layer for a device and a dtype, and why: from what is known, without timing anything."""
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import dtype_in_products
-from moekit.dispatch import dropless, gather_rows, scatter_rows
+from moekit.dispatch import dropless, gather_rows, padded_plan, scatter_rows
 from moekit.experts import (
     CLAMPED_SWIGLU,
     SWIGLU,
@@ -28,13 +27,13 @@ from moekit.experts.keep import PREACTIVATION, Keep
 from moekit.experts.param_checks import kind_of
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
-from moekit.operators import constant_in_graphs
+from moekit.operators import HAS_TRITON, constant_in_graphs
 from moekit.recipes.expert_networks import experts_of
 from moekit.recipes.layers import check_dispatcher, expert_layer, limited
-from moekit.routing import fused_top_k, softmax, top_k
+from moekit.routing import fused_top_k, noisy, softmax, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
-from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Routing
+from moekit.types import Dispatcher, ExpertLayer, GroupedMatmul, Logits, Routing
 
 _OLDEST = (8, 0)  # Ampere: the first GPUs with bfloat16 in Triton's products
 _DROPPING = "without what the dispatcher's plan drops"
@@ -205,7 +204,7 @@ def _auto(
 
 
 def auto_top_k(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int,
     score: Score = softmax,
@@ -218,7 +217,7 @@ def auto_top_k(
     As causal, synchronising and deterministic as those.
 
     Args:
-        logits: (T, E).
+        logits: (T, E), with or without noise.
         k: experts per token.
         score: of this package's; the kernel knows ``softmax`` and ``sigmoid``.
         normalize: divide a token's weights by their sum.
@@ -235,6 +234,7 @@ def auto_top_k(
         >>> auto_top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2).expert_indices
         tensor([[1, 2]])
     """
+    logits = noisy(logits)
     fits = kernel_takes(logits.shape[-1], k, score)
     choose = top_k if not fits or why_not_fused(logits.device, torch.float32) else fused_top_k
     return choose(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
@@ -262,7 +262,7 @@ def why_not_fused(device: torch.device, dtype: torch.dtype, *, dispatcher: Dispa
         return f"its kernels are for CUDA devices, not {device.type}"
     if torch.version.hip is not None:
         return "its kernels are for NVIDIA cards"
-    if not _has_triton():
+    if not HAS_TRITON:
         return "Triton is not installed (pip install triton)"
     capability = _capability(device)
     if capability < _OLDEST:
@@ -281,6 +281,11 @@ def _why_not_moved(dispatcher: Dispatcher) -> str:
 def _has_own_plan(dispatcher: Dispatcher) -> bool:
     """Say whether a dispatcher pads rows or drops some, for all that is known."""
     return dispatcher.plan is not dropless().plan
+
+
+def _pads(dispatcher: Dispatcher) -> bool:
+    """Say whether a dispatcher makes groups of equal size, which is known of ``padded``'s plan alone."""
+    return isinstance(dispatcher.plan, partial) and dispatcher.plan.func is padded_plan
 
 
 @constant_in_graphs
@@ -331,15 +336,10 @@ def why_not_fused_cpu(activation: Activation, params: type[Any] | None, *, dispa
     return "" if dispatcher is None else _why_not_moved(dispatcher)
 
 
-@constant_in_graphs
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _matmul_for(
     device: torch.device, dtype: torch.dtype, dispatcher: Dispatcher, widths: tuple[int, int] | None
 ) -> tuple[str, GroupedMatmul, str]:
-    padded = _has_own_plan(dispatcher)
+    padded = _pads(dispatcher)
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
     if device.type == "cuda" and dtype in KERNEL_DTYPES and aligned:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"

@@ -63,7 +63,8 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
         Assignments per token, at most, simple experts included; for a soft router, slots per token.
 
     Raises:
-        ValueError: if the router returns no routing, or one to experts that there are not.
+        ValueError: if the router returns no routing, one to experts that there are not, or rows in another order than
+            tokens.
 
     Example:
         >>> from moekit.recipes import mixtral
@@ -90,9 +91,38 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
             f"the router {place_of(recipe.route)} chose experts from {int(chosen.min())} to {int(chosen.max())} of "
             f"{last + 1}; expected 0 to {last}, or -1 for none."
         )
+    for each in (routing, decided):
+        if isinstance(each, Routing):
+            check_order(recipe, each)
     chosen = routing.expert_indices
     # A list is made longer than what it holds.
     return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
+
+
+def check_order(recipe: Recipe, routing: Routing) -> None:
+    """Refuse a routing whose rows are not those of the tokens in order, which layers would compute wrongly.
+
+    Args:
+        recipe: whose router made it.
+        routing: of token choice, with two axes, or any other, which lists its tokens as it likes.
+
+    Raises:
+        ValueError: if an assignment of row t is of another token.
+
+    Example:
+        >>> from moekit.recipes import mixtral
+        >>> check_order(mixtral(), mixtral().route(torch.zeros(3, 8)))
+    """
+    tokens, experts = routing.token_indices, routing.expert_indices
+    if experts.ndim != 2:
+        return
+    rows = torch.arange(routing.num_tokens, device=tokens.device).unsqueeze(1)
+    if experts.shape[0] != routing.num_tokens or bool(((tokens != rows) & (experts >= 0)).any()):
+        raise ValueError(
+            f"the router {place_of(recipe.route)} returned rows in another order than the {routing.num_tokens} tokens'"
+            "; expected token_indices[t] = t, as the routing has two axes (T, K). Bring the rows into order, or return "
+            "a list: flatten token_indices, expert_indices and weights to one axis."
+        )
 
 
 def _logits(recipe: Recipe, num_experts: int, tokens: Tensor) -> Logits:

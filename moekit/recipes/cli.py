@@ -15,7 +15,7 @@ from moekit import __version__
 from moekit.lm._lookup import unknown_name
 from moekit.recipes import doctor as _doctor
 from moekit.recipes.choices import experts_per_token
-from moekit.recipes.layers import Recipe
+from moekit.recipes.layers import Recipe, parts_of
 from moekit.recipes.names import RECIPES
 from moekit.routing import round_robin
 
@@ -144,14 +144,13 @@ def recipe_parts(recipe: Recipe) -> list[str]:
         >>> recipe_parts(RECIPES["qwen2_moe"]())
         ['linear_gate', 'top_k', 'swiglu', '8 shared, gated']
     """
-    layer = recipe.layer
-    while isinstance(layer, partial) and "experts" not in layer.keywords:
+    layer: Any = recipe.layer
+    while (parts := parts_of(layer)) is None and isinstance(layer, partial) and "layer" in layer.keywords:
         layer = layer.keywords["layer"]
-    experts = [function_name(layer.keywords["experts"])] if isinstance(layer, partial) else []
-    shared = f"{recipe.num_shared} shared{', gated' if recipe.shared_gated else ''}"
-    simple = f"{recipe.simple.number} simple" if recipe.simple else ""
-    beside = [shared if recipe.num_shared else "", simple]
-    return [function_name(recipe.gate), function_name(recipe.route), *experts, *filter(None, beside)]
+    experts = [function_name(layer if parts is None else parts.experts)]
+    beside = [f"{recipe.shared.number} shared{', gated' if recipe.shared.gated else ''}"] if recipe.shared else []
+    beside += [f"{recipe.simple.number} simple"] if recipe.simple else []
+    return [function_name(recipe.gate), function_name(recipe.route), *experts, *beside]
 
 
 def function_name(function: Any) -> str:

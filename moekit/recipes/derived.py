@@ -12,6 +12,10 @@ _EXCLUDING = (  # of the two sides the command line's counts
 )
 OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
 OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")  # that a model's file may say
+OF_EXCHANGE = (  # that --moe-expert-model-parallelism asks for
+    *("moe_expert_ranks", "moe_hidden_ranks", "moe_exchange", "moe_exchange_capacity_factor", "moe_exchange_chunks"),
+    "moe_hierarchical_exchange",
+)
 _LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
 _SOURCES = {  # what a run derives, and from which flags
     "warmup": _LENGTH,
@@ -68,6 +72,8 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
         dropped |= set(OF_METHOD)
     if "no_fsdp" in typed:
         dropped |= {name for name in values if name.startswith("fsdp_")}
+    if "no_moe_expert_model_parallelism" in typed:
+        dropped |= set(OF_EXCHANGE)
     return {name: value for name, value in values.items() if name not in dropped}
 
 

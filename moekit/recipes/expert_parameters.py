@@ -80,7 +80,8 @@ def draw_experts(
         A NamedTuple of tensors (E / X, ., .), their hidden axis cut Y ways.
 
     Raises:
-        ValueError: if the part does not divide the experts or their hidden dimension.
+        ValueError: if the part lies outside its grid, or does not divide the experts or their hidden dimension; if
+            ``init`` returns no NamedTuple.
 
     Example:
         >>> from moekit.experts import init_mlp
@@ -88,6 +89,7 @@ def draw_experts(
         >>> draw_experts(init_mlp, 8, 4, 6, part=Part(block=1, blocks=4, slices=2), generator=seed).up.shape
         torch.Size([2, 4, 3])
     """
+    _check_part(part)
     if num_experts % part.blocks:
         raise ValueError(f"{num_experts} experts cannot be cut into {part.blocks} equal blocks; expected a divisor")
     own = part.experts(num_experts)
@@ -97,6 +99,11 @@ def draw_experts(
     tensors: list[Tensor] = []
     for number, expert in enumerate(own):
         drawn = draw(generator=_generator(device, seed + expert))
+        if not hasattr(drawn, "_asdict"):
+            raise ValueError(
+                f"the experts' init returned a {type(drawn).__name__}; expected a NamedTuple of tensors, such as "
+                f"GatedParams: by its names parameters are stored."
+            )
         pieces = {name: _slice(name, tensor, axes, part) for name, tensor in drawn._asdict().items()}
         if not tensors:
             tensors = [piece.new_empty(len(own), *piece.shape[1:]) for piece in pieces.values()]
@@ -167,6 +174,17 @@ def hidden_size(init: Callable[..., Any], dim: int, hidden: int | None) -> int:
         32
     """
     return init(1, dim, None, device="meta")[0].shape[-1] if hidden is None else hidden
+
+
+def _check_part(part: Part) -> None:
+    for number, count in (("block", "blocks"), ("hidden", "slices")):
+        own, total = getattr(part, number), getattr(part, count)
+        if total < 1:
+            raise ValueError(f"{part}: {count} = {total}; expected a positive integer.")
+        if not 0 <= own < total:
+            raise ValueError(
+                f"{part}: {number} = {own} of {count} = {total}; expected 0 to {total - 1}, the number of this rank's."
+            )
 
 
 def _slice(name: str, tensor: Tensor, axes: Mapping[str, int], part: Part) -> Tensor:

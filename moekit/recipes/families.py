@@ -12,7 +12,7 @@ from typing import Any
 from moekit.dispatch import dropless
 from moekit.experts import clamped_swiglu, grouped, init_biased_gated, swiglu
 from moekit.recipes.layers import Recipe, expert_layer
-from moekit.recipes.published import mixtral
+from moekit.recipes.published import mixtral, shared
 from moekit.routing import biased_gate, init_biased_gate, load_balance_loss, softmax_of_top_k, sparse_mixer, top_k
 from moekit.types import GroupedMatmul
 
@@ -41,7 +41,7 @@ def qwen2_moe(
         Recipe.
 
     Example:
-        >>> qwen2_moe().shared_gated
+        >>> qwen2_moe().shared.gated
         True
 
     References:
@@ -49,9 +49,7 @@ def qwen2_moe(
     """
     recipe = qwen3_moe(k=k, normalize=normalize, matmul=matmul)
     return recipe._replace(
-        shared=partial(swiglu, matmul=matmul) if num_shared else None,
-        num_shared=num_shared,
-        shared_gated=shared_gated and num_shared > 0,
+        shared=shared(partial(swiglu, matmul=matmul), num_shared, gated=shared_gated),
     )
 
 
@@ -133,8 +131,7 @@ def granite_moe(*, k: int = 8, num_shared: int = 0, matmul: GroupedMatmul = grou
     """
     return mixtral(matmul=matmul)._replace(
         route=partial(softmax_of_top_k, k=k),
-        shared=partial(swiglu, matmul=matmul) if num_shared else None,
-        num_shared=num_shared,
+        shared=shared(partial(swiglu, matmul=matmul), num_shared),
         **_balance(0.001),
     )
 

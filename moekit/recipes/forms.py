@@ -1,4 +1,4 @@
-"""What a recipe is made of, in words: which form of a loss or capacity a result was computed with."""
+"""What a recipe is made of: which form of a loss or capacity a result was computed with, and whether two are one."""
 
 import inspect
 import reprlib
@@ -6,7 +6,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from moekit.ratios import ratio_of
 from moekit.recipes.layers import Recipe
+from moekit.types import Ratio
 
 
 def bound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, Any]]:
@@ -23,15 +25,44 @@ def bound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, A
         >>> bound(partial(relu_choice, normalize=True))[1]["normalize"]
         True
     """
-    arguments: dict[Any, Any] = {}
-    while isinstance(function, partial):
-        arguments = {**dict(enumerate(function.args)), **function.keywords, **arguments}
-        function = function.func
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # of a function that tells nothing of itself
-        return function, arguments
-    return function, {p.name: p.default for p in parameters if p.default is not p.empty} | arguments
+    function, arguments = _taken_apart(function)
+    return function, _defaults(function) | arguments
+
+
+def is_same(one: Any, other: Any) -> bool:
+    """Say whether two values, or functions bound to values, are known to do the same; ``partial`` knows only itself.
+
+    Args:
+        one: a function or a value.
+        other: likewise.
+
+    Returns:
+        Whether they do; False where nobody knows.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> is_same(partial(top_k, k=2, order=1.0), partial(top_k, k=2)), is_same(partial(top_k, k=1), top_k)
+        (True, False)
+    """
+    if one is other:
+        return True
+    if isinstance(one, int | float | Ratio) and isinstance(other, int | float | Ratio):
+        exact = isinstance(one, Ratio) or isinstance(other, Ratio)
+        return ratio_of(one) == ratio_of(other) if exact else one == other
+    if isinstance(one, str) and isinstance(other, str):
+        return one == other
+    if isinstance(one, tuple) and type(one) is type(other):
+        return len(one) == len(other) and all(map(is_same, one, other))
+    if not (callable(one) and callable(other)):
+        return False
+    (function, arguments), (others_function, others_arguments) = _taken_apart(one), _taken_apart(other)
+    if function is not others_function:
+        return False
+    defaults = _defaults(function)
+    arguments, others_arguments = defaults | arguments, defaults | others_arguments
+    return arguments.keys() == others_arguments.keys() and all(
+        is_same(value, others_arguments[name]) for name, value in arguments.items()
+    )
 
 
 def form_of(function: Callable[..., Any]) -> str:
@@ -75,6 +106,22 @@ def method_of(recipe: Recipe, *, evaluation: Recipe | None = None, loss_scope: s
     }
     found = {**_stages(recipe), "gate": form_of(recipe.gate), "losses": losses, "loss_scope": loss_scope}
     return found if evaluation is None else {**found, "evaluation": _stages(evaluation)}
+
+
+def _taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, Any]]:
+    arguments: dict[Any, Any] = {}
+    while isinstance(function, partial):
+        arguments = {**dict(enumerate(function.args)), **function.keywords, **arguments}
+        function = function.func
+    return function, arguments
+
+
+def _defaults(function: Callable[..., Any]) -> dict[Any, Any]:
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):  # of a function that tells nothing of itself
+        return {}
+    return {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 def _stages(recipe: Recipe) -> dict[str, Any]:

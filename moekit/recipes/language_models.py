@@ -25,7 +25,7 @@ def language_model(
 
     Args:
         config: the shape; ``moe_freq`` and ``moe_num_experts`` say which layers are MoE, and how wide.
-        recipe: what an MoE layer does.
+        recipe: what an MoE layer does; nothing runs it where the configuration is dense, with ``moe_freq`` 0.
         expert_hidden: F of each expert; None takes what the recipe takes.
         part: the part of every layer's experts that this rank owns.
 

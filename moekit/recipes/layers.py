@@ -1,7 +1,7 @@
 """The glue: stages become an expert layer, and a recipe becomes an MoE layer."""
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots, without_dropped
-from moekit.experts import init_gated
+from moekit.experts import init_gated, loop
 from moekit.routing import clean, init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
 from moekit.types import (
     Dispatcher,
@@ -24,6 +24,7 @@ from moekit.types import (
     Router,
     RouterState,
     Routing,
+    SharedExperts,
     SimpleExperts,
     SoftRouting,
 )
@@ -61,12 +62,12 @@ class Recipe(NamedTuple):
         layer: the expert layer, from ``expert_layer`` or wrapped in a parallel strategy.
         losses: name to balancing loss. They are returned as they are; ``coefficients`` says how to add them up.
         coefficients: name of a loss to its weight in the total.
-        init: (num_experts, dim, hidden or None, generator=, device=, dtype=) -> expert parameters.
+        init: (num_experts, dim, hidden or None, generator=, device=, dtype=) -> expert parameters. ``hidden`` is None
+            where nobody gave a width, and a multiple of it for shared experts. One that fixes the width takes what is
+            given all the same: ``lambda e, dim, hidden=None, **kw: init_gated(e, dim, hidden or 48, **kw)``.
         plan: the plan that ``layer`` makes. The causality audit, drop rates and exchanges go by it, so who
             replaces the dispatcher of ``layer`` replaces it too, by ``dispatcher.plan``.
         shared: experts that see every token, with weight one; or None.
-        num_shared: how many of them.
-        shared_gated: whether a sigmoid of the token weighs them.
         simple: experts that are no feed-forward networks; or None.
         state: what the router remembers between optimizer steps; or None.
         needs: what the router wants beside logits and bias, of {"token_ids", "token_mask",
@@ -89,9 +90,7 @@ class Recipe(NamedTuple):
     coefficients: Mapping[str, float] = {}
     init: Callable[..., Any] = init_gated
     plan: Callable[[Routing], DispatchPlan] = dropless_plan
-    shared: Experts | None = None
-    num_shared: int = 0
-    shared_gated: bool = False
+    shared: SharedExperts | None = None
     simple: SimpleExperts | None = None
     state: RouterState | None = None
     needs: tuple[str, ...] = ()
@@ -114,7 +113,7 @@ def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
         A function (x (T, D), routing, params) -> (T, D).
 
     Raises:
-        ValueError: if ``dispatcher`` is none, or ``experts`` cannot be called.
+        ValueError: if ``dispatcher`` is none, or ``experts`` or their ``matmul`` cannot be called.
 
     Example:
         >>> from moekit.dispatch import dropless
@@ -130,7 +129,46 @@ def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
             f"expert_layer: experts are {reprlib.repr(experts)}; expected a function (rows, groups, params) -> rows, "
             f"such as partial(swiglu, matmul=grouped)."
         )
+    matmul = experts.keywords.get("matmul", loop) if isinstance(experts, partial) else loop
+    if not callable(matmul):
+        raise ValueError(
+            f"expert_layer: the experts' matmul is {reprlib.repr(matmul)}; expected a function, such as grouped of "
+            f"moekit.experts."
+        )
     return partial(_expert_layer, dispatcher=dispatcher, experts=experts)
+
+
+class LayerParts(NamedTuple):
+    """What ``expert_layer`` composed.
+
+    Attributes:
+        dispatcher: plan, dispatch, combine.
+        experts: (rows, groups, params) -> rows.
+    """
+
+    dispatcher: Dispatcher
+    experts: Experts
+
+
+def parts_of(layer: Any) -> LayerParts | None:
+    """Take a layer of ``expert_layer`` apart.
+
+    Args:
+        layer: any expert layer.
+
+    Returns:
+        What it was composed of; None of a layer of another kind.
+
+    Example:
+        >>> from moekit.experts import fused_layer
+        >>> from moekit.recipes import mixtral
+        >>> parts_of(mixtral().layer).experts.func.__name__, parts_of(fused_layer())
+        ('swiglu', None)
+    """
+    if not isinstance(layer, partial) or layer.func is not _expert_layer:
+        return None
+    nothing_else = not layer.args and set(layer.keywords) == set(LayerParts._fields)
+    return LayerParts(**layer.keywords) if nothing_else else None
 
 
 def check_dispatcher(name: str, dispatcher: Any) -> None:
@@ -264,6 +302,7 @@ def moe_layer(
     Raises:
         ValueError: if the router needs something that was not given, a shape does not fit, or the gate's logits are in
             half precision.
+        TypeError: if ``token_mask`` is not bool.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -279,6 +318,8 @@ def moe_layer(
                 f"{name} has the shape {tuple(given_ids.shape)}; expected {tuple(x.shape[:-1])}, one for each token of "
                 f"x {tuple(x.shape)}."
             )
+    if token_mask is not None and token_mask.dtype != torch.bool:
+        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens")
     if recipe.state is not None and state is None:
         raise ValueError(
             f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "
@@ -302,22 +343,33 @@ def moe_layer(
         routing = (
             mask_soft(routing, token_mask) if isinstance(routing, SoftRouting) else mask_tokens(routing, token_mask)
         )
-    y, routing = _routed_experts(tokens, routing, params, recipe, layer)  # (T, D)
+    y, routing = _routed_experts(tokens, routing, params, recipe, layer, token_mask)  # (T, D)
+    if y.shape != tokens.shape:
+        raise ValueError(
+            f"the expert layer returned {tuple(y.shape)}; expected {tuple(tokens.shape)}, as the tokens are. Let the "
+            f"expert network map D to D, and combine return a row for each token."
+        )
     if recipe.shared is not None:
-        y = y + shared_experts(tokens, params.shared, experts=recipe.shared, gate=params.shared_gate)
+        y = y + shared_experts(tokens, params.shared, experts=recipe.shared.network, gate=params.shared_gate)
     options: dict[str, Any] = {"token_mask": token_mask, "sequence_length": length}
     losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
     return LayerOutput(y if x.ndim == 2 else y.reshape(x.shape), routing, losses, logits)
 
 
 def _routed_experts(
-    x: Tensor, routing: Routing | SoftRouting, params: MoEParams, recipe: Recipe, layer: ExpertLayer | None
+    x: Tensor,
+    routing: Routing | SoftRouting,
+    params: MoEParams,
+    recipe: Recipe,
+    layer: ExpertLayer | None,
+    token_mask: Tensor | None,
 ) -> tuple[Tensor, Routing]:
     """Return y (T, D), and the routing that statistics and losses are about."""
     run = recipe.layer if layer is None else layer
     if isinstance(routing, SoftRouting):
         of_slots = slot_routing(routing)
-        return spread_slots(run(mix_tokens(x, routing), of_slots, params.experts), routing), of_slots
+        slots = mix_tokens(x, routing, token_mask=token_mask)
+        return spread_slots(run(slots, of_slots, params.experts), routing), of_slots
     of_networks = routing_of_networks(routing, recipe)
     y = run(x, of_networks, params.experts)
     if recipe.simple is not None:
@@ -383,7 +435,7 @@ def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float 
         Scalar; 0.0 if there is nothing to add.
 
     Raises:
-        ValueError: if a coefficient names no loss.
+        ValueError: if a coefficient names no loss, or one that is more than one number.
 
     Example:
         >>> weighted_sum({"load_balance": torch.tensor(2.0)}, {"load_balance": 0.5})
@@ -394,7 +446,35 @@ def weighted_sum(losses: Mapping[str, Tensor], coefficients: Mapping[str, float 
         raise ValueError(
             f"coefficients name {sorted(unknown)}, but the losses are {sorted(losses)}; expected a subset."
         )
+    for name in coefficients:
+        if isinstance(losses[name], Tensor) and losses[name].numel() != 1:
+            raise ValueError(
+                f"the loss {name!r} has shape {tuple(losses[name].shape)}; expected a scalar. Take its mean or sum."
+            )
     return sum((weight * losses[name] for name, weight in coefficients.items()), 0.0)
+
+
+def check_needs(needs: Any, known: Iterable[str]) -> None:
+    """Refuse names of what routers want that no layer knows.
+
+    Args:
+        needs: of a recipe.
+        known: names of what a layer can hand on.
+
+    Raises:
+        ValueError: if it is no tuple of such names.
+
+    Example:
+        >>> check_needs(("token_ids",), ["token_ids", "token_mask"])
+    """
+    if isinstance(needs, str):
+        raise ValueError(f"recipe.needs = {needs!r}; expected a tuple of names: ({needs!r},).")
+    for name in needs:
+        if name not in known:
+            raise ValueError(
+                f"recipe.needs names {name!r}, which no layer knows; known: {', '.join(sorted(known))}. Of a state the "
+                f"name counts: recipe.state.name."
+            )
 
 
 def _wanted(needs: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
@@ -402,10 +482,8 @@ def _wanted(needs: tuple[str, ...], given: Mapping[str, Any]) -> dict[str, Any]:
     for name in needs:
         value = given.get(name)
         if value is None and name != "token_mask":  # None masks nothing
-            raise ValueError(
-                f"this recipe's router needs {name!r}, which was not given; pass {name}= to the layer "
-                f"(known: {sorted(given)})."
-            )
+            check_needs(needs, given)
+            raise ValueError(f"this recipe's router needs {name!r}, which was not given; pass {name}= to the layer.")
         wanted[name] = value
     return wanted
 

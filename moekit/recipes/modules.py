@@ -1,5 +1,6 @@
 """The one ``nn.Module`` that users need: parameters and state around ``moe_layer``."""
 
+import reprlib
 from typing import Any
 
 import torch
@@ -9,8 +10,9 @@ from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
+from moekit.recipes.recipe_checks import check_stages
 from moekit.routing import init_linear_gate
-from moekit.types import LayerOutput, Routing
+from moekit.types import LayerOutput, Routing, SharedExperts
 
 
 class MoE(nn.Module):
@@ -38,9 +40,11 @@ class MoE(nn.Module):
 
     Raises:
         TypeError: if the recipe is none.
-        ValueError: if a size is not positive; from the layer, if another recipe was put in whose gate or experts take
-            other parameters.
-        RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none.
+        ValueError: if a size, or the number of shared experts, is not positive, or the part is none; if a stage of the
+            recipe is of another kind, or its state's name is taken; from the layer, if another recipe was put in whose
+            gate or experts take other parameters.
+        RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none of its
+            name.
 
     Example:
         >>> from moekit.recipes import mixtral
@@ -69,6 +73,8 @@ class MoE(nn.Module):
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         if not isinstance(recipe, Recipe):
             raise TypeError(f"MoE: recipe = {recipe!r}; expected a Recipe. A method is called: mixtral(), not mixtral.")
+        check_stages(recipe)
+        _check_shared(recipe.shared)
         choices = num_choices(recipe, num_experts)
         self.recipe = recipe
         self.dim, self.num_experts = dim, num_experts
@@ -77,14 +83,15 @@ class MoE(nn.Module):
         self.experts = RoutedExperts(draw_experts(recipe.init, num_experts, dim, hidden, part=part, **options))
         shared = gate = simple = None
         if recipe.shared is not None:
-            shared = recipe.init(1, dim, hidden_size(recipe.init, dim, hidden) * recipe.num_shared, **options)
-            gate = init_linear_gate(dim, 1, **options) if recipe.shared_gated else None
+            shared = recipe.init(1, dim, hidden_size(recipe.init, dim, hidden) * recipe.shared.number, **options)
+            gate = init_linear_gate(dim, 1, **options) if recipe.shared.gated else None
         if recipe.simple is not None:
             simple = recipe.simple.init(dim, **options)
         self.shared, self._shared_type = _held(shared)
         self.shared_gate = None if gate is None else nn.Parameter(gate)
         self.simple, self._simple_type = _held(simple)
         if recipe.state is not None:
+            _check_name(self, recipe.state.name)
             self.register_buffer(recipe.state.name, recipe.state.init(choices, device=device))
 
     @property
@@ -93,8 +100,9 @@ class MoE(nn.Module):
         if self.recipe.state is None:
             return None
         if self.recipe.state.name not in self._buffers:
+            before = " and ".join(f"remembered {name!r}" for name in self._buffers) or "did not"
             raise RuntimeError(
-                f"MoE: its recipe remembers {self.recipe.state.name!r}, and the one that it was made of did not; make "
+                f"MoE: its recipe remembers {self.recipe.state.name!r}, and the one that it was made of {before}; make "
                 f"a new MoE of the recipe."
             )
         return self._buffers[self.recipe.state.name]
@@ -131,12 +139,18 @@ class MoE(nn.Module):
         """Let the router's state take its step, from what it observed, summed over a whole optimizer step.
 
         Args:
-            observed: (n,), the sum of what ``recipe.state.observe`` returned.
+            observed: (n,), the sum of what ``recipe.state.observe`` returned. A recipe without a state, or whose state
+                stays, ignores it.
+
+        Raises:
+            ValueError: if the update is no tensor of the state's shape, or no integers where the state is.
         """
         if self.recipe.state is not None and self.recipe.state.update is not None:
             state = self.state
             assert state is not None
-            state.copy_(self.recipe.state.update(state, observed))
+            updated = self.recipe.state.update(state, observed)
+            _check_update(self.recipe.state.name, state, updated)
+            state.copy_(updated.clone())  # which may be a view of the state
 
     @torch.no_grad()
     def reset_parameters(self, *, generator: torch.Generator | None = None) -> None:
@@ -191,3 +205,45 @@ def _taken(held: Any, kind: type | None) -> Any:
     if kind is None or kind is Tensor:
         return held if kind is Tensor else None
     return kind(*(held[name] for name in kind._fields))  # type: ignore[attr-defined]
+
+
+def _check_name(moe: nn.Module, name: Any) -> None:
+    """Refuse a name of a state that is an attribute of the module, or reaches routers with another meaning."""
+    if not isinstance(name, str) or not name.isidentifier():
+        why = "no name that an argument can have"
+    elif name in ("token_ids", "token_mask", "sequence_length"):
+        why = "what a layer tells routers"
+    elif name in dir(moe):
+        why = "a name that the module has"
+    else:
+        return
+    raise ValueError(
+        f"MoE: the recipe's state is called {name!r}, {why}; expected one of its own, such as 'memory'. Rename it: "
+        f"recipe.state._replace(name='memory'), and in recipe.needs."
+    )
+
+
+def _check_update(name: str, state: Tensor, updated: Any) -> None:
+    if (
+        isinstance(updated, Tensor)
+        and updated.shape == state.shape
+        and (state.is_floating_point() or not updated.is_floating_point())
+    ):
+        return
+    found = _described(updated) if isinstance(updated, Tensor) else reprlib.repr(updated)
+    raise ValueError(
+        f"MoE: the update of the state {name!r} returned {found}; expected {_described(state)}, as the state is. Mend "
+        f"recipe.state.update, or the shape and dtype of recipe.state.init."
+    )
+
+
+def _described(tensor: Tensor) -> str:
+    return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _check_shared(shared: Any) -> None:
+    if shared is not None and not (isinstance(shared, SharedExperts) and shared.number > 0):
+        raise ValueError(
+            f"MoE: the recipe's shared experts are {reprlib.repr(shared)}; expected None, or SharedExperts(network, "
+            f"number) with a positive number."
+        )

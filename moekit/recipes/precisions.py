@@ -24,7 +24,7 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return _PURE.get(precision, torch.float32)
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+def product_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     """Return the dtype that products are computed in, where it is not that of the parameters.
 
     A CPU gains from bf16 only with AMX: without it bf16 products took 1.2 to 2 times as long as float32 ones.
@@ -37,9 +37,9 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
         bfloat16, float16, or None for no autocast.
 
     Example:
-        >>> autocast_dtype("fp32", torch.device("cpu")) is None
+        >>> product_dtype("fp32", torch.device("cpu")) is None
         True
-        >>> autocast_dtype("amp", torch.device("cuda"))
+        >>> product_dtype("amp", torch.device("cuda"))
         torch.float16
     """
     if precision == "auto":
@@ -64,11 +64,11 @@ def resolved_precision(precision: str, device: torch.device) -> str:
     """
     if precision != "auto":
         return precision
-    return "fp32" if autocast_dtype(precision, device) is None else "amp_bfloat16"
+    return "fp32" if product_dtype(precision, device) is None else "amp_bfloat16"
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager[None]:
-    """Return the context of a forward; see ``autocast_dtype``.
+    """Return the context of a forward; see ``product_dtype``.
 
     Args:
         precision: of the settings.
@@ -77,7 +77,7 @@ def autocast(precision: str, device: torch.device) -> AbstractContextManager[Non
     Returns:
         An autocast context, which may do nothing.
     """
-    dtype = autocast_dtype(precision, device)
+    dtype = product_dtype(precision, device)
     return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
@@ -111,7 +111,7 @@ def precision_words(precision: str, device: torch.device) -> str:
         >>> precision_words("amp_bfloat16", torch.device("cpu")), precision_words("fp32", torch.device("cpu"))
         ('bf16 autocast', 'fp32')
     """
-    dtype = autocast_dtype(precision, device)
+    dtype = product_dtype(precision, device)
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
     return names[parameter_dtype(precision)] if dtype is None else f"{names[dtype]} autocast"
 

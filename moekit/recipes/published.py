@@ -17,7 +17,7 @@ from moekit.routing import (
     top_k,
     z_loss,
 )
-from moekit.types import Dispatcher, Experts, GroupedMatmul, Routing
+from moekit.types import Dispatcher, Experts, GroupedMatmul, Logits, Routing, SharedExperts
 
 
 def openlm(*, k: int = 2, capacity_factor: float = 1.25, matmul: GroupedMatmul = grouped) -> Recipe:
@@ -223,15 +223,19 @@ def deepseek_moe(
         experts,
         losses={"load_balance": partial(load_balance_loss, score=sigmoid)},
         coefficients={"load_balance": 0.0001},
-        shared=experts if num_shared else None,
-        num_shared=num_shared,
+        shared=shared(experts, num_shared),
         state=selection_bias(rate=bias_rate) if bias_rate else None,
     )
 
 
-def gshard_route(logits: Tensor, *, bias: Tensor | None = None) -> Routing:
+def gshard_route(logits: Logits, *, bias: Tensor | None = None) -> Routing:
     """Route as GShard: the two best experts, weights normalised, the second kept with probability min(1, 2 g_2)."""
     return random_second(top_k(logits, k=2, normalize=True, bias=bias))
+
+
+def shared(network: Experts, number: int, *, gated: bool = False) -> SharedExperts | None:
+    """Share so many experts, or none."""
+    return SharedExperts(network, number, gated) if number else None
 
 
 def compose(route, dispatcher: Dispatcher, experts: Experts, **rest) -> Recipe:  # type: ignore[no-untyped-def]

@@ -252,7 +252,7 @@ def soft_moe(*, slots: int = 1, matmul: GroupedMatmul = grouped) -> Recipe:
 
     Example:
         >>> soft_moe().needs
-        ('sequence_length',)
+        ('token_mask', 'sequence_length')
 
     References:
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, https://arxiv.org/abs/2308.00951
@@ -264,7 +264,7 @@ def soft_moe(*, slots: int = 1, matmul: GroupedMatmul = grouped) -> Recipe:
         gate=soft_gate,
         init_gate=partial(init_soft_gate, slots=slots),
         init=init_mlp,
-        needs=("sequence_length",),
+        needs=("token_mask", "sequence_length"),
         causal=False,
     )
 

@@ -1,17 +1,19 @@
 """What a recipe of a user's is refused for before anything runs: parts that do not belong together."""
 
 import inspect
-from collections.abc import Callable
+import reprlib
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
-from moekit.ratios import ratio_of
 from moekit.recipes.choices import place_of
-from moekit.recipes.forms import bound, form_of
-from moekit.recipes.layers import Recipe, limited
-from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Ratio, Routing
+from moekit.recipes.forms import form_of, is_same
+from moekit.recipes.layers import Recipe, check_needs, limited
+from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing
 
 Plan = Callable[[Routing], DispatchPlan]
 
@@ -34,7 +36,7 @@ def check_plan(recipe: Recipe) -> None:
         >>> check_plan(mixtral()._replace(layer=layer, plan=tight.plan))
     """
     made = _plan_made_by(recipe.layer)
-    if made is not None and not _is_same(made, recipe.plan):
+    if made is not None and not is_same(made, recipe.plan):
         raise ValueError(
             f"the recipe's layer plans by {form_of(made)}, and recipe.plan is {form_of(recipe.plan)}, by which leaks "
             f"are looked for, drops counted and ranks made to agree; expected the same. Replace both: "
@@ -42,8 +44,75 @@ def check_plan(recipe: Recipe) -> None:
         )
 
 
+def check_stages(recipe: Recipe) -> None:
+    """Check that each part of a recipe is of its kind, and that the router is handed what it remembers.
+
+    Args:
+        recipe: the method.
+
+    Raises:
+        ValueError: if it is not.
+
+    Example:
+        >>> from moekit.dispatch import dropless
+        >>> from moekit.recipes import mixtral
+        >>> check_stages(mixtral()._replace(plan=dropless()))
+        Traceback (most recent call last):
+        ValueError: recipe.plan is a Dispatcher; expected a function. Of a dispatcher take its plan, dispatcher.plan.
+    """
+    for name in ("gate", "route", "layer", "init", "plan", "init_gate"):
+        stage = getattr(recipe, name)
+        if not callable(stage):
+            hint = _OF_DISPATCHERS.get(name, "") if isinstance(stage, Dispatcher) else ""
+            raise ValueError(f"recipe.{name} is a {type(stage).__name__}; expected a function.{hint}")
+    for name in ("losses", "coefficients"):
+        given = getattr(recipe, name)
+        if not isinstance(given, Mapping):
+            raise ValueError(f"recipe.{name} is a {type(given).__name__}; expected a mapping, by the names of losses.")
+    if not isinstance(recipe.state, RouterState | None):
+        raise ValueError(f"recipe.state is a {type(recipe.state).__name__}; expected a RouterState, or None.")
+    state = () if recipe.state is None else (recipe.state.name,)
+    check_needs(recipe.needs, {"token_ids", "token_mask", "sequence_length", *state})
+    for name in state:
+        if name not in ("bias", *recipe.needs) and name in _required(recipe.route):
+            raise ValueError(
+                f"the router {place_of(recipe.route)} needs {name!r}, what the recipe's state is called, and gets what "
+                f"recipe.needs lists; expected it there: recipe._replace(needs={(*recipe.needs, name)})."
+            )
+
+
+_OF_DISPATCHERS = {
+    "layer": " Of a dispatcher make one by expert_layer(dispatcher=..., experts=...).",
+    "plan": " Of a dispatcher take its plan, dispatcher.plan.",
+}
+
+
+def check_observation(observed: Any) -> None:
+    """Check that what a router's state observed adds up over micro-batches and ranks.
+
+    Args:
+        observed: what the ``observe`` of the state returned.
+
+    Raises:
+        ValueError: if it is no tensor (n,).
+
+    Example:
+        >>> import torch
+        >>> check_observation(torch.ones(8))
+    """
+    if isinstance(observed, Tensor) and observed.ndim == 1:
+        return
+    found = f"a tensor {tuple(observed.shape)}" if isinstance(observed, Tensor) else reprlib.repr(observed)
+    raise ValueError(
+        f"state.observe returned {found}; expected a tensor (n,), which is added up over micro-batches and ranks. "
+        f"Flatten it, or join several by torch.cat; recipe.state.update takes it apart."
+    )
+
+
 def check_router(recipe: Recipe) -> None:
     """Check that a recipe's router takes what a layer calls it with: ``bias``, and what the recipe says it needs.
+
+    And that its state, if it has one, observes what a trainer calls it with.
 
     Args:
         recipe: the method.
@@ -55,6 +124,8 @@ def check_router(recipe: Recipe) -> None:
         >>> from moekit.recipes import mixtral
         >>> check_router(mixtral())
     """
+    check_stages(recipe)
+    _check_observe(recipe.state)
     try:
         parameters = inspect.signature(recipe.route, follow_wrapped=False).parameters.values()
     except (TypeError, ValueError):  # of a function that tells nothing of itself
@@ -68,6 +139,29 @@ def check_router(recipe: Recipe) -> None:
         )
 
 
+def _check_observe(state: RouterState | None) -> None:
+    if state is None or state.observe is None:
+        return
+    try:
+        parameters = inspect.signature(state.observe, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return
+    if not any(each.name == "token_mask" or each.kind is each.VAR_KEYWORD for each in parameters):
+        raise ValueError(
+            f"the observe of the state {state.name!r}, {place_of(state.observe)}, takes no token_mask; expected "
+            f"observe(logits, routing, state, token_mask=None), as a trainer calls it."
+        )
+
+
+def _required(function: Callable[..., Any]) -> set[str]:
+    """Name the arguments without which a function cannot be called."""
+    try:
+        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
+    except (TypeError, ValueError):
+        return set()
+    return {each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
+
+
 def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
     while isinstance(layer, partial):
         if layer.func is fused_layer().func:  # type: ignore[attr-defined]
@@ -78,19 +172,3 @@ def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
             return layer.keywords["dispatcher"].plan
         layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None
-
-
-def _is_same(one: Any, other: Any) -> bool:
-    """Say whether two values, or functions bound to values, are known to do the same."""
-    if one is other:
-        return True
-    if isinstance(one, int | float | Ratio) and isinstance(other, int | float | Ratio):
-        return ratio_of(one) == ratio_of(other)
-    if not (callable(one) and callable(other)):
-        return False
-    (function, options), (others_function, others_options) = bound(one), bound(other)
-    return (
-        function is others_function
-        and options.keys() == others_options.keys()
-        and all(_is_same(value, others_options[name]) for name, value in options.items())
-    )

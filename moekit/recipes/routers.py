@@ -33,14 +33,12 @@ def with_experts(recipe: Recipe, *, matmul: GroupedMatmul = grouped) -> Recipe:
 
     Example:
         >>> recipe = with_experts(published.deepseek_moe())
-        >>> recipe.num_shared, recipe.layer.keywords["experts"].func.__name__
-        (0, 'swiglu')
+        >>> recipe.shared, recipe.layer.keywords["experts"].func.__name__
+        (None, 'swiglu')
     """
     dispatcher = dropless()
     layer = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=matmul))
-    return recipe._replace(
-        layer=layer, init=init_gated, plan=dispatcher.plan, shared=None, num_shared=0, shared_gated=False
-    )
+    return recipe._replace(layer=layer, init=init_gated, plan=dispatcher.plan, shared=None)
 
 
 def _balanced(route: Callable[..., Routing]) -> Recipe:

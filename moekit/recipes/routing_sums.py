@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.lm.displays import LayerLoad
@@ -61,6 +62,52 @@ def routing_sums(output: LayerOutput, recipe: Recipe, *, token_mask: Tensor | No
     return torch.cat([counts, extra])
 
 
+def counts_alone(output: LayerOutput) -> Tensor:
+    """Do what ``routing_sums`` does for the counts, and leave the rest at zero, at less cost.
+
+    Args:
+        output: of one MoE layer.
+
+    Returns:
+        (E + 3,) float64.
+    """
+    assert output.routing is not None
+    return F.pad(choice_counts(output.routing).sum(0).double(), (0, _EXTRA))
+
+
+def stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Stack the sums of MoE layers.
+
+    Args:
+        rows: of ``routing_sums``, one of each layer.
+        like: a tensor of the model's device.
+
+    Returns:
+        (MoE layers, E + 3) float64; (0, 3) where there is none.
+
+    Example:
+        >>> stacked([], torch.ones(1)).shape
+        torch.Size([0, 3])
+    """
+    return torch.stack(list(rows)) if rows else like.new_zeros(0, _EXTRA, dtype=torch.float64)
+
+
+def assignments_per_token(sums: Tensor) -> Tensor:
+    """Average over layers and tokens how many experts a token has.
+
+    Args:
+        sums: of ``all_routing_sums``.
+
+    Returns:
+        Scalar, of what no plan has dropped yet.
+
+    Example:
+        >>> assignments_per_token(torch.tensor([[6.0, 2.0, 0.0, 2.0, 4.0]]))
+        tensor(2.)
+    """
+    return sums[:, :-_EXTRA].sum() / sums[:, -1].sum()
+
+
 def all_routing_sums(
     model: LanguageModel, layers: Sequence[LayerOutput], *, token_mask: Tensor | None = None
 ) -> Tensor:
@@ -75,7 +122,7 @@ def all_routing_sums(
         (MoE layers, E + 3) float64; see ``routing_sums``. (0, 3) for a dense model.
     """
     rows = [routing_sums(layers[index], layer.recipe, token_mask=token_mask) for index, layer in moe_layers(model)]
-    return torch.stack(rows) if rows else torch.zeros(0, _EXTRA, dtype=torch.float64, device=model.output.weight.device)
+    return stacked(rows, model.output.weight)
 
 
 def layer_loads(model: LanguageModel, sums: Tensor) -> list[LayerLoad]:

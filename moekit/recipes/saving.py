@@ -26,6 +26,7 @@ from moekit.parallel import all_sum, fill, share
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.consoles import print_warnings
 from moekit.recipes.differences import model_warnings
+from moekit.recipes.router_states import check_states
 from moekit.recipes.runs import Run
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
 
@@ -91,7 +92,11 @@ def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        FloatingPointError: if a router's state has become NaN.
     """
+    check_states(run.model, step=progress.step)
     at = position(run) if at is None else at
     epoch = run.budget.epochs_ended(progress.step)
     state = {

@@ -219,7 +219,7 @@ class RunSettings:
 class TrainSettings:
     """Train and evaluate a Mixture-of-Experts language model.
 
-    With no flags: a small model on two embedded domains, about four minutes on two cores. With --val-data (or
+    With no flags: a small model on two embedded domains, three to four minutes on two cores. With --val-data (or
     --val-manifest) and --resume, and no --dataset-manifest: only evaluate.
     """
 

@@ -5,6 +5,7 @@ from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 from moekit.lm.trackers import parse_report_to
+from moekit.recipes.derived import OF_EXCHANGE, OF_METHOD
 from moekit.recipes.settings_legacy import check_refused
 
 if TYPE_CHECKING:
@@ -222,14 +223,7 @@ def _check_exchange(settings: "TrainSettings") -> None:
     )
     changed = [
         _flag(name)
-        for name in (
-            "moe_expert_ranks",
-            "moe_hidden_ranks",
-            "moe_exchange",
-            "moe_exchange_capacity_factor",
-            "moe_exchange_chunks",
-            "moe_hierarchical_exchange",
-        )
+        for name in OF_EXCHANGE
         if getattr(parallel, name) != type(parallel).__dataclass_fields__[name].default
     ]
     if changed and not parallel.moe_expert_model_parallelism:
@@ -248,8 +242,7 @@ def _check_exchange(settings: "TrainSettings") -> None:
 
 
 def _check_dense(model: "ModelSettings") -> None:
-    names = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")
-    given = [_flag(name) for name in names if getattr(model, name) is not None]
+    given = [_flag(name) for name in OF_METHOD if getattr(model, name) is not None]
     if model.moe_freq == 0 and given:
         raise ValueError(f"--moe-freq 0 makes a dense model, so {', '.join(given)} would say nothing; leave out either")
 

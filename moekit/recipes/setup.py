@@ -14,6 +14,7 @@ from moekit.recipes.derived import OF_METHOD, OF_SHAPE
 from moekit.recipes.layers import Recipe
 from moekit.recipes.modules import MoE
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault
+from moekit.recipes.recipe_checks import check_observation
 from moekit.recipes.settings import ModelSettings
 from moekit.types import ExpertLayer
 
@@ -39,11 +40,14 @@ def make_config(settings: ModelSettings) -> ModelConfig:
     flags = {name: getattr(settings, name) for name in OF_SHAPE}
     if settings.moe_freq:
         flags |= {"moe_num_experts": settings.moe_num_experts}
-        if settings.moe_top_k is not None:
-            flags |= {"moe_top_k": settings.moe_top_k}
-        elif settings.moe_num_experts == 1:
-            flags |= {"moe_top_k": default_top_k(settings)}
-    return load_config(settings.preset, defaults=flags)
+    config = load_config(settings.preset, defaults=flags)
+    experts, k = config.moe_num_experts, settings.moe_top_k
+    if config.moe_freq and experts is not None and k is not None and not 1 <= k <= experts:
+        raise ValueError(
+            f"model config {settings.preset}: moe_top_k is {k}, expected between 1 and moe_num_experts = {experts}. "
+            "Change one of the two (--moe-top-k, --moe-num-experts)"
+        )
+    return config
 
 
 def default_top_k(settings: ModelSettings) -> int:
@@ -142,7 +146,10 @@ def _try(recipe: Recipe, config: ModelConfig, what: str) -> None:
     ids = torch.empty(1, config.seq_len, dtype=torch.int64, device="meta")
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            MoE(config.hidden_dim, config.moe_num_experts, recipe, device="meta")(x, token_ids=ids)
+            moe = MoE(config.hidden_dim, config.moe_num_experts, recipe, device="meta")
+            output = moe(x, token_ids=ids)
+            if recipe.state is not None and recipe.state.observe is not None:
+                check_observation(recipe.state.observe(output.logits, output.routing, moe.state, token_mask=None))
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
     except Exception:  # what reads tensors, or runs on one kind of device, tells nothing here

@@ -9,7 +9,7 @@ from moekit.dispatch import dropless, weigh_inputs
 from moekit.experts import grouped, init_mlp, relu2, simple, swiglu
 from moekit.recipes.families import qwen3_moe
 from moekit.recipes.layers import Recipe, expert_layer
-from moekit.recipes.published import deepseek_moe, mixtral
+from moekit.recipes.published import deepseek_moe, mixtral, shared
 from moekit.routing import group_limited, selection_bias, sequence_balance_loss, sigmoid, top_k
 from moekit.types import GroupedMatmul
 
@@ -116,7 +116,7 @@ def llama4(*, k: int = 1, num_shared: int = 1, matmul: GroupedMatmul = grouped) 
         Recipe.
 
     Example:
-        >>> llama4().num_shared
+        >>> llama4().shared.number
         1
 
     References:
@@ -127,8 +127,7 @@ def llama4(*, k: int = 1, num_shared: int = 1, matmul: GroupedMatmul = grouped) 
     return qwen3_moe(matmul=matmul)._replace(
         route=partial(top_k, k=k, score=sigmoid),
         layer=expert_layer(dispatcher=weigh_inputs(dropless()), experts=experts),
-        shared=experts if num_shared else None,
-        num_shared=num_shared,
+        shared=shared(experts, num_shared),
     )
 
 
@@ -156,8 +155,7 @@ def ernie_moe(*, k: int = 6, num_shared: int = 2, bias_rate: float = 0.001, matm
             https://yiyan.baidu.com/blog/publication/ERNIE_Technical_Report.pdf
     """
     return mixtral(k=k, matmul=matmul)._replace(
-        shared=partial(swiglu, matmul=matmul) if num_shared else None,
-        num_shared=num_shared,
+        shared=shared(partial(swiglu, matmul=matmul), num_shared),
         state=selection_bias(rate=bias_rate) if bias_rate else None,
         coefficients={},
     )
@@ -248,6 +246,6 @@ def nemotron_moe(
     experts = partial(relu2, matmul=matmul)
     return recipe._replace(
         layer=expert_layer(dispatcher=dropless(), experts=experts),
-        shared=experts if num_shared else None,
+        shared=shared(experts, num_shared),
         init=init_mlp,
     )

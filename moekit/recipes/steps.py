@@ -15,7 +15,7 @@ from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe, weighted_sum
 from moekit.recipes.modules import MoE
-from moekit.recipes.routing_sums import choice_counts, routing_sums
+from moekit.recipes.routing_sums import choice_counts, counts_alone, routing_sums, stacked
 from moekit.types import LayerOutput
 
 
@@ -156,7 +156,8 @@ def take_gradient(
     layers = [layer for _, layer in moe_layers(model)]
     weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
-    sums, backward_time = [], 0.0
+    parts: list[list[Tensor]] = []  # of each micro-batch: its numbers, and routing and observations layer by layer
+    names, backward_time = sorted({name for layer in layers for name in layer.recipe.losses}), 0.0
     for number, ids in enumerate(batches, start=1):
         gradient_sync(model, last=number == len(batches))
         inputs, targets, mask = split_ids(ids)
@@ -177,13 +178,14 @@ def take_gradient(
         backward_time += time.perf_counter() - asked
         routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
         observed = [_observed(each, layer, token_mask) for each, layer in zip(outputs, layers, strict=True)]
-        numbers = [total, *terms, *(share * balancing[name] for name in sorted(balancing))]
-        sums.append(torch.cat([torch.stack([each.detach().double() for each in numbers]), *routing, *observed]))
-    flat = all_sum(world, torch.stack(sums).sum(0))
-    pieces = flat.split([len(numbers), sum(map(len, routing)), *map(len, observed)])
-    total, cross_entropy, z, logit_mean, *means = pieces[0].unbind()
-    balancing, routed = dict(zip(sorted(balancing), means, strict=True)), _rows(pieces[1], len(layers))
-    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routed, pieces[2:], backward_time)
+        numbers = [total, *terms, *(share * balancing[name] for name in names)]
+        parts.append([torch.stack([each.detach().double() for each in numbers]), *routing, *observed])
+    flat = all_sum(world, torch.stack([torch.cat(part) for part in parts]).sum(0))
+    sums, *of_layers = flat.split([len(piece) for piece in parts[0]])
+    total, cross_entropy, z, logit_mean, *means = sums.unbind()
+    routed, seen = of_layers[: len(layers)], tuple(of_layers[len(layers) :])
+    balancing = dict(zip(names, means, strict=True))
+    return StepLoss(total, cross_entropy, balancing, z, logit_mean, stacked(routed, flat), seen, backward_time)
 
 
 def learning_rate(
@@ -297,11 +299,7 @@ def _same_random_numbers(device: torch.device) -> Iterator[None]:
 
 
 def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statistics: bool) -> Tensor:
-    assert output.routing is not None
-    if statistics:
-        return routing_sums(output, layer.recipe, token_mask=token_mask)
-    counts = choice_counts(output.routing).sum(0).double()
-    return F.pad(counts, (0, 3))
+    return routing_sums(output, layer.recipe, token_mask=token_mask) if statistics else counts_alone(output)
 
 
 @torch.no_grad()
@@ -309,8 +307,5 @@ def _observed(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Ten
     state = layer.recipe.state
     if state is None or state.observe is None:
         return torch.zeros(0, dtype=torch.float64, device=output.y.device)
-    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)
-
-
-def _rows(flat: Tensor, num_layers: int) -> Tensor:
-    return flat.view(num_layers, -1) if num_layers else flat.view(0, 3)
+    mask = None if token_mask is None else token_mask.flatten()  # (T,)
+    return state.observe(output.logits, output.routing, layer.state, token_mask=mask)

@@ -1,12 +1,14 @@
 """The program ``moekit traffic``: predicted communication of every parallel strategy, by number of GPUs."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import tyro
 
 from moekit.parallel import costs
-from moekit.parallel.layouts import replicated, spread_experts
+from moekit.parallel.layouts import Layout, replicated, spread_experts
 from moekit.parallel.link_times import Link, Machine, h100_machine, seconds
 from moekit.parallel.payloads import Sent, Shape, total
 from moekit.recipes.consoles import whole_lines, wide_console
@@ -132,34 +134,28 @@ def strategies(settings: TrafficSettings, world_size: int) -> dict[str, list[Sen
     by_node = spread_experts(world_size, e, f, expert_ranks=x, ranks_per_node=at if x % at == 0 else None)
     in_node = spread_experts(world_size, e, f, expert_ranks=inside)
     by_hidden = spread_experts(world_size, e, f, expert_ranks=1, hidden_ranks=slices)
-    layouts = {
-        "FSDP, no exchange": replicated(world_size, e),
-        "all_gather": by_expert if x > 1 else None,
-        "tensor_parallel in a node": by_hidden if slices > 1 else None,
-        "all_to_all in a node": in_node if 1 < inside < x else None,
-        "all_to_all": by_expert if x > 1 else None,
-        "static_all_to_all": by_expert if x > 1 else None,
-        "hierarchical": by_node if by_node.nodes > 1 else None,
-        "all_to_all x tensor_parallel": by_rule if by_rule.hidden > 1 and x > 1 else None,
+    spread = by_expert if x > 1 else None
+    static = partial(costs.static_all_to_all, capacity_factor=settings.capacity_factor)
+    plans: dict[str, tuple[Layout | None, Callable[..., list[Sent]]]] = {
+        "FSDP, no exchange": (replicated(world_size, e), _nothing),
+        "all_gather": (spread, costs.all_gather),
+        "tensor_parallel in a node": (by_hidden if slices > 1 else None, costs.tensor_parallel),
+        "all_to_all in a node": (in_node if 1 < inside < x else None, costs.all_to_all),
+        "all_to_all": (spread, costs.all_to_all),
+        "static_all_to_all": (spread, static),
+        "hierarchical": (by_node if by_node.nodes > 1 else None, costs.hierarchical),
+        "all_to_all x tensor_parallel": (by_rule if by_rule.hidden > 1 and x > 1 else None, costs.experts_by_hidden),
     }
-    sent: dict[str, list[Sent]] = {
-        name: costs.parameters(shape, layout, ranks_per_node=at) for name, layout in layouts.items() if layout
+    return {
+        name: None
+        if layout is None
+        else [*costs.parameters(shape, layout, ranks_per_node=at), *exchange(shape, layout, ranks_per_node=at)]
+        for name, (layout, exchange) in plans.items()
     }
-    for name, count in {
-        "all_gather": costs.all_gather,
-        "tensor_parallel in a node": costs.tensor_parallel,
-        "all_to_all in a node": costs.all_to_all,
-        "all_to_all": costs.all_to_all,
-        "hierarchical": costs.hierarchical,
-        "all_to_all x tensor_parallel": costs.experts_by_hidden,
-    }.items():
-        if layout := layouts[name]:
-            sent[name] += count(shape, layout, ranks_per_node=at)
-    if x > 1:
-        sent["static_all_to_all"] += costs.static_all_to_all(
-            shape, by_expert, ranks_per_node=at, capacity_factor=settings.capacity_factor
-        )
-    return {name: sent.get(name) for name in layouts}
+
+
+def _nothing(shape: Shape, layout: Layout, *, ranks_per_node: int) -> list[Sent]:
+    return []
 
 
 def shape_of(settings: TrafficSettings) -> Shape:

@@ -167,7 +167,8 @@ def train(
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
-        FloatingPointError: if a loss or gradient is not finite, and the settings do not leave such steps out.
+        FloatingPointError: if a loss or gradient is not finite, and the settings do not leave such steps out; if a
+            router's state becomes NaN.
         ValueError: if the settings make no sense.
         FileNotFoundError: if data or a checkpoint are not there.
         SystemExit: if a signal stopped the run under torchrun.

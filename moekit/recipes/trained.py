@@ -8,15 +8,17 @@ import torch
 
 from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
+from moekit.recipes.automatic import automatic
 from moekit.recipes.configuration import stored_model
 from moekit.recipes.language_models import language_model
+from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.recipes.routers import PREFIX
 from moekit.recipes.setup import make_config, make_recipe
 
 
 def trained_model(
-    checkpoint: str | os.PathLike[str], *, recipe: str | None = None, device: torch.device | str = "cpu"
+    checkpoint: str | os.PathLike[str], *, recipe: str | Recipe | None = None, device: torch.device | str = "cpu"
 ) -> LanguageModel:
     """Load the model that a run trained, with its weights and what its routers remember.
 
@@ -26,7 +28,7 @@ def trained_model(
     Args:
         checkpoint: a checkpoint folder, step_NNNNNNNN, or a run folder for its newest.
         recipe: for a checkpoint whose recipe is in a file, ``path/to/file.py:name`` of that recipe on this machine; its
-            code is run.
+            code is run. Or the recipe itself, whose layer runs on what ``automatic`` makes of it.
         device: of the parameters.
 
     Returns:
@@ -36,6 +38,7 @@ def trained_model(
         FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
         ValueError: if the checkpoint holds no settings or is damaged, its recipe is in a file and ``recipe`` is None,
             or the device is meta.
+        TypeError: if ``recipe`` is something else, as a function that makes one.
 
     Example:
         >>> import tempfile
@@ -55,6 +58,11 @@ def trained_model(
     """
     if torch.device(device).type == "meta":
         raise ValueError("trained_model: device = meta, which holds no weights; expected cpu or cuda. See model_of.")
+    if recipe is not None and not isinstance(recipe, str | Recipe):
+        raise TypeError(
+            f"trained_model: recipe = {recipe!r}; expected a name, path/to/file.py:name, or a Recipe. A method is "
+            f"called: mixtral(), not mixtral."
+        )
     folder = newest_of(Path(checkpoint))
     with torch.device(device):
         model = _built(folder, recipe)
@@ -100,13 +108,15 @@ def newest_of(folder: Path) -> Path:
     return newest
 
 
-def _built(checkpoint: Path, recipe: str | None) -> LanguageModel:
+def _built(checkpoint: Path, recipe: str | Recipe | None) -> LanguageModel:
     settings = read_state(checkpoint).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(
             f"{checkpoint} holds no settings of its model; expected a checkpoint that `moekit train` wrote"
         )
     given = stored_model(settings)
+    if isinstance(recipe, Recipe):
+        return language_model(make_config(given), automatic(recipe))
     # A recipe from a file is code, and the checkpoint may be a stranger's.
     if recipe is None and given.recipe not in RECIPES and not given.recipe.startswith(PREFIX):
         raise ValueError(

@@ -12,6 +12,7 @@ from moekit.parallel import all_sum, sum_gradients
 from moekit.recipes.budgets import final_rate, warmup_steps
 from moekit.recipes.optimizers import clip_gradients
 from moekit.recipes.precisions import autocast
+from moekit.recipes.router_states import check_states, nan_in_states
 from moekit.recipes.runs import Run
 from moekit.recipes.steps import (
     LossRules,
@@ -82,6 +83,9 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
 
     Returns:
         StepResult.
+
+    Raises:
+        FloatingPointError: if a router's state has become NaN by the steps before.
     """
     started = time.perf_counter()
     given = run.settings.optimizer
@@ -100,7 +104,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         masked=batch.has_padding,
         statistics=statistics,
     )
-    whole_loss = math.isfinite(loss.total.item())
+    whole_loss = math.isfinite(_total(run, loss, step=step))
     computed = time.perf_counter()
     sum_gradients(run.model.parameters(), run.grid)
     run.scaler.unscale_(run.optimizer)
@@ -121,6 +125,17 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         "optim_step_time": time.perf_counter() - synced,
     }
     return StepResult(loss, norm, rate, finite, taken, seconds, int(tokens.targets))
+
+
+def _total(run: Run, loss: StepLoss, *, step: int) -> float:
+    """Read the loss; in the same wait for the device hear whether routers still remember numbers."""
+    lost = nan_in_states(run.model)
+    if lost is None:
+        return loss.total.item()
+    total, found = torch.stack([loss.total, lost.to(loss.total.dtype)]).tolist()
+    if found:
+        check_states(run.model, step=step)
+    return total
 
 
 def step_rate(run: Run, step: int) -> float:

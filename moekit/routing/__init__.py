@@ -37,7 +37,16 @@ from moekit.routing.sparse_mixer import sparse_mixer
 from moekit.routing.states import fixed_table, observe_load, quantile_bias, selection_bias
 from moekit.routing.stats import RoutingStats, routing_stats
 from moekit.routing.token_rounding import round_tokens, token_rounding
-from moekit.routing.top_k import sigmoid, softmax, softmax_of_top_k, sqrt_softplus, token_choice, top_k, weights_at
+from moekit.routing.top_k import (
+    sigmoid,
+    softmax,
+    softmax_of_top_k,
+    softmax_over_tokens,
+    sqrt_softplus,
+    token_choice,
+    top_k,
+    weights_at,
+)
 from moekit.routing.topology import over_nodes, topology_limited
 
 __all__ = [
@@ -80,6 +89,7 @@ __all__ = [
     "softmax",
     "sigmoid",
     "sqrt_softplus",
+    "softmax_over_tokens",
     "token_choice",
     "weights_at",
     # other choices

@@ -73,8 +73,11 @@ MEGATRON_SEQUENCE = LossForm("Megatron-LM, seq_aux_loss", scope=each_sequence)
 GSHARD_PAPER = LossForm("GShard (Algorithm 1, line 13)", experts_power=-2, choices=1)
 """The mean over experts of f_e P_e, first choices alone: 1 / E^2 at perfect balance."""
 
-FIRST_CHOICE = LossForm("first choices (Tutel, st-moe, V-MoE, DeepSpeed's top-2)", choices=1)
+FIRST_CHOICE = LossForm("first choices (Tutel, DeepSpeed's top-2)", choices=1)
 """GShard's times E^2, as GShard's own code has it."""
+
+FIRST_CHOICE_SEQUENCE = LossForm("first choices within a group (st-moe, V-MoE)", choices=1, scope=each_sequence)
+"""The same within each sequence, averaged over sequences: ``sequence_balance_loss(choices=1)``."""
 
 
 def fastmoe_gshard(world_size: int) -> LossForm:

@@ -37,7 +37,7 @@ def top_p(
         Routing of shape (T, max_k), choices in falling order, -1 past a token's last; at least one per token.
 
     Raises:
-        ValueError: if p or ``max_k`` is out of range, or a shape does not fit.
+        ValueError: if p or ``max_k`` is out of range, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[0.7, 0.2, 0.1], [0.4, 0.3, 0.3]]).log()
@@ -98,7 +98,7 @@ def threshold(
         Routing of shape (T, max_k), choices in falling order of s + b - theta, -1 past a token's last.
 
     Raises:
-        ValueError: if ``max_k`` or ``at_least`` is out of range, or a shape does not fit.
+        ValueError: if ``max_k`` or ``at_least`` is out of range, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[2.0, 1.0, -1.0], [-1.0, -2.0, -3.0]])

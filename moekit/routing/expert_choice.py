@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moekit.ratios import is_positive, ratio_of
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, normalized, softmax
+from moekit.routing.top_k import Score, check_choice, normalized, softmax, softmax_over_tokens
 from moekit.types import Logits, Ratio, Routing
 
 Division = Callable[[Any, Any], Any]
@@ -51,9 +51,10 @@ def expert_choice(
     Args:
         logits: (T, E) float32, with or without noise.
         capacity_factor: c > 0, experts per token in the mean; the paper has 2.
-        score: (T, E) logits -> (T, E) scores.
-        normalize: divide an expert's weights by their sum over the tokens that it took from the pool (the form of
-            pytorch-mixtures 9ec73e6); the paper and V-MoE leave the scores as they are.
+        score: (T, E) logits -> (T, E) scores; ``softmax_over_tokens`` is taken over the real tokens of each pool.
+        normalize: divide an expert's weights by their sum over the tokens that it took from the pool; the paper and
+            V-MoE leave the scores as they are. With ``score=softmax_over_tokens`` that is the softmax over the chosen
+            tokens, the form of pytorch-mixtures 9ec73e6.
         division: how n * c / E becomes an integer: ``operator.floordiv`` or ``divide_up`` (V-MoE).
         multiple_of: round C up to a multiple of this; V-MoE has 4.
         sequence_length: tokens of a pool, which are consecutive; None makes the whole batch one pool.
@@ -67,7 +68,7 @@ def expert_choice(
         fewer than C.
 
     Raises:
-        ValueError: if the capacity factor is not positive and finite, or a shape does not fit.
+        ValueError: if the capacity factor is not positive and finite, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[4.0, 0.0], [3.0, 0.0], [0.0, 1.0], [0.0, 2.0]])
@@ -173,9 +174,13 @@ def _real_tokens(token_mask: Tensor, logits: Tensor, pool_size: int) -> Tensor:
 
 
 def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pool_size: int) -> Tensor:
+    over_tokens = score is softmax_over_tokens
     if real is not None:  # what padding holds, NaN included, must not reach the gradient through the scores
-        logits = logits.masked_fill(~real.reshape(-1, 1), 0.0)
-    pools = score(logits).reshape(_num_pools(logits.shape[0], pool_size), pool_size, logits.shape[1])
+        # Nor a share of a pool; a pool of nothing else has finite ones still, which nobody takes.
+        padding = torch.finfo(logits.dtype).min if over_tokens else 0.0
+        logits = logits.masked_fill(~real.reshape(-1, 1), padding)
+    shape = _num_pools(logits.shape[0], pool_size), pool_size, logits.shape[1]
+    pools = score(logits.reshape(shape)) if over_tokens else score(logits).reshape(shape)
     return pools.transpose(1, 2)
 
 

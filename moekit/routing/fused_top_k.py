@@ -4,16 +4,17 @@ import torch
 from torch import Tensor
 
 from moekit.operators import HAS_TRITON, is_transformed
+from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, top_k
 from moekit.segments import tokens_per_expert
-from moekit.types import Routing
+from moekit.types import Logits, Routing
 
 _SCORES = softmax, sigmoid
 _MOST_EXPERTS, _MOST_CHOICES = 1024, 32  # of the kernel, on every device, so that a recipe runs on all or none
 
 
 def fused_top_k(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int,
     score: Score = softmax,
@@ -32,7 +33,7 @@ def fused_top_k(
     Causal. No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E) float32, E <= 1024.
+        logits: (T, E) float32, E <= 1024, with or without noise.
         k: experts per token, 1 <= k <= E, k <= 32.
         score: ``softmax`` or ``sigmoid`` of this package; the kernel knows no other function.
         normalize: divide a token's weights by their sum.
@@ -43,7 +44,7 @@ def fused_top_k(
         Routing of shape (T, k).
 
     Raises:
-        ValueError: if k, E or the score is none that the kernel knows, or a shape does not fit.
+        ValueError: if k, E or the score is none that the kernel knows, or a shape or dtype does not fit.
 
     Example:
         >>> fused_top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2, normalize=True).expert_indices
@@ -53,6 +54,7 @@ def fused_top_k(
         Lepikhin et al., GShard, 2020, https://arxiv.org/abs/2006.16668
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
+    logits = noisy(logits)
     _check_kernel(logits, k, score)
     if not _has_kernel(logits):
         return top_k(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)
@@ -60,7 +62,7 @@ def fused_top_k(
 
 
 def fused_top_k_and_load(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int,
     score: Score = softmax,
@@ -73,7 +75,7 @@ def fused_top_k_and_load(
     Causal. No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, with or without noise.
         k: experts per token.
         score: ``softmax`` or ``sigmoid``.
         normalize: divide a token's weights by their sum.
@@ -90,6 +92,7 @@ def fused_top_k_and_load(
         >>> fused_top_k_and_load(torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]]), k=1)[1]
         tensor([0, 2, 0])
     """
+    logits = noisy(logits)
     _check_kernel(logits, k, score)
     if not _has_kernel(logits):
         routing = top_k(logits, k=k, score=score, normalize=normalize, scale=scale, bias=bias)

@@ -130,6 +130,32 @@ def check_parts(name: str, params: Any, kind: type[tuple[Tensor, ...]]) -> None:
         )
 
 
+def check_precision(name: str, logits: Tensor) -> None:
+    """Refuse logits in half precision, as every router and every loss does.
+
+    Sums over tokens in float16 are infinite from some thousands on, and near-equal experts are equal in either.
+
+    Args:
+        name: of the caller, for the message.
+        logits: of any shape.
+
+    Raises:
+        ValueError: if they are neither float32 nor float64.
+
+    Example:
+        >>> check_precision("top_k", torch.zeros(2, 3))
+        >>> check_precision("top_k", torch.zeros(2, 3, dtype=torch.float16))
+        Traceback (most recent call last):
+        ValueError: top_k: logits are in torch.float16; expected float32 (or float64), in which every choice, weight \
+and loss is computed. Let the gate compute in float32, as linear_gate does, or pass logits.float().
+    """
+    if logits.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}: logits are in {logits.dtype}; expected float32 (or float64), in which every choice, weight and "
+            f"loss is computed. Let the gate compute in float32, as linear_gate does, or pass logits.float()."
+        )
+
+
 _OTHER_GATE = (
     "A module keeps the parameters of the recipe that it was made of: make a new MoE of a recipe with another gate, or "
     "draw the parameters with init_{}."

@@ -51,7 +51,7 @@ def group_limited(
         Routing of shape (T, k).
 
     Raises:
-        ValueError: if the numbers of experts and groups do not fit each other, or a shape does not fit.
+        ValueError: if the numbers of experts and groups do not fit each other, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[5.0, 0.0, 4.0, 4.0]])

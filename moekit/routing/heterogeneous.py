@@ -3,9 +3,8 @@
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import clean
 from moekit.routing.losses import balance_of_pools, shares
-from moekit.routing.scopes import counts_of_pools, hidden, real_tokens, sums_of_pools
+from moekit.routing.scopes import counts_of_pools, hidden_logits, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -42,7 +41,7 @@ def heterogeneous_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if ``num_simple`` is not between 0 and E, or tau is not positive.
+        ValueError: if ``num_simple`` is not between 0 and E, tau is not positive, or the logits are in half precision.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -61,8 +60,8 @@ def heterogeneous_balance_loss(
         )
     own = counts_of_pools(routing, token_mask)  # (1, E)
     counts = own if tokens_per_expert is None else tokens_per_expert.view(-1, num_experts).sum(0, keepdim=True)
-    scores = shares(hidden(clean(logits), token_mask), score)
+    scores = shares(hidden_logits("heterogeneous_balance_loss", logits, token_mask), score)
     networks = torch.arange(num_experts, device=scores.device) < num_experts - num_simple
     eta = scores.new_ones(num_experts).where(networks, tau)
     sums, real = sums_of_pools(scores, token_mask) * eta, real_tokens(scores, token_mask)
-    return balance_of_pools(counts, sums, real, assigned=own.sum(-1), per_token=None)
+    return balance_of_pools(counts, sums, real, per_token=None)

@@ -7,10 +7,11 @@ expert has everything. Ports to PyTorch often divide the variance by E - 1; V-Mo
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import clean
+from moekit.routing.gates import check_precision
 from moekit.routing.scopes import (
     Scope,
     hidden,
+    hidden_logits,
     mean_of_pools,
     real_tokens,
     sums_of_pools,
@@ -52,7 +53,7 @@ def importance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: from the scope.
+        ValueError: from the scope; if ``score`` is given logits in half precision.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -64,7 +65,10 @@ def importance_loss(
         Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, appendix A.2,
         https://arxiv.org/abs/2106.05974
     """
-    values = weights_by_expert(routing) if score is None else score(hidden(clean(logits), token_mask))
+    if score is None:
+        values = weights_by_expert(routing)
+    else:
+        values = score(hidden_logits("importance_loss", logits, token_mask))
     return _squared_variation(values, token_mask, scope=scope, sequence_length=sequence_length)
 
 
@@ -83,7 +87,8 @@ def load_loss(
     **0 at perfect balance**, E - 1 when one expert gets all. P_te = Phi((z_te - thr_te) / sigma_te) is the chance that
     expert e would be among the K best of token t, were its own noise drawn again and that of the others kept. z is
     without noise, sigma its standard deviation, Phi the normal distribution function, and thr_te the K-th largest of
-    the other experts' noisy logits: the (K+1)-th of all if e is chosen, and the K-th of all if not.
+    the other experts' noisy logits: the (K+1)-th of all if e is chosen, and the K-th of all if not. Without noise,
+    sigma = 0, the chance is 1 above the threshold, 0 below it and 1/2 at it, and has no gradient.
 
     No host synchronisation. Deterministic on CUDA.
 
@@ -101,7 +106,7 @@ def load_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the logits are without noise, or the routing is not (T, K).
+        ValueError: if the logits are without noise or in half precision, or the routing is not (T, K).
 
     Example:
         >>> from moekit.routing import top_k
@@ -120,6 +125,7 @@ def load_loss(
             f"load_loss: the logits are a plain tensor of shape {tuple(logits.shape)}; expected NoisyLogits, since the "
             f"loss is about the noise. Use a noisy gate, or importance_loss or load_balance_loss without one."
         )
+    check_precision("load_loss", logits.logits)
     shape = routing.expert_indices.shape
     if len(shape) != 2:
         raise ValueError(
@@ -148,7 +154,9 @@ def _chances(logits: NoisyLogits, k: int, *, excluding_self: bool) -> Tensor:
         threshold = torch.where(noisy > first_out, first_out, last_in)
     else:  # every expert is chosen, whatever the noise
         return clean_logits.masked_fill(torch.ones_like(clean_logits, dtype=torch.bool), 1.0)
-    return torch.special.ndtr((clean_logits - threshold) / std)
+    margins, drawn = clean_logits - threshold, std > 0
+    chances = torch.special.ndtr(margins / std.where(drawn, 1.0))
+    return chances.where(drawn, (margins.detach().sign() + 1) / 2)
 
 
 def _squared_variation(

@@ -3,8 +3,7 @@
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import clean
-from moekit.routing.scopes import counts_of_pools, hidden, mean_of_pools, real_tokens, sums_of_pools
+from moekit.routing.scopes import counts_of_pools, hidden_logits, mean_of_pools, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -23,8 +22,8 @@ def load_balance_loss(
     """Compute the Switch / GShard balancing loss E * sum_e f_e P_e of one layer.
 
     f_e is the share of assignments that went to expert e, counted before any drop and without gradient; P_e is the mean
-    score of expert e over real tokens. The loss is **1 at perfect balance** for any k, and E at full collapse.
-    It is MegaBlocks' and OpenLM's loss for one layer; Hugging Face's form is K times larger.
+    score of expert e over real tokens. The loss is **1 at perfect balance** for any k, and E / k where all tokens have
+    the same k experts. It is MegaBlocks' and OpenLM's loss for one layer; Hugging Face's form is K times larger.
 
     No host synchronisation. Deterministic on CUDA.
 
@@ -35,19 +34,20 @@ def load_balance_loss(
         tokens_per_expert: counts to use for f in place of this call's own, for example summed over micro-batches and
             ranks, times this call's share of their tokens (the global-batch loss of Qiu et al.): (E,), or (K, E) by
             choice, of which ``choices`` takes the first. Every ``Loss`` gets them so. With ``per_token`` counts without
-            that share would multiply the loss; where it is None the share changes nothing.
+            that share would multiply the loss; where it is None the share changes nothing. ``choices`` needs (K, E).
         sequence_length: not used; ``sequence_balance_loss`` is the form that does.
         score: what P averages; scores that do not sum to one per token are divided by their sum.
         choices: count only the first so many choices of each token; 1 is GShard's own form. None counts all.
         per_token: assignments per token that count as one, f_e = c_e / (per_token * T), also of counts from elsewhere.
             K is the papers' 1/(K T) even where some choices do not exist; 1 is Hugging Face's normalisation, **K at
-            perfect balance**. None takes what there is, so that f sums to one.
+            perfect balance** and E at collapse. None takes what there is, so that f sums to one.
 
     Returns:
         Scalar float32.
 
     Raises:
-        ValueError: if ``choices`` is given for a routing that is not (T, K).
+        ValueError: if ``choices`` is given for a routing that is not (T, K), or with counts that are not by choice; if
+            the logits are in half precision.
         IndexError or RuntimeError: of torch, if the mask is not of T elements.
 
     Example:
@@ -62,10 +62,10 @@ def load_balance_loss(
     """
     counts = counts_of_pools(routing, token_mask, choices=choices)  # (1, E)
     if tokens_per_expert is not None:
-        counts = tokens_per_expert[:choices].sum(0) if tokens_per_expert.ndim == 2 else tokens_per_expert
-    scores = shares(hidden(clean(logits), token_mask), score)
+        counts = _counts_of_choices(tokens_per_expert, choices)
+    scores = shares(hidden_logits("load_balance_loss", logits, token_mask), score)
     sums, real = sums_of_pools(scores, token_mask), real_tokens(scores, token_mask)
-    return balance_of_pools(counts, sums, real, assigned=counts.sum(-1, keepdim=True), per_token=per_token)
+    return balance_of_pools(counts, sums, real, per_token=per_token)
 
 
 def z_loss(
@@ -91,6 +91,7 @@ def z_loss(
         Scalar float32.
 
     Raises:
+        ValueError: if the logits are in half precision.
         RuntimeError: of torch, if the mask is not of T elements.
 
     Example:
@@ -100,7 +101,7 @@ def z_loss(
     References:
         Zoph et al., ST-MoE, 2022, equation 5, https://arxiv.org/abs/2202.08906
     """
-    squares = torch.logsumexp(hidden(clean(logits), token_mask), dim=-1).square()  # (T,)
+    squares = torch.logsumexp(hidden_logits("z_loss", logits, token_mask), dim=-1).square()  # (T,)
     return (sums_of_pools(squares, token_mask) / real_tokens(squares, token_mask).clamp_min(1)).sum()
 
 
@@ -142,11 +143,24 @@ def update_bias(
         )
     if limit is not None and not limit > 0:
         raise ValueError(f"update_bias: limit = {limit}; expected a positive number, or None for no limit.")
-    counts = tokens_per_expert.to(bias.dtype)
-    bias = bias + rate * torch.sign(counts.mean() - counts)
+    counts = tokens_per_expert.double()  # float32 knows whole numbers up to 2^24 alone
+    bias = bias + rate * torch.sign(counts.mean() - counts).to(bias.dtype)
     if center:
         bias = bias - bias.mean()
     return bias if limit is None else bias.clamp(-limit, limit)
+
+
+def _counts_of_choices(counts: Tensor, choices: int | None) -> Tensor:
+    """Return (E,), the counts of the first ``choices``, of counts (K, E), or of (E,) where all are meant."""
+    if counts.ndim == 2:
+        return counts[:choices].sum(0)
+    if choices is not None:
+        raise ValueError(
+            f"load_balance_loss: choices = {choices} was given with tokens_per_expert of shape {tuple(counts.shape)}, "
+            f"which counts all choices; expected (K, E), the counts of each choice. Count routing.expert_indices[:, i] "
+            f"by tokens_per_expert for each i, or leave choices out."
+        )
+    return counts
 
 
 def shares(logits: Tensor, score: Score) -> Tensor:
@@ -168,24 +182,21 @@ def shares(logits: Tensor, score: Score) -> Tensor:
     return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 
-def balance_of_pools(
-    counts: Tensor, score_sums: Tensor, real: Tensor, *, assigned: Tensor, per_token: float | None
-) -> Tensor:
+def balance_of_pools(counts: Tensor, score_sums: Tensor, real: Tensor, *, per_token: float | None) -> Tensor:
     """Compute E * sum_e f_e P_e for each pool, and average it over pools: what all forms of the loss share.
 
     Args:
         counts: (E,) or (pools, E) assignments, whose proportions are f.
         score_sums: (pools, E), normalised scores added up over the tokens of each pool.
         real: (pools,) tokens of each pool.
-        assigned: (pools,) assignments of each pool, which ``per_token`` sets against its tokens.
-        per_token: assignments per token that count as one; None makes f sum to one.
+        per_token: assignments per token that count as one, f_e = c_e / (per_token * T); None makes f sum to one.
 
     Returns:
         Scalar, the dtype of the scores.
 
     Example:
         >>> ones = torch.ones(1, 4)
-        >>> balance_of_pools(ones, 2 * ones, torch.tensor([8]), assigned=torch.tensor([16]), per_token=1.0)
+        >>> balance_of_pools(4 * ones, 2 * ones, torch.tensor([8]), per_token=1.0)
         tensor(2.)
     """
     tokens = real.to(score_sums.dtype).clamp_min(1)
@@ -193,5 +204,5 @@ def balance_of_pools(
     load = load / load.sum(-1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)  # counts may be fractions
     losses = score_sums.shape[-1] * (load * score_sums).sum(-1) / tokens  # (pools,)
     if per_token is not None:
-        losses = losses * (assigned.to(score_sums.dtype) / (per_token * tokens))
+        losses = losses * (counts.sum(-1).to(score_sums.dtype) / (per_token * tokens))
     return mean_of_pools(losses, real)

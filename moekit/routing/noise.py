@@ -116,7 +116,7 @@ def noisy_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> Routin
         Routing of shape (T, k); weights sum to one.
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> noisy_top_k(noisy_gate(torch.ones(5, 3), init_noisy_gate(3, 4)), k=2).weights.shape
@@ -125,7 +125,7 @@ def noisy_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> Routin
     References:
         Shazeer et al., Outrageously Large Neural Networks, 2017, equations 3 to 5, https://arxiv.org/abs/1701.06538
     """
-    return softmax_of_top_k(noisy(logits), k=k, bias=bias)
+    return softmax_of_top_k(logits, k=k, bias=bias)
 
 
 def input_jitter(gate: Gate, *, eps: float = 1e-2) -> Gate:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moekit.routing.gates import clean
 from moekit.routing.losses import balance_of_pools, shares
-from moekit.routing.scopes import counts_of_pools, hidden, real_tokens, sums_of_pools
+from moekit.routing.scopes import counts_of_pools, hidden_logits, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -46,7 +46,7 @@ def pooled_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if there is no layer, or the layers differ in tokens or experts.
+        ValueError: if there is no layer, the layers differ in tokens or experts, or logits are in half precision.
 
     Example:
         >>> import torch
@@ -60,10 +60,10 @@ def pooled_balance_loss(
     """
     _check_layers(logits, routings)
     counts = torch.stack([counts_of_pools(routing, token_mask, choices=choices) for routing in routings]).sum(0)
-    scores = [shares(hidden(clean(z), token_mask), score) for z in logits]
+    scores = [shares(hidden_logits("pooled_balance_loss", z, token_mask), score) for z in logits]
     sums = torch.stack([sums_of_pools(layer, token_mask) for layer in scores]).sum(0)  # (1, E)
     real = len(scores) * real_tokens(scores[0], token_mask)
-    return balance_of_pools(counts, sums, real, assigned=counts.sum(-1), per_token=per_token)
+    return balance_of_pools(counts, sums, real, per_token=per_token)
 
 
 def _check_layers(logits: Sequence[Logits], routings: Sequence[Routing]) -> None:

@@ -37,7 +37,7 @@ def quantile_balanced(
         Routing of shape (T, k).
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> quantile_balanced(torch.tensor([[1.0, 0.0]]), k=1, bias=torch.tensor([-2.0, 0.0])).expert_indices
@@ -76,7 +76,7 @@ def quantile_duals(logits: Logits, duals: Tensor, *, k: int, token_mask: Tensor 
         (E,), the dtype of ``duals``. With k = E, or without a real token, ``duals`` themselves, copied.
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])

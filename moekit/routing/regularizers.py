@@ -8,7 +8,7 @@ from moekit.routing.losses import shares
 from moekit.routing.scopes import (
     Scope,
     counts_of_pools,
-    hidden,
+    hidden_logits,
     mean_of_pools,
     real_tokens,
     sums_of_pools,
@@ -105,7 +105,7 @@ def entropy_loss(
         Scalar float32.
 
     Raises:
-        ValueError: from the scope.
+        ValueError: from the scope; if the logits are in half precision.
 
     Example:
         >>> entropy_loss(torch.zeros(5, 4)).neg().exp().round(decimals=3)
@@ -115,7 +115,7 @@ def entropy_loss(
         Nguyen et al., LibMoE, 2024, https://arxiv.org/abs/2411.00918, and its code (the modes of its perplexity
         regularizer)
     """
-    scores = shares(hidden(clean(logits), token_mask), score)
+    scores = shares(hidden_logits("entropy_loss", logits, token_mask), score)
     real = real_tokens(scores, token_mask, scope=scope, sequence_length=sequence_length)
     sums = sums_of_pools(scores, token_mask, scope=scope, sequence_length=sequence_length)
     mean = sums / real.clamp_min(1).unsqueeze(-1)  # (pools, E)

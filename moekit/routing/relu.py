@@ -5,11 +5,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moekit.routing.gates import noisy
 from moekit.routing.top_k import check_choice, shifted, token_choice
 from moekit.types import Logits, RouterState, Routing
 
 
-def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None = None) -> Routing:
+def relu_choice(logits: Logits, *, max_k: int | None = None, bias: Tensor | None = None) -> Routing:
     """Choose every expert with a positive logit, weighted by it: g = relu(z). A token may have none, or all of them.
 
     Without a top-k the weights are continuous in the logits. Sparsity comes from an L1 loss whose coefficient adapts,
@@ -19,7 +20,7 @@ def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None
     them.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, with or without noise.
         max_k: the most experts that a token may have, those with the largest logits; None sets no limit.
         bias: (E,) added to the logits where ``max_k`` decides who is chosen. It activates no expert: a logit that is
             not positive has no weight to give.
@@ -29,7 +30,7 @@ def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None
         every place, so a capacity factor is relative to all of them active.
 
     Raises:
-        ValueError: if max_k is not between 1 and E, or a shape does not fit.
+        ValueError: if max_k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> relu_choice(torch.tensor([[-1.0, 0.5, 2.0]])).expert_indices
@@ -38,6 +39,7 @@ def relu_choice(logits: Tensor, *, max_k: int | None = None, bias: Tensor | None
     References:
         Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
     """
+    logits = noisy(logits)
     k = logits.shape[-1] if max_k is None else max_k
     check_choice(logits, k, name="relu_choice")
     preference = shifted(logits, bias).detach().masked_fill(logits <= 0, float("-inf"))

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moekit.routing.gates import check_precision, clean
 from moekit.segments import tokens_per_expert as count_tokens
-from moekit.types import Routing
+from moekit.types import Logits, Routing
 
 Scope = Callable[[Tensor, int | None], Tensor]
 
@@ -97,6 +98,29 @@ def hidden(values: Tensor, token_mask: Tensor | None) -> Tensor:
     if token_mask is None:
         return values
     return values.masked_fill(~token_mask.flatten().bool().view(-1, *[1] * (values.ndim - 1)), 0.0)
+
+
+def hidden_logits(name: str, logits: Logits, token_mask: Tensor | None) -> Tensor:
+    """Return what a loss reads of logits: those without noise, with zeros in the rows of padding tokens.
+
+    Args:
+        name: of the loss, for the message.
+        logits: (T, E), with or without noise.
+        token_mask: (T,) bool, or any shape of T elements, True for real tokens; None hides nothing.
+
+    Returns:
+        (T, E).
+
+    Raises:
+        ValueError: if they are neither float32 nor float64.
+
+    Example:
+        >>> hidden_logits("z_loss", torch.ones(2, 1), torch.tensor([True, False])).flatten()
+        tensor([1., 0.])
+    """
+    plain = clean(logits)
+    check_precision(name, plain)
+    return hidden(plain, token_mask)
 
 
 def real_tokens(

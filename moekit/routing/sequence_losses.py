@@ -2,9 +2,8 @@
 
 from torch import Tensor
 
-from moekit.routing.gates import clean
 from moekit.routing.losses import balance_of_pools, shares
-from moekit.routing.scopes import Scope, counts_of_pools, each_sequence, hidden, real_tokens, sums_of_pools
+from moekit.routing.scopes import Scope, counts_of_pools, each_sequence, hidden_logits, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -47,7 +46,7 @@ def sequence_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the length was not given, or T is not a multiple of it.
+        ValueError: if the length was not given, T is not a multiple of it, or the logits are in half precision.
 
     Example:
         >>> import torch
@@ -61,7 +60,7 @@ def sequence_balance_loss(
         DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, equations 17 to 20, https://arxiv.org/abs/2412.19437
     """
     counts = counts_of_pools(routing, token_mask, choices=choices, scope=scope, sequence_length=sequence_length)
-    scores = shares(hidden(clean(logits), token_mask), score)
+    scores = shares(hidden_logits("sequence_balance_loss", logits, token_mask), score)
     sums = sums_of_pools(scores, token_mask, scope=scope, sequence_length=sequence_length)  # (pools, E)
     real = real_tokens(scores, token_mask, scope=scope, sequence_length=sequence_length)
-    return balance_of_pools(counts, sums, real, assigned=counts.sum(-1), per_token=per_token)
+    return balance_of_pools(counts, sums, real, per_token=per_token)

@@ -46,7 +46,7 @@ def sinkhorn(
         Routing of shape (T, k). The weights of a token do not sum to one.
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[2.0, 0.0], [1.0, 0.0]])

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.routing.gates import check_parts, linear_gate
-from moekit.types import SoftRouting
+from moekit.routing.gates import check_parts, check_precision, linear_gate, noisy
+from moekit.types import Logits, SoftRouting
 
 _EPSILON = 1e-6  # added to lengths, as in the paper's listing 2
 
@@ -90,26 +90,35 @@ def init_soft_gate(
 
 
 def soft_slots(
-    logits: Tensor, *, slots: int, sequence_length: int | None = None, bias: Tensor | None = None
+    logits: Logits,
+    *,
+    slots: int,
+    sequence_length: int | None = None,
+    token_mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> SoftRouting:
     """Mix tokens into slots by a softmax over the tokens of a pool, and slots into tokens by one over all slots.
 
     A slot's input is sum_t D_tes x_t with D = softmax_t(z), a token's output sum_es C_tes y_es with C = softmax_es(z).
-    Each pool has S slots of every expert. For padding tokens see ``mask_soft``.
+    Each pool has S slots of every expert.
 
     **Not causal**: every token sees every other of its pool. No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E*S) float32.
+        logits: (T, E*S) float32, with or without noise.
         slots: S, per expert and pool.
         sequence_length: tokens of a pool, so that sequences do not mix; None makes one pool of all T.
+        token_mask: (T,) bool, or any shape of T elements; True for real tokens. The others enter no slot and get
+            nothing back, whatever their logits hold, as if they were left out. The slots of a pool without any real
+            token are zero. ``mask_soft`` behind this router does the same, but only of logits that are finite.
         bias: ignored; nothing is selected.
 
     Returns:
         SoftRouting of (G, T/G, E, S).
 
     Raises:
-        ValueError: if slots or pools do not divide the logits.
+        ValueError: if slots or pools do not divide the logits, these are in half precision, or the mask has another
+            number of elements than T.
 
     Example:
         >>> routing = soft_slots(torch.zeros(6, 4), slots=2, sequence_length=3)
@@ -120,13 +129,24 @@ def soft_slots(
         Puigcerver et al., From Sparse to Soft Mixtures of Experts, 2023, equations 1 to 3,
         https://arxiv.org/abs/2308.00951
     """
-    pools = _pools(logits, slots, sequence_length)  # (G, T/G, E*S)
+    pools = _pools(noisy(logits), slots, sequence_length)  # (G, T/G, E*S)
     shape = (*pools.shape[:2], pools.shape[2] // slots, slots)
-    return SoftRouting(torch.softmax(pools, dim=1).view(shape), torch.softmax(pools, dim=2).view(shape))
+    if token_mask is None:
+        return SoftRouting(torch.softmax(pools, dim=1).view(shape), torch.softmax(pools, dim=2).view(shape))
+    padding = _padding(token_mask, *shape[:2]).unsqueeze(-1)  # (G, T/G, 1)
+    # The lowest number, not -infinity: a pool of padding alone has shares that are finite, and so is their gradient.
+    shares, parts = (
+        torch.softmax(pools.masked_fill(padding, lowest), dim=dim).masked_fill(padding, 0.0).view(shape)
+        for dim, lowest in ((1, torch.finfo(pools.dtype).min), (2, 0.0))
+    )
+    return SoftRouting(shares, parts)
 
 
 def mask_soft(routing: SoftRouting, token_mask: Tensor) -> SoftRouting:
     """Take padding tokens out of a soft routing: they enter no slot, and get nothing back.
+
+    For routers that take no ``token_mask``, unlike ``soft_slots``: what is NaN in a padding token's logits is in the
+    shares of its whole pool already.
 
     The shares of real tokens in a slot are divided by their sum, which makes them the softmax over real tokens alone.
     The slots of a pool without any real token are zero. Equal to leaving the tokens out, to rounding, as long as those
@@ -147,13 +167,7 @@ def mask_soft(routing: SoftRouting, token_mask: Tensor) -> SoftRouting:
         >>> routing.dispatch_weights.flatten(), routing.combine_weights.flatten()
         (tensor([0.5000, 0.5000, 0.0000, 0.0000]), tensor([1., 1., 0., 0.]))
     """
-    pools, size = routing.dispatch_weights.shape[:2]
-    if token_mask.numel() != pools * size:
-        raise ValueError(
-            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
-            f"{pools * size}."
-        )
-    padding = ~token_mask.bool().reshape(pools, size, 1, 1)
+    padding = _padding(token_mask, *routing.dispatch_weights.shape[:2])[..., None, None]  # (G, T/G, 1, 1)
     shares = routing.dispatch_weights.masked_fill(padding, 0.0)
     total = shares.sum(1, keepdim=True)
     shares = shares / total.masked_fill(total == 0, 1.0)
@@ -164,7 +178,18 @@ def _unit(x: Tensor, *, dim: int) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + _EPSILON)
 
 
+def _padding(token_mask: Tensor, pools: int, size: int) -> Tensor:
+    """Return (G, T/G) bool, True for padding tokens."""
+    if token_mask.numel() != pools * size:
+        raise ValueError(
+            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
+            f"{pools * size}."
+        )
+    return ~token_mask.bool().reshape(pools, size)
+
+
 def _pools(logits: Tensor, slots: int, sequence_length: int | None) -> Tensor:
+    check_precision("soft_slots", logits)
     if logits.ndim != 2 or slots < 1 or logits.shape[1] % slots:
         raise ValueError(
             f"soft_slots: logits have shape {tuple(logits.shape)} and slots = {slots}; expected (T, E*S), with S the "

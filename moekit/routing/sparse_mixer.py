@@ -3,12 +3,13 @@
 import torch
 from torch import Tensor
 
+from moekit.routing.gates import noisy
 from moekit.routing.top_k import check_choice, shifted, token_choice
-from moekit.types import Routing
+from moekit.types import Logits, Routing
 
 
 def sparse_mixer(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int = 2,
     eps: float = 0.01,
@@ -30,7 +31,7 @@ def sparse_mixer(
     global generator.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, with or without noise.
         k: experts per token, 1 <= k <= E; the paper has 2. An expert at -infinity has the weight 0.
         eps: half the relative distance that an expert may have to the best one; Phi-3.5-MoE has 0.01.
         training: whether to sample.
@@ -41,7 +42,7 @@ def sparse_mixer(
         Routing of shape (T, k).
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> routing = sparse_mixer(torch.tensor([[1.0, 5.0, 4.99]]), training=False)
@@ -52,6 +53,7 @@ def sparse_mixer(
         Liu et al., GRIN: GRadient-INformed MoE, 2024 (SparseMixer-v2), https://arxiv.org/abs/2409.12136
         Liu et al., Sparse Backpropagation for MoE Training, 2023, https://arxiv.org/abs/2310.00811
     """
+    logits = noisy(logits)
     check_choice(logits, k, name="sparse_mixer")
     # Experts at -infinity come last, and are chosen once like others; only what is taken is below them.
     lowest = torch.finfo(logits.dtype).min

@@ -17,11 +17,13 @@ from moekit.segments import tokens_per_expert
 from moekit.types import Logits, RouterState, Routing
 
 
-def selection_bias(*, rate: float) -> RouterState:
+def selection_bias(*, rate: float, center: bool = False, limit: float | None = None) -> RouterState:
     """Make the state of loss-free balancing: a bias on the selection, moved by the load of each step.
 
     Args:
         rate: step of the bias, see ``update_bias``.
+        center: subtract the mean of the new bias, as TorchTitan and nmoe do.
+        limit: clamp the new bias to [-limit, limit], after it was centred; nmoe has 16.
 
     Returns:
         RouterState, an (E,) float32 tensor named ``bias``.
@@ -34,7 +36,7 @@ def selection_bias(*, rate: float) -> RouterState:
     References:
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
-    return RouterState("bias", _zeros, observe_load, partial(update_bias, rate=rate))
+    return RouterState("bias", _zeros, observe_load, partial(update_bias, rate=rate, center=center, limit=limit))
 
 
 def quantile_bias(*, k: int) -> RouterState:

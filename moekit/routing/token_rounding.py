@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit.checks import check_devices, check_routing
 from moekit.operators import HAS_TRITON
-from moekit.routing.gates import noisy
+from moekit.routing.gates import check_precision, noisy
 from moekit.routing.top_k import Score, softmax
 from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import Logits, Router, Routing
@@ -83,7 +83,7 @@ def round_tokens(
     Expert e ranks the tokens that chose it first, by their weight, then all others by score(z), and keeps the first
     r_e. So it loses its lightest assignments, or takes fewer than ``tile`` tokens besides. What stays keeps its weight,
     which is not normalised again; a token that is taken besides gets its score. With ``top_k(..., normalize=True)``
-    and softmax scores this is the form of the authors' benchmark. With ``tile=1`` nothing changes.
+    and softmax scores this is the form of the authors' benchmark at commit cbcb12a. With ``tile=1`` nothing changes.
 
     Of assignments of one weight the earlier stay, and of tokens of one score the earlier are taken. NaN counts as
     infinity, and a score of -infinity as the lowest finite number.
@@ -107,7 +107,8 @@ def round_tokens(
         as ``rounding`` may add to a load: tile // 2 for ``torch.round``, 0 for ``torch.floor``, tile - 1 for any other.
 
     Raises:
-        ValueError: if the tile is not positive, the routing is not (T, K), or logits and routing do not fit each other.
+        ValueError: if the tile is not positive, the routing is not (T, K), logits and routing do not fit each other, or
+            the logits are in half precision.
 
     Example:
         >>> from moekit.routing import top_k
@@ -119,7 +120,7 @@ def round_tokens(
 
     References:
         Guo et al., SonicMoE, 2025 (token rounding), https://arxiv.org/abs/2512.14080
-        SonicMoE, benchmarks/moe-token-rounding.py, https://github.com/Dao-AILab/sonic-moe
+        SonicMoE, commit cbcb12a, benchmarks/moe-token-rounding.py, https://github.com/Dao-AILab/sonic-moe
     """
     logits = noisy(logits)
     _check(logits, routing, tile)
@@ -218,6 +219,7 @@ def _has_kernels(values: Tensor) -> bool:
 def _check(logits: Tensor, routing: Routing, tile: int) -> None:
     check_routing("token_rounding", routing)
     check_devices("token_rounding", logits, *routing[:3])
+    check_precision("token_rounding", logits)
     if tile < 1:
         raise ValueError(f"token_rounding: tile = {tile}; expected the rows of a GEMM tile, >= 1, such as 128.")
     if routing.expert_indices.ndim != 2:

@@ -6,11 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moekit.types import Routing
+from moekit.routing.gates import check_precision, noisy
+from moekit.types import Logits, Routing
 
 Score = Callable[[Tensor], Tensor]
 
 _SMALLEST_SUM = 1e-20  # keeps 0/0 out of normalised sigmoid scores; DeepSeek-V3's released code adds the same number
+
+_FAR = -40.0  # from here on sqrt(softplus(z)) is exp(z / 2) to the last bit of float64, while exp(z) still is a number
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -30,6 +33,28 @@ def softmax(logits: Tensor) -> Tensor:
         Shazeer et al., Outrageously Large Neural Networks, 2017, equation 2, https://arxiv.org/abs/1701.06538
     """
     return torch.softmax(logits, dim=-1)
+
+
+def softmax_over_tokens(logits: Tensor) -> Tensor:
+    """Turn logits into an expert's shares of the tokens: exp z_te / sum_u exp z_ue.
+
+    For ``expert_choice``, which takes it over the tokens of each pool. **Not causal**: the share of a token falls with
+    the logits of later ones.
+
+    Args:
+        logits: (T, E), or (G, T/G, E) for each pool by itself, any floating dtype.
+
+    Returns:
+        The same shape and dtype; the scores of an expert sum to one.
+
+    Example:
+        >>> softmax_over_tokens(torch.zeros(4, 1)).flatten()
+        tensor([0.2500, 0.2500, 0.2500, 0.2500])
+
+    References:
+        pytorch-mixtures, commit 9ec73e6 (its expert-choice router), https://github.com/jaisidhsingh/pytorch-mixtures
+    """
+    return torch.softmax(logits, dim=-2)
 
 
 def sigmoid(logits: Tensor) -> Tensor:
@@ -58,18 +83,19 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
         logits: (T, E), any floating dtype.
 
     Returns:
-        (T, E), the dtype of ``logits``; above zero, also where exp z underflows.
+        (T, E), the dtype of ``logits``; above zero, and about exp(z / 2) far below it, where exp z underflows.
 
     Example:
         >>> sqrt_softplus(torch.tensor([[0.0, 100.0]]))
         tensor([[ 0.8326, 10.0000]])
     """
-    # softplus underflows to 0 far below zero, where the gradient of the root would be infinite
-    return F.softplus(logits).clamp_min(torch.finfo(logits.dtype).tiny).sqrt()
+    tiny = torch.finfo(logits.dtype).tiny  # at zero the gradient of the root would be infinite
+    root = F.softplus(logits.clamp_min(_FAR)).clamp_min(tiny).sqrt()
+    return torch.where(logits < _FAR, torch.exp(logits.clamp_max(_FAR) / 2).clamp_min(tiny), root)
 
 
 def top_k(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int,
     score: Score = softmax,
@@ -87,7 +113,7 @@ def top_k(
     Causal. No host synchronisation. Deterministic on CUDA; ties are broken as ``torch.topk`` breaks them.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, with or without noise.
         k: experts per token, 1 <= k <= E.
         score: (T, E) logits -> (T, E) scores.
         normalize: divide a token's weights by their norm. With k = 1 the weight is then constant and the output trains
@@ -100,7 +126,7 @@ def top_k(
         Routing of shape (T, k).
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> top_k(torch.tensor([[0.0, 2.0, 1.0]]), k=2, normalize=True).expert_indices
@@ -111,6 +137,7 @@ def top_k(
         Jiang et al., Mixtral of Experts, 2024, https://arxiv.org/abs/2401.04088
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
+    logits = noisy(logits)
     check_choice(logits, k, name="top_k")
     scores = score(logits)
     expert_indices = torch.topk(shifted(scores, bias), k, dim=-1).indices
@@ -118,7 +145,7 @@ def top_k(
     return token_choice(expert_indices, weights, logits)
 
 
-def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> Routing:
+def softmax_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> Routing:
     """Choose the k largest logits and take the softmax over those alone: S = topK(z + b), g = softmax(z_S).
 
     In exact arithmetic this equals ``top_k(..., normalize=True)``.
@@ -126,7 +153,7 @@ def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> R
     Causal. No host synchronisation. Deterministic on CUDA; ties are broken as ``torch.topk`` breaks them.
 
     Args:
-        logits: (T, E) float32.
+        logits: (T, E) float32, with or without noise.
         k: experts per token, 1 <= k <= E.
         bias: (E,) added to the logits for the selection only.
 
@@ -134,7 +161,7 @@ def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> R
         Routing of shape (T, k); weights sum to one.
 
     Raises:
-        ValueError: if k is not between 1 and E, or a shape does not fit.
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
 
     Example:
         >>> softmax_of_top_k(torch.tensor([[0.0, 5.0, 5.0]]), k=2).weights
@@ -143,6 +170,7 @@ def softmax_of_top_k(logits: Tensor, *, k: int, bias: Tensor | None = None) -> R
     References:
         Jiang et al., Mixtral of Experts, 2024, section 2.1, https://arxiv.org/abs/2401.04088
     """
+    logits = noisy(logits)
     check_choice(logits, k, name="softmax_of_top_k")
     expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
     return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
@@ -210,7 +238,8 @@ def token_choice(expert_indices: Tensor, weights: Tensor, logits: Tensor, *, tok
 
 
 def check_choice(logits: Tensor, k: int, *, name: str) -> None:
-    """Raise a ValueError that names the router if ``logits`` is not (T, E) or k is not between 1 and E."""
+    """Raise a ValueError that names the router if ``logits`` is not (T, E) float32 or float64, or k is not 1 to E."""
+    check_precision(name, logits)
     if logits.ndim != 2:
         raise ValueError(
             f"{name}: logits have shape {tuple(logits.shape)}; expected (T, E). Flatten batch and sequence into one "

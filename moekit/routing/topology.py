@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from moekit.ratios import ratio_of
+from moekit.routing.gates import noisy
 from moekit.routing.top_k import check_choice, shifted, token_choice
-from moekit.types import Routing
+from moekit.types import Logits, Routing
 
 
 def topology_limited(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int = 2,
     num_nodes: int,
@@ -31,7 +32,7 @@ def topology_limited(
     logits rank by position.
 
     Args:
-        logits: (T, E) float32, for the tokens of this node.
+        logits: (T, E) float32, for the tokens of this node, with or without noise.
         k: experts per token, 1 <= k <= E / num_nodes.
         num_nodes: nodes that the experts are spread over; it divides E.
         node: the number of this one.
@@ -44,7 +45,7 @@ def topology_limited(
         Routing of shape (T, k); weights sum to one.
 
     Raises:
-        ValueError: if a number is out of range, or a shape does not fit.
+        ValueError: if a number is out of range, or a shape or dtype does not fit.
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0, 5.0, 0.0], [0.0, 1.0, 6.0, 0.0]])
@@ -55,6 +56,7 @@ def topology_limited(
     References:
         He et al., FasterMoE, PPoPP 2022 (topology-aware gate), https://doi.org/10.1145/3503221.3508418
     """
+    logits = noisy(logits)
     check_choice(logits, k, name="topology_limited")
     _check_nodes(logits.shape[1], k, num_nodes, node, share)
     num_tokens, num_experts = logits.shape
@@ -77,7 +79,7 @@ def topology_limited(
 
 
 def over_nodes(
-    logits: Tensor,
+    logits: Logits,
     *,
     k: int = 2,
     num_nodes: int,
@@ -90,7 +92,7 @@ def over_nodes(
     Not causal. No host synchronisation. Deterministic on CUDA.
 
     Args:
-        logits: (T, E) float32, the tokens of node 0 first.
+        logits: (T, E) float32, the tokens of node 0 first, with or without noise.
         k: experts per token.
         num_nodes: that the experts, and here the tokens too, are spread over.
         share: of a node's tokens that may leave it.
@@ -110,11 +112,13 @@ def over_nodes(
     References:
         He et al., FasterMoE, PPoPP 2022 (topology-aware gate), https://doi.org/10.1145/3503221.3508418
     """
+    logits = noisy(logits)
+    check_choice(logits, k, name="over_nodes")
     _check_nodes(logits.shape[1], k, num_nodes, 0, share)
-    masks = [None] * num_nodes if token_mask is None else token_mask.flatten().chunk(num_nodes)
+    masks = [None] * num_nodes if token_mask is None else token_mask.flatten().tensor_split(num_nodes)
     parts = [
         topology_limited(part, k=k, num_nodes=num_nodes, node=node, share=share, token_mask=mask, bias=bias)
-        for node, (part, mask) in enumerate(zip(logits.chunk(num_nodes), masks, strict=False))
+        for node, (part, mask) in enumerate(zip(logits.tensor_split(num_nodes), masks, strict=True))
     ]
     chosen = torch.cat([part.expert_indices for part in parts])
     return token_choice(chosen, torch.cat([part.weights for part in parts]), logits)

@@ -51,7 +51,9 @@ def test_every_router(measure, shape, name):
     for leaf in leaves:
         leaf.requires_grad_()
     ids = torch.arange(shape.tokens, device=shape.device) % 10
-    known = {"sequence_length": LENGTH, "token_mask": None, "token_ids": ids, "table": state}
+    known = {"sequence_length": LENGTH, "token_mask": None, "token_ids": ids}
+    if case.state is not None:
+        known[case.state.name] = state
     needs = {need: known[need] for need in case.needs}
     bias = None if case.state is None or case.state.name != "bias" else state
 

@@ -41,6 +41,7 @@ def blocks(routing: Routing, **options) -> list[list[int]]:
         (4, 1, 8, 1e-9, 1),
         (0, 2, 4, 1.25, 1),
         (6, 2, 3, 2, 8),  # an integer factor
+        (70, 7, 8, 8 / 7, 70),  # no decimal: rounded to six digits it would be 69
     ],
 )
 def test_capacity_is_exact(num_tokens: int, k: int, num_experts: int, factor: float, expected: int) -> None:
@@ -68,6 +69,17 @@ def test_a_bad_capacity_factor_says_what_to_do(factor: float) -> None:
 def test_padded_checks_its_factor_when_it_is_composed(factor: float) -> None:
     with pytest.raises(ValueError, match=rf"capacity_factor = {factor}; expected a finite number >= 0, where 0 means"):
         padded(capacity_factor=factor)
+
+
+def test_padded_takes_a_number_and_a_function() -> None:
+    with pytest.raises(
+        ValueError, match="capacity_factor = None; expected a finite number >= 0, where 0 means dropless"
+    ):
+        padded(capacity_factor=None)
+    with pytest.raises(
+        ValueError, match=r"padded: priority = 'by_weight'; expected a function.*by_position, by_choice or"
+    ):
+        padded(capacity_factor=1.0, priority="by_weight")
 
 
 def test_factor_zero_is_dropless() -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moekit import recipes
 from moekit.dispatch import dropless, padded
 from moekit.dispatch.soft import mix_tokens, slot_routing, spread_slots
 from moekit.experts import MlpParams, batched, gelu_mlp, grouped, init_mlp, loop
@@ -107,6 +108,31 @@ def test_no_tokens(shape: tuple[int, ...]) -> None:
     assert y.shape == (0, D)
     grads = torch.autograd.grad(y.sum(), (x, weights))
     assert [g.shape for g in grads] == [(0, D), shape]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 7.0])
+def test_what_masked_tokens_hold_enters_no_slot(bad: float) -> None:
+    real = torch.tensor([[True, False, True], [False, True, True]])
+    weights = torch.rand(G, L, E, S).masked_fill(~real.view(G, L, 1, 1), 0.0).requires_grad_()
+    x = torch.randn(T, D).masked_fill(~real.view(T, 1), bad).requires_grad_()
+    expected = mix_tokens(x.detach().masked_fill(~real.view(T, 1), 0.0), SoftRouting(weights, weights))
+    slots = mix_tokens(x, SoftRouting(weights, weights), token_mask=real)
+    assert torch.equal(slots, expected)
+    of_x, of_weights = torch.autograd.grad(slots.square().sum(), (x, weights))
+    assert of_weights.isfinite().all()
+    assert (of_x[~real.flatten()] == 0).all()
+
+
+def test_a_layer_gives_real_tokens_the_same_whatever_padding_holds() -> None:
+    recipe, real = recipes.soft_moe(slots=S), torch.tensor([[True, False, True], [False, True, True]])
+    params = recipes.MoEParams(recipe.init_gate(D, E), recipe.init(E, D, F))
+    x = torch.randn(G, L, D)
+    expected = recipes.moe_layer(x, params, recipe, token_mask=real).y[real]
+    alone = recipes.moe_layer(x[real].view(G, L - 1, D), params, recipe).y.flatten(0, 1)
+    torch.testing.assert_close(expected, alone)
+    for bad in (torch.nan, torch.inf, 1e30):
+        spoiled = x.masked_fill(~real.unsqueeze(-1), bad)
+        assert torch.equal(recipes.moe_layer(spoiled, params, recipe, token_mask=real).y[real], expected)
 
 
 def test_sums_are_in_float32_and_results_have_the_dtype_of_rows() -> None:

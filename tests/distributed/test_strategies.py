@@ -2,8 +2,11 @@
 
 import pytest
 import torch
+from page_programs import last_loss, under_a_limit
 from ranks import run_ranks
 from strategy_cases import STRATEGIES, Case, matrix
+
+from moekit.parallel import one_process
 
 pytestmark = pytest.mark.distributed
 
@@ -44,6 +47,20 @@ def test_ranks_learn_what_is_dropped_of_their_own_tokens():
 
 def test_a_layer_that_returns_a_constant_does_not_hold_the_others_up():
     run_ranks("strategy_cases:constant_on_empty", 3, limit=30)
+
+
+def test_the_loop_of_the_page_on_parallelism_has_one_loss_on_one_process_and_on_two_ranks():
+    alone = last_loss(one_process())
+    assert 0 < alone < 2
+    assert run_ranks("page_programs:last_loss", 2, limit=60) == pytest.approx([alone, alone], rel=1e-5)
+
+
+def test_under_a_capacity_limit_that_loop_has_one_loss_too_and_each_rank_knows_its_drops():
+    alone = under_a_limit(one_process())
+    assert alone[0] != last_loss(one_process())
+    assert 0.2 < alone[1] < 0.6
+    for loss, dropped in run_ranks("page_programs:under_a_limit", 2, limit=60):
+        assert (loss, dropped) == pytest.approx(alone, rel=1e-5)
 
 
 def test_second_derivatives_refusals_no_choices_and_weights_drawn_anew():

@@ -9,6 +9,7 @@ import torch
 
 from moekit.experts import init_gated
 from moekit.recipes import MoE, MoEParams, moe_layer
+from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -20,9 +21,28 @@ def my_moe(k=None):
     return find_recipe(f"{FILE}:my_moe", k=k)
 
 
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
+
+
 def test_contributing_shows_the_file_as_it_is():
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL)
-    assert blocks == [FILE.read_text()]
+    assert BLOCKS[0] == FILE.read_text()
+
+
+def test_contributing_shows_a_router_that_keeps_a_budget_in_each_sequence_and_a_plan_that_drops():
+    scope = {}
+    exec(compile(BLOCKS[1], "CONTRIBUTING.md", "exec"), scope)
+    routing = scope["output"].routing
+    assert (routing.expert_indices >= 0).view(3, 24).sum(1).tolist() == [15, 15, 15]  # 1.25 of 12 tokens
+    weights = routing.weights.view(3, 24).sort(dim=1, descending=True).values
+    assert (weights[:, :15] > 0).all()
+    assert not weights[:, 15:].any()
+    assert audit(scope["recipe"], 8).leaks
+    exec(compile(BLOCKS[2], "CONTRIBUTING.md", "exec"), scope)
+    routing = scope["output"].routing
+    kept = routing.weights.flatten()[scope["heavy"].plan(routing).assignments.unique()[1:]]
+    assert len(kept) == (routing.weights >= 0.4).sum() < routing.weights.numel()
+    assert kept.min() >= 0.4
+    assert BLOCKS[3:] == []
 
 
 def test_it_has_less_than_thirty_lines():

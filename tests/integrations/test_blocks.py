@@ -13,7 +13,10 @@ Where the two truly differ, which no test of equality here can show:
 """
 
 import importlib
+import re
 from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,3 +230,31 @@ def test_parts_that_a_configuration_leaves_out(name: str) -> None:
     torch.testing.assert_close(moe_layer(x, mine.params, recipe, state=mine.state).y, block(x), rtol=1e-5, atol=1e-4)
     back = FAMILIES[name].from_params(mine, config)
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in entries.items()}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_module_that_the_page_makes_of_a_block_computes_the_same_and_goes_back(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    [code] = re.findall(r"As a module, .*?```python\n(.*?)```", page, flags=re.DOTALL)
+    block, config = build(CASES[name], name)
+    family, model, x = FAMILIES[name], SimpleNamespace(config=config), torch.randn(2, 5, D)
+    held = family.to_params({key: each.clone() for key, each in block.state_dict().items()}, config)
+    recipe = family.recipe(config)
+    expected = moe_layer(x, held.params, recipe, state=held.state).y
+    scope: dict[str, Any] = {
+        "torch": torch,
+        "family": family,
+        "held": held,
+        "recipe": recipe,
+        "block": block,
+        "model": model,
+    }
+    exec(compile(code, "transformers.md", "exec"), scope)
+    moe = scope["moe"]
+    torch.testing.assert_close(moe(x).y, expected, rtol=0, atol=0)
+    back = family.to_params(block.state_dict(), config)
+    if held.state is not None:
+        output = moe(x)
+        moe.update_state(moe.recipe.state.observe(output.logits, output.routing, moe.state))  # rate 0.0 moves nothing
+        torch.testing.assert_close(torch.stack([back.state, moe.state]), held.state.expand(2, -1), rtol=0, atol=0)
+    torch.testing.assert_close(moe_layer(x, back.params, recipe, state=back.state).y, expected, rtol=0, atol=0)

@@ -12,6 +12,7 @@ import transformers
 from hf_families import Family, deviations, experts_of, families, run, tiny_model
 from transformers.integrations.moe import ExpertsInterface
 
+from moekit import moe_layer
 from moekit.dispatch import padded
 from moekit.experts import batched, loop
 from moekit.integrations.transformers import module_layer, register
@@ -70,6 +71,24 @@ def test_the_documents_table_has_every_family() -> None:
     text = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text()
     rows = re.findall(r"^\| (\w+) \| \w+ \| .*\| \d", text, flags=re.MULTILINE)
     assert sorted(rows) == sorted(family.name for family in FAMILIES), "run: python tests/hf_families.py"
+
+
+def test_the_documents_block_is_a_recipe_and_comes_back() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text.split("\n## Blocks as recipes\n")[1], flags=re.DOTALL)
+    assert len(blocks) == 2
+    scope = {"model": mixtral()}
+    before = {name: each.clone() for name, each in scope["model"].state_dict().items()}
+    x = torch.randn(2, 10, scope["model"].config.hidden_size)
+    for code in blocks:
+        exec(compile(code, "transformers.md", "exec"), scope)
+    torch.testing.assert_close(scope["moe"](x).y, scope["block"](x))
+    output = moe_layer(x, scope["held"].params, scope["recipe"], state=scope["held"].state)
+    torch.testing.assert_close(output.y, scope["block"](x))
+    torch.testing.assert_close(scope["model"].state_dict(), before, rtol=0, atol=0)
+    number = re.search(r"sparse MoE block of (\d+) families", text)
+    assert number is not None
+    assert int(number[1]) == len(scope["FAMILIES"])
 
 
 def mixtral() -> transformers.MixtralForCausalLM:

@@ -332,6 +332,11 @@ def test_parameters_that_the_model_has_no_place_for_are_named(tmp_path):
         ValueError, match=r"holds model\.b, which the model has no place for\. Start with the model flags"
     ):
         load_checkpoint(folder, part)
+    named = save_checkpoint(tmp_path / "step_00000002", tensors, {"settings": {"recipe": "mixtral"}})
+    with pytest.raises(
+        ValueError, match=r"that the checkpoint was trained with, --recipe mixtral among them; they are"
+    ):
+        load_checkpoint(named, part)
     assert part["model.a"] == 0
     load_checkpoint(folder, part | {"model.b": torch.zeros(2)})  # the optimizer's state may stay
     assert part["model.a"] == 1

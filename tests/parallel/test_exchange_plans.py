@@ -1,6 +1,10 @@
+from functools import partial
+
 import pytest
 import torch
 
+from moekit.experts import init_gated
+from moekit.parallel import all_to_all, static_all_to_all
 from moekit.parallel.exchange_plans import (
     assignments_by_rank,
     exchange_links,
@@ -147,3 +151,21 @@ def test_experts_that_ranks_cannot_share_evenly_are_refused(experts, ranks):
     )
     with pytest.raises(ValueError, match=message):
         plan_exchange(choices(3, 1, experts), ranks)
+
+
+class _Two:
+    """A group of two ranks, of which nothing is asked but its size."""
+
+    def size(self) -> int:
+        return 2
+
+
+@pytest.mark.parametrize("spread", [all_to_all, partial(static_all_to_all, capacity_factor=2.0)])
+def test_a_rank_with_all_experts_is_told_of_its_part(spread):
+    layer, routing = spread(len, group=_Two()), choices(3, 1, 8)
+    with pytest.raises(
+        ValueError, match=r"parameters of all 8 experts; expected 8 / 2 = 4.*part=Part\(block=.*, blocks=2"
+    ):
+        layer(torch.ones(3, 4), routing, init_gated(8, 4, 8))
+    with pytest.raises(ValueError, match=r"all_to_all: group = None; expected a ProcessGroup, such as"):
+        spread(len, group=None)

@@ -13,6 +13,7 @@ from moekit.experts import (
     batched,
     biased_gated,
     biased_mlp,
+    clamped_swiglu,
     geglu,
     gelu_mlp,
     grouped,
@@ -102,6 +103,12 @@ def test_a_router_that_its_kernel_does_not_know_stays() -> None:
         assert automatic(mixtral()._replace(route=route)).route is route
 
 
+def test_a_router_with_defaults_written_out_is_known() -> None:
+    route = partial(top_k, k=2, normalize=True, order=1.0, bias=None)
+    quick = automatic(mixtral()._replace(route=route)).route
+    assert (quick.func, quick.keywords) == (auto_top_k, {"k": 2, "normalize": True})
+
+
 def test_a_dispatcher_of_the_users_is_taken_along() -> None:
     tight = padded(capacity_factor=0.5, priority=by_weight)
     recipe = mixtral()._replace(layer=expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=grouped)))
@@ -186,8 +193,12 @@ def test_every_expert_network_is_known_with_biases_and_without(activation, biase
     [
         (swiglu, SWIGLU),
         (geglu, GEGLU),
+        (partial(geglu, approximate="none"), GEGLU),
         (partial(geglu, approximate="tanh"), GEGLU_TANH),
         (gelu_mlp, GELU_MLP),
+        (partial(gelu_mlp, approximate="tanh"), GELU_MLP),
+        (partial(clamped_swiglu, limit=7.0), CLAMPED_SWIGLU),
+        (clamped_swiglu, CLAMPED_SWIGLU),
         (partial(gelu_mlp, approximate="none"), Activation("gelu", gated=False)),
         (relu_mlp, RELU_MLP),
         (relu2, RELU2),

@@ -49,9 +49,7 @@ def hopper(monkeypatch):
 
     def be(capability: tuple[int, int] = (9, 0), *, triton: bool = True) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-        find = importlib.util.find_spec
-        spec = object() if triton else None
-        monkeypatch.setattr(importlib.util, "find_spec", lambda name: spec if name == "triton" else find(name))
+        monkeypatch.setattr("moekit.recipes.backends.HAS_TRITON", triton)
 
     be()
     return be
@@ -495,6 +493,42 @@ def test_meta_tensors_of_a_capacity_are_multiplied_in_one_batch() -> None:
     choice = choose_backend("meta", BF16, dispatcher=padded(capacity_factor=1.25))
     assert choice.name == "batched"
     assert choose_backend("meta", BF16).name == "grouped"
+
+
+def _seconds_off(routing):
+    """Drop every second choice, as a plan of somebody's own may."""
+    kept = torch.tensor([True, False], device=routing.expert_indices.device)
+    return dropless().plan(routing._replace(expert_indices=routing.expert_indices.where(kept, -1)))
+
+
+@pytest.mark.parametrize("plan", [_seconds_off, partial(dropless().plan), partial(_seconds_off)])
+@pytest.mark.parametrize(
+    ("device", "dtype", "name"),
+    [
+        ("cpu", torch.float32, "grouped"),
+        ("meta", torch.float32, "grouped"),
+        ("cuda", torch.float64, "loop"),
+        ("mps", torch.float32, "loop"),
+    ],
+)
+def test_a_plan_of_ones_own_is_not_taken_for_equal_groups(hopper, plan, device, dtype, name) -> None:
+    dispatcher = dropless()._replace(plan=plan)
+    assert choose_backend(device, dtype, dispatcher=dispatcher, params=BiasedGatedParams).name == name
+    assert choose_backend("cuda", BF16, dispatcher=dispatcher).layer.func is limited(len, plan=len).func
+
+
+@pytest.mark.parametrize("kind", [GatedParams, BiasedGatedParams])
+def test_auto_runs_a_plan_of_ones_own(kind) -> None:
+    x, params, routing = torch.randn(7, 6).double(), draw(kind), top_k(torch.randn(7, 3).double(), k=2)
+    layer = auto(dispatcher=dropless()._replace(plan=_seconds_off))
+    first = [
+        w * one_row(x[t], params, int(routing.expert_indices[t, 0]), SWIGLU) for t, (w, _) in enumerate(routing.weights)
+    ]
+    torch.testing.assert_close(layer(x, routing, params), torch.stack(first))
+    bodiless = routing._replace(
+        **{name: getattr(routing, name).to("meta") for name in ("token_indices", "expert_indices", "weights")}
+    )
+    assert layer(x.to("meta"), bodiless, kind(*(p.to("meta") for p in params))).shape == x.shape
 
 
 def test_the_router_s_kernel_is_asked_for_in_float32(hopper, monkeypatch) -> None:

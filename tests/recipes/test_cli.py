@@ -6,12 +6,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from moekit import __version__
 from moekit.dispatch import padded_plan
+from moekit.experts import fused_layer
 from moekit.recipes import mixtral, openlm
-from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_table
+from moekit.recipes.backends import auto
+from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_parts, recipe_table
 from moekit.recipes.doctor import PACKAGES
+from moekit.recipes.layers import limited, recompute
 from moekit.recipes.names import RECIPES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -126,6 +130,20 @@ def test_an_interrupted_program_ends_without_a_traceback(capsys, monkeypatch):
 
 def test_a_recipe_without_losses_or_references_has_a_row_too():
     assert recipe_table({"bare": lambda: mixtral()._replace(losses={}, coefficients={})}).row_count == 1
+
+
+@pytest.mark.parametrize(
+    ("layer", "name"),
+    [
+        (fused_layer(), "fused_layer"),
+        (auto(), "auto"),
+        (limited(fused_layer(), plan=padded_plan), "fused_layer"),
+        (recompute(mixtral().layer), "swiglu"),
+        (torch.nn.Identity(), "Identity"),
+    ],
+)
+def test_every_layer_has_a_name_among_the_parts(layer, name):
+    assert recipe_parts(mixtral()._replace(layer=layer)) == ["linear_gate", "top_k", name]
 
 
 def test_capacity_is_what_the_plan_gives():

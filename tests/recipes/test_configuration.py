@@ -475,6 +475,11 @@ def test_a_flag_wins_over_what_was_derived_and_what_excludes_it(config, flags, c
         ({"fsdp": True, "fsdp_hybrid": True}, ["--fsdp-hybrid-o2"], ["fsdp_hybrid"]),
         ({"fsdp": True, "fsdp_hybrid_o2": True}, ["--fsdp-hybrid"], ["fsdp_hybrid_o2"]),
         ({"fsdp": True, "fsdp_amp": True, "fsdp_hybrid": True}, ["--no-fsdp"], ["fsdp", "fsdp_amp", "fsdp_hybrid"]),
+        (
+            {"moe_expert_model_parallelism": True, "moe_expert_ranks": 2, "moe_hierarchical_exchange": True},
+            ["--no-moe-expert-model-parallelism"],
+            ["moe_expert_model_parallelism", "moe_expert_ranks", "moe_hierarchical_exchange"],
+        ),
     ],
 )
 def test_a_flag_wins_over_a_given_one_that_it_excludes(config, held, flags, dropped):

@@ -85,7 +85,7 @@ def test_a_run_without_flags_chooses_as_auto_does():
 )
 def test_flags_of_kernels_that_do_not_train_are_named(monkeypatch, words, why):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr("moekit.recipes.backends._has_triton", lambda: True)
+    monkeypatch.setattr("moekit.recipes.backends.HAS_TRITON", True)
     words, flags = ["--model", "moekit_tiny", *words], ["--moe-keep", "everything", "--moe-tiles", "t.json"]
     lines = kernel_notes(parse_settings([*words, *flags], prog="test"), torch.device("cuda"))
     named = ["--moe-keep everything", "--moe-tiles t.json"] if why else []

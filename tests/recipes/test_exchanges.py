@@ -117,7 +117,7 @@ def test_replicas_leave_a_recipe_as_it_is(grids):
 
 EXPERTS = ("_all_to_all", {"group": ("exchange", "experts"), "return_group": "back"})
 NODES = ("_all_to_all", {"group": ("exchange", "nodes"), "return_group": "back of nodes"})
-HIDDEN = ("_gathered", {"group": ("experts", "hidden"), "equal": False, "split_experts": False})
+HIDDEN = ("_tensor_parallel", {"group": ("experts", "hidden"), "equal": False})
 
 
 @pytest.mark.parametrize(
@@ -198,8 +198,8 @@ def test_nobody_asks_for_sizes_behind_a_static_exchange(grids):
             dict(nested(spread_recipe(recipe, grids(layout), given, block=4, evaluates=evaluates).layer)[:-1])
             for evaluates in (False, True)
         )
-        assert trained["_gathered"] == {**HIDDEN[1], "equal": True}
-        assert scored["_gathered"] == HIDDEN[1]
+        assert trained["_tensor_parallel"] == {**HIDDEN[1], "equal": True}
+        assert scored["_tensor_parallel"] == HIDDEN[1]
 
 
 def test_a_static_exchange_over_one_rank_leaves_nothing_behind(grids):
@@ -218,4 +218,4 @@ def test_evaluation_keeps_other_exchanges(grids, exchange):
         for evaluates in (False, True)
     ]
     assert nested(layers[0])[0] == nested(layers[1])[0]
-    assert nested(layers[0])[0][0] == {"all_to_all": "_all_to_all", "all_gather": "_gathered"}[exchange]
+    assert nested(layers[0])[0][0] == {"all_to_all": "_all_to_all", "all_gather": "_all_gather"}[exchange]

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moekit.experts import GatedParams, MlpParams, init_gated, init_mlp, pack_gated
 from moekit.parallel import Part
+from moekit.recipes import MoE, mixtral
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_axes, hidden_size
 
 E, D, F = 12, 6, 24
@@ -190,6 +191,23 @@ def test_packed_parameters_are_not_cut():
         with pytest.raises(ValueError, match=r"gate_up \d+, down \d+; expected one size.* keep parts apart"):
             hidden_axes(init, 4, hidden)
     assert draw_experts(init, 4, 4, 6, part=Part(1, 2)).gate_up.shape == (2, 12, 4)
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (Part(block=5, blocks=2), r"Part\(block=5, blocks=2, .*\): block = 5 of blocks = 2; expected 0 to 1"),
+        (Part(block=-1, blocks=2), r"block = -1 of blocks = 2; expected 0 to 1"),
+        (Part(blocks=0), r"blocks = 0; expected a positive integer"),
+        (Part(hidden=3, slices=2), r"hidden = 3 of slices = 2; expected 0 to 1"),
+        (Part(hidden=-1, slices=2), r"hidden = -1 of slices = 2; expected 0 to 1"),
+        (Part(slices=0), r"slices = 0; expected a positive integer"),
+    ],
+)
+def test_a_part_outside_its_grid_is_refused(part, message):
+    for draw in (lambda: draw_experts(init_gated, 8, 4, 6, part=part), lambda: MoE(4, 8, mixtral(), part=part)):
+        with pytest.raises(ValueError, match=message):
+            draw()
 
 
 def test_parameters_that_ranks_cannot_share_need_no_axis_as_long_as_they_are_not_shared():

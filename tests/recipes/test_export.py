@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -11,9 +12,13 @@ from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
 from moekit.lm.configs import ModelConfig
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.tensor_files import read_safetensors
+from moekit.recipes.configuration import flat_settings
+from moekit.recipes.derived import OF_METHOD
 from moekit.recipes.export import export, main
 from moekit.recipes.language_models import language_model
 from moekit.recipes.names import find_recipe
+from moekit.recipes.settings import ModelSettings, TrainSettings
+from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.trained import model_of
 
 SHAPE = {
@@ -69,6 +74,21 @@ def test_the_metadata_say_what_model_it_is(tmp_path):
     assert ModelConfig(**json.loads(metadata["config"])) == model.config
     assert json.loads(metadata["settings"])["lr"] == 0.1
     assert json.loads(metadata["step"]) == 7
+
+
+def test_the_metadata_say_nothing_of_the_method_but_in_the_settings(tmp_path):
+    preset = tmp_path / "own.json"
+    preset.write_text(json.dumps({**SHAPE, "moe_capacity_factor": 2.0}))
+    settings = ModelSettings(preset=str(preset), recipe="switch", moe_num_experts=4, moe_loss_weight=0.5)
+    model = language_model(make_config(settings), make_recipe(settings))
+    tensors = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+    state = {"step": 1, "settings": flat_settings(TrainSettings(model=settings))}
+    folder = save_checkpoint(checkpoint_folder(tmp_path / "a", 1), tensors, state)
+    with safe_open(export(folder, tmp_path / "a.safetensors"), framework="pt") as file:
+        config = json.loads(file.metadata()["config"])
+    assert config.keys() == {each.name for each in dataclasses.fields(ModelConfig)}
+    assert not config.keys() & set(OF_METHOD)
+    assert (config["moe_freq"], config["moe_num_experts"]) == (settings.moe_freq, 4)
 
 
 def test_a_run_folder_gives_its_newest_checkpoint(tmp_path):

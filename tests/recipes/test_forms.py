@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from moekit.recipes import mixtral, qwen3_moe
-from moekit.recipes.forms import bound, form_of, method_of
+from moekit.recipes.forms import bound, form_of, is_same, method_of
 from moekit.recipes.names import RECIPES
 from moekit.routing import load_balance_loss, top_k
 from moekit.types import Ratio
@@ -39,6 +39,29 @@ def test_a_form_is_the_call_that_a_function_is_bound_to(function, form):
 
 def test_what_is_bound_last_wins():
     assert bound(partial(partial(of_two, y=4), y=5)) == (of_two, {"y": 5, "z": None, "w": FACTOR})
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        (of_two, partial(of_two, y=3), True),
+        (of_two, partial(of_two, y=4), False),
+        (partial(of_two, w=1.25), of_two, True),
+        (partial(of_two, w=1.3), of_two, False),
+        (partial(of_two, z="a"), partial(of_two, z="a"), True),
+        (partial(of_two, z="1"), partial(of_two, z=1), False),
+        (partial(of_two, z=float("inf")), partial(of_two, z=float("inf")), True),
+        (partial(of_two, z=(1, partial(of_two))), partial(of_two, z=(1, of_two)), True),
+        (partial(of_two, z=(torch.ones(2),)), partial(of_two, z=(torch.ones(2),)), False),
+        (partial(of_two, z=(1,)), partial(of_two, z=None), False),
+        (partial(of_two, 7), partial(of_two, 7, z=None), True),
+        (torch.nn.functional.gelu, partial(torch.nn.functional.gelu), True),
+        (torch.nn.functional.gelu, torch.nn.functional.silu, False),
+        (Router(), Router(), False),
+    ],
+)
+def test_functions_bound_to_the_same_are_known(one, other, same):
+    assert is_same(one, other) is is_same(other, one) is same
 
 
 def test_the_forms_of_one_loss_are_told_apart():

@@ -31,7 +31,7 @@ from moekit.routing import (
     z_loss,
 )
 from moekit.routing.top_k import token_choice
-from moekit.types import Ratio
+from moekit.types import Ratio, RouterState, SharedExperts
 
 D, F, E, K = 6, 7, 5, 2
 DISPATCHERS = {"dropless": dropless(), "padded": padded(capacity_factor=1.0)}
@@ -187,7 +187,7 @@ def test_layer_adds_shared_experts_to_every_token_masked_or_not() -> None:
     shared = init_mlp(1, D, F, dtype=torch.float64)
     ffn = partial(gelu_mlp, matmul=loop)
     mask = torch.arange(5) != 2
-    both = moe_layer(x, params._replace(shared=shared), recipe_of(shared=ffn, num_shared=1), token_mask=mask)
+    both = moe_layer(x, params._replace(shared=shared), recipe_of(shared=SharedExperts(ffn)), token_mask=mask)
     routed = moe_layer(x, params, recipe_of(), token_mask=mask)
     torch.testing.assert_close(both.y - routed.y, shared_experts(x, shared, experts=ffn))
 
@@ -209,6 +209,46 @@ def test_missing_token_ids_say_so() -> None:
         ValueError, match=r"router needs 'token_ids', which was not given; pass token_ids= to the layer"
     ):
         moe_layer(torch.randn(3, D, dtype=torch.float64), draw_params(), recipe)
+
+
+@pytest.mark.parametrize(
+    ("needs", "message"),
+    [
+        (
+            ("memry",),
+            r"recipe\.needs names 'memry', which no layer knows; known: memory, sequence_length, token_ids, tok",
+        ),
+        ("token_ids", r"recipe\.needs = 'token_ids'; expected a tuple of names: \('token_ids',\)"),
+    ],
+)
+def test_needs_that_nobody_can_give_are_told_from_those_left_out(needs, message: str) -> None:
+    state = RouterState("memory", lambda num_experts, *, device=None: torch.zeros(3, num_experts, device=device))
+    recipe = recipe_of(route=lambda logits, *, bias=None, **_: top_k(logits, k=K), needs=needs, state=state)
+    with pytest.raises(ValueError, match=message):
+        moe_layer(torch.randn(3, D, dtype=torch.float64), draw_params(), recipe, state=torch.zeros(3, E))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, D), (6, D)])
+@pytest.mark.parametrize("wrong", [lambda y: y[:, :4], lambda y: y[:-1]])
+def test_a_layer_that_returns_another_shape_is_refused(shape, wrong) -> None:
+    recipe = recipe_of()
+    other = recipe._replace(layer=lambda x, routing, params: wrong(recipe.layer(x, routing, params)))
+    with pytest.raises(ValueError, match=r"the expert layer returned \(.*\); expected \(6, 6\), as the tokens are"):
+        moe_layer(torch.randn(shape, dtype=torch.float64), draw_params(), other)
+
+
+def test_a_token_mask_is_bool() -> None:
+    x, params = torch.randn(2, 3, D, dtype=torch.float64), draw_params()
+    for mask in (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)):
+        with pytest.raises(TypeError, match=rf"token_mask is {mask.dtype}, expected bool, True for real tokens"):
+            moe_layer(x, params, recipe_of(), token_mask=mask)
+
+
+def test_a_backend_is_a_function() -> None:
+    with pytest.raises(
+        ValueError, match=r"expert_layer: the experts' matmul is 'grouped'; expected a function, such as"
+    ):
+        expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul="grouped"))
 
 
 def test_token_ids_are_kept_from_routers_that_do_not_want_them() -> None:
@@ -259,6 +299,13 @@ def test_gradient_of_the_total_loss_is_linear_in_each_coefficient() -> None:
     balance, z = gradient(load_balance=1.0), gradient(z=1.0)
     torch.testing.assert_close(gradient(load_balance=0.3, z=2.0), 0.3 * balance + 2.0 * z)
     torch.testing.assert_close(gradient(load_balance=0.6), 2 * gradient(load_balance=0.3))
+
+
+def test_a_loss_is_one_number() -> None:
+    losses = {"load": torch.ones(E), "z": torch.ones(())}
+    assert weighted_sum(losses, {"z": 0.5}) == 0.5  # the other is only reported
+    with pytest.raises(ValueError, match=r"the loss 'load' has shape \(5,\); expected a scalar"):
+        weighted_sum(losses, {"load": 0.5})
 
 
 def test_weighted_sum() -> None:

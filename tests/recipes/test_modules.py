@@ -8,9 +8,25 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from moekit.dispatch import dropless
+from moekit.experts import grouped, init_gated, swiglu
 from moekit.parallel import Part
-from moekit.recipes import MoE, deepseek_moe, gshard, mixtral, moe_layer, olmoe, openlm, remoe, sparsely_gated, switch
+from moekit.recipes import (
+    MoE,
+    Recipe,
+    deepseek_moe,
+    gshard,
+    mixtral,
+    moe_layer,
+    olmoe,
+    openlm,
+    remoe,
+    sparsely_gated,
+    switch,
+)
+from moekit.routing import top_k
 from moekit.segments import tokens_per_expert
+from moekit.types import RouterState, SharedExperts
 
 D, E = 16, 4
 RECIPES = {
@@ -76,6 +92,21 @@ def test_no_shared_experts() -> None:
     moe = MoE(D, E, deepseek_moe(k=2, num_shared=0), hidden=8)
     assert not moe.shared
     assert moe(torch.randn(3, D)).y.shape == (3, D)
+
+
+@pytest.mark.parametrize("shared", [partial(swiglu, matmul=grouped), SharedExperts(partial(swiglu, matmul=grouped), 0)])
+def test_shared_experts_are_one_value_with_a_positive_number(shared) -> None:
+    with pytest.raises(
+        ValueError, match=r"the recipe's shared experts are .*; expected None, or SharedExperts\(network"
+    ):
+        MoE(D, E, mixtral()._replace(shared=shared), hidden=8)
+
+
+def test_shared_experts_can_be_added_to_any_method() -> None:
+    shared = SharedExperts(partial(swiglu, matmul=grouped), gated=True)
+    moe = MoE(D, E, mixtral()._replace(shared=shared), hidden=8)
+    assert moe.shared["up"].shape == (1, D, 8)
+    assert moe.shared_gate is not None
 
 
 @every_recipe
@@ -153,6 +184,119 @@ def test_a_recipe_without_bias_ignores_the_update() -> None:
     assert moe.state is None
 
 
+def _remembering(state: RouterState) -> Recipe:
+    """A recipe whose router is handed a state under its name, and does nothing with it."""
+    return mixtral()._replace(
+        route=lambda logits, *, bias=None, **_: top_k(logits, k=2), state=state, needs=(state.name,)
+    )
+
+
+def _rows(num_experts: int, *, device=None, dtype=torch.float32) -> torch.Tensor:
+    return torch.arange(3 * num_experts, device=device, dtype=dtype).view(3, num_experts)
+
+
+@pytest.mark.parametrize(
+    ("update", "found"),
+    [
+        (lambda state, sums: state[0] + 1, r"\(4,\) float32; expected \(3, 4\) float32"),
+        (lambda state, sums: torch.tensor(5.0), r"\(\) float32; expected \(3, 4\) float32"),
+        (lambda state, sums: state.flatten(), r"\(12,\) float32; expected \(3, 4\) float32"),
+        (lambda state, sums: None, r"None; expected \(3, 4\) float32"),
+    ],
+)
+def test_an_update_of_another_shape_is_refused(update, found: str) -> None:
+    moe = MoE(D, E, _remembering(RouterState("memory", _rows, update=update)), hidden=8)
+    before = moe.state.clone()
+    message = rf"MoE: the update of the state 'memory' returned {found}, as the state is"
+    with pytest.raises(ValueError, match=message):
+        moe.update_state(torch.zeros(E))
+    assert torch.equal(moe.state, before)
+
+
+def test_an_update_of_integers_returns_integers() -> None:
+    """A step of 0.1 would be cut off, whatever was observed."""
+    state = RouterState("memory", partial(_rows, dtype=torch.int64), update=lambda state, sums: state + 0.1)
+    moe = MoE(D, E, _remembering(state), hidden=8)
+    with pytest.raises(ValueError, match=r"returned \(3, 4\) float32; expected \(3, 4\) int64, as the state is"):
+        moe.update_state(torch.zeros(E))
+    moe.recipe = _remembering(state._replace(update=lambda state, sums: state + sums.int()))
+    moe.update_state(torch.ones(E))
+    assert torch.equal(moe.state, _rows(E, dtype=torch.int64) + 1)
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        (lambda state, sums: state[0].expand(3, -1), _rows(4)[0].expand(3, -1)),
+        (lambda state, sums: state[[2, 1, 0]], _rows(4).flip(0)),
+        (lambda state, sums: state.roll(1, 0)[1:2].expand(3, -1), _rows(4)[0].expand(3, -1)),
+        (lambda state, sums: state, _rows(4)),
+        (lambda state, sums: state.double() + 1, _rows(4) + 1),
+        (lambda state, sums: state.flatten().unfold(0, 4, 4), _rows(4)),
+    ],
+)
+def test_an_update_may_return_a_view_of_the_state_or_another_precision(update, expected) -> None:
+    moe = MoE(D, E, _remembering(RouterState("memory", _rows, update=update)), hidden=8)
+    moe.update_state(torch.zeros(E))
+    assert moe.state.dtype == torch.float32
+    assert torch.equal(moe.state, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        *(
+            (name, "a name that the module has")
+            for name in ("gate", "experts", "recipe", "params", "state", "training")
+        ),
+        *((name, "what a layer tells routers") for name in ("token_ids", "token_mask", "sequence_length")),
+        *((name, "no name that an argument can have") for name in ("my.memory", "", "a b", 3)),
+    ],
+)
+def test_a_state_is_called_by_a_name_of_its_own(name, why: str) -> None:
+    recipe = _remembering(RouterState("memory", _rows))
+    with pytest.raises(ValueError, match=rf"the recipe's state is called {name!r}, {why}; expected .*such as 'memory'"):
+        MoE(D, E, recipe._replace(state=recipe.state._replace(name=name), needs=()), hidden=8)
+
+
+def _wants(logits, *, memory, bias=None):
+    return top_k(logits, k=2, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"needs": ("memry",)}, r"recipe\.needs names 'memry', which no layer knows; known: memory, seq.*_mask"),
+        ({"needs": "memory"}, r"recipe\.needs = 'memory'; expected a tuple of names: \('memory',\)"),
+        (
+            {"needs": ()},
+            r"the router _wants of .* needs 'memory', what the recipe's state is called.*recipe\.needs lists",
+        ),
+        ({"layer": dropless()}, r"recipe\.layer is a Dispatcher; expected a function.*expert_layer\(dispatcher=.*"),
+        ({"plan": dropless()}, r"recipe\.plan is a Dispatcher; expected a function.* its plan, dispatcher\.plan"),
+        ({"route": "top_k"}, r"recipe\.route is a str; expected a function"),
+        ({"losses": [len]}, r"recipe\.losses is a list; expected a mapping"),
+        ({"state": RouterState}, r"recipe\.state is a type; expected a RouterState, or None"),
+        ({"coefficients": 0.1}, r"recipe\.coefficients is a float; expected a mapping"),
+    ],
+)
+def test_stages_that_are_none_are_refused(given, words: str) -> None:
+    recipe = mixtral()._replace(route=_wants, needs=("memory",), state=RouterState("memory", _rows))
+    MoE(D, E, recipe, hidden=8)
+    with pytest.raises(ValueError, match=words):
+        MoE(D, E, recipe._replace(**given), hidden=8)
+
+
+def test_what_init_returns_has_names() -> None:
+    def init(*sizes, **options):
+        return tuple(init_gated(*sizes, **options))
+
+    with pytest.raises(
+        ValueError, match=r"the experts' init returned a tuple; expected a NamedTuple of tensors, such as"
+    ):
+        MoE(D, E, mixtral()._replace(init=init), hidden=8)
+
+
 def test_a_stage_can_be_swapped_on_a_built_module() -> None:
     moe, x = MoE(D, E, mixtral(k=2), hidden=8), torch.randn(5, D)
     moe.recipe = moe.recipe._replace(route=mixtral(k=1).route)
@@ -200,6 +344,12 @@ def test_a_recipe_with_a_state_cannot_be_put_into_a_module_without() -> None:
     moe = MoE(D, E, mixtral(), hidden=8)
     moe.recipe = deepseek_moe(k=2)
     with pytest.raises(RuntimeError, match="its recipe remembers 'bias', and the one that it was made of did not"):
+        moe(torch.randn(3, D))
+    moe = MoE(D, E, deepseek_moe(k=2), hidden=8)
+    moe.recipe = _remembering(RouterState("memory", _rows))
+    with pytest.raises(
+        RuntimeError, match="remembers 'memory', and the one that it was made of remembered 'bias'; make"
+    ):
         moe(torch.randn(3, D))
 
 
@@ -275,7 +425,8 @@ def test_a_router_that_remembers_is_not_asked_without_its_state() -> None:
 @pytest.mark.parametrize("name", ["token_mask", "token_ids"])
 def test_what_is_given_of_tokens_has_their_shape(name: str) -> None:
     moe, x = MoE(D, E, mixtral(), hidden=8), torch.randn(2, 5, D)
-    moe(x, **{name: torch.ones(2, 5, dtype=torch.int64)})
+    dtype = torch.bool if name == "token_mask" else torch.int64
+    moe(x, **{name: torch.ones(2, 5, dtype=dtype)})
     for shape in ((5, 2), (10,), (2, 5, 1)):
         with pytest.raises(ValueError, match=rf"{name} has the shape .*; expected \(2, 5\), one for each token of x"):
-            moe(x, **{name: torch.ones(shape, dtype=torch.int64)})
+            moe(x, **{name: torch.ones(shape, dtype=dtype)})

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from moekit.recipes import MoE, Recipe, mixtral, moe_layer, moe_plus_plus
+from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
 from moekit.recipes.recipe_checks import check_router
@@ -202,6 +203,41 @@ def test_a_router_must_take_what_a_layer_gives_it(file):
 def test_a_plan_must_be_that_of_the_layer(file):
     with pytest.raises(ValueError, match=r"plans by padded_plan\(.*, and recipe\.plan is dropless_plan, by"):
         find_recipe(f"{file}:OTHER_PLAN")
+
+
+def by_confidence(logits, *, bias=None):
+    routing = top_k(logits, k=2, bias=bias)
+    order = routing.weights[:, 0].argsort(descending=True)
+    return routing._replace(**{name: getattr(routing, name)[order] for name in Routing._fields[:3]})
+
+
+@pytest.mark.parametrize("ask", [experts_per_token, audit])
+def test_rows_in_another_order_than_tokens_are_refused(ask):
+    recipe, state = mixtral()._replace(route=by_confidence), torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"by_confidence of .* rows in another order than the \d+ tokens'; expected"):
+        ask(recipe, 8)
+    assert torch.equal(state, torch.get_rng_state())
+    cut = recipe._replace(route=lambda logits, *, bias=None: top_k(logits[1:], k=2)._replace(num_tokens=len(logits)))
+    with pytest.raises(ValueError, match="rows in another order than the"):
+        ask(cut, 8)
+
+
+@pytest.mark.parametrize("ask", [experts_per_token, audit])
+def test_lists_and_what_fills_up_rows_may_name_any_token(ask):
+    def listed(logits, *, bias=None):
+        routing = by_confidence(logits)
+        return routing._replace(**{name: getattr(routing, name).flatten() for name in Routing._fields[:3]})
+
+    def filled(logits, *, bias=None):
+        routing = top_k(logits, k=2)
+        gone = torch.arange(2) == 1
+        return routing._replace(
+            token_indices=routing.token_indices.masked_fill(gone, 0),
+            expert_indices=routing.expert_indices.masked_fill(gone, -1),
+        )
+
+    for route in (listed, filled):
+        ask(mixtral()._replace(route=route), 8)
 
 
 def test_routers_that_take_what_they_are_given_somehow_are_taken():

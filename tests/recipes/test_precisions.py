@@ -5,7 +5,7 @@ from moekit.lm.configs import load_config
 from moekit.recipes import mixtral, openlm
 from moekit.recipes.language_models import language_model
 from moekit.recipes.optimizers import clip_gradients, make_optimizer
-from moekit.recipes.precisions import autocast, autocast_dtype, gradient_scaler, parameter_dtype, precision_words
+from moekit.recipes.precisions import autocast, gradient_scaler, parameter_dtype, precision_words, product_dtype
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.steps import LossRules, take_gradient
 
@@ -16,15 +16,15 @@ PRECISIONS = ["auto", "fp32", "amp", "amp_bfloat16", "amp_bf16", "bf16", "fp16"]
 @pytest.mark.parametrize(("amx", "expected"), [(True, torch.bfloat16), (False, None)])
 def test_auto_precision_asks_the_hardware(monkeypatch, amx, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    assert autocast_dtype("auto", CPU) is expected
-    assert autocast_dtype("amp_bfloat16", CPU) is torch.bfloat16
-    assert autocast_dtype("fp32", CPU) is None
-    assert autocast_dtype("auto", CUDA) is torch.bfloat16
+    assert product_dtype("auto", CPU) is expected
+    assert product_dtype("amp_bfloat16", CPU) is torch.bfloat16
+    assert product_dtype("fp32", CPU) is None
+    assert product_dtype("auto", CUDA) is torch.bfloat16
 
 
 def test_hardware_that_does_not_know_amx(monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", dict)
-    assert autocast_dtype("auto", CPU) is None
+    assert product_dtype("auto", CPU) is None
 
 
 @pytest.mark.parametrize(

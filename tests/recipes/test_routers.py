@@ -56,7 +56,7 @@ def test_the_experts_are_the_same_and_nothing_is_dropped(name, training):
     experts = recipe.layer.keywords["experts"]
     assert (experts.func, experts.keywords) == (swiglu, {"matmul": grouped})
     assert (recipe.init, recipe.plan) == (init_gated, dropless_plan)
-    assert (recipe.shared, recipe.num_shared, recipe.shared_gated) == (None, 0, False)
+    assert recipe.shared is None
 
 
 @pytest.mark.parametrize(("name", "training"), MODES)
@@ -158,20 +158,18 @@ def test_with_experts_leaves_the_routing_and_takes_the_rest():
     assert layer_of(with_experts(switch()))(x).y.shape == x.shape
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 20])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 7, 20])
 def test_over_nodes_routes_each_part_as_its_node_would(num_tokens):
     logits = torch.randn(num_tokens, 6, generator=torch.Generator().manual_seed(num_tokens))
     bias = torch.linspace(-1, 1, 6)
     found = over_nodes(logits, k=2, num_nodes=3, share=0.3, bias=bias)
-    size = -(-num_tokens // 3)
-    assert found.expert_indices.shape == (num_tokens, 2)
-    for t in range(num_tokens):
-        node = t // size
-        part = logits[node * size : (node + 1) * size]
-        alone = routing.topology_limited(part, k=2, num_nodes=3, node=node, share=0.3, bias=bias)
-        assert found.token_indices[t].tolist() == [t, t]
-        assert found.expert_indices[t].tolist() == alone.expert_indices[t - node * size].tolist()
-        assert torch.equal(found.weights[t], alone.weights[t - node * size])
+    parts = torch.arange(num_tokens).tensor_split(3)  # as even as can be: no node goes without
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert torch.equal(found.token_indices, torch.arange(num_tokens).unsqueeze(1).expand(-1, 2))
+    for node, own in enumerate(parts):
+        alone = routing.topology_limited(logits[own], k=2, num_nodes=3, node=node, share=0.3, bias=bias)
+        assert torch.equal(found.expert_indices[own], alone.expert_indices)
+        assert torch.equal(found.weights[own], alone.weights)
 
 
 def test_over_nodes_keeps_most_tokens_at_home():

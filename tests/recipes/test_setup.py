@@ -28,8 +28,8 @@ def own_file(tmp_path, **keys):
 
 
 def test_flags_reach_the_config():
-    config = make_config(ModelSettings(preset="open_lm_41m", moe_freq=3, moe_num_experts=16, moe_top_k=4))
-    assert (config.moe_freq, config.moe_num_experts, config.moe_top_k) == (3, 16, 4)
+    config = make_config(ModelSettings(preset="open_lm_41m", moe_freq=3, moe_num_experts=16))
+    assert (config.moe_freq, config.moe_num_experts) == (3, 16)
     assert config.model_norm == "gain_only_layer_norm"
 
 
@@ -139,7 +139,8 @@ def test_a_dense_file_wins_over_what_it_says_of_the_method_too(tmp_path):
 
 
 def test_two_experts_leave_the_choice_to_the_recipe():
-    assert make_config(ModelSettings(preset="moekit_tiny", recipe="olmoe", moe_num_experts=2)).moe_top_k == 2
+    settings = ModelSettings(preset="moekit_tiny", recipe="olmoe", moe_num_experts=2)
+    assert resolved_model(settings).moe_top_k == make_recipe(settings).route.keywords["k"] == 2
 
 
 def test_a_method_is_asked_as_it_is_scored_and_for_a_sequence(tmp_path):
@@ -158,15 +159,12 @@ def test_a_method_is_asked_as_it_is_scored_and_for_a_sequence(tmp_path):
 
 
 def test_one_expert_is_enough_for_a_method_that_takes_one():
-    settings = ModelSettings(preset="moekit_tiny", recipe="switch", moe_num_experts=1)
-    check_model(settings)
-    assert make_config(settings).moe_top_k == 1
+    check_model(ModelSettings(preset="moekit_tiny", recipe="switch", moe_num_experts=1))
 
 
 def test_one_expert_is_enough_for_a_method_that_would_take_two():
     settings = ModelSettings(preset="moekit_tiny", moe_num_experts=1)
     check_model(settings)
-    assert make_config(settings).moe_top_k == 1
     assert make_recipe(settings).route.keywords["k"] == make_evaluation_recipe(settings).route.keywords["k"] == 1
     assert resolved_model(settings).moe_top_k == 1
     with pytest.raises(ValueError, match="moe_top_k is 2, expected between 1 and moe_num_experts = 1"):
@@ -204,6 +202,35 @@ def test_a_layer_that_cannot_be_scored_is_refused_before_it_is_trained(tmp_path)
     assert torch.equal(state, torch.get_rng_state())
     path.write_text(TIGHT.replace("matmul=batched)", "matmul=lambda *given: print(given[0].item()))"))
     check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:mine"))  # nothing is known of what reads tensors
+
+
+OBSERVING = """
+import torch
+from moekit.recipes import mixtral
+from moekit.routing import selection_bias
+
+def recipe(observe):
+    return mixtral()._replace(state=selection_bias(rate=0.1)._replace(observe=observe))
+
+unmasked = lambda: recipe(lambda logits, routing, state: torch.zeros(8))
+named = lambda: recipe(lambda logits, routing, state, *, token_mask=None: {"load": 1})
+table = lambda: recipe(lambda logits, routing, state, *, token_mask=None: logits)
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "words"),
+    [
+        ("unmasked", r"takes no token_mask; expected observe\(logits, routing, state, token_mask=None\)"),
+        ("named", r"state\.observe returned \{'load': 1\}; expected a tensor \(n,\), which is added up"),
+        ("table", r"state\.observe returned a tensor \(.*, 8\); expected a tensor \(n,\), which is added up"),
+    ],
+)
+def test_what_a_state_observes_is_tried_before_it_is_trained(tmp_path, recipe, words):
+    path = tmp_path / "mine.py"
+    path.write_text(OBSERVING)
+    with pytest.raises(ValueError, match=words):
+        check_model(ModelSettings(preset="moekit_tiny", recipe=f"{path}:{recipe}"))
 
 
 def test_a_dense_model_asks_no_router():

@@ -18,7 +18,7 @@ from moekit.recipes.steps import (
     take_gradient,
     update_router_states,
 )
-from moekit.routing import load_balance_loss
+from moekit.routing import load_balance_loss, selection_bias
 from moekit.segments import tokens_per_expert
 
 RECIPES = {
@@ -406,6 +406,17 @@ def test_a_micro_batch_without_a_token_gives_nothing_and_no_nan(ragged):
     loss, gradients = loss_and_gradients(model, [empty], rules=rules)
     assert loss.total == 0
     assert all((gradient == 0).all() for gradient in gradients.values())
+
+
+def test_a_state_observes_with_a_mask_as_long_as_its_logits(ragged):
+    """(T,), as losses take it; each of the 8 rows of 17 ids has a last one, which is no input."""
+
+    def observe(logits, routing, state, *, token_mask=None):
+        return token_mask.double() @ torch.ones(len(logits), 1, dtype=torch.float64)
+
+    state = selection_bias(rate=0.1)._replace(observe=observe)
+    (seen,) = take_gradient(make(mixtral()._replace(state=state), freq=2), ragged.chunk(2)).observed
+    assert seen.tolist() == [count_tokens(ragged).inputs]
 
 
 def test_saying_that_there_is_no_padding_changes_nothing_without_padding(batch):

@@ -84,6 +84,7 @@ def test_a_run_leaves_everything_in_its_folder(program, picture, capsys):
     results = json.loads((folder / "results.json").read_text())
     assert results["tokens"] == 8 * 256
     assert results["parameters"] > results["active_parameters"] > 0
+    assert results["method"]["losses"]["load_balance"]["form"] == "load_balance_loss(score=softmax)"
     prose = results["validation"]["prose"]
     assert prose["tokens"] == 6 * 64
     assert prose["perplexity"] == pytest.approx(math.exp(prose["loss"]))
@@ -96,6 +97,8 @@ def test_a_run_leaves_everything_in_its_folder(program, picture, capsys):
         "validation, nats per token",
         "expert load in validation",
         "active per token",
+        "MFU unknown (no peak known: cpu)",
+        "max violation",
         "run.png",
         "step     8/8",
     ):
@@ -311,6 +314,25 @@ def test_a_router_of_the_users_own_may_have_a_tile(program, tmp_path, capsys):
     )
     program("--recipe", f"{tmp_path}/mine.py:mine", "--steps", "1")
     assert "an expert has" not in capsys.readouterr().out
+
+
+def test_a_plan_of_the_users_own_trains(program, tmp_path):
+    """It drops every second choice; its groups are of unequal sizes, as those of a dropless plan."""
+    (tmp_path / "mine.py").write_text(
+        "from functools import partial\n"
+        "import torch\n"
+        "from moekit.dispatch import dropless\n"
+        "from moekit.experts import grouped, swiglu\n"
+        "from moekit.recipes import expert_layer, mixtral\n"
+        "def plan(routing):\n"
+        "    kept = torch.tensor([True, False], device=routing.expert_indices.device)\n"
+        "    return dropless().plan(routing._replace(expert_indices=routing.expert_indices.where(kept, -1)))\n"
+        "dispatcher = dropless()._replace(plan=plan)\n"
+        "layer = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=grouped))\n"
+        "mine = mixtral()._replace(layer=layer, plan=plan)\n"
+    )
+    folder = program("--recipe", f"{tmp_path}/mine.py:mine", "--steps", "2")
+    assert [layer["drop_rate"] for line in numbers(folder) for layer in line["layers"]] == [0.5] * 2
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(program, tmp_path):

@@ -8,6 +8,7 @@ import torch
 from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
 from moekit.lm.configs import load_config
 from moekit.lm.generation import generate
+from moekit.recipes import mixtral
 from moekit.recipes.language_models import language_model, moe_layers
 from moekit.recipes.names import find_recipe
 from moekit.recipes.trained import newest_of, trained_model
@@ -52,6 +53,17 @@ def test_parameters_of_bf16_come_back_exactly_in_float32(tmp_path: Path) -> None
     found = trained_model(newest).state_dict()
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     assert all(torch.equal(found[name], tensors[f"model.{name}"].float()) for name in found)
+
+
+def test_a_recipe_may_be_given_as_a_value(tmp_path: Path) -> None:
+    newest, model = checkpoint_of(tmp_path, "mixtral")
+    found = trained_model(newest, recipe=mixtral()._replace(coefficients={}))
+    assert [moe.recipe.coefficients for _, moe in moe_layers(found)] == [{}]
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in found.state_dict().items())
+    with pytest.raises(
+        TypeError, match=r"trained_model: recipe = <function mixtral .*; expected a name, .* or a Recipe"
+    ):
+        trained_model(newest, recipe=mixtral)
 
 
 def test_names_of_checkpoints(tmp_path: Path) -> None:

@@ -281,7 +281,7 @@ def test_no_file_is_written_that_could_not_be_read(tmp_path) -> None:
 
 def test_auto_and_its_choice_hand_the_tiles_on(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "HAS_TRITON", True)
     tiles = from_table([fake_tuned().entry])
     assert backends.choose_backend("cuda", torch.bfloat16, tiles=tiles).layer.keywords["tiles"] is tiles
     assert backends.choose_backend("cuda", torch.bfloat16).layer.keywords["tiles"] is layer_tiles

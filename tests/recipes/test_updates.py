@@ -120,6 +120,52 @@ def test_infinite_weights_stop_the_run_at_the_first_step(program, tmp_path, monk
     assert read_state(checkpoint_folder(tmp_path / "logs" / "a", 0))["step"] == 0
 
 
+REMEMBERING = """
+import torch
+from moekit.recipes import mixtral
+from moekit.routing import observe_load, top_k
+from moekit.types import RouterState
+
+def route(logits, *, memory, bias=None):
+    return top_k(logits, k=2, bias=memory.nan_to_num()[0])
+
+def recipe(update, first=0.0):
+    init = lambda experts, *, device=None: torch.full((2, experts), first, device=device)
+    state = RouterState("memory", init, observe_load, update)
+    return mixtral()._replace(route=route, needs=("memory",), state=state)
+
+lost = lambda: recipe(lambda state, sums: state * float("nan"))
+later = lambda: recipe(lambda state, sums: torch.where(state < 2, state + 1, float("nan")))
+unset = lambda: recipe(lambda state, sums: state, first=float("nan"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("recipe", "step", "flags"),
+    [
+        ("lost", 1, ()),
+        ("lost", 1, ("--steps", "1")),
+        ("lost", 1, ("--save-every-n-steps", "1", "--on-nonfinite", "skip")),
+        ("later", 3, ("--save-every-n-steps", "2")),
+    ],
+)
+def test_a_state_that_becomes_nan_stops_the_run_and_is_not_saved(program, tmp_path, recipe, step, flags):
+    (tmp_path / "mine.py").write_text(REMEMBERING)
+    message = (
+        rf"the state 'memory' of block 0 holds NaN after step {step}: its update made it so\. No checkpoint has it"
+    )
+    with pytest.raises(SystemExit, match=message):
+        program("--recipe", f"{tmp_path}/mine.py:{recipe}", *flags)
+    folder = tmp_path / "logs" / "a"
+    assert latest_checkpoint(folder) == (checkpoint_folder(folder, 2) if recipe == "later" else None)
+
+
+def test_a_state_that_begins_as_nan_may_stay_so(program, tmp_path):
+    (tmp_path / "mine.py").write_text(REMEMBERING)
+    folder = program("--recipe", f"{tmp_path}/mine.py:unset", "--steps", "2")
+    assert latest_checkpoint(folder) == checkpoint_folder(folder, 2)
+
+
 @pytest.mark.parametrize("recipe", ["openlm", "deepseek_moe"])
 def test_accumulation_changes_the_losses_by_rounding_alone(program, recipe):
     flags = ["--recipe", recipe, "--moe-capacity-factor", "0"] if recipe == "openlm" else ["--recipe", recipe]

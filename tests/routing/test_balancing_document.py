@@ -10,6 +10,7 @@ import torch
 
 from moekit.routing import (
     coefficients,
+    heterogeneous,
     importance_losses,
     losses,
     pooled_losses,
@@ -25,7 +26,7 @@ from moekit.types import NoisyLogits
 TEXT = (Path(__file__).parents[2] / "docs/balancing.md").read_text(encoding="utf-8")
 FUNCTIONS = {
     name: function
-    for module in (losses, sequence_losses, pooled_losses, importance_losses, regularizers)
+    for module in (losses, sequence_losses, pooled_losses, heterogeneous, importance_losses, regularizers)
     for name, function in inspect.getmembers(module, inspect.isfunction)
     if name.endswith("_loss")
 }
@@ -39,11 +40,12 @@ def rows_of(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table[1].splitlines()]
 
 
-def number(text: str) -> float:
+def number(text: str, *, k: int = K) -> float:
     """Read a cell such as ``L / E²``."""
     text = re.sub(r"\b(\w) (\w)\b", r"\1 * \2", text.replace("²", "**2").replace("−", "-"))  # noqa: RUF001
     return eval(
-        text.replace("ln E", "log(E)").replace("ln * E", "log(E)"), {"log": math.log, "K": K, "E": E, "L": L, "W": W}
+        text.replace("ln E", "log(E)").replace("ln * E", "log(E)"),
+        {"log": math.log, "K": k, "E": E, "L": L, "W": W, "η": 1},
     )
 
 
@@ -61,6 +63,8 @@ def losses_on(name: str, logits: torch.Tensor, k: int) -> float:
         keywords = {"tokens_per_expert": 3 * torch.bincount(routing.expert_indices.flatten(), minlength=E)}
     if function == "sequence_balance_loss":
         keywords = {"sequence_length": E}
+    if function == "heterogeneous_balance_loss":
+        keywords = {"num_simple": 1, "tau": 0.5}
     return FUNCTIONS[function](seen, routing, **keywords).item()
 
 
@@ -101,15 +105,18 @@ def test_values_at_balance_and_at_collapse(row: list[str]) -> None:
     if row[0] == "`weighted_l1_loss`":
         assert at_balance == pytest.approx(0.5 * K)  # mean of sum_e g_te
         assert row[2] == "mean of Σ_e g_te"
+    elif row[2] == "mean of η":
+        assert at_balance == pytest.approx((E - 1 + 0.5) / E)  # one simple expert, tau = 0.5
     else:
         assert at_balance == pytest.approx(number(row[2].split(",")[0]), abs=1e-5)
-    collapsed = torch.tensor([[90.0, 0.0, 0.0, 0.0]]).repeat(T, 1)
-    at_collapse = losses_on(row[0], collapsed, 1)
-    if row[0] == "`weighted_l1_loss`":
-        assert at_collapse == pytest.approx(E / 1 * 0.5)  # k = 1
-    else:
-        expected = number(row[3].replace("K E", "E"))  # K = 1 where all goes to one expert
-        assert at_collapse == pytest.approx(expected, abs=1e-5)
+    collapsed = torch.tensor([[90.0, 40.0, 0.0, 0.0]]).repeat(T, 1)
+    for chosen in (1, 2):
+        at_collapse = losses_on(row[0], collapsed, chosen)
+        if row[0] == "`weighted_l1_loss`":
+            assert at_collapse == pytest.approx(E / chosen * (0.5 * chosen))
+            assert row[3] == "E / k times that"
+        else:
+            assert at_collapse == pytest.approx(number(row[3], k=chosen), abs=1e-5)
 
 
 @pytest.mark.parametrize("row", rows_of("Coefficients"), ids=lambda row: row[1])

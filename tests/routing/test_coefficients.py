@@ -8,6 +8,7 @@ from moekit.routing import coefficients, load_balance_loss, round_robin, top_k
 from moekit.routing.coefficients import (
     DEEPSEEK_SEQUENCE,
     FIRST_CHOICE,
+    FIRST_CHOICE_SEQUENCE,
     GSHARD_PAPER,
     HUGGING_FACE,
     MEGABLOCKS,
@@ -68,6 +69,10 @@ def deepseek(layers: Layers, k: int) -> Tensor:
     return sum(E * (counts(z, k).sum((0, 1)) / (k * L) * z.softmax(-1).mean(0)).sum() for z in parts) / (T // L)
 
 
+def first_choice_in_sequences(layers: Layers, k: int) -> Tensor:
+    return sum(first_choice([part], k) for z in layers for part in z.split(L)) / (T // L)
+
+
 # Global counts of one process and one micro-batch are those of the micro-batch.
 WRITTEN = {
     SWITCH: switch,
@@ -79,6 +84,7 @@ WRITTEN = {
     HUGGING_FACE: hugging_face,
     GSHARD_PAPER: gshard,
     FIRST_CHOICE: first_choice,
+    FIRST_CHOICE_SEQUENCE: first_choice_in_sequences,
     FASTMOE: fastmoe,
     DEEPSEEK_SEQUENCE: deepseek,
     MEGATRON_SEQUENCE: deepseek,
@@ -147,6 +153,8 @@ def test_moekits_own_losses_are_these_forms() -> None:
     torch.testing.assert_close(pooled_balance_loss(layers, routings), hugging_face(layers, k))
     of_sequences = sum(sequence_balance_loss(*pair, sequence_length=L) for pair in pairs)
     torch.testing.assert_close(of_sequences, deepseek(layers, k))
+    of_sequences = sum(sequence_balance_loss(*pair, sequence_length=L, choices=1) for pair in pairs)
+    torch.testing.assert_close(of_sequences, first_choice_in_sequences(layers, k))
 
 
 def test_conversion_goes_back() -> None:
@@ -173,6 +181,8 @@ def test_an_error_names_every_difference() -> None:
         convert_coefficient(1.0, source=FIRST_CHOICE, target=MEGATRON_SEQUENCE, k=2, num_experts=8, num_layers=4)
     assert "counts 1 of 2 choices, Megatron-LM, seq_aux_loss 2" in str(caught.value)
     assert "is over whole_batch, Megatron-LM, seq_aux_loss over each_sequence" in str(caught.value)
+    with pytest.raises(ValueError, match=r"\(st-moe, V-MoE\) is over each_sequence, .*top-2\) over whole_batch\. Expe"):
+        convert_coefficient(1.0, source=FIRST_CHOICE_SEQUENCE, target=FIRST_CHOICE, k=2, num_experts=8, num_layers=4)
     with pytest.raises(ValueError, match=r"counts over the global batch, Switch .* over a micro-batch"):
         convert_coefficient(1.0, source=SWITCH, target=MEGATRON_GLOBAL, k=2, num_experts=8, num_layers=4)
 

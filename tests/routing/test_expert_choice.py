@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moekit.dispatch import dropless
 from moekit.experts import loop
-from moekit.routing import mask_tokens, sigmoid, softmax
+from moekit.routing import mask_tokens, sigmoid, softmax, softmax_over_tokens
 from moekit.routing.expert_choice import divide_up, expert_capacity, expert_choice
 from moekit.segments import tokens_per_expert
 from moekit.types import NoisyLogits, Routing
@@ -108,6 +108,45 @@ def test_padding_changes_nothing(length: int | None) -> None:
     (plain_grad,) = torch.autograd.grad((dense(plain) * cotangent[real]).sum(), alone)
     torch.testing.assert_close(padded_grad[real], plain_grad)
     assert (padded_grad[~real] == 0).all()
+
+
+def over_tokens(logits: Tensor, count: int, real: Tensor) -> Tensor:
+    """Weigh by the softmax over the best tokens of each expert, as pytorch-mixtures, in one pool: (T, E)."""
+    z = logits.masked_fill(~real.unsqueeze(1), -torch.inf).T
+    values, tokens = torch.topk(z, count)
+    return torch.zeros_like(z).scatter(1, tokens, values.softmax(-1)).T
+
+
+@pytest.mark.parametrize("length", [None, 6])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_softmax_over_the_chosen_tokens(length: int | None, padded: bool) -> None:
+    """In pools whose logits lie far apart, too, and whatever padding holds: weights and gradients."""
+    real = torch.tensor([True, True, False, True, True, True] * 2) if padded else torch.ones(T, dtype=torch.bool)
+    logits = torch.randn(T, E) + torch.tensor([0.0, -300.0]).repeat_interleave(6).unsqueeze(1)
+    leaf = logits.masked_fill(~real.unsqueeze(1), torch.nan).requires_grad_()
+    options = {"capacity_factor": 3, "sequence_length": length, "token_mask": real if padded else None}
+    routing = expert_choice(leaf, score=softmax_over_tokens, normalize=True, **options)
+    size, plain = length or T, logits.clone().requires_grad_()
+    parts = zip(plain.split(size), real.split(size), strict=True)
+    expected = torch.cat([over_tokens(z, int(some.sum() * 3 // E), some) for z, some in parts])
+    torch.testing.assert_close(dense(routing), expected)
+    cotangent = torch.randn(T, E)
+    grads = [torch.autograd.grad((y * cotangent).sum(), z)[0] for y, z in ((dense(routing), leaf), (expected, plain))]
+    torch.testing.assert_close(*grads)
+    # Without normalize: an expert's shares of all real tokens of the pool.
+    shares = expert_choice(leaf, score=softmax_over_tokens, **{**options, "capacity_factor": E})
+    torch.testing.assert_close(dense(shares).sum(0), torch.full((E,), T / size))
+
+
+def test_a_pool_of_padding_has_no_shares() -> None:
+    logits, mask = torch.randn(T, E, requires_grad=True), torch.arange(T) < 6
+    routing = expert_choice(
+        logits, capacity_factor=2, score=softmax_over_tokens, normalize=True, sequence_length=6, token_mask=mask
+    )
+    assert (routing.weights[1] == 0).all()
+    grad = torch.autograd.grad(routing.weights.square().sum(), logits)[0]
+    assert grad.isfinite().all()
+    assert (grad[6:] == 0).all()
 
 
 def test_masking_afterwards_takes_padding_out_but_it_has_counted() -> None:

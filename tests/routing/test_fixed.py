@@ -50,6 +50,24 @@ def test_hash_looks_ids_up_whatever_their_shape() -> None:
     assert torch.equal(chosen, TABLE[[3, 0, 3, 19, 7, 7]])
 
 
+def test_hash_scales_weights_last() -> None:
+    ids, logits = torch.arange(T), torch.randn(T, E)
+    plain, scaled = (
+        hash_choice(logits, token_ids=ids, table=TABLE, normalize=True, score=sigmoid, **options)
+        for options in ({}, {"scale": 2.5})
+    )
+    torch.testing.assert_close(scaled.weights, 2.5 * plain.weights)
+    torch.testing.assert_close(scaled.weights.sum(-1), torch.full((T,), 2.5))
+
+
+def test_a_table_can_be_drawn_where_half_precision_is_the_default() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert hash_table(5, 4, k=2).shape == (5, 2)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_hash_table_is_a_function_of_its_seed_and_leaves_the_generator_alone() -> None:
     state = torch.get_rng_state()
     table = hash_table(50, 8, k=2, seed=4)

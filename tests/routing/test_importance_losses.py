@@ -110,6 +110,31 @@ def test_load_leaves_padding_out_whatever_it_holds() -> None:
         assert all(grad.isfinite().all() for grad in torch.autograd.grad(loss, list(spoiled)))
 
 
+@pytest.mark.parametrize("excluding_self", [True, False])
+def test_load_without_noise_counts_and_has_no_gradient(excluding_self: bool) -> None:
+    """``logit_noise(std=0)``: the chance is a step, which is 1/2 where a logit is at its threshold."""
+    z = torch.tensor([[3.0, 2.0, 2.0, 1.0, 0.0], [5.0, 4.0, 3.0, 2.0, 1.0]], requires_grad=True)
+    std = torch.zeros(2, E, requires_grad=True)
+    loss = load_loss(NoisyLogits(z, z, std), top_k(z, k=K), excluding_self=excluding_self)
+    steps = [[1, 0.5, 0.5, 0, 0], [1, 1, 0, 0, 0]] if excluding_self else [[1, 0.5, 0.5, 0, 0], [1, 0.5, 0, 0, 0]]
+    sums = torch.tensor(steps).sum(0)
+    torch.testing.assert_close(loss, sums.var(correction=0) / sums.mean() ** 2)
+    for grad in torch.autograd.grad(loss, (z, std)):
+        assert (grad == 0).all()
+
+
+def test_load_without_noise_for_one_token_leaves_the_others_their_gradient() -> None:
+    logits = noisy_logits()
+    std = logits.std.detach().clone()
+    std[0] = 0.0
+    std.requires_grad_()
+    loss = load_loss(logits._replace(std=std), top_k(logits.logits, k=K))
+    for grad in torch.autograd.grad(loss, (logits.clean, std)):
+        assert grad.isfinite().all()
+        assert (grad[0] == 0).all()
+        assert (grad[1:] != 0).any()
+
+
 def test_load_within_sequences() -> None:
     logits = noisy_logits()
     routing = top_k(logits.logits, k=K)

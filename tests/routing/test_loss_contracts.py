@@ -39,7 +39,7 @@ def noisy_logits(dtype: torch.dtype = torch.float64) -> NoisyLogits:
 def test_every_loss_takes_the_same_arguments_and_returns_a_scalar(name: str) -> None:
     logits = noisy_logits(torch.float32)
     routing = top_k(logits.logits, k=K)
-    mask, counts = torch.arange(T) < 9, torch.arange(E)
+    mask, counts = torch.arange(T) < 9, torch.arange(K * E).view(K, E)
     loss = LOSSES[name](logits, routing, token_mask=mask, tokens_per_expert=counts, sequence_length=L)
     assert loss.shape == ()
     assert loss.dtype == torch.float32
@@ -47,6 +47,20 @@ def test_every_loss_takes_the_same_arguments_and_returns_a_scalar(name: str) -> 
     (grad,) = torch.autograd.grad(loss, logits.clean)
     assert grad[~mask].abs().max() == 0
     assert grad[mask].abs().max() > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_half_precision_is_refused_by_whatever_reads_logits(name: str, dtype: torch.dtype) -> None:
+    """A sum over tokens in float16 is infinite from some thousands on."""
+    logits = noisy_logits(torch.float32)
+    half = NoisyLogits(*(part.to(dtype) for part in logits))
+    routing = top_k(logits.logits, k=K)
+    if name in ("importance", "weighted l1"):  # of weights
+        assert torch.equal(LOSSES[name](half, routing), LOSSES[name](logits, routing))
+        return
+    with pytest.raises(ValueError, match=rf"_loss: logits are in {dtype}; expected float32 .*or pass logits\.float"):
+        LOSSES[name](half, routing, sequence_length=L)
 
 
 @pytest.mark.parametrize("name", LOSSES)

@@ -205,6 +205,18 @@ def test_sigmoid_scores_that_underflow_give_no_nan() -> None:
     assert torch.autograd.grad(loss, logits)[0].isfinite().all()
 
 
+def test_counts_from_elsewhere_are_by_choice_where_choices_are_given() -> None:
+    logits, routing = routed()
+    by_choice = torch.stack([tokens_per_expert(routing.expert_indices[:, i], E) for i in range(K)])
+    for choices in (1, 2):
+        loss = load_balance_loss(logits, routing, tokens_per_expert=by_choice, choices=choices)
+        torch.testing.assert_close(loss, load_balance_loss(logits, routing, choices=choices))
+    with pytest.raises(
+        ValueError, match=r"choices = 1 was given with tokens_per_expert of shape \(4,\).*; expected \(K, E\)"
+    ):
+        load_balance_loss(logits, routing, tokens_per_expert=by_choice.sum(0), choices=1)
+
+
 def test_choices_need_choices() -> None:
     indices = torch.zeros(5, dtype=torch.int64)
     routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool=5)
@@ -217,6 +229,14 @@ def test_bias_moves_one_step_against_the_load() -> None:
     moved = update_bias(bias, torch.tensor([9, 3, 0, 0]), rate=0.1)
     torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, 0.1, 0.1]))
     assert bias[0] == 0.5  # the argument is left alone
+
+
+def test_bias_moves_by_counts_that_float32_cannot_tell_apart() -> None:
+    counts = torch.tensor([2**24 + 1, 2**24, 2**24 - 1, 2**24], dtype=torch.int64)
+    for given in (counts, counts.double()):
+        moved = update_bias(torch.zeros(4), given, rate=0.5)
+        assert moved.dtype == torch.float32
+        assert moved.tolist() == [-0.5, 0.0, 0.5, 0.0]
 
 
 def test_bias_drives_a_collapsed_router_to_balance() -> None:

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit import routing as r
+from moekit.recipes.backends import auto_top_k
 from moekit.routing.gates import clean, linear_gate, noisy
 from moekit.routing.noise import (
     NoisyGateParams,
@@ -226,3 +228,61 @@ def test_one_graph(gate, params) -> None:
 def test_errors_say_what_was_given(wrap, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         wrap(linear_gate)
+
+
+IDS, TABLE = torch.tensor([3, 0, 3, 2, 1, 0, 4]), r.hash_table(5, E, k=2)
+BY_NOISE = {
+    "top_k": partial(r.top_k, k=2),
+    "softmax_of_top_k": partial(r.softmax_of_top_k, k=2),
+    "fused_top_k": partial(r.fused_top_k, k=2),
+    "fused_top_k_and_load": lambda z: r.fused_top_k_and_load(z, k=2)[0],
+    "auto_top_k": partial(auto_top_k, k=2),
+    "noisy_top_k": partial(r.noisy_top_k, k=2),
+    "group_limited": partial(r.group_limited, k=2, num_groups=2, groups_kept=1),
+    "quantile_balanced": partial(r.quantile_balanced, k=2),
+    "sinkhorn": partial(r.sinkhorn, k=2),
+    "sparse_mixer": partial(r.sparse_mixer, training=False),
+    "top_p": partial(r.top_p, p=0.5),
+    "threshold": partial(r.threshold, threshold=0.5),
+    "relu_choice": r.relu_choice,
+    "topology_limited": partial(r.topology_limited, num_nodes=2, node=0),
+    "over_nodes": partial(r.over_nodes, num_nodes=2),
+    "expert_choice": partial(r.expert_choice, capacity_factor=2),
+    "soft_slots": partial(r.soft_slots, slots=2),
+    "token_rounding": r.token_rounding(partial(r.top_k, k=2), tile=2),
+}
+WITHOUT = {
+    "hash_choice": partial(r.hash_choice, token_ids=IDS, table=TABLE),
+    "random_choice": partial(r.random_choice, k=2),
+    "round_robin": partial(r.round_robin, k=2),
+}
+
+
+def test_every_router_of_the_package_is_here() -> None:
+    start, end = r.__all__.index("top_k"), r.__all__.index("load_balance_loss")
+    others = {"softmax", "sigmoid", "sqrt_softplus", "softmax_over_tokens", "token_choice", "weights_at"}
+    others |= {"expert_capacity", "hash_table", "round_tokens", "moved_mass", "mask_tokens", "mask_soft"}
+    others |= {"random_second", "without_simple"}
+    assert set(r.__all__[start:end]) - others == (set(BY_NOISE) | set(WITHOUT)) - {"auto_top_k"}
+
+
+@pytest.mark.parametrize("name", [*BY_NOISE, *WITHOUT])
+def test_every_router_takes_logits_with_noise(name: str) -> None:
+    """It decides by those with noise, or, where logits decide nothing, weighs by those without."""
+    logits = logit_noise(linear_gate, std=9.0)(torch.randn(T, D), torch.randn(D, E))
+    route, read = (BY_NOISE[name], logits.logits) if name in BY_NOISE else (WITHOUT[name], logits.clean)
+    found = []
+    for given in (logits, read):
+        torch.manual_seed(5)
+        found.append(route(given))
+    for part, expected in zip(*found, strict=True):
+        assert torch.equal(part, expected) if isinstance(part, Tensor) else part == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", [*BY_NOISE, *WITHOUT])
+def test_every_router_refuses_half_precision(name: str, dtype: torch.dtype) -> None:
+    z = torch.randn(T, E).to(dtype)
+    for given in (z, NoisyLogits(z, z, z.abs())):
+        with pytest.raises(ValueError, match=rf"logits are in {dtype}; expected float32 .*or pass logits\.float\(\)"):
+            (BY_NOISE | WITHOUT)[name](given)

@@ -1,3 +1,4 @@
+import math
 import pickle
 
 import pytest
@@ -163,18 +164,33 @@ def test_a_bad_limit_says_so(max_k: int) -> None:
 
 
 def test_sqrt_softplus_is_its_formula() -> None:
-    z = torch.linspace(-30, 30, 61, dtype=torch.float64, requires_grad=True)
-    expected = torch.sqrt(torch.log(1 + torch.exp(z)))
-    torch.testing.assert_close(sqrt_softplus(z), expected, rtol=1e-3, atol=0)  # log(1 + tiny) is rough in the formula
-    torch.testing.assert_close(sqrt_softplus(z)[20:], expected[20:], rtol=1e-8, atol=0)
+    z = torch.linspace(-300, 30, 331, dtype=torch.float64, requires_grad=True)
+    expected = torch.sqrt(torch.log1p(torch.exp(z)))
+    torch.testing.assert_close(sqrt_softplus(z), expected, rtol=1e-8, atol=0)
     (actual,), (wanted,) = torch.autograd.grad(sqrt_softplus(z).sum(), z), torch.autograd.grad(expected.sum(), z)
-    torch.testing.assert_close(actual[20:], wanted[20:], rtol=1e-8, atol=0)
+    torch.testing.assert_close(actual, wanted, rtol=1e-8, atol=0)
+
+
+def test_sqrt_softplus_in_float32_falls_where_exp_has_underflowed() -> None:
+    z = torch.linspace(-170, 30, 401, requires_grad=True)
+    wide = z.detach().double().requires_grad_()
+    for scores, expected in ((sqrt_softplus(z), sqrt_softplus(wide)),):
+        torch.testing.assert_close(scores.double(), expected, rtol=2e-6, atol=0)
+        (actual,), (wanted,) = torch.autograd.grad(scores.sum(), z), torch.autograd.grad(expected.sum(), wide)
+        torch.testing.assert_close(actual.double(), wanted, rtol=5e-6, atol=0)
+
+
+@pytest.mark.parametrize("around", [-20.0, -40.0, -100.0])
+def test_the_gradient_of_sqrt_softplus(around: float) -> None:
+    z = (around + torch.linspace(-0.03, 0.04, 8, dtype=torch.float64)).requires_grad_()
+    unit = math.exp(-around / 2)  # so that what is compared is about one
+    assert torch.autograd.gradcheck(lambda z: unit * sqrt_softplus(z), (z,))
 
 
 def test_sqrt_softplus_far_out() -> None:
     z = torch.tensor([-3e38, -1e4, -200.0, -80.0, 80.0, 1e4], requires_grad=True)
     scores = sqrt_softplus(z)
     assert scores.isfinite().all()
-    assert (scores >= 0).all()
+    assert (scores > 0).all()
     torch.testing.assert_close(scores[4:], z[4:].sqrt())
     assert torch.autograd.grad(scores.sum(), z)[0].isfinite().all()

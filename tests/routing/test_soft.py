@@ -129,6 +129,35 @@ def test_masked_tokens_change_nothing_even_with_larger_logits() -> None:
         assert (actual[:, L:] == 0).all()
 
 
+@pytest.mark.parametrize("length", [None, L])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e30, 0.0])
+def test_what_padding_holds_changes_nothing(length: int | None, bad: float) -> None:
+    real = torch.tensor([True, False, True, True, False] * G)
+    logits = torch.randn(T, E * S, dtype=torch.float64)
+    padded = logits.masked_fill(~real.unsqueeze(1), bad).requires_grad_()
+    alone = logits[real].requires_grad_()
+    masked = soft_slots(padded, slots=S, sequence_length=length, token_mask=real.view(G, L))
+    expected = soft_slots(alone, slots=S, sequence_length=length and 3)
+    for weights, want in zip(masked, expected, strict=True):
+        probe = torch.randn_like(want)
+        torch.testing.assert_close(weights.view(-1, E * S)[real], want.view(-1, E * S))
+        assert (weights.view(-1, E * S)[~real] == 0).all()
+        kept = weights.flatten(0, 1)[real].view_as(want)
+        (grad,) = torch.autograd.grad((kept * probe).sum(), padded, retain_graph=True)
+        torch.testing.assert_close(grad[real], torch.autograd.grad((want * probe).sum(), alone)[0])
+        assert (grad[~real] == 0).all()
+    again = mask_soft(masked, real)  # as a layer does behind any soft router
+    for weights, want in zip(again, masked, strict=True):
+        torch.testing.assert_close(weights, want)
+
+
+def test_a_masked_pool_of_padding_is_zero_with_a_zero_gradient() -> None:
+    logits = torch.full((T, E * S), torch.nan, requires_grad=True)
+    routing = soft_slots(logits, slots=S, sequence_length=L, token_mask=torch.zeros(T, dtype=torch.bool))
+    assert all((w == 0).all() for w in routing)
+    assert (torch.autograd.grad(sum(w.sum() for w in routing), logits)[0] == 0).all()
+
+
 def test_a_pool_without_a_real_token_is_zero_with_a_zero_gradient() -> None:
     logits = torch.randn(T, E * S, requires_grad=True)
     routing = mask_soft(soft_slots(logits, slots=S, sequence_length=L), torch.zeros(T, dtype=torch.bool))
@@ -151,7 +180,8 @@ def test_one_graph() -> None:
     x, params, mask = torch.randn(T, D, requires_grad=True), init_soft_gate(D, E, slots=S), torch.arange(T) % 4 != 0
 
     def route(x: Tensor) -> Tensor:
-        routing = mask_soft(soft_slots(soft_gate(x, params), slots=S, sequence_length=L), mask)
+        logits = soft_gate(x, params)
+        routing = mask_soft(soft_slots(logits, slots=S, sequence_length=L, token_mask=mask), mask)
         return sum(weights.square().sum() for weights in routing)
 
     (actual,) = torch.autograd.grad(torch.compile(route, fullgraph=True, backend="aot_eager")(x), x)
@@ -168,5 +198,7 @@ def test_errors_say_what_was_given() -> None:
         soft_slots(torch.zeros(T, E * S), slots=S, sequence_length=4)
     with pytest.raises(ValueError, match=r"token_mask has 4 elements \(shape \(2, 2\)\); expected one per token, 15"):
         mask_soft(soft_slots(torch.zeros(T, E * S), slots=S), torch.ones(2, 2))
+    with pytest.raises(ValueError, match=r"token_mask has 4 elements \(shape \(2, 2\)\); expected one per token, 15"):
+        soft_slots(torch.zeros(T, E * S), slots=S, token_mask=torch.ones(2, 2))
     with pytest.raises(ValueError, match=r"x has shape \(15, 3\) and w \(4, 6\); expected"):
         soft_gate(torch.zeros(T, 3), init_soft_gate(D, E, slots=S))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moekit.routing import fixed_table, hash_table, quantile_bias, quantile_duals, selection_bias, top_k
+from moekit.routing import fixed_table, hash_table, quantile_bias, quantile_duals, selection_bias, top_k, update_bias
 from moekit.segments import tokens_per_expert
 
 T, E, K = 29, 6, 2
@@ -17,6 +17,13 @@ def test_a_selection_bias_observes_loads_that_add_up():
     assert torch.equal(sum(parts), counts.double())
     assert torch.equal(state.update(bias, sum(parts)), 0.25 * torch.sign(counts.float().mean() - counts))
     assert not bias.any()
+
+
+def test_a_selection_bias_hands_on_what_else_its_step_takes():
+    bias, loads = torch.tensor([0.5, 0.25, -0.25]), torch.tensor([9.0, 3.0, 0.0], dtype=torch.float64)
+    for options in ({}, {"center": True}, {"limit": 0.375}, {"center": True, "limit": 0.125}):
+        found = selection_bias(rate=0.25, **options).update(bias, loads)
+        assert torch.equal(found, update_bias(bias, loads, rate=0.25, **options))
 
 
 @pytest.mark.parametrize("masked", [False, True])

@@ -1,0 +1,67 @@
+"""Whether what routers remember is still numbers: a NaN there stays, and no later step can mend it."""
+
+import torch
+from torch import Tensor
+
+from moekit.lm.model import LanguageModel
+from moekit.recipes.choices import num_choices
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.modules import MoE
+
+
+def nan_in_states(model: LanguageModel) -> Tensor | None:
+    """Look for NaN in the states of all routers, without reading the device.
+
+    Args:
+        model: whose MoE layers hold them.
+
+    Returns:
+        0-dimensional bool; None of a model whose routers remember no floating-point numbers.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import deepseek_moe
+        >>> from moekit.recipes.language_models import language_model
+        >>> config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=4)
+        >>> nan_in_states(language_model(config, deepseek_moe(k=2)))
+        tensor(False)
+    """
+    states = [state.flatten() for _, layer in moe_layers(model) if (state := _numbers(layer)) is not None]
+    return torch.cat(states).isnan().any() if states else None
+
+
+def check_states(model: LanguageModel, *, step: int) -> None:
+    """Refuse states that have become NaN. Reads the device, if any router remembers numbers.
+
+    Args:
+        model: whose MoE layers hold them.
+        step: optimizer steps done.
+
+    Raises:
+        FloatingPointError: if one holds NaN and did not begin with it.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import deepseek_moe
+        >>> from moekit.recipes.language_models import language_model
+        >>> config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=4)
+        >>> check_states(language_model(config, deepseek_moe(k=2)), step=1)
+    """
+    found = nan_in_states(model)
+    if found is None or not found:
+        return
+    for block, layer in moe_layers(model):
+        state, kind = _numbers(layer), layer.recipe.state
+        if state is None or kind is None or not state.isnan().any():
+            continue
+        if not kind.init(num_choices(layer.recipe, layer.num_experts), device=state.device).isnan().any():
+            raise FloatingPointError(
+                f"the state {kind.name!r} of block {block} holds NaN after step {step}: its update made it so. No "
+                f"checkpoint has it. Mend recipe.state.update, or what recipe.state.observe returns, and start anew or "
+                f"resume from an older checkpoint"
+            )
+
+
+def _numbers(layer: MoE) -> Tensor | None:
+    state = layer.state
+    return state if state is not None and state.is_floating_point() else None
