@@ -10,7 +10,8 @@ from torch import Tensor
 from moekit.autocast import in_autocast
 from moekit.experts import _grouped_cpu
 from moekit.experts.checks import check_product
-from moekit.operators import refuse_tangents
+from moekit.experts.tiles import compute_capability
+from moekit.operators import is_transformed, refuse_tangents
 from moekit.types import Groups
 
 
@@ -100,7 +101,7 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     Raises:
         ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too; on
             CUDA, if rows of D or F numbers are no multiple of 16 bytes, or there are more than 1,023 groups of
-            bfloat16.
+            bfloat16 from Hopper on.
         NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode, or inside
             ``torch.vmap``.
 
@@ -120,34 +121,39 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     return _grouped_cpu.product(rows, groups.sizes, w)
 
 
-_MOST_GROUPS = 1023  # of torch 2.11's kernel for bfloat16; other dtypes go through a loop
+_MOST_GROUPS = 1023  # of torch 2.11's kernel, for bfloat16 from Hopper on; the rest goes through a loop
 
 
 def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
     # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
-    return _ContiguousGradient.apply(F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32)))
+    product = F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32))
+    return _ContiguousGradient.apply(product, torch.compiler.is_compiling() or is_transformed())
 
 
 class _ContiguousGradient(torch.autograd.Function):
-    """A tensor as it is, with a gradient as it lies in memory: ``grouped_mm`` refuses that of a sum, one number."""
+    """A tensor as it is, with a gradient as it lies in memory: ``grouped_mm`` refuses that of a sum, one number.
+
+    Eagerly it is the tensor itself, so that who gets it may change it in place; of a function's view torch forbids it.
+    """
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor) -> Tensor:
-        return x.view_as(x)
+    def forward(x: Tensor, as_view: bool) -> Tensor:
+        return x.view_as(x) if as_view else x
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[Tensor], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-        pass
+    def setup_context(ctx, inputs: tuple[Tensor, bool], output: Tensor) -> None:  # type: ignore[no-untyped-def]
+        if not inputs[1]:
+            ctx.mark_dirty(inputs[0])
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        return grad.contiguous()
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]
+        return grad.contiguous(), None
 
 
 def _check_kernel(rows: Tensor, w: Tensor) -> None:
-    if rows.dtype == torch.bfloat16 and w.shape[0] > _MOST_GROUPS:
+    if rows.dtype == torch.bfloat16 and w.shape[0] > _MOST_GROUPS and compute_capability(rows.device) >= (9, 0):
         raise ValueError(
             f"grouped: {w.shape[0]} groups; CUDA's grouped_mm takes at most {_MOST_GROUPS} in bfloat16. Use the matmul "
             f"`triton`, or the layer `fused_layer`."

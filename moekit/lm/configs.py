@@ -203,6 +203,8 @@ def _parse(text: str, *, source: str) -> dict[str, Any]:
 def _check_keys(values: Mapping[str, Any], *, source: str, others: Iterable[str] = ()) -> None:
     known = [*(f.name for f in dataclasses.fields(ModelConfig)), *others]
     for key in values:
+        if key in _OF_METHOD and key not in known:
+            raise ValueError(f"{source}: {key} is of the MoE layers' method, not of a shape; give it to the recipe")
         if key not in known:
             raise ValueError(f"{source}: {unknown_name(key, known, what='model config key')}")
 

@@ -225,6 +225,6 @@ def _check_inputs(ids: Tensor, token_mask: Tensor | None) -> None:
     if token_mask is None:
         return
     if token_mask.dtype != torch.bool:
-        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens")
+        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
     if token_mask.shape != ids.shape:
         raise ValueError(f"token_mask has shape {tuple(token_mask.shape)}, expected that of ids, {tuple(ids.shape)}")

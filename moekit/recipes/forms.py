@@ -100,10 +100,8 @@ def method_of(recipe: Recipe, *, evaluation: Recipe | None = None, loss_scope: s
         >>> method_of(mixtral())["losses"]["load_balance"]["coefficient"]
         0.02
     """
-    losses = {
-        name: {"form": form_of(loss), "coefficient": recipe.coefficients.get(name)}
-        for name, loss in recipe.losses.items()
-    }
+    weights = {name: float(weight) for name, weight in recipe.coefficients.items()}  # of any kind of number
+    losses = {name: {"form": form_of(loss), "coefficient": weights.get(name)} for name, loss in recipe.losses.items()}
     found = {**_stages(recipe), "gate": form_of(recipe.gate), "losses": losses, "loss_scope": loss_scope}
     return found if evaluation is None else {**found, "evaluation": _stages(evaluation)}
 

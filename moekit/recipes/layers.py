@@ -319,7 +319,7 @@ def moe_layer(
                 f"x {tuple(x.shape)}."
             )
     if token_mask is not None and token_mask.dtype != torch.bool:
-        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens")
+        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
     if recipe.state is not None and state is None:
         raise ValueError(
             f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "

@@ -51,7 +51,8 @@ def expert_choice(
     Args:
         logits: (T, E) float32, with or without noise.
         capacity_factor: c > 0, experts per token in the mean; the paper has 2.
-        score: (T, E) logits -> (T, E) scores; ``softmax_over_tokens`` is taken over the real tokens of each pool.
+        score: (T, E) logits -> (T, E) scores; ``softmax_over_tokens`` is taken over the real tokens of each pool, one
+            inside a function of your own over all T.
         normalize: divide an expert's weights by their sum over the tokens that it took from the pool; the paper and
             V-MoE leave the scores as they are. With ``score=softmax_over_tokens`` that is the softmax over the chosen
             tokens, the form of pytorch-mixtures 9ec73e6.
@@ -174,6 +175,8 @@ def _real_tokens(token_mask: Tensor, logits: Tensor, pool_size: int) -> Tensor:
 
 
 def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pool_size: int) -> Tensor:
+    while isinstance(score, partial) and not score.args and not score.keywords:
+        score = score.func
     over_tokens = score is softmax_over_tokens
     if real is not None:  # what padding holds, NaN included, must not reach the gradient through the scores
         # Nor a share of a pool; a pool of nothing else has finite ones still, which nobody takes.

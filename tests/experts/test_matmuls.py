@@ -104,6 +104,16 @@ def test_torchs_product_takes_the_gradient_of_a_sum() -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[rows.dtype], atol=TOLERANCE[rows.dtype])
 
 
+def test_what_torchs_product_returns_may_be_changed_in_place() -> None:
+    sizes = torch.tensor([2, 0, 3])
+    rows, w = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))
+    found = torch.autograd.grad(_grouped_mm(rows, sizes, w).relu_().sum(), (rows, w))
+    expected = torch.autograd.grad(loop(rows, Groups(sizes, None), w).relu().sum(), (rows, w))
+    torch.testing.assert_close(found, expected)
+    product = torch.func.grad(lambda x: _grouped_mm(x, sizes, w.detach()).relu().sum())
+    torch.testing.assert_close(product(rows.detach()), expected[0])
+
+
 def test_the_loop_takes_its_weights_apart_once() -> None:
     rows, groups, w = make([2, 0, 3])
     seen, rest = [], [loop(rows, groups, w).grad_fn]
@@ -198,7 +208,8 @@ def test_cuda_alignment_error_names_the_width() -> None:
         _check_kernel(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
 
 
-def test_more_groups_than_torchs_product_takes_are_refused_in_words() -> None:
+def test_more_groups_than_torchs_product_takes_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moekit.experts.matmuls.compute_capability", lambda device: (9, 0))
     for dtype in (torch.float16, torch.bfloat16):
         _check_kernel(torch.zeros(1, 8, dtype=dtype), torch.zeros(1023, 8, 8, dtype=dtype))
     _check_kernel(torch.zeros(1, 8, dtype=torch.float16), torch.zeros(1024, 8, 8, dtype=torch.float16))

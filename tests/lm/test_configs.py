@@ -159,7 +159,7 @@ def test_what_a_file_says_of_the_moe_layers_is_read_and_is_no_shape(tmp_path):
     assert read_config(path) == {**SHAPE, **METHOD}
     assert load_config(path) == ModelConfig(**SHAPE)
     for where, options in (("overrides", METHOD), ("defaults", {"defaults": METHOD})):
-        with pytest.raises(ValueError, match=f"{where}: unknown model config key 'moe_top_k'"):
+        with pytest.raises(ValueError, match=f"{where}: moe_top_k is of the MoE layers' method"):
             load_config(path, **options)
 
 

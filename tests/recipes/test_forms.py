@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.recipes import mixtral, qwen3_moe
+from moekit.recipes import mixtral, openlm, qwen3_moe
 from moekit.recipes.forms import bound, form_of, is_same, method_of
 from moekit.recipes.names import RECIPES
 from moekit.routing import load_balance_loss, top_k
@@ -71,6 +71,14 @@ def test_the_forms_of_one_loss_are_told_apart():
     assert method_of(reported)["losses"] == {
         "first": {"form": "load_balance_loss(score=softmax, choices=1)", "coefficient": None}
     }
+
+
+def test_coefficients_are_numbers_of_any_kind_and_evaluation_has_forms_of_its_own():
+    given = {"load_balance": torch.tensor(0.5)}
+    method = method_of(openlm()._replace(coefficients=given), evaluation=openlm(capacity_factor=0))
+    assert json.loads(json.dumps(method))["losses"]["load_balance"]["coefficient"] == 0.5
+    assert method["plan"] == "padded_plan(priority=by_position, capacity_factor=1.25)"
+    assert method["evaluation"]["plan"] == "dropless_plan"
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -161,13 +161,14 @@ def test_with_experts_leaves_the_routing_and_takes_the_rest():
 @pytest.mark.parametrize("num_tokens", [0, 1, 2, 4, 7, 20])
 def test_over_nodes_routes_each_part_as_its_node_would(num_tokens):
     logits = torch.randn(num_tokens, 6, generator=torch.Generator().manual_seed(num_tokens))
-    bias = torch.linspace(-1, 1, 6)
-    found = over_nodes(logits, k=2, num_nodes=3, share=0.3, bias=bias)
+    bias, mask = torch.linspace(-1, 1, 6), torch.arange(num_tokens) % 3 != 0
+    found = over_nodes(logits, k=2, num_nodes=3, share=0.3, bias=bias, token_mask=mask)
     parts = torch.arange(num_tokens).tensor_split(3)  # as even as can be: no node goes without
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert torch.equal(found.token_indices, torch.arange(num_tokens).unsqueeze(1).expand(-1, 2))
     for node, own in enumerate(parts):
-        alone = routing.topology_limited(logits[own], k=2, num_nodes=3, node=node, share=0.3, bias=bias)
+        options = {"num_nodes": 3, "node": node, "share": 0.3, "bias": bias, "token_mask": mask[own]}
+        alone = routing.topology_limited(logits[own], k=2, **options)
         assert torch.equal(found.expert_indices[own], alone.expert_indices)
         assert torch.equal(found.weights[own], alone.weights)
 

@@ -134,8 +134,9 @@ def test_a_softmax_over_the_chosen_tokens(length: int | None, padded: bool) -> N
     grads = [torch.autograd.grad((y * cotangent).sum(), z)[0] for y, z in ((dense(routing), leaf), (expected, plain))]
     torch.testing.assert_close(*grads)
     # Without normalize: an expert's shares of all real tokens of the pool.
-    shares = expert_choice(leaf, score=softmax_over_tokens, **{**options, "capacity_factor": E})
-    torch.testing.assert_close(dense(shares).sum(0), torch.full((E,), T / size))
+    for score in (softmax_over_tokens, partial(softmax_over_tokens)):
+        shares = expert_choice(leaf, score=score, **{**options, "capacity_factor": E})
+        torch.testing.assert_close(dense(shares).sum(0), torch.full((E,), T / size))
 
 
 def test_a_pool_of_padding_has_no_shares() -> None:
