@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from moekit.lm.batches import ValidationBatch
 from moekit.lm.bootstrap import bootstrap_interval
 from moekit.lm.displays import LayerLoad
 from moekit.lm.model import LanguageModel
+from moekit.lm.shard_members import Reason
 from moekit.parallel import World, all_sum, any_true, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe
@@ -33,7 +34,7 @@ class Evaluation(NamedTuple):
         bits_per_byte: cross-entropy in bits per UTF-8 byte of text, independent of the vocabulary; None without a
             tokenizer.
         layers: routing of each MoE block.
-        skipped: sequences left out as bad data, by reason.
+        skipped: sequences left out as bad data over all ranks, by reason.
     """
 
     loss: float
@@ -109,7 +110,26 @@ def evaluate(
             parts.append(_Sequences(batch.indices, _sequence_sums(output.logits, targets, token_bytes)))
     sums = _in_order(parts, world)
     loads = layer_loads(model, all_sum(world, routing)) if routing.ndim == 2 else []
-    return _evaluated(sums, loads, skipped, with_bytes=token_bytes is not None)
+    return _evaluated(sums, loads, sum_skipped(skipped, world), with_bytes=token_bytes is not None)
+
+
+def sum_skipped(skipped: Mapping[str, int], world: World) -> Counter[str]:
+    """Add up what was left out as bad data over all ranks, which call it together.
+
+    Args:
+        skipped: reason to number of sequences, of this rank.
+        world: the ranks.
+
+    Returns:
+        Reason to number of sequences, the same on every rank; reasons that did not occur are left out.
+
+    Example:
+        >>> sum_skipped({"short sequence": 2}, one_process())
+        Counter({'short sequence': 2})
+    """
+    reasons = get_args(Reason)
+    counts = all_sum(world, torch.tensor([skipped.get(reason, 0) for reason in reasons])).tolist()
+    return Counter({reason: count for reason, count in zip(reasons, counts, strict=True) if count})
 
 
 def _together(batches: Iterable[ValidationBatch], world: World) -> Iterator[ValidationBatch]:

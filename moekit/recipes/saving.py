@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -21,11 +21,11 @@ from moekit.lm.checkpoints import (
     training_tensors,
 )
 from moekit.lm.openlm_optimizers import read_openlm_optimizer
-from moekit.lm.shard_members import Reason
-from moekit.parallel import all_sum, fill, share
+from moekit.parallel import fill, share
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.consoles import print_warnings
 from moekit.recipes.differences import model_warnings
+from moekit.recipes.evaluate import sum_skipped
 from moekit.recipes.router_states import check_states
 from moekit.recipes.runs import Run
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
@@ -129,9 +129,7 @@ def skipped_data(run: Run, progress: Progress, at: Position) -> dict[str, int]:
     Returns:
         Reason to number of sequences; reasons that did not occur are left out.
     """
-    reasons = get_args(Reason)
-    counts = all_sum(run.world, torch.tensor([at.skipped.get(reason, 0) for reason in reasons])).tolist()
-    total = Counter(progress.skipped_data) + Counter(dict(zip(reasons, counts, strict=True)))
+    total = Counter(progress.skipped_data) + sum_skipped(at.skipped, run.world)
     return {reason: total[reason] for reason in sorted(total)}
 
 

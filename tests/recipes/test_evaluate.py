@@ -9,6 +9,8 @@ from moekit.lm.batches import ValidationBatch, read_validation
 from moekit.lm.bootstrap import bootstrap_interval
 from moekit.lm.configs import load_config
 from moekit.lm.shards import read_manifest, write_shards
+from moekit.parallel import World
+from moekit.recipes import evaluate as evaluation
 from moekit.recipes import gshard, mixtral, openlm
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import language_model, moe_layers
@@ -211,6 +213,15 @@ def test_bad_sequences_of_shards_are_counted_once(tmp_path):
     for each in scores:
         assert (each.sequences, each.tokens) == (3, 48)
         assert each.skipped == {"id outside vocabulary": 1, "short sequence": 1}
+
+
+def test_bad_sequences_of_all_ranks_are_counted(sequences, monkeypatch):
+    """The other rank has as much of everything."""
+    monkeypatch.setattr(evaluation, "all_sum", lambda world, tensor: 2 * tensor)
+    monkeypatch.setattr(evaluation, "any_true", lambda world, claim: claim)
+    batches = batches_of(sequences, 5, skipped={"short sequence": 2})
+    scores = evaluate(make(mixtral()), batches, world=World(0, 2, torch.device("cpu")))
+    assert scores.skipped == {"short sequence": 2 * 3 * 2}
 
 
 @pytest.mark.parametrize("rows", [0, 3])
