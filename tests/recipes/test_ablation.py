@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import tyro
+from rich.console import Console
 from small_runs import numbers
 
 from moekit.lm.configs import read_config
@@ -152,6 +153,18 @@ def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys, tmp_
     assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["top_k"]
     assert "stopped; go on with:" in capsys.readouterr().out
     assert "top_k" in (folder / "table.md").read_text()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # the process is about to end
+
+
+@pytest.mark.parametrize(("ends_process", "stopped_by"), [(True, "SIGTERM"), (True, None), (False, "SIGTERM")])
+def test_sigterm_is_heeded_again_unless_the_process_ends(tmp_path, monkeypatch, ends_process, stopped_by):
+    monkeypatch.setattr(ablation, "_do_all", lambda *_: ablation.Outcome((), stopped_by))
+    monkeypatch.setattr(ablation, "check_data", lambda *_: None)
+    settings = AblationSettings(routers="top_k", folder=tmp_path / "a")
+    before = signal.getsignal(signal.SIGTERM)
+    ablation.ablate(settings, plan(settings, []), Console(quiet=True), ends_process=ends_process)
+    ends = ends_process and stopped_by is not None
+    assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ends else before)
 
 
 def test_a_run_whose_loss_is_not_finite_has_a_row_and_the_others_go_on(ablate, capsys, monkeypatch):
@@ -292,7 +305,6 @@ def test_the_bound_without_context_is_an_entropy(program, monkeypatch):
 
 
 def test_train_does_what_it_is_told_after_the_last_step(shards, tmp_path):
-    from rich.console import Console
     from small_runs import words
 
     from moekit.recipes.configuration import parse_settings

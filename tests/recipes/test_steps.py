@@ -18,7 +18,7 @@ from moekit.recipes.steps import (
     take_gradient,
     update_router_states,
 )
-from moekit.routing import load_balance_loss, selection_bias
+from moekit.routing import load_balance_loss, selection_bias, z_loss
 from moekit.segments import tokens_per_expert
 
 RECIPES = {
@@ -166,6 +166,23 @@ def test_balancing_losses_are_means_over_the_moe_layers(batch):
         torch.testing.assert_close(value.float(), (by_layer[0] + by_layer[1]) / 2)
     expected = loss.cross_entropy + 0.01 * loss.balancing["load_balance"] + 0.001 * loss.balancing["z"]
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_loss_of_some_layers_is_a_mean_over_those(batch, pieces, order):
+    """As layers of unlike recipes have losses of other names; each layer weighs what is its own."""
+    model = make(mixtral()).double()
+    layers = [layer for _, layer in moe_layers(model)][::order]
+    layers[0].recipe = olmoe(k=2)._replace(losses={"z": z_loss}, coefficients={"z": 3.0})
+    layers[1].recipe = mixtral()._replace(coefficients={"load_balance": 7.0})
+    loss = take_gradient(model, batch.chunk(pieces), rules=LossRules(whole_step=pieces > 1))
+    with torch.no_grad():
+        losses = [each.losses for each in model(batch[:, :-1]).layers][::order]
+    expected = {"load_balance": losses[1]["load_balance"], "z": losses[0]["z"]}
+    torch.testing.assert_close(dict(loss.balancing), expected, rtol=1e-10, atol=0)
+    total = loss.cross_entropy + (3 * expected["z"] + 7 * expected["load_balance"]) / 2
+    torch.testing.assert_close(loss.total, total, rtol=1e-10, atol=0)
 
 
 def test_dense_layers_do_not_thin_the_balancing_loss(batch):
