@@ -166,11 +166,11 @@ def take_gradient(
             output = model(inputs, token_mask=token_mask)
             outputs = [each for each in output.layers if each.routing is not None]
             if weighs and counts is None and world.size > 1:
-                counts = all_sum(world, torch.stack([choice_counts(each.routing) for each in outputs]))
+                counts = _sum_of_each(world, [[choice_counts(each.routing) for each in outputs]])
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             options = {"token_mask": token_mask, "sequence_length": inputs.shape[1]}
-            ahead = None if counts is None else counts.double() * share
+            ahead = None if counts is None else [each.double() * share for each in counts]
             weighted, balancing = _balancing(layers, outputs, ahead, options)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
         asked = time.perf_counter()
@@ -245,7 +245,7 @@ def _share(mask: Tensor, tokens: Tokens, masked: bool, *, dtype: torch.dtype) ->
 
 
 def _balancing(
-    layers: Sequence[MoE], outputs: Sequence[LayerOutput], counts: Tensor | None, options: Mapping[str, Any]
+    layers: Sequence[MoE], outputs: Sequence[LayerOutput], counts: Sequence[Tensor] | None, options: Mapping[str, Any]
 ) -> tuple[Tensor | float, dict[str, Tensor]]:
     """Return the mean over layers of the weighted losses, and of each loss by name, over this micro-batch's tokens."""
     by_layer = []
@@ -279,16 +279,23 @@ def _coefficients(layer: MoE) -> Mapping[str, float | Tensor]:
 
 def _count_ahead(
     model: LanguageModel, batches: Sequence[Tensor], rules: LossRules, world: World, masked: bool
-) -> Tensor:
-    """Count (MoE layers, K, E) assignments over all micro-batches and ranks, by a forward without gradients."""
-    counts: list[Tensor] = []
+) -> list[Tensor]:
+    """Count each MoE layer's (K, E) assignments over all micro-batches and ranks, by a forward without gradients."""
+    counts: list[list[Tensor]] = []
     with torch.no_grad(), _same_random_numbers(world.device):
         for ids in batches:
             inputs, _, mask = split_ids(ids)
             with rules.precision():
                 layers = model(inputs, token_mask=mask if masked else None).layers
-            counts.append(torch.stack([choice_counts(each.routing) for each in layers if each.routing is not None]))
-    return all_sum(world, torch.stack(counts).sum(0))
+            counts.append([choice_counts(each.routing) for each in layers if each.routing is not None])
+    return _sum_of_each(world, counts)
+
+
+def _sum_of_each(world: World, counts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Add up over micro-batches and ranks, in one exchange; K differs between layers where their recipes do."""
+    flat = torch.stack([torch.cat([each.flatten() for each in of_batch]) for of_batch in counts]).sum(0)
+    pieces = all_sum(world, flat).split([each.numel() for each in counts[0]])
+    return [piece.view_as(each) for piece, each in zip(pieces, counts[0], strict=True)]
 
 
 @contextmanager

@@ -185,6 +185,16 @@ def test_a_loss_of_some_layers_is_a_mean_over_those(batch, pieces, order):
     torch.testing.assert_close(loss.total, total, rtol=1e-10, atol=0)
 
 
+def test_layers_may_choose_unlike_numbers_of_experts():
+    model = make(mixtral()).double()
+    for (_, layer), k in zip(moe_layers(model), (1, 3), strict=True):
+        layer.recipe = enlarge(mixtral(k=k))
+    ids = torch.randint(512, (8, 17))
+    one, two = (loss_and_gradients(model, ids.chunk(n)) for n in (1, 2))
+    assert one[0].routing[:, :4].sum(1).tolist() == [8 * 16, 3 * 8 * 16]
+    assert_same(one, two, 1e-12)
+
+
 def test_dense_layers_do_not_thin_the_balancing_loss(batch):
     model = make(openlm(), freq=2)
     loss = take_gradient(model, [batch])
