@@ -152,7 +152,7 @@ class _SourceOrder:
         self._start(0)
 
     def next(self, slot: int) -> Address:
-        if self.data_pass == self._max_passes:
+        if self._max_passes is not None and self.data_pass >= self._max_passes:
             raise DataExhausted(
                 f"source {self._source} is used up: its {sum(self._counts):,} sequences were taken in "
                 f"{self.data_pass} passes and no more are allowed. Go over the data again with --multiple-data-passes, "

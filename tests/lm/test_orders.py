@@ -133,6 +133,16 @@ def test_two_passes_are_allowed_if_two_are():
         order.next(0)
 
 
+def test_a_position_beyond_the_last_pass_that_is_allowed_has_nothing_left():
+    """As a run that goes on with fewer passes than it began with."""
+    position = Order([[3, 2]], seed=0)
+    draw(position, 12)
+    order = Order([[3, 2]], seed=0, max_passes=1)
+    order.load_state_dict(position.state_dict())
+    with pytest.raises(DataExhausted, match="its 5 sequences were taken in 2 passes"):
+        order.next(0)
+
+
 @pytest.mark.parametrize("other", [{"seed": 1}, {"counts": [[0, 40, 40, 40]]}, {"lanes": 2}])
 def test_what_decides_the_order(other):
     arguments = {"counts": [[40, 40, 40, 0]], "seed": 0, "lanes": 3}
