@@ -116,6 +116,12 @@ def test_by_weight_keeps_the_order_of_equal_tokens() -> None:
     assert by_weight(routing).tolist() == [1, 0, 2]
 
 
+def test_by_weight_takes_the_largest_weight_of_whichever_choice() -> None:
+    """With a selection bias the first choice need not have it."""
+    routing = choices([[0, 1], [0, 1]], num_experts=2, weights=[[0.5, 0.4], [0.1, 0.8]])
+    assert by_weight(routing).tolist() == [2, 0, 3, 1]
+
+
 def test_missing_assignments_take_no_place() -> None:
     routing = choices(
         [[-1, 0], [0, -1], [0, 1], [-1, -1]], num_experts=2, weights=[[9.0, 0.1], [0.5, 0], [0.4, 0], [9, 9]]

@@ -16,7 +16,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch):
-    for name in LAUNCHER:
+    for name in (*LAUNCHER, "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -142,6 +142,14 @@ def test_a_rank_has_its_own_device_and_limited_patience(monkeypatch, gpus):
     assert joined.made == {"on": backend, "timeout": timedelta(seconds=7), "device_id": bound}
     assert chosen == [1] * (gpus > 0)
     assert joined.left == 1
+
+
+def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch):
+    _Joined(monkeypatch)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with start_processes() as world:
+        assert (world.size, world.ranks_per_node) == (2, 1)
 
 
 def test_ten_minutes_of_patience_unless_told_otherwise(monkeypatch):

@@ -138,5 +138,19 @@ def test_gradients_of_sharded_modules_are_held_back_until_the_last_micro_batch(g
     assert asked == [(False, False), (True, False)]
 
 
+@pytest.mark.parametrize("keep_gathered", [False, True])
+def test_gathered_parameters_are_freed_after_the_forward_unless_they_are_to_be_kept(grid, monkeypatch, keep_gathered):
+    asked = []
+
+    def shard(module, *, reshard_after_forward, **given):
+        asked.append(reshard_after_forward)
+        return fully_shard(module, reshard_after_forward=reshard_after_forward, **given)
+
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", shard)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+    shard_model(model, [model[0]], grid, keep_gathered=keep_gathered)
+    assert asked == [not keep_gathered] * 2
+
+
 def test_whole_modules_have_nothing_to_hold_back():
     gradient_sync(nn.Linear(2, 2), last=False)

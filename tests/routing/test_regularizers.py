@@ -72,7 +72,7 @@ def test_counts_of_a_larger_batch_replace_those_of_this_one() -> None:
     torch.testing.assert_close(sum(losses), expected)
     assert (weighted_l1_loss(parts[0], relu(parts[0]), k=K) - losses[0] / shares[0]).abs() > 1e-3
     by_choice = torch.stack([tokens_per_expert(column, E) for column in routing.expert_indices.unbind(1)])
-    torch.testing.assert_close(weighted_l1_loss(logits, routing, k=K, tokens_per_expert=by_choice), expected)
+    torch.testing.assert_close(weighted_l1_loss(logits, routing, k=K, tokens_per_expert=3 * by_choice), 3 * expected)
     uniform = weighted_l1_loss(logits, routing, k=K, tokens_per_expert=own.sum() / E * torch.ones(E))
     torch.testing.assert_close(uniform, own.sum() / (K * T) * torch.relu(logits).sum() / T)
     assert (uniform - expected).abs() > 1e-3

@@ -127,6 +127,15 @@ def test_masked_tokens_take_no_leave_from_real_ones(share: float) -> None:
         assert torch.equal(chosen[real], alone.expert_indices)
 
 
+def test_a_bias_shifts_the_choice_of_every_node() -> None:
+    logits, bias = torch.randn(T - 1, E), 3 * torch.randn(E)
+    chosen = over_nodes(logits, num_nodes=NODES, bias=bias).expert_indices
+    for node, (part, found) in enumerate(zip(logits.chunk(NODES), chosen.chunk(NODES), strict=True)):
+        expected = topology_limited(part, num_nodes=NODES, node=node, bias=bias).expert_indices
+        assert torch.equal(found, expected)
+    assert not torch.equal(chosen, over_nodes(logits, num_nodes=NODES).expert_indices)
+
+
 def test_parts_of_no_nodes_are_refused() -> None:
     with pytest.raises(ValueError, match="num_nodes = 0 and node = 0 were given"):
         over_nodes(torch.zeros(T, E), k=2, num_nodes=0)
