@@ -17,9 +17,11 @@ import torch
 
 from moekit.lm import shard_readers
 from moekit.lm.batches import open_stream, read_validation
-from moekit.lm.orders import DataExhausted
+from moekit.lm.orders import Address, DataExhausted
+from moekit.lm.row_workers import Reading
 from moekit.lm.shard_writing import shard_bytes
 from moekit.lm.shards import Shard, ShardError, read_manifest
+from moekit.lm.token_rows import RowFormat
 
 SEQ_LEN = 3
 
@@ -125,6 +127,15 @@ def test_ranks_open_their_own_shards_alone(tmp_path, monkeypatch, world_size, la
         per_rank.append(set(opened))
     assert [len(paths) for paths in per_rank] == [16 // world_size] * world_size
     assert set.union(*per_rank) == {shard.path for shard in shards}
+
+
+@pytest.mark.parametrize(("world_size", "lanes"), [(1, 4), (2, 4), (4, 8)])
+def test_the_workers_of_a_rank_share_its_lanes(world_size, lanes):
+    addresses = [Address(0, slot % lanes, 0, slot % lanes, 0) for slot in range(16)]
+    for rank in range(world_size):
+        reading = Reading([], None, 16, RowFormat(1, 2), 0, lanes, None, rank, world_size, "raise", None, False)
+        read = Counter(reading.owners(addresses, 2))
+        assert read[0] == read[1]
 
 
 def test_a_saved_position_continues_exactly_from_every_step(sources):

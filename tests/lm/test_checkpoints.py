@@ -543,15 +543,16 @@ def test_state_made_in_advance_is_the_optimizers_own():
     assert tensors["optimizer.step.0.weight"] == 2, "the tensors are live"
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_the_step_is_made_where_torch_makes_it(fused):
-    # A fused optimizer wants it beside the parameter, others on the CPU; the meta device stands in for a GPU.
+@pytest.mark.parametrize("given", ["fused", "capturable", None])
+def test_the_step_is_made_where_torch_makes_it(given):
+    # A fused or capturable optimizer wants it beside the parameter, others on the CPU; meta stands in for a GPU.
     with torch.device("meta"):
         model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
-    optimizer.defaults["fused"] = fused
+    if given is not None:
+        optimizer.defaults[given] = True
     tensors = training_tensors(model, optimizer)
-    assert tensors["optimizer.step.weight"].device.type == ("meta" if fused else "cpu")
+    assert tensors["optimizer.step.weight"].device.type == ("meta" if given else "cpu")
     assert tensors["optimizer.exp_avg.weight"].device.type == "meta"
 
 

@@ -79,6 +79,41 @@ def test_a_saved_position_continues_exactly_twice(counts, lanes, done, again, da
     assert (resumed.passes, resumed.taken) == (unbroken.passes, unbroken.taken)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pass": -1},
+        {"pass": True},
+        {"claimed": 3},  # of two shards
+        {"claimed": -1},
+        {"lanes": None},
+        {"lanes": [[0, 2]]},
+        {"lanes": [[0, 2], [1]]},
+        {"lanes": [[0, 2], [1, 1.0]]},
+        {"lanes": [[0, 4], [1, 1]]},  # of three sequences
+        {"lanes": [[0, 2], [1, -1]]},
+        {"lanes": [[0, 2], [2, 1]]},
+        {"lanes": [[0, 2], [-1, 1]]},
+        {"lanes": [[0, 2], [-2, 0]]},
+    ],
+)
+def test_a_position_that_is_none_is_refused(change):
+    order = Order([[3, 2]], seed=0, lanes=2)
+    position = {"pass": 0, "claimed": 2, "lanes": [[0, 2], [1, 1]]} | change
+    with pytest.raises(ValueError, match="the saved position of source 0 is damaged: "):
+        order.load_state_dict({"taken": [2], "sources": [position]})
+
+
+@pytest.mark.parametrize("change", [{"taken": [1]}, {"taken": [2, 0]}, {"taken": 2}, {"sources": []}])
+def test_a_position_whose_parts_do_not_fit_is_refused(change):
+    order = Order([[3, 2]], seed=0, lanes=2)
+    state = {"taken": [2], "sources": [{"pass": 0, "claimed": 2, "lanes": [[0, 2], [1, 1]]}]}
+    order.load_state_dict(state)
+    assert order.state_dict() == state
+    with pytest.raises(ValueError, match="the saved position is damaged: "):
+        order.load_state_dict(state | change)
+
+
 def test_the_position_is_small_whatever_the_data():
     order = Order([[2048] * 10_000, [2048] * 10_000], seed=0)
     draw(order, 1000)
@@ -208,6 +243,7 @@ def test_the_global_generator_is_left_alone():
         ({"counts": []}, "there is no source; expected at least one manifest"),
         ({"counts": [[3], [0, 0]]}, "source 1 holds 0 sequences in 2 shards; expected at least one"),
         ({"counts": [[]]}, "source 0 holds 0 sequences in 0 shards"),
+        ({"counts": [[3, -1]]}, "source 0 holds 2 sequences in 2 shards; expected at least one"),
         ({"weights": [1.0, 2.0]}, r"there are 2 weights, \[1.0, 2.0\], for 1 manifests; expected one per manifest"),
         ({"weights": [0.0]}, r"weights are \[0.0\]; expected positive numbers. Leave out"),
         ({"weights": [-1.0]}, "expected positive numbers"),
