@@ -244,6 +244,7 @@ W = {"w": torch.ones(1)}
         ({"epoch": 1, "optimizer": {"state": {}}}, r"optimizer's state and no weights; expected the epoch_N\.pt"),
         ({"epoch": "one", "state_dict": {"w": torch.ones(1)}}, "epoch is 'one'; expected int"),
         ({"epoch": 1, "step": True, "state_dict": {"w": torch.ones(1)}}, "step is True; expected int"),
+        ({"epoch": 1, "step": -1, "state_dict": {"w": torch.ones(1)}}, "step is -1; expected at least 0"),
     ],
 )  # fmt: skip
 def test_a_file_that_is_no_checkpoint_is_refused_by_name(content, words, tmp_path, capsys):

@@ -1,4 +1,7 @@
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import partial
 
 import pytest
@@ -215,13 +218,64 @@ def test_bad_sequences_of_shards_are_counted_once(tmp_path):
         assert each.skipped == {"id outside vocabulary": 1, "short sequence": 1}
 
 
-def test_bad_sequences_of_all_ranks_are_counted(sequences, monkeypatch):
-    """The other rank has as much of everything."""
-    monkeypatch.setattr(evaluation, "all_sum", lambda world, tensor: 2 * tensor)
-    monkeypatch.setattr(evaluation, "any_true", lambda world, claim: claim)
-    batches = batches_of(sequences, 5, skipped={"short sequence": 2})
-    scores = evaluate(make(mixtral()), batches, world=World(0, 2, torch.device("cpu")))
-    assert scores.skipped == {"short sequence": 2 * 3 * 2}
+@pytest.fixture
+def two_ranks(monkeypatch):
+    """Return a function that calls another for rank 0 and 1, threads of this process that add tensors up."""
+    parts, everyone = {}, threading.Barrier(2, timeout=10)
+
+    def all_sum(world, tensor):
+        if world.size == 1:
+            return tensor
+        parts[world.rank] = tensor
+        everyone.wait()
+        total = parts[0] + parts[1]
+        everyone.wait()
+        return total
+
+    def run(function):
+        with ThreadPoolExecutor(2) as threads:
+            return list(threads.map(function, (World(rank, 2, torch.device("cpu")) for rank in (0, 1))))
+
+    monkeypatch.setattr(evaluation, "all_sum", all_sum)
+    monkeypatch.setattr(evaluation, "any_true", lambda world, claim: bool(all_sum(world, torch.tensor(claim))))
+    return run
+
+
+def test_every_rank_has_the_scores_of_one_process(tmp_path, two_ranks):
+    bad = [[9999] * 17, [3] * 4, [9999] * 17]
+    rows = [*torch.randint(512, (4, 17)).tolist(), *bad, *torch.randint(512, (2, 17)).tolist()]
+    shards, model = read_manifest(write_shards(tmp_path, rows)), make(mixtral()).double()
+    read = partial(read_validation, shards, seq_len=16, vocab_size=512, on_bad="skip")
+    expected = evaluate(model, read(batch_size=9))
+
+    def score(world):
+        return evaluate(deepcopy(model), read(batch_size=4, rank=world.rank, world_size=2), world=world)
+
+    one, other = two_ranks(score)
+    assert one == other
+    assert one.skipped == expected.skipped == {"id outside vocabulary": 2, "short sequence": 1}
+    assert one[:5] == pytest.approx(expected[:5], rel=1e-12)
+    for layer, whole in zip(one.layers, expected.layers, strict=True):
+        assert layer.load == whole.load
+        assert layer.entropy == pytest.approx(whole.entropy, rel=1e-12)
+
+
+def test_data_that_one_rank_cannot_read_end_both(sequences, two_ranks):
+    def score(world):
+        batches = batches_of(sequences, 5)
+        return evaluate(make(mixtral()), batches if world.rank else _unreadable(), world=world)
+
+    def error_of(world):
+        with pytest.raises(OSError, match="no such luck" if world.rank == 0 else "another rank cannot read") as raised:
+            score(world)
+        return raised.type
+
+    assert two_ranks(error_of) == [OSError, OSError]
+
+
+def _unreadable():
+    raise OSError("no such luck")
+    yield
 
 
 @pytest.mark.parametrize("rows", [0, 3])
