@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 from moekit.lm.configs import load_config
-from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, dynamic_k, gshard, mixtral, olmoe, openlm
+from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, dynamic_k, gshard, mixtral, olmoe, openlm, remoe
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import weighted_sum
 from moekit.recipes.steps import (
@@ -168,6 +168,17 @@ def test_balancing_losses_are_means_over_the_moe_layers(batch):
     torch.testing.assert_close(loss.total, expected, rtol=1e-6, atol=0)
 
 
+def test_balancing_losses_are_means_over_the_tokens_that_are_read(ragged):
+    """Of which a row has one more than it has targets, unless it is full."""
+    model = make(olmoe(k=2)).double()
+    inputs, _, mask = split_ids(ragged)
+    loss = take_gradient(model, [ragged])
+    with torch.no_grad():
+        first, second = (layer.losses for layer in model(inputs, token_mask=mask).layers)
+    for name, value in loss.balancing.items():
+        torch.testing.assert_close(value, (first[name] + second[name]) / 2, rtol=1e-10, atol=0)
+
+
 @pytest.mark.parametrize("pieces", [1, 3])
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_loss_of_some_layers_is_a_mean_over_those(batch, pieces, order):
@@ -294,6 +305,22 @@ def test_the_divisor_of_the_counts_is_of_the_step_too(method):
     ids = torch.randint(512, (8, 17))
     one, three = (loss_and_gradients(model, batches, masked=False) for batches in ([ids], ids.split([3, 1, 4])))
     assert_same(one, three, 1e-12)
+
+
+def test_a_coefficient_that_a_router_remembers_weighs_the_load_of_the_step(ragged):
+    """Beside the coefficients of the recipe, which stay."""
+    recipe = remoe()
+    recipe = recipe._replace(losses={**recipe.losses, "z": z_loss}, coefficients={"z": 2.0})
+    model = make(recipe, freq=2).double()
+    [(_, layer)] = moe_layers(model)
+    layer.state.fill_(5.0)
+    for coefficients in ({"z": 2.0}, {}):
+        weigh(model, coefficients)
+        one, three = (loss_and_gradients(model, batches) for batches in ([ragged], ragged.split([3, 1, 4])))
+        assert_same(one, three, 1e-12)
+        balancing = one[0].balancing
+        expected = one[0].cross_entropy + 5 * balancing["l1"] + coefficients.get("z", 0.0) * balancing["z"]
+        torch.testing.assert_close(one[0].total, expected, rtol=1e-12, atol=0)
 
 
 def test_micro_batches_of_their_own_scope_balance_another_load():
