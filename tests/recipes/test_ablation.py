@@ -218,6 +218,18 @@ def test_checkpoints_are_kept_on_request(ablate):
     assert [path.name for path in (folder / "top_k-seed0" / "checkpoints").glob("step_*")] == ["step_00000003"]
 
 
+def test_checkpoints_go_when_a_run_is_done_and_not_when_it_was_stopped(tmp_path, monkeypatch):
+    """What a stopped run goes on from is the checkpoint that it leaves."""
+    [job] = plan(AblationSettings(routers="top_k", seeds=1, folder=tmp_path / "a"), [])
+    (job.folder / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(ablation_runs, "train", lambda *_, **__: None)
+    assert not ablation_runs.do(job, keep_checkpoints=False)
+    assert (job.folder / "checkpoints").is_dir()
+    job.results.touch()
+    assert ablation_runs.do(job, keep_checkpoints=False)
+    assert not (job.folder / "checkpoints").exists()
+
+
 def test_a_folder_has_one_kind_of_settings(ablate, tmp_path):
     folder = ablate("--routers", "top_k", "--seeds", "1")
     with pytest.raises(
