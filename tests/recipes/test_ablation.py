@@ -18,8 +18,10 @@ from moekit.lm.configs import read_config
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation, ablation_runs, evaluate
 from moekit.recipes.ablation import AblationSettings, labelled, main, plan
+from moekit.recipes.ablation_runs import make_jobs
 from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
+from moekit.recipes.settings import TrainSettings
 from moekit.routing import Causality
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -161,8 +163,9 @@ def test_sigterm_is_heeded_again_unless_the_process_ends(tmp_path, monkeypatch, 
     monkeypatch.setattr(ablation, "_do_all", lambda *_: ablation.Outcome((), stopped_by))
     monkeypatch.setattr(ablation, "check_data", lambda *_: None)
     settings = AblationSettings(routers="top_k", folder=tmp_path / "a")
+    jobs = make_jobs({"top_k": "router:top_k"}, seeds=1, settings=TrainSettings(), folder=settings.folder)
     before = signal.getsignal(signal.SIGTERM)
-    ablation.ablate(settings, plan(settings, []), Console(quiet=True), ends_process=ends_process)
+    ablation.ablate(settings, jobs, Console(quiet=True), ends_process=ends_process)
     ends = ends_process and stopped_by is not None
     assert signal.getsignal(signal.SIGTERM) == (signal.SIG_IGN if ends else before)
 
@@ -220,7 +223,7 @@ def test_checkpoints_are_kept_on_request(ablate):
 
 def test_checkpoints_go_when_a_run_is_done_and_not_when_it_was_stopped(tmp_path, monkeypatch):
     """What a stopped run goes on from is the checkpoint that it leaves."""
-    [job] = plan(AblationSettings(routers="top_k", seeds=1, folder=tmp_path / "a"), [])
+    [job] = make_jobs({"top_k": "router:top_k"}, seeds=1, settings=TrainSettings(), folder=tmp_path)
     (job.folder / "checkpoints").mkdir(parents=True)
     monkeypatch.setattr(ablation_runs, "train", lambda *_, **__: None)
     assert not ablation_runs.do(job, keep_checkpoints=False)

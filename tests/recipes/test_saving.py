@@ -1,6 +1,7 @@
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -26,7 +27,7 @@ from moekit.recipes import train
 from moekit.recipes.configuration import parse_settings, unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.runs import set_up
-from moekit.recipes.saving import find_checkpoint, load_weights
+from moekit.recipes.saving import Progress, _check_progress, find_checkpoint, load_weights
 from moekit.recipes.train import main
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -159,6 +160,29 @@ def test_a_checkpoint_that_does_not_count_tokens_goes_on_without_a_count(program
     results = json.loads((folder / "results.json").read_text())
     assert (results["tokens"], results["trained_tokens"]) == (4 * 256, None)
     assert read_state(checkpoint_folder(folder, 4))["trained_tokens"] is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1},
+        {"step": 2.0},
+        {"step": True},
+        {"seconds": -0.5},
+        {"seconds": math.nan},
+        {"seconds": math.inf},
+        {"seconds": "1"},
+        {"skipped_steps": None},
+        {"skipped_data": [1]},
+        {"skipped_data": {"short sequence": -1}},
+        {"trained_tokens": -1},
+    ],
+)
+def test_progress_that_is_none_is_refused(tmp_path, change):
+    whole = Progress(step=2, seconds=1, skipped_data={"short sequence": 1}, trained_tokens=None)
+    _check_progress(whole, tmp_path)
+    with pytest.raises(ValueError, match=r"is damaged: its state says .*; expected numbers of at least 0"):
+        _check_progress(whole._replace(**change), tmp_path)
 
 
 def test_a_checkpoint_of_another_version_is_refused(program):
