@@ -15,6 +15,7 @@ from rich.console import Console
 from small_runs import numbers
 
 from moekit.lm.configs import read_config
+from moekit.lm.signals import StopRequest
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation, ablation_runs, evaluate
 from moekit.recipes.ablation import AblationSettings, labelled, main, plan
@@ -156,6 +157,17 @@ def test_a_signal_between_two_runs_stops_there(ablate, monkeypatch, capsys, tmp_
     assert "stopped; go on with:" in capsys.readouterr().out
     assert "top_k" in (folder / "table.md").read_text()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN  # the process is about to end
+
+
+@pytest.mark.parametrize(("seeds", "stopped_by"), [(1, None), (2, "SIGTERM")])
+def test_a_signal_while_the_last_run_ends_stops_nothing(tmp_path, monkeypatch, seeds, stopped_by):
+    monkeypatch.setattr(ablation, "attempt", lambda job, **_: {"failed": "no such luck", "seed": job.seed})
+    jobs = make_jobs({"top_k": "router:top_k"}, seeds=seeds, settings=TrainSettings(), folder=tmp_path)
+    stop = StopRequest()
+    stop.name = "SIGTERM"
+    outcome = ablation._do_all(AblationSettings(folder=tmp_path), jobs, Console(quiet=True), stop)
+    assert outcome == ablation.Outcome((), stopped_by)
+    assert [line["seed"] for line in read_metrics(tmp_path / "results.jsonl")] == [0]
 
 
 @pytest.mark.parametrize(("ends_process", "stopped_by"), [(True, "SIGTERM"), (True, None), (False, "SIGTERM")])
