@@ -223,7 +223,6 @@ def test_an_entry_that_cannot_fit_is_not_taken_on_a_card_of_little_shared_memory
     assert from_table([marked(4, narrow)])(narrow).up.band == 4
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_choosing_compiles_to_one_graph(ship, dynamic: bool) -> None:
     ship(marked(2, SIZE._replace(assignments=1024)))

@@ -462,7 +462,6 @@ def test_recomputing_keeps_less_memory(dispatcher) -> None:
     again.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_recomputing_compiles_whole() -> None:
     torch._dynamo.reset()
     recipe = recipe_of()
