@@ -13,6 +13,7 @@ import tyro
 from moekit.lm.files import write_whole
 from moekit.recipes.derived import give_way, typed_flags
 from moekit.recipes.settings import ModelSettings, TrainSettings
+from moekit.recipes.wording import flag_of
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
@@ -246,7 +247,7 @@ def _parse(path: Path) -> Any:
 def _words(values: dict[str, Any]) -> list[str]:
     words = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if value is None or value == []:
             continue
         if isinstance(value, bool):

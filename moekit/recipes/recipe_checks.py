@@ -11,8 +11,9 @@ from torch import Tensor
 from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.recipes.choices import place_of
+from moekit.recipes.expert_layers import limited
 from moekit.recipes.forms import form_of, is_same
-from moekit.recipes.layers import Recipe, check_needs, limited
+from moekit.recipes.layers import Recipe, check_needs
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing
 
 Plan = Callable[[Routing], DispatchPlan]

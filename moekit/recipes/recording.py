@@ -15,7 +15,7 @@ from moekit.lm.orders import Address
 from moekit.lm.permutations import BLOCK, block_permutation
 from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.language_models import first_moe_layer, parameter_table
 from moekit.recipes.routing_sums import layer_loads
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
@@ -268,5 +268,5 @@ def device_name(device: torch.device) -> str:
 
 
 def _coefficient(run: Run) -> float:
-    recipes = (layer.recipe for _, layer in moe_layers(run.model))
-    return next((recipe.coefficients.get("load_balance", 0.0) for recipe in recipes), 0.0)
+    layer = first_moe_layer(run.model)
+    return 0.0 if layer is None else layer.recipe.coefficients.get("load_balance", 0.0)

@@ -169,15 +169,16 @@ def take_gradient(
                 counts = all_sum(world, torch.stack([choice_counts(each.routing) for each in outputs]))
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
-            options = {"token_mask": token_mask, "sequence_length": inputs.shape[1]}
+            real = None if token_mask is None else token_mask.flatten()  # (T,)
+            options = {"token_mask": real, "sequence_length": inputs.shape[1]}
             ahead = None if counts is None else counts.double() * share
             weighted, balancing = _balancing(layers, outputs, ahead, options)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
         asked = time.perf_counter()
         rules.scale(total).backward()
         backward_time += time.perf_counter() - asked
-        routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
-        observed = [_observed(each, layer, token_mask) for each, layer in zip(outputs, layers, strict=True)]
+        routing = [_routing(each, layer, real, statistics) for each, layer in zip(outputs, layers, strict=True)]
+        observed = [_observed(each, layer, real) for each, layer in zip(outputs, layers, strict=True)]
         numbers = [total, *terms, *(share * balancing[name] for name in names)]
         parts.append([torch.stack([each.detach().double() for each in numbers]), *routing, *observed])
     flat = all_sum(world, torch.stack([torch.cat(part) for part in parts]).sum(0))
@@ -307,5 +308,4 @@ def _observed(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Ten
     state = layer.recipe.state
     if state is None or state.observe is None:
         return torch.zeros(0, dtype=torch.float64, device=output.y.device)
-    mask = None if token_mask is None else token_mask.flatten()  # (T,)
-    return state.observe(output.logits, output.routing, layer.state, token_mask=mask)
+    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)
