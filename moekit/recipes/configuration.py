@@ -77,11 +77,12 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         >>> parse(["--lr", "0.1"]).derived
         ()
     """
-    path = _config_path(arguments)
-    values = {} if path is None else read_config(path)
+    typed = typed_flags(arguments)
+    path = typed.get("config")
+    values = {} if path is None else read_config(Path(path))
     derived = values.pop(_DERIVED, [])
     values = give_way(values, derived, arguments)
-    left = tuple(name for name in derived if name in values.keys() - typed_flags(arguments).keys())
+    left = tuple(name for name in derived if name in values.keys() - typed.keys())
     words = _words(values)
     try:
         return Parsed(tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog), left)
@@ -214,16 +215,6 @@ def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[s
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
     kept |= {_DERIVED: [name for name in kept if name in derived]} if derived else {}
     return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
-
-
-def _config_path(arguments: list[str]) -> Path | None:
-    found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if word == "--config" and following is not None:
-            found = Path(following)
-        elif word.startswith("--config="):
-            found = Path(word.removeprefix("--config="))
-    return found  # the last, as of every flag
 
 
 def _parse(path: Path) -> Any:

@@ -199,16 +199,17 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         Name to number.
     """
     loss, budget, ranks = result.loss, run.budget, run.world.size
-    names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
-    cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
+    tensors = [loss.cross_entropy, loss.z, loss.logit_mean, *loss.balancing.values()]
+    cross_entropy, z, logit_mean, *terms = torch.stack(tensors).tolist()  # one wait for the device
+    balancing = dict(zip(loss.balancing, terms, strict=True))
     metrics: dict[str, Any] = {
         "step": progress.step,
         **_epoch_metrics(run, progress.step),
         "tokens": progress.step * budget.tokens_per_step,
         "step_tokens": result.targets,
         "loss": cross_entropy,
-        **{f"loss/{name}": term for name, term in zip(names, terms, strict=True)},
-        "load_balancing_loss": _coefficient(run) * dict(zip(names, terms, strict=True)).get("load_balance", 0.0),
+        **{f"loss/{name}": term for name, term in balancing.items()},
+        "load_balancing_loss": _coefficient(run) * balancing.get("load_balance", 0.0),
         "lr": result.rate,
         "grad_norm": result.gradient_norm,
         "tokens_per_second": round(speed.tokens, 1),

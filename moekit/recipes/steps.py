@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,7 @@ def take_gradient(
     layers = [layer for _, layer in moe_layers(model)]
     weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
-    parts: list[list[Tensor]] = []  # of each micro-batch: its numbers, and routing and observations layer by layer
+    parts: list[list[Tensor]] = []  # of each micro-batch
     names, backward_time = sorted({name for layer in layers for name in layer.recipe.losses}), 0.0
     for number, ids in enumerate(batches, start=1):
         gradient_sync(model, last=number == len(batches))
@@ -177,16 +177,32 @@ def take_gradient(
         asked = time.perf_counter()
         rules.scale(total).backward()
         backward_time += time.perf_counter() - asked
-        routing = [_routing(each, layer, real, statistics) for each, layer in zip(outputs, layers, strict=True)]
-        observed = [_observed(each, layer, real) for each, layer in zip(outputs, layers, strict=True)]
         numbers = [total, *terms, *(share * balancing[name] for name in names)]
-        parts.append([torch.stack([each.detach().double() for each in numbers]), *routing, *observed])
+        parts.append(_joined(numbers, zip(outputs, layers, strict=True), real, statistics))
+    return _taken_apart(parts, names, world, backward_time)
+
+
+def _joined(
+    numbers: Sequence[Tensor],
+    pairs: Iterable[tuple[LayerOutput, MoE]],
+    token_mask: Tensor | None,
+    statistics: bool,
+) -> list[Tensor]:
+    """Lay out what adds up over micro-batches and ranks, (n,) each: the numbers, then two pieces for every layer."""
+    pieces = [torch.stack([each.detach().double() for each in numbers])]
+    for output, layer in pairs:
+        pieces += [_routing(output, layer, token_mask, statistics), _observed(output, layer, token_mask)]
+    return pieces
+
+
+def _taken_apart(parts: Sequence[list[Tensor]], names: Sequence[str], world: World, backward_time: float) -> StepLoss:
+    """Add up what ``_joined`` laid out, over micro-batches and, in one sum, ranks; and name the pieces again."""
     flat = all_sum(world, torch.stack([torch.cat(part) for part in parts]).sum(0))
-    sums, *of_layers = flat.split([len(piece) for piece in parts[0]])
-    total, cross_entropy, z, logit_mean, *means = sums.unbind()
-    routed, seen = of_layers[: len(layers)], tuple(of_layers[len(layers) :])
+    numbers, *of_layers = flat.split([len(piece) for piece in parts[0]])
+    total, cross_entropy, z, logit_mean, *means = numbers.unbind()
     balancing = dict(zip(names, means, strict=True))
-    return StepLoss(total, cross_entropy, balancing, z, logit_mean, stacked(routed, flat), seen, backward_time)
+    routing, observed = stacked(of_layers[::2], flat), tuple(of_layers[1::2])
+    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routing, observed, backward_time)
 
 
 def learning_rate(
@@ -283,7 +299,7 @@ def _count_ahead(
 ) -> Tensor:
     """Count (MoE layers, K, E) assignments over all micro-batches and ranks, by a forward without gradients."""
     counts: list[Tensor] = []
-    with torch.no_grad(), _same_random_numbers(world.device):
+    with torch.no_grad(), same_random_numbers(world.device):
         for ids in batches:
             inputs, _, mask = split_ids(ids)
             with rules.precision():
@@ -292,11 +308,9 @@ def _count_ahead(
     return all_sum(world, torch.stack(counts).sum(0))
 
 
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was, so that what follows draws the same numbers again."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Leave torch's random state as it was, so that what follows draws the same numbers again."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statistics: bool) -> Tensor:
