@@ -164,3 +164,28 @@ def check_token_mask(mask: Tensor, expected: torch.Size, meaning: str) -> None:
     if mask.dtype != torch.bool:
         raise TypeError(f"token_mask is {mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
     check_shape("token_mask", mask, expected, meaning)
+
+
+def flat_mask(token_mask: Tensor, num_tokens: int) -> Tensor:
+    """Return a mask of tokens as (T,) bool.
+
+    Args:
+        token_mask: of any shape of T elements; True, or what is not zero, for real tokens.
+        num_tokens: T.
+
+    Returns:
+        (T,) bool.
+
+    Raises:
+        ValueError: if it has another number of elements.
+
+    Example:
+        >>> flat_mask(torch.tensor([[1, 0], [1, 1]]), 4)
+        tensor([ True, False,  True,  True])
+    """
+    if token_mask.numel() != num_tokens:
+        raise ValueError(
+            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
+            f"{num_tokens}."
+        )
+    return token_mask.flatten().bool()

@@ -166,7 +166,7 @@ def take_gradient(
             output = model(inputs, token_mask=token_mask)
             outputs = [each for each in output.layers if each.routing is not None]
             if weighs and counts is None and world.size > 1:
-                counts = all_sum(world, torch.stack([choice_counts(each.routing) for each in outputs]))
+                counts = all_sum(world, _choice_counts(outputs))
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             real = None if token_mask is None else token_mask.flatten()  # (T,)
@@ -304,8 +304,13 @@ def _count_ahead(
             inputs, _, mask = split_ids(ids)
             with rules.precision():
                 layers = model(inputs, token_mask=mask if masked else None).layers
-            counts.append(torch.stack([choice_counts(each.routing) for each in layers if each.routing is not None]))
+            counts.append(_choice_counts(layers))
     return all_sum(world, torch.stack(counts).sum(0))
+
+
+def _choice_counts(outputs: Sequence[LayerOutput]) -> Tensor:
+    """Count (MoE layers, K, E) assignments; dense layers have none."""
+    return torch.stack([choice_counts(each.routing) for each in outputs if each.routing is not None])
 
 
 def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
