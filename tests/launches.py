@@ -5,8 +5,10 @@ import io
 import runpy
 import warnings
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from moekit.parallel import World
+from moekit.recipes import report
 from moekit.recipes.train import main
 
 
@@ -18,8 +20,14 @@ class Ended(NamedTuple):
 
 
 def run_commands(world: World, commands: list[list[str]]) -> list[Ended]:
-    """Run command lines of the training program one after the other in the same processes."""
-    return [_run(words) for words in commands]
+    """Run command lines of the training program one after the other in the same processes; no run is drawn."""
+    with patch.object(report, "plot_run", lambda path, **options: path):
+        return [_run(words) for words in commands]
+
+
+def run_drawn(world: World, words: list[str]) -> Ended:
+    """Run a command line of the training program, with the picture at its end."""
+    return _run(words)
 
 
 def run_file(world: World, path: str, *words: str) -> str:

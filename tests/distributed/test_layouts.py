@@ -160,9 +160,9 @@ def test_text_is_sampled_after_a_run_with_a_capacity_limit(tmp_path, full):
     (tmp_path / "bytes.json").write_text(json.dumps(shape | {"weight_tying": False}))
     words = "--precision fp32 --steps 2 --batch-size 2 --tokenizer byte --val-num-samples 640 --name text"
     command = ["--model", str(tmp_path / "bytes.json"), *words.split(), "--logs", str(tmp_path), SPREAD]
-    [ended, _] = run_ranks("launches:run_commands", 2, [command], limit=120)
-    assert ended[0].message is None
-    assert "sample 2" in ended[0].said
+    [ended, _] = run_ranks("launches:run_drawn", 2, command, limit=120)
+    assert ended.message is None
+    assert "sample 2" in ended.said
     assert (tmp_path / "text/run.png").exists()
 
 
