@@ -95,7 +95,7 @@ def test_nan_stays_nan(name: str) -> None:
 @runs_kernels
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", ["swiglu", "relu2"])
-@pytest.mark.parametrize("shape", [SHAPES["usual"], SHAPES["by pointers"], (270, 16, 24, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["usual"], SHAPES["by pointers"], (130, 16, 24, 2, 2)], ids=str)
 def test_products_of_tf32_are_near_those_of_float32(shape: tuple[int, ...], name: str) -> None:
     """In the last shape experts have rows enough for a copy of their matrices, the other way round."""
     activation, experts = ACTIVATIONS[name]
