@@ -145,8 +145,7 @@ FAULTS = {
     "rank": ("Signal 9 (SIGKILL)", 20, 2),
     "launcher": ("torchrun is gone, so this rank ends", 20, 2),
 }
-# Else tested by signals to a job (test_slurm.py), by bad data on one rank (test_ranks.py), and by the lost node below.
-FOR_FULL = ("signal", "raise", "rank")
+FOR_FULL = ("signal", "raise")  # else tested by signals to a job (test_slurm.py), and by bad data (test_ranks.py)
 
 
 @pytest.mark.slow
