@@ -121,3 +121,71 @@ to the same one.
             f"{name}: its tensors are on {' and '.join(sorted(map(str, devices)))}; expected one device. Move tokens, "
             f"routing and parameters to the same one."
         )
+
+
+def check_shape(name: str, tensor: Tensor, expected: torch.Size, meaning: str) -> None:
+    """Refuse a tensor of another shape than that of the tokens it tells something of.
+
+    Args:
+        name: of the tensor, for the message.
+        tensor: of any shape.
+        expected: the shape it should have.
+        meaning: of that shape, in words.
+
+    Raises:
+        ValueError: if it has another.
+
+    Example:
+        >>> check_shape("token_ids", torch.ones(2), torch.Size([3]), "one for each token")
+        Traceback (most recent call last):
+        ValueError: token_ids has the shape (2,); expected (3,), one for each token.
+    """
+    if tensor.shape != expected:
+        raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; expected {tuple(expected)}, {meaning}.")
+
+
+def check_token_mask(mask: Tensor, expected: torch.Size, meaning: str) -> None:
+    """Refuse a mask of tokens that is not bool, or of another shape than theirs.
+
+    Args:
+        mask: of any shape.
+        expected: the shape it should have.
+        meaning: of that shape, in words.
+
+    Raises:
+        ValueError: if it has another shape.
+        TypeError: if it is not bool, for 0 and 1 of other dtypes do not select.
+
+    Example:
+        >>> check_token_mask(torch.ones(3), torch.Size([3]), "one for each token")
+        Traceback (most recent call last):
+        TypeError: token_mask is torch.float32, expected bool, True for real tokens: token_mask.bool()
+    """
+    if mask.dtype != torch.bool:
+        raise TypeError(f"token_mask is {mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
+    check_shape("token_mask", mask, expected, meaning)
+
+
+def flat_mask(token_mask: Tensor, num_tokens: int) -> Tensor:
+    """Return a mask of tokens as (T,) bool.
+
+    Args:
+        token_mask: of any shape of T elements; True, or what is not zero, for real tokens.
+        num_tokens: T.
+
+    Returns:
+        (T,) bool.
+
+    Raises:
+        ValueError: if it has another number of elements.
+
+    Example:
+        >>> flat_mask(torch.tensor([[1, 0], [1, 1]]), 4)
+        tensor([ True, False,  True,  True])
+    """
+    if token_mask.numel() != num_tokens:
+        raise ValueError(
+            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
+            f"{num_tokens}."
+        )
+    return token_mask.flatten().bool()

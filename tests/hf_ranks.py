@@ -11,11 +11,15 @@ from transformers.distributed.expert_parallel import apply_expert_parallelism
 from moekit.integrations.transformers import register, track_routing
 
 
-def compare(world: Any, name: str) -> dict[str, dict[str, Any]]:
-    """Spread a family's experts over the ranks, which all hold the same batch, and compare with one process."""
+def compare(world: Any, names: list[str]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Spread the experts of families over the ranks, which all hold the same batch, and compare with one process."""
     register()
-    family = next(family for family in families() if family.name == name)
+    by_name = {family.name: family for family in families()}
     mesh = init_device_mesh("cpu", (world.size,), mesh_dim_names=("ep",))
+    return {name: _compare_ways(by_name[name], mesh) for name in names}
+
+
+def _compare_ways(family: Family, mesh: DeviceMesh) -> dict[str, dict[str, Any]]:
     expected = run(tiny_model(family), family, "eager")
     return {way: _compare(family, mesh, way, expected) for way in ("all_reduce", "all_to_all")}
 

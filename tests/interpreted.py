@@ -3,9 +3,13 @@
 Triton decides when it is imported whether to interpret, and Inductor may import it too: so never in this process.
 """
 
+import atexit
+import json
 import os
 import subprocess
 import sys
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,14 +27,26 @@ starts_interpreter = pytest.mark.skipif(INTERPRETED, reason="this is that proces
 
 def run_interpreted(file: str) -> None:
     """Run a file's tests under the interpreter; fail with their output if one fails, or none ran."""
-    plugins = ["-p", "no:cacheprovider", "-p", "pytest_benchmark.plugin"]
-    words = [sys.executable, "-m", "pytest", "-q", "-x", *plugins, file]
+    server = _server()
+    assert server.stdin is not None
+    assert server.stdout is not None
+    server.stdin.write(f"{file}\n")
+    server.stdin.flush()
+    status, said = json.loads(server.stdout.readline())
+    assert status == 0, said  # 5 is that no test was found
+    assert " passed" in said, said
+
+
+@cache
+def _server() -> "subprocess.Popen[str]":
+    """Start the process that runs files, once in this one: to import torch and Triton takes two seconds."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # other plugins take two seconds to import
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, check=False, timeout=600)
-    assert result.returncode == 0, result.stdout + result.stderr  # 5 is that no test was found
-    assert " passed" in result.stdout, result.stdout
+    words = [sys.executable, str(Path(__file__).with_name("interpreter_server.py"))]
+    server = subprocess.Popen(words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # which ends its input
+    return server
 
 
 def _sort_by_numpy() -> None:

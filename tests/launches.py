@@ -1,11 +1,14 @@
-"""Command lines of the training program on the ranks of ``ranks.run_ranks``."""
+"""Programs on the ranks of ``ranks.run_ranks``, so that none of them imports torch for itself."""
 
 import contextlib
 import io
+import runpy
 import warnings
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from moekit.parallel import World
+from moekit.recipes import report
 from moekit.recipes.train import main
 
 
@@ -17,8 +20,22 @@ class Ended(NamedTuple):
 
 
 def run_commands(world: World, commands: list[list[str]]) -> list[Ended]:
-    """Run command lines one after the other in the same processes."""
-    return [_run(words) for words in commands]
+    """Run command lines of the training program one after the other in the same processes; no run is drawn."""
+    with patch.object(report, "plot_run", lambda path, **options: path):
+        return [_run(words) for words in commands]
+
+
+def run_drawn(world: World, words: list[str]) -> Ended:
+    """Run a command line of the training program, with the picture at its end."""
+    return _run(words)
+
+
+def run_file(world: World, path: str, *words: str) -> str:
+    """Call the ``main`` of a file with words; return what the rank printed."""
+    said: Any = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        runpy.run_path(path)["main"](list(words))
+    return said.getvalue()
 
 
 def _run(words: list[str]) -> Ended:

@@ -1,8 +1,9 @@
-"""Compile the plain kernels of a layer for a card, with the tiles of the rule.
+"""Compile the plain kernels of a layer for cards, with the tiles of the rule.
 
 A program of its own, for what decides about descriptors is replaced in it: python tests/plain_launches.py CAPABILITY
-PRODUCTS, where the capability is 80, 86, 90, 100 or 120, and products are bf16, ieee or tf32. It prints the bytes of
-shared memory that each kernel takes, of gated experts and, but for tf32, of others, as JSON.
+PRODUCTS, and any more such pairs, where a capability is 80, 86, 90, 100 or 120, and products are bf16, ieee or tf32. It
+prints, a line of JSON for each pair, the bytes of shared memory that each kernel takes, of gated experts and, but for
+tf32, of others.
 """
 
 import json
@@ -24,6 +25,8 @@ def launches(products: str, capability: int, *, gated: bool) -> dict[str, Any]:
 
     for module in (_gemms_triton, _hidden_triton):
         module.has_tma = lambda device: capability >= 90  # type: ignore[attr-defined]
+    for decide in (_gemms_triton._rows_launch, _gemms_triton._weight_launch, _hidden_triton._up_launch):
+        decide.cache_clear()  # of launches for another card
     dtype, precision = (torch.bfloat16, "ieee") if products == "bf16" else (torch.float32, products)
     narrow, parts, nowhere = capability in (86, 120), 2 if gated else 1, torch.device("cpu")
     tiles = ruled_tiles(LayerSize(dtype, ROWS, E, D, F, gated, capability // 10, narrow, precision))
@@ -72,8 +75,13 @@ def shared_memory(launch: Any, capability: int, dtype: str) -> int:
     return found
 
 
-if __name__ == "__main__":
-    capability, products = int(sys.argv[1]), sys.argv[2]
+def of_card(capability: int, products: str) -> list[dict[str, int]]:
+    """Return what the kernels of each kind of experts take, by name."""
     dtype = "bf16" if products == "bf16" else "fp32"
     kinds = [launches(products, capability, gated=gated) for gated in (True, False)[: 1 if products == "tf32" else 2]]
-    print(json.dumps([{name: shared_memory(each, capability, dtype) for name, each in kind.items()} for kind in kinds]))
+    return [{name: shared_memory(each, capability, dtype) for name, each in kind.items()} for kind in kinds]
+
+
+if __name__ == "__main__":
+    for capability, products in zip(sys.argv[1::2], sys.argv[2::2], strict=True):
+        print(json.dumps(of_card(int(capability), products)))

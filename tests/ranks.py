@@ -14,7 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-PRELOADED = ["pytest", "torch", "torch.distributed.fsdp", "torch.distributed.tensor", "moekit", "moekit.recipes.steps"]
+PRELOADED = ["pytest", "torch", "torch._dynamo", "torch.distributed.checkpoint", "torch.distributed.fsdp"]
+PRELOADED += ["torch.distributed.tensor", "moekit", "moekit.recipes.train"]
 
 
 def run_ranks(function: str, num_ranks: int, *arguments: Any, limit: float = 60.0, device: str = "cpu") -> list[Any]:

@@ -3,7 +3,6 @@
 from contextlib import nullcontext
 from functools import partial
 
-import pytest
 import torch
 
 from moekit.autocast import in_autocast, outside_autocast
@@ -12,12 +11,6 @@ from moekit.experts import grouped, init_gated, loop, swiglu
 from moekit.experts.fused_cpu import fused_cpu
 from moekit.recipes import auto, expert_layer
 from moekit.routing import linear_gate, top_k
-
-# Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-]
 
 
 def test_products_keep_the_dtype_of_their_operands_inside_it_alone() -> None:

@@ -25,12 +25,6 @@ from moekit.recipes import (
 )
 from moekit.recipes.routers import PREFIX, ROUTERS
 
-# Both come from torch's own compiler: Dynamo instantiates torch.autograd.Function, inductor imports torch.jit.
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning"),
-]
-
 T, D, F, E = 24, 16, 24, 4
 RECIPES = {
     "openlm": openlm(),

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from waiting import nothing_waits
 
 from moekit import MoE
 from moekit.experts import batched, grouped, loop
@@ -74,12 +75,9 @@ def test_nothing_reads_the_device(name: str) -> None:
     moe = MoE(64, 8, RECIPES[name](), hidden=96).to("cuda", torch.bfloat16)
     x = torch.randn(128, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     moe(x).y.float().square().sum().backward()  # the first call may set libraries up
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         output = moe(x)
         (output.y.float().square().sum() + sum(output.losses.values())).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -124,10 +122,8 @@ def test_compiles_into_one_graph_with_the_same_gradients(name: str, backend: str
     moe = MoE(64, 8, RECIPES[name](matmul=loop if dtype == torch.float32 else grouped), hidden=96).to("cuda", dtype)
     x, grad = (torch.randn(128, 64, device="cuda", dtype=dtype) for _ in range(2))
     expected = {key: value.clone() for key, value in outcome(moe, x, grad).items()}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of Dynamo and Inductor
-        moe.compile(fullgraph=dtype == torch.bfloat16, backend=backend)  # the loop reads the device
-        found = outcome(moe, x, grad)
+    moe.compile(fullgraph=dtype == torch.bfloat16, backend=backend)  # the loop reads the device
+    found = outcome(moe, x, grad)
     for key, value in expected.items():
         error = (found[key].double() - value.double()).norm() / value.double().norm().clamp_min(1e-9)
         assert error < (4e-2 if dtype == torch.bfloat16 else 1e-3), f"{key}: relative error {error:.2e}"

@@ -1,12 +1,12 @@
 """The bandwidth-bound kernels where they are used, on CUDA: dispatch, combine, plans and the fused router."""
 
-import warnings
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from waiting import nothing_waits
 
 from moekit.dispatch import dropless_plan, gather_rows, padded_plan, scatter_rows
 from moekit.routing import sigmoid, softmax, top_k
@@ -122,10 +122,8 @@ def with_gradients(function: Callable, inputs: tuple[Tensor, ...]) -> dict[str, 
 def test_compiles_into_one_graph_with_the_same_gradients(backend, dtype) -> None:
     inputs = arguments(dtype)
     expected = with_gradients(everything, inputs)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of Dynamo and Inductor
-        torch.compiler.reset()
-        found = with_gradients(torch.compile(everything, fullgraph=True, backend=backend), inputs)
+    torch.compiler.reset()
+    found = with_gradients(torch.compile(everything, fullgraph=True, backend=backend), inputs)
     for name, value in expected.items():
         assert found[name].dtype == value.dtype
         error = (found[name].double() - value.double()).norm() / value.double().norm()
@@ -149,13 +147,8 @@ def test_the_forward_is_captured_in_a_cuda_graph() -> None:
 def test_nothing_reads_the_device() -> None:
     inputs = arguments(torch.bfloat16)
     with_gradients(everything, inputs)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # torch's own: the mode is a prototype
-            torch.cuda.set_sync_debug_mode("error")
+    with nothing_waits():
         with_gradients(everything, inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_autocast_changes_no_decision() -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from router_cases import Case, router_cases, soft_case, tensors_of
 from torch import Tensor
+from waiting import nothing_waits
 
 from moekit.dispatch import dropless
 from moekit.experts import grouped, init_gated, swiglu
@@ -83,12 +84,8 @@ def test_nothing_reads_the_device(name):
         output.y.float().square().sum().backward()
 
     run()  # the first call may set libraries up
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         run()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("name", CASES)

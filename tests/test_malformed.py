@@ -80,10 +80,12 @@ class Content(NamedTuple):
 def _tar_members(path: Path) -> tuple[list[tuple[str, bytes]], bool]:
     """Read the regular members up to the first fault, and whether there is one."""
     members: list[tuple[str, bytes]] = []
+    end = 0  # of the last one; where tarfile itself stands behind it depends on Python's version
     try:
         raw = path.read_bytes()
         with tarfile.open(path, "r:") as file:
             for entry in file:
+                end = entry.offset_data + (0 if entry.isdir() else -(-entry.size // 512) * 512)
                 if entry.isdir():
                     continue
                 if not entry.isreg() or entry.issparse() or not 0 <= entry.size <= 2**26:
@@ -91,7 +93,7 @@ def _tar_members(path: Path) -> tuple[list[tuple[str, bytes]], bool]:
                 found = file.extractfile(entry)
                 assert found is not None
                 members.append((entry.name, found.read()))
-            rest = raw[file.offset :]
+        rest = raw[end:]
         return members, len(rest) < 512 or any(rest)
     except (OSError, tarfile.TarError, ValueError, OverflowError):
         return members, True

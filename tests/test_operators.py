@@ -114,7 +114,6 @@ def test_tensors_whose_memory_does_not_hold_their_values_are_dispatched() -> Non
     assert "call" not in CALLERS
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
 @torch.no_grad()
 def test_tracers_find_the_operator() -> None:
     x = torch.ones(2)

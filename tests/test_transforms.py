@@ -27,7 +27,6 @@ from moekit.types import ExpertLayer
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node:UserWarning"),  # torch's linearize
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),  # by torch itself
 ]
 
 PLAIN = {"loop": composed(loop), "batched": composed(batched, padded(capacity_factor=0.75))}

@@ -9,7 +9,6 @@ from moekit.experts import INPUTS, fused_layer
 from moekit.experts.triton_matmul import triton
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.jit.script.* is deprecated:DeprecationWarning"),  # by torch itself
     pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning"),  # rows that nobody reads
 ]
 

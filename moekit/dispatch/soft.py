@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from moekit.autocast import outside_autocast
-from moekit.checks import check_rows
+from moekit.checks import check_rows, flat_mask
 from moekit.types import Routing, SoftRouting
 
 
@@ -43,7 +43,7 @@ def mix_tokens(x: Tensor, routing: SoftRouting, *, token_mask: Tensor | None = N
     pools, size, num_experts, slots = routing.dispatch_weights.shape
     check_rows("mix_tokens: x", x, pools * size, "T, the tokens of the routing", made="this routing was")
     if token_mask is not None:
-        x = x.masked_fill(~token_mask.flatten().bool().unsqueeze(1), 0.0)
+        x = x.masked_fill(~flat_mask(token_mask, pools * size).unsqueeze(1), 0.0)
     tokens = x.reshape(pools, size, x.shape[1])
     mixed = _einsum("gtes,gtd->egsd", routing.dispatch_weights, tokens)
     return mixed.reshape(num_experts * pools * slots, x.shape[1])

@@ -1,13 +1,11 @@
 """The picture of an ablation: what each variant scores on each validation set, seed by seed."""
 
-import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from moekit.lm.files import write_whole
-from moekit.lm.plots import matplotlib_parts
+from moekit.lm.plots import matplotlib_parts, save_figure
 
 
 class Dots(NamedTuple):
@@ -51,9 +49,7 @@ def plot_ablation(path: str | os.PathLike[str], dots: Sequence[Dots], *, sets: S
     axes[0].set_ylim(len(ordered) - 0.4, -0.6)
     if not all(each.comparable for each in dots):
         figure.supxlabel("* hollow: not comparable, it sees what it predicts", fontsize=9, color="C3")
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=130)
-    return write_whole(path, content.getvalue())
+    return save_figure(path, figure)
 
 
 def shown_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:

@@ -48,7 +48,7 @@ def batch_of(ids: Tensor) -> Batch:
 
 
 class Stream:
-    """The `moekit.lm.batches.BatchStream` over a chain of nodes.
+    """An iterator over batches that can be saved in the middle and continued exactly.
 
     Args:
         reading: what is read, and which part of it is this rank's.
@@ -67,27 +67,38 @@ class Stream:
 
     @property
     def skipped(self) -> Mapping[str, int]:
-        """Sequences that this rank left out as bad, by reason."""
+        """Sequences that this rank left out as bad since the stream was opened, by reason."""
         return dict(self._batches.skipped)
 
     @property
     def addresses(self) -> Sequence[Address]:
-        """Of the last global batch, in slot order."""
+        """Of the last global batch, in slot order; empty before the first."""
         return self._batches.addresses
 
     def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
+        """Return the next batch.
+
+        Raises:
+            DataExhausted: if the allowed passes hold no further whole batch; the position stays.
+            ShardError: if there is bad data and it is not to be skipped; the position stays.
+            RuntimeError: if a worker was ended from outside; the position stays.
+        """
         batch: Batch = next(self._batches)
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position and what it depends on."""
+        """Return the position and what it depends on, made of ints, floats, strings, lists and dicts alone."""
         return {"origin": self._origin, "position": self._batches.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position that `state_dict` returned; ValueError if it is none, or of other data."""
+        """Go to a position that `state_dict` returned, under any number of ranks and workers and any batch size.
+
+        Raises:
+            ValueError: if it is none, or was saved for other data, weights, seed, lanes or sequence length.
+        """
         origin, position = (state.get("origin"), state.get("position")) if isinstance(state, Mapping) else (None, None)
         if not isinstance(origin, Mapping) or not isinstance(position, Mapping) or not position:
             raise ValueError(
@@ -102,7 +113,7 @@ class Stream:
         self._batches.reset(dict(position))
 
     def close(self) -> None:
-        """End the workers and close the files."""
+        """End the workers and close the files. The position stays, and the next batch would start them again."""
         self._batches.close()
 
 

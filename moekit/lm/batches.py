@@ -4,64 +4,15 @@
 ahead of time, and `moekit.lm.batch_streams` makes a chain of it.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
 from moekit.lm.batch_streams import Batch, Stream
-from moekit.lm.orders import Address
 from moekit.lm.row_workers import Reading
 from moekit.lm.shards import Shard
 from moekit.lm.token_rows import RowFormat, check_arguments
 from moekit.lm.validation_batches import ValidationBatch, read_validation
 
-__all__ = ["Batch", "BatchStream", "ValidationBatch", "open_stream", "read_validation"]
-
-
-class BatchStream(Protocol):
-    """An iterator over batches that can be saved in the middle and continued exactly.
-
-    Attributes:
-        passes: how often each source was used up so far.
-        skipped: sequences that this rank left out as bad since the stream was opened, by reason.
-        addresses: of the last global batch, in slot order; empty before the first.
-    """
-
-    @property
-    def passes(self) -> tuple[int, ...]: ...  # noqa: D102
-
-    @property
-    def skipped(self) -> Mapping[str, int]: ...  # noqa: D102
-
-    @property
-    def addresses(self) -> Sequence[Address]: ...  # noqa: D102
-
-    def __iter__(self) -> Iterator[Batch]: ...
-
-    def __next__(self) -> Batch:
-        """Return the next batch.
-
-        Raises:
-            DataExhausted: if the allowed passes hold no further whole batch; the position stays.
-            ShardError: if there is bad data and it is not to be skipped; the position stays.
-            RuntimeError: if a worker was ended from outside; the position stays.
-        """
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the position, made of ints, floats, strings, lists and dicts alone."""
-        ...
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go to a position that `state_dict` returned, under any number of ranks and workers and any batch size.
-
-        Raises:
-            ValueError: if it was saved for other data, weights, seed, lanes or sequence length.
-        """
-        ...
-
-    def close(self) -> None:
-        """End the workers and close the files. The position stays, and the next batch would start them again."""
-        ...
+__all__ = ["Batch", "Stream", "ValidationBatch", "open_stream", "read_validation"]
 
 
 def open_stream(
@@ -80,7 +31,7 @@ def open_stream(
     on_bad: str = "raise",
     data_key: str | None = None,
     allow_commands: bool = False,
-) -> BatchStream:
+) -> Stream:
     """Stream this rank's batches of one or several sources, in an order that ranks and workers do not change.
 
     Rank r has the rows r, r + W, r + 2 W, ... of each global batch. If ``lanes`` is a multiple of W, and ``batch_size``

@@ -15,8 +15,8 @@ from moekit.lm.norms import make_norm
 from moekit.lm.rotary import make_rotary
 
 _TOO_LARGE = 2**31
-_OF_METHOD = {"moe_top_k": int, "moe_capacity_factor": float, "moe_loss_weight": float}
-"""Keys that a file may have too, as OpenLM's do: they are of the MoE layers' method, which a shape does not hold."""
+OF_METHOD = {"moe_top_k": int, "moe_capacity_factor": float, "moe_loss_weight": float}
+"""Keys that a file may have too, as OpenLM's do, with their types: of the MoE layers' method, no part of a shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ def load_config(
     source, values = str(name_or_path), read_config(name_or_path)
     _check_keys(defaults or {}, source="defaults")
     _check_keys(overrides, source="overrides")
-    of_shape = {key: value for key, value in values.items() if key not in _OF_METHOD}
+    of_shape = {key: value for key, value in values.items() if key not in OF_METHOD}
     merged = {**(defaults or {}), **of_shape, **overrides}
     required = [f.name for f in dataclasses.fields(ModelConfig) if f.default is dataclasses.MISSING]
     missing = [name for name in required if name not in merged]
@@ -160,7 +160,7 @@ def read_config(name_or_path: str | Path, /) -> dict[str, Any]:
     """
     source = str(name_or_path)
     values = _read_path(Path(source)) if source.endswith(".json") else _read_preset(source)
-    _check_keys(values, source=source, others=_OF_METHOD)
+    _check_keys(values, source=source, others=OF_METHOD)
     try:
         _check_method(values)
     except ValueError as error:
@@ -203,7 +203,7 @@ def _parse(text: str, *, source: str) -> dict[str, Any]:
 def _check_keys(values: Mapping[str, Any], *, source: str, others: Iterable[str] = ()) -> None:
     known = [*(f.name for f in dataclasses.fields(ModelConfig)), *others]
     for key in values:
-        if key in _OF_METHOD and key not in known:
+        if key in OF_METHOD and key not in known:
             raise ValueError(f"{source}: {key} is of the MoE layers' method, not of a shape; give it to the recipe")
         if key not in known:
             raise ValueError(f"{source}: {unknown_name(key, known, what='model config key')}")
@@ -249,9 +249,9 @@ def _check_moe(config: ModelConfig) -> None:
 
 
 def _check_method(values: Mapping[str, Any]) -> None:
-    given = {name: values[name] for name in _OF_METHOD if name in values}
+    given = {name: values[name] for name in OF_METHOD if name in values}
     for name, value in given.items():
-        _check_type(name, value, _OF_METHOD[name])
+        _check_type(name, value, OF_METHOD[name])
         if name == "moe_top_k" and value < 1:
             raise ValueError(f"{name} is {value}, expected at least 1")
         if not 0 <= value < math.inf:

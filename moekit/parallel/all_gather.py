@@ -1,6 +1,6 @@
 """Strategies that gather the tokens of all ranks: each rank adds its share, and the sums are scattered back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -184,30 +184,27 @@ def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:
 
 def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
     """Make the routing of the gathered tokens; those that fill up a rank's share have no assignments."""
-    num_ranks, shape = group.size(), routing.expert_indices.shape
-    choices = len(shape) == 2
-    k = shape[1] if choices else 1
-    length = sizes.tokens if choices else sizes.assignments
-    columns = [routing.expert_indices if choices else routing.expert_indices.reshape(-1, 1)]
-    columns += [] if choices else [routing.token_indices.reshape(-1, 1)]
-    columns += [] if routing.positions is None else [routing.positions.reshape(columns[0].shape)]
-    numbers = gather(_padded(torch.cat(columns, dim=1), length, value=-1), group=group)
-    experts, *others = numbers.split(k, dim=1)
-    weights = gather(_padded(routing.weights.reshape(columns[0].shape), length), group=group)
-    source = torch.arange(num_ranks * length, device=experts.device).unsqueeze(1)
-    tokens = source if choices else source // max(length, 1) * sizes.tokens + others.pop(0).clamp_min(0)
-    tokens = tokens.expand(-1, k)
-    if not choices:
-        tokens, experts, weights = tokens.squeeze(1), experts.squeeze(1), weights.squeeze(1)
-    return Routing(
-        tokens,
-        experts,
-        weights,
-        num_tokens=num_ranks * sizes.tokens,
-        num_experts=routing.num_experts,
-        pool=sizes.pool,
-        positions=others[0].view_as(experts) if others else None,
-    )
+    num_tokens = group.size() * sizes.tokens
+    positions = () if routing.positions is None else (routing.positions,)
+    if routing.expert_indices.ndim == 2:
+        experts, *placed = _columns((routing.expert_indices, *positions), sizes.tokens, group, fill=-1)
+        (weights,) = _columns((routing.weights,), sizes.tokens, group)
+        tokens = torch.arange(num_tokens, device=experts.device).unsqueeze(1).expand_as(experts)
+    else:
+        numbers = (routing.expert_indices, routing.token_indices, *positions)
+        length = sizes.assignments
+        experts, of_rank, *placed = _columns([each.reshape(-1, 1) for each in numbers], length, group, fill=-1)
+        (weights,) = _columns([routing.weights.reshape(-1, 1)], length, group)
+        rank = torch.arange(experts.shape[0], device=experts.device).unsqueeze(1) // max(length, 1)
+        tokens = rank * sizes.tokens + of_rank.clamp_min(0)
+        tokens, experts, weights, *placed = (each.squeeze(1) for each in (tokens, experts, weights, *placed))
+    return Routing(tokens, experts, weights, num_tokens, routing.num_experts, sizes.pool, *placed)
+
+
+def _columns(parts: Sequence[Tensor], length: int, group: ProcessGroup, *, fill: int = 0) -> tuple[Tensor, ...]:
+    """Gather tensors (n, k) of one shape in one exchange, each rank's filled up to ``length`` rows: (P * length, k)."""
+    found = gather(_padded(torch.cat([*parts], dim=1), length, value=fill), group=group)
+    return found.chunk(len(parts), dim=1)
 
 
 def _of_own_experts(routing: Routing, group: ProcessGroup) -> Routing:

@@ -236,17 +236,19 @@ def _travel(
     return_group: ProcessGroup,
 ) -> Tensor:
     send, x = partial(exchange, sent=sizes.sent, received=sizes.received, group=group), narrowed(x)
+    num_rows = sum(sizes.sent)
     if routing.expert_indices.ndim == 2:
-        links = exchange_links(plan, routing, sum(sizes.sent))
+        links = exchange_links(plan, routing, num_rows)
         rows = send(copy_rows(x, links))
         arrived = arrived_choices(plan, links, routing, sizes, send=send)
+        add_up = partial(sum_rows, links=links)
     else:
-        tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
+        tokens = tokens_of_rows(plan, routing, num_rows)
         rows = send(taken(x, tokens))
         arrived = arrived_list(plan, routing, sizes, group)
+        add_up = partial(added, tokens=tokens, num_tokens=routing.num_tokens)
     y = connect(layer(rows, arrived, params), rows, arrived.weights)
-    back = exchange(y, sent=sizes.received, received=sizes.sent, group=return_group)
-    return sum_rows(back, links) if routing.expert_indices.ndim == 2 else added(back, tokens, routing.num_tokens)
+    return add_up(exchange(y, sent=sizes.received, received=sizes.sent, group=return_group))
 
 
 def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> ExchangeSizes:

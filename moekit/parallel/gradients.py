@@ -99,19 +99,18 @@ def is_part(tensor: Tensor) -> bool:
 
 def _sum(parameters: Sequence[Tensor], groups: Sequence[dist.ProcessGroup | None]) -> None:
     """Add the gradients of parameters up over groups of ranks, one after the other, in one exchange per dtype."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
     if not groups:  # nobody else has them
-        for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
         return
     for dtype in sorted({p.dtype for p in parameters}, key=str):
         mine = [p for p in parameters if p.dtype == dtype]
-        parts = [local(p.detach()) if p.grad is None else local(p.grad) for p in mine]
-        flat = torch.cat(
-            [(torch.zeros_like(x) if p.grad is None else x).flatten() for p, x in zip(mine, parts, strict=True)]
-        )
+        parts = [local(p.grad) for p in mine if p.grad is not None]  # all of them, by now
+        flat = torch.cat([part.flatten() for part in parts])
         for group in groups:
             dist.all_reduce(flat, group=group)
-        for parameter, piece, part in zip(mine, flat.split([x.numel() for x in parts]), parts, strict=True):
+        for parameter, piece, part in zip(mine, flat.split([part.numel() for part in parts]), parts, strict=True):
             _set_gradient(parameter, piece.view_as(part))
 
 

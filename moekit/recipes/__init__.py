@@ -1,17 +1,9 @@
 """Recipes: stages glued into layers, published methods, and the programs built on them."""
 
 from moekit.recipes.backends import auto, choose_backend
+from moekit.recipes.expert_layers import expert_layer, limited, recompute
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
-from moekit.recipes.layers import (
-    MoEParams,
-    Recipe,
-    expert_layer,
-    limited,
-    moe_layer,
-    recompute,
-    shared_experts,
-    weighted_sum,
-)
+from moekit.recipes.layers import MoEParams, Recipe, moe_layer, shared_experts, weighted_sum
 from moekit.recipes.modules import MoE
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
 from moekit.recipes.published_routers import (

@@ -18,8 +18,8 @@ from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.evaluate import evaluating
-from moekit.recipes.finishing import Trained, method_of_run
-from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.finishing import Trained, summary_of
+from moekit.recipes.language_models import first_moe_layer
 from moekit.recipes.loop import validate
 from moekit.recipes.precisions import autocast
 from moekit.recipes.routing_sums import all_routing_sums, assignments_per_token
@@ -143,22 +143,17 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
         progress: of the run.
         trained: not used.
     """
-    recipes = {"training": next(moe_layers(run.model))[1].recipe, "evaluation": run.evaluation_recipe}
-    experts = run.model.config.moe_num_experts
-    assert experts is not None
-    scores, tokens = validate(run), run.budget.steps * run.budget.tokens_per_step
-    total, active = parameter_table(run.model)[-1][1:]
+    layer = first_moe_layer(run.model)
+    assert layer is not None  # an ablation is one of routers
+    recipes = {"training": layer.recipe, "evaluation": run.evaluation_recipe}
+    leaks = {when: audit(each, layer.num_experts).leaks for when, each in recipes.items() if each is not None}
+    scores = validate(run)
     summary = {
         "steps": run.budget.steps,
-        "parameters": total,
-        "active_parameters": active,
-        "tokens": tokens,
-        "trained_tokens": progress.trained_tokens,
-        "seconds": round(progress.seconds, 3),
+        **summary_of(run, progress),
         "experts_per_token": experts_per_token(run),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
-        **method_of_run(run),
-        "leaks": {when: audit(recipe, experts).leaks for when, recipe in recipes.items() if recipe is not None},
+        "leaks": leaks,
     }
     simple = {
         each.name: report.Baselines(

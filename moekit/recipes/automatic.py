@@ -13,9 +13,10 @@ from moekit.experts.tile_files import layer_tiles, read_tiles
 from moekit.experts.tile_tables import from_table
 from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.recipes.backends import auto, auto_top_k, why_not_fused
+from moekit.recipes.expert_layers import parts_of
 from moekit.recipes.expert_networks import ACTIVATIONS, experts_of
 from moekit.recipes.forms import bound, is_same
-from moekit.recipes.layers import Recipe, parts_of
+from moekit.recipes.layers import Recipe
 from moekit.routing import top_k
 from moekit.types import ExpertLayer, Router
 

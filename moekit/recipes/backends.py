@@ -28,8 +28,9 @@ from moekit.experts.param_checks import kind_of
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, compute_capability
 from moekit.operators import HAS_TRITON, constant_in_graphs
+from moekit.recipes.expert_layers import check_dispatcher, expert_layer, limited
 from moekit.recipes.expert_networks import experts_of
-from moekit.recipes.layers import check_dispatcher, expert_layer, limited
+from moekit.recipes.wording import first_line
 from moekit.routing import fused_top_k, noisy, softmax, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.routing.top_k import Score
@@ -293,9 +294,8 @@ def _capability(device: torch.device) -> tuple[int, int]:
     try:
         return compute_capability(device)
     except (AssertionError, RuntimeError) as error:  # torch's, of one without CUDA, without a driver, or a wrong number
-        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
         raise ValueError(
-            f"device = {device}, which torch cannot use here: {why}. Give one that `moekit doctor` lists."
+            f"device = {device}, which torch cannot use here: {first_line(error)}. Give one that `moekit doctor` lists."
         ) from error
 
 

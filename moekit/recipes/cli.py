@@ -15,7 +15,8 @@ from moekit import __version__
 from moekit.lm._lookup import unknown_name
 from moekit.recipes import doctor as _doctor
 from moekit.recipes.choices import experts_per_token
-from moekit.recipes.layers import Recipe, parts_of
+from moekit.recipes.expert_layers import parts_of
+from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.routing import round_robin
 

@@ -13,6 +13,7 @@ import tyro
 from moekit.lm.files import write_whole
 from moekit.recipes.derived import give_way, typed_flags
 from moekit.recipes.settings import ModelSettings, TrainSettings
+from moekit.recipes.wording import flag_of
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
@@ -76,11 +77,12 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         >>> parse(["--lr", "0.1"]).derived
         ()
     """
-    path = _config_path(arguments)
-    values = {} if path is None else read_config(path)
+    typed = typed_flags(arguments)
+    path = typed.get("config")
+    values = {} if path is None else read_config(Path(path))
     derived = values.pop(_DERIVED, [])
     values = give_way(values, derived, arguments)
-    left = tuple(name for name in derived if name in values.keys() - typed_flags(arguments).keys())
+    left = tuple(name for name in derived if name in values.keys() - typed.keys())
     words = _words(values)
     try:
         return Parsed(tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog), left)
@@ -215,16 +217,6 @@ def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[s
     return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
 
 
-def _config_path(arguments: list[str]) -> Path | None:
-    found = None
-    for word, following in zip(arguments, [*arguments[1:], None], strict=False):
-        if word == "--config" and following is not None:
-            found = Path(following)
-        elif word.startswith("--config="):
-            found = Path(word.removeprefix("--config="))
-    return found  # the last, as of every flag
-
-
 def _parse(path: Path) -> Any:
     try:
         text = path.read_text(encoding="utf-8")
@@ -246,7 +238,7 @@ def _parse(path: Path) -> Any:
 def _words(values: dict[str, Any]) -> list[str]:
     words = []
     for name, value in values.items():
-        flag = "--" + name.replace("_", "-")
+        flag = flag_of(name)
         if value is None or value == []:
             continue
         if isinstance(value, bool):

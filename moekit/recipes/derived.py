@@ -3,6 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from moekit.lm.configs import OF_METHOD
+
 _EXCLUDING = (  # of the two sides the command line's counts
     (("batch_size",), ("global_batch_size",)),
     (("steps",), ("train_num_samples", "epochs")),
@@ -10,7 +12,6 @@ _EXCLUDING = (  # of the two sides the command line's counts
     (("fsdp_amp",), ("fsdp_pure_bf16",)),
     (("fsdp_hybrid",), ("fsdp_hybrid_o2",)),
 )
-OF_METHOD = ("moe_top_k", "moe_capacity_factor", "moe_loss_weight")  # without meaning in a dense model
 OF_SHAPE = ("model_norm", "qk_norm", "positional_embedding_type", "ffn_type", "moe_freq")  # that a model's file may say
 OF_EXCHANGE = (  # that --moe-expert-model-parallelism asks for
     *("moe_expert_ranks", "moe_hidden_ranks", "moe_exchange", "moe_exchange_capacity_factor", "moe_exchange_chunks"),

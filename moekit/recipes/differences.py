@@ -4,34 +4,37 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from moekit.lm.configs import OF_METHOD
 from moekit.recipes.configuration import stored_model
 from moekit.recipes.names import RECIPES
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_config, resolved_model
+from moekit.recipes.wording import flag_of
 
 _TRAINING_ALONE = {"moe_capacity_factor", "moe_loss_weight", "moe_loss_scope"}  # evaluation drops and weighs nothing
-_OF_METHOD = ("recipe", "moe_top_k", "moe_capacity_factor", "moe_loss_weight", "moe_loss_scope")
+_OF_LAYERS = ("recipe", *OF_METHOD, "moe_loss_scope")
 
 
 def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: bool) -> list[str]:
     """Warn if weights are about to compute something else than what they were trained to.
 
-    A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
+        A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
 
-    Args:
-        given: the model of this launch.
-        state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
-        training: whether it goes on, so that what is for training alone counts too.
+        Args:
+            given: the model of this launch.
+            state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
+            training: whether it goes on, so that what is for training alone counts too.
 
-    Returns:
-        Lines of text; none if nothing differs, or nothing is known.
+        Returns:
+            Lines of text; none if nothing differs, or nothing is known.
 
-    Example:
-        >>> from moekit.recipes.configuration import flat_settings
-        >>> from moekit.recipes.settings import TrainSettings
-        >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
-        >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
-        warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
+        Example:
+            >>> from moekit.lm.configs import OF_METHOD
+    from moekit.recipes.configuration import flat_settings
+            >>> from moekit.recipes.settings import TrainSettings
+            >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
+            >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
+            warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
     """
     stored = state.get("settings")
     if not isinstance(stored, Mapping):
@@ -54,10 +57,9 @@ def _described(settings: ModelSettings, *, resolve: bool) -> dict[str, Any]:
     described = dataclasses.asdict(make_config(settings))
     if described["moe_freq"] and described["moe_num_experts"] is not None:
         settings = resolved_model(settings) if resolve else settings
-        described |= {name: getattr(settings, name) for name in (_OF_METHOD if resolve else _OF_METHOD[:1])}
+        described |= {name: getattr(settings, name) for name in (_OF_LAYERS if resolve else ("recipe",))}
     return described
 
 
 def _flags(values: Mapping[str, Any]) -> str:
-    words = {name.replace("_", "-"): "none" if value is None else value for name, value in values.items()}
-    return ", ".join(f"--{name} {value}" for name, value in words.items())
+    return ", ".join(f"{flag_of(name)} {'none' if value is None else value}" for name, value in values.items())

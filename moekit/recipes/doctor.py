@@ -18,7 +18,8 @@ from moekit.dispatch import dropless
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu, triton
 from moekit.experts.tiles import LayerSize
 from moekit.recipes.backends import choose_backend
-from moekit.recipes.layers import expert_layer
+from moekit.recipes.expert_layers import expert_layer
+from moekit.recipes.wording import first_line
 from moekit.routing import top_k
 from moekit.types import ExpertLayer, GroupedMatmul, Groups
 
@@ -136,7 +137,7 @@ def describe_package(package: Package) -> str:
             importlib.import_module(package.name)
         return f"{package.name:<11} {importlib.metadata.version(package.name)}"
     except Exception as error:  # a broken package may raise anything when it is imported, and that is the answer
-        reason, remedy = _one_line(error), f"pip install {package.install}"
+        reason, remedy = first_line(error), f"pip install {package.install}"
         return f"{package.name:<11} not usable: {reason}. Without it: {package.purpose}. Mend: {remedy}"
 
 
@@ -165,7 +166,7 @@ def _tried(find_fault: Callable[[], str]) -> str | None:
             warnings.simplefilter("ignore")
             fault = find_fault()
     except Exception as error:  # whatever a backend raises on this device is the answer
-        fault = _one_line(error)
+        fault = first_line(error)
     return f"does not work: {fault}" if fault else None
 
 
@@ -195,7 +196,7 @@ def describe_choice(device: str, dtype: torch.dtype) -> str:
     try:
         choice = choose_backend(device, dtype)
     except Exception as error:  # of a device that torch lists and cannot use
-        return f"does not work: {_one_line(error)}"
+        return f"does not work: {first_line(error)}"
     return f"{choice.name}: {choice.reason}. Tried: {try_layer(choice.layer, device=device, dtype=dtype) or 'works'}"
 
 
@@ -261,7 +262,3 @@ def _is_near(found: Tensor | None, expected: Tensor | None) -> bool:
     if found is None or expected is None or found.shape != expected.shape:
         return False
     return bool((found.float() - expected).norm() <= 0.03 * expected.norm())
-
-
-def _one_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -13,13 +13,14 @@ from torch import Tensor
 from moekit.lm.batches import ValidationBatch
 from moekit.lm.bootstrap import bootstrap_interval
 from moekit.lm.displays import LayerLoad
+from moekit.lm.generation import evaluation_mode
 from moekit.lm.model import LanguageModel
 from moekit.lm.shard_members import Reason
 from moekit.parallel import World, all_sum, any_true, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe
 from moekit.recipes.routing_sums import all_routing_sums, layer_loads
-from moekit.recipes.steps import split_ids
+from moekit.recipes.steps import same_random_numbers, split_ids
 
 
 class Evaluation(NamedTuple):
@@ -201,15 +202,12 @@ def evaluating(model: LanguageModel, recipe: Recipe | None) -> Iterator[None]:
         model: to evaluate.
         recipe: that its MoE layers run meanwhile; None leaves them their own.
     """
-    device = model.output.weight.device
-    training, own = model.training, [(layer, layer.recipe) for _, layer in moe_layers(model)]
-    model.eval()
+    own = [(layer, layer.recipe) for _, layer in moe_layers(model)]
     try:
         for layer, kept in own:
             layer.recipe = kept if recipe is None else recipe
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with evaluation_mode(model), same_random_numbers(model.output.weight.device):
             yield
     finally:
-        model.train(training)
         for layer, kept in own:
             layer.recipe = kept

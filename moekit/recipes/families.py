@@ -11,7 +11,8 @@ from typing import Any
 
 from moekit.dispatch import dropless
 from moekit.experts import clamped_swiglu, grouped, init_biased_gated, swiglu
-from moekit.recipes.layers import Recipe, expert_layer
+from moekit.recipes.expert_layers import expert_layer
+from moekit.recipes.layers import Recipe
 from moekit.recipes.published import mixtral, shared
 from moekit.routing import biased_gate, init_biased_gate, load_balance_loss, softmax_of_top_k, sparse_mixer, top_k
 from moekit.types import GroupedMatmul

@@ -11,7 +11,7 @@ from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.forms import method_of
-from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.language_models import first_moe_layer, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.recording import device_name, utilization
 from moekit.recipes.runs import Run
@@ -46,24 +46,17 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     """
     scores = validate(run)
     checkpoint = checkpoint_folder(run.folder, run.budget.steps)
-    tokens = run.budget.steps * run.budget.tokens_per_step
-    total, active = parameter_table(run.model)[-1][1:]
+    summary = summary_of(run, progress)
     simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
     console.print()
     report.print_scores(console, scores, simple)
-    speed = f"{_counted_words(tokens, progress.seconds, trained)}{_mfu_words(run, trained)}"
-    console.print(f"{total:,} parameters, {active:,} active per token; {speed}", highlight=False)
+    speed = f"{_counted_words(summary['tokens'], progress.seconds, trained)}{_mfu_words(run, trained)}"
+    sizes = f"{summary['parameters']:,} parameters, {summary['active_parameters']:,} active per token"
+    console.print(f"{sizes}; {speed}", highlight=False)
     picture = None
     if run.world.rank == 0:
-        append_results(checkpoint, run.settings, run.corpus, scores, step=run.budget.steps, train_tokens=tokens)
-        summary = {
-            "parameters": total,
-            "active_parameters": active,
-            "tokens": tokens,
-            "trained_tokens": progress.trained_tokens,
-            "seconds": round(progress.seconds, 1),
-            **method_of_run(run),
-        }
+        steps, tokens = run.budget.steps, summary["tokens"]
+        append_results(checkpoint, run.settings, run.corpus, scores, step=steps, train_tokens=tokens)
         report.write_results(run.folder / "results.json", summary, scores, simple)
         picture = _picture(run, scores, simple)
     if run.corpus.tokenizer is not None:
@@ -73,20 +66,30 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     console.print(f"picture: {picture}\ncheckpoint: {checkpoint}", highlight=False, soft_wrap=True)
 
 
-def method_of_run(run: Run) -> dict[str, Any]:
-    """Say by which forms of router, plan and losses a run came to its numbers.
+def summary_of(run: Run, progress: Progress) -> dict[str, Any]:
+    """Say what a run took, and by which forms of router, plan and losses it came to its scores.
 
     Args:
-        run: the run.
+        run: after its last step.
+        progress: of the run.
 
     Returns:
-        ``method``, as ``method_of`` has it; nothing for a dense model.
+        ``parameters`` and ``active_parameters`` per token; ``tokens`` by its steps and ``trained_tokens``, without
+        holes and padding; ``seconds`` of training; and ``method``, as ``method_of`` has it, unless the model is dense.
     """
-    layer = next((layer for _, layer in moe_layers(run.model)), None)
+    total, active = parameter_table(run.model)[-1][1:]
+    summary = {
+        "parameters": total,
+        "active_parameters": active,
+        "tokens": run.budget.steps * run.budget.tokens_per_step,
+        "trained_tokens": progress.trained_tokens,
+        "seconds": round(progress.seconds, 3),
+    }
+    layer = first_moe_layer(run.model)
     if layer is None:
-        return {}
+        return summary
     scope = run.settings.model.moe_loss_scope
-    return {"method": method_of(layer.recipe, evaluation=run.evaluation_recipe, loss_scope=scope)}
+    return {**summary, "method": method_of(layer.recipe, evaluation=run.evaluation_recipe, loss_scope=scope)}
 
 
 def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:

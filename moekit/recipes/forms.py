@@ -114,12 +114,16 @@ def _taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict
     return function, arguments
 
 
-def _defaults(function: Callable[..., Any]) -> dict[Any, Any]:
+def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    """List the parameters of a function, or return None if it tells nothing of itself."""
     try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # of a function that tells nothing of itself
-        return {}
-    return {p.name: p.default for p in parameters if p.default is not p.empty}
+        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):
+        return None
+
+
+def _defaults(function: Callable[..., Any]) -> dict[Any, Any]:
+    return {p.name: p.default for p in parameters_of(function) or () if p.default is not p.empty}
 
 
 def _stages(recipe: Recipe) -> dict[str, Any]:

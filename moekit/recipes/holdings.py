@@ -58,26 +58,35 @@ def plan_holdings(
     Raises:
         ValueError: if the experts cannot be spread as the settings want.
     """
-    given = settings.parallel
-    layout = run_layout(settings, world_size, ranks_per_node=ranks_per_node)
-    named = [pair for _, layer in moe_layers(model) for pair in layer.experts.named_parameters()]
-    experts = [p for _, p in named]
-    inside = {id(p) for p in experts}
-    dense = [p for p in model.parameters() if id(p) not in inside]
+    given, layout = settings.parallel, run_layout(settings, world_size, ranks_per_node=ranks_per_node)
     together = ranks_per_shard(given, world_size, ranks_per_node=ranks_per_node)
-    shards = together if given.fsdp else 1
     size = torch.empty((), dtype=parameter_dtype(settings.optimizer.precision)).element_size()
-    kept = sum(_fullest(p, p.numel(), shard_axis(p.shape, shards) if p.ndim == 3 else 0, shards) for p in dense)
-    rows = [_holding("all but experts", dense, kept, size, _words([], shards, world_size // shards))]
+    experts = [pair for _, layer in moe_layers(model) for pair in layer.experts.named_parameters()]
+    inside = {id(p) for _, p in experts}
+    dense = [p for p in model.parameters() if id(p) not in inside]
+    rows = [_dense_holding(dense, size, world_size, shards=together if given.fsdp else 1)]
     if experts:
-        cut = shards_of_experts(layout, together) if given.fsdp or given.moe_weight_parallelism else 1
-        axes, whole = _cut_axes(settings, layout), (0,) if layout.exchanges else ()
-        if any(shard_axis(p.shape, cut, taken=axes.get(name, whole)) is None for name, p in named):
-            cut = 1
-        mine = sum(_expert_elements(p, layout, cut, axes.get(name, whole)) for name, p in named)
-        rows.append(_holding("experts", experts, mine, size, expert_words(layout, cut)))
-    total, *held = (sum(column) for column in zip(*(row[1:5] for row in rows), strict=True))
-    return [*rows, Holding("all", total, held[0], held[1], held[2], spread="")]
+        shards = shards_of_experts(layout, together) if given.fsdp or given.moe_weight_parallelism else 1
+        rows.append(_experts_holding(experts, size, layout, _cut_axes(settings, layout), shards))
+    total, parameters, gradients, optimizer = (sum(column) for column in zip(*(row[1:5] for row in rows), strict=True))
+    return [*rows, Holding("all", total, parameters, gradients, optimizer, spread="")]
+
+
+def _dense_holding(parameters: Sequence[torch.Tensor], size: int, world_size: int, *, shards: int) -> Holding:
+    kept = sum(_fullest(p, p.numel(), shard_axis(p.shape, shards) if p.ndim == 3 else 0, shards) for p in parameters)
+    return _holding("all but experts", parameters, kept, size, _words([], shards, world_size // shards))
+
+
+def _experts_holding(
+    named: Sequence[tuple[str, torch.Tensor]], size: int, layout: Layout, cut: dict[str, tuple[int, ...]], shards: int
+) -> Holding:
+    """Count what a rank keeps of experts; they are not sharded if any of their parameters has no axis left for it."""
+    taken = [cut.get(name, (0,) if layout.exchanges else ()) for name, _ in named]
+    pairs = [(p, axes) for (_, p), axes in zip(named, taken, strict=True)]
+    if any(shard_axis(p.shape, shards, taken=axes) is None for p, axes in pairs):
+        shards = 1
+    kept = sum(_expert_elements(p, layout, shards, axes) for p, axes in pairs)
+    return _holding("experts", [p for p, _ in pairs], kept, size, expert_words(layout, shards))
 
 
 def measured_holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:

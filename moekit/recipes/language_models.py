@@ -10,7 +10,8 @@ from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.model import Block, LanguageModel, count_parameters
 from moekit.parallel import Part
 from moekit.recipes.choices import experts_per_token
-from moekit.recipes.layers import Recipe, recompute
+from moekit.recipes.expert_layers import recompute
+from moekit.recipes.layers import Recipe
 from moekit.recipes.modules import MoE
 
 
@@ -55,6 +56,11 @@ def moe_layers(model: LanguageModel) -> Iterator[tuple[int, MoE]]:
     for index, block in enumerate(model.layers):
         if isinstance(block.feed_forward, MoE):
             yield index, block.feed_forward
+
+
+def first_moe_layer(model: LanguageModel) -> MoE | None:
+    """Return the first MoE layer, whose recipe is that of all of them; None of a dense model."""
+    return next((layer for _, layer in moe_layers(model)), None)
 
 
 def recompute_activations(model: LanguageModel) -> None:

@@ -1,19 +1,18 @@
-"""The glue: stages become an expert layer, and a recipe becomes an MoE layer."""
+"""The glue: a recipe is a method as a value, and ``moe_layer`` applies it."""
 
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots, without_dropped
-from moekit.experts import init_gated, loop
+from moekit.checks import check_shape, check_token_mask
+from moekit.dispatch import dropless_plan, mix_tokens, slot_routing, spread_slots
+from moekit.experts import init_gated
 from moekit.routing import clean, init_linear_gate, mask_soft, mask_tokens, score_and_pass, without_simple
+from moekit.routing.gates import check_precision
 from moekit.types import (
-    Dispatcher,
     DispatchPlan,
     ExpertLayer,
     Experts,
@@ -76,6 +75,7 @@ class Recipe(NamedTuple):
         init_gate: (dim, num_experts, generator=, device=, dtype=) -> the gate's parameters.
 
     Example:
+        >>> from functools import partial
         >>> from moekit.recipes import mixtral
         >>> from moekit.routing import sigmoid, top_k
         >>> recipe = mixtral()._replace(route=partial(top_k, k=4, score=sigmoid))
@@ -100,178 +100,6 @@ class Recipe(NamedTuple):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Recipe":
         """Return itself: it is a value, and one that is spread over ranks holds their groups, which nobody can copy."""
         return self
-
-
-def expert_layer(*, dispatcher: Dispatcher, experts: Experts) -> ExpertLayer:
-    """Compose a dispatcher and experts into an expert layer.
-
-    Args:
-        dispatcher: plan, dispatch and combine.
-        experts: the feed-forward networks over grouped rows, with their matmul bound.
-
-    Returns:
-        A function (x (T, D), routing, params) -> (T, D).
-
-    Raises:
-        ValueError: if ``dispatcher`` is none, or ``experts`` or their ``matmul`` cannot be called.
-
-    Example:
-        >>> from moekit.dispatch import dropless
-        >>> from moekit.experts import grouped, init_gated, swiglu
-        >>> from moekit.routing import top_k
-        >>> layer = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=grouped))
-        >>> layer(torch.ones(5, 4), top_k(torch.zeros(5, 3), k=2), init_gated(3, 4)).shape
-        torch.Size([5, 4])
-    """
-    check_dispatcher("expert_layer", dispatcher)
-    if not callable(experts):
-        raise ValueError(
-            f"expert_layer: experts are {reprlib.repr(experts)}; expected a function (rows, groups, params) -> rows, "
-            f"such as partial(swiglu, matmul=grouped)."
-        )
-    matmul = experts.keywords.get("matmul", loop) if isinstance(experts, partial) else loop
-    if not callable(matmul):
-        raise ValueError(
-            f"expert_layer: the experts' matmul is {reprlib.repr(matmul)}; expected a function, such as grouped of "
-            f"moekit.experts."
-        )
-    return partial(_expert_layer, dispatcher=dispatcher, experts=experts)
-
-
-class LayerParts(NamedTuple):
-    """What ``expert_layer`` composed.
-
-    Attributes:
-        dispatcher: plan, dispatch, combine.
-        experts: (rows, groups, params) -> rows.
-    """
-
-    dispatcher: Dispatcher
-    experts: Experts
-
-
-def parts_of(layer: Any) -> LayerParts | None:
-    """Take a layer of ``expert_layer`` apart.
-
-    Args:
-        layer: any expert layer.
-
-    Returns:
-        What it was composed of; None of a layer of another kind.
-
-    Example:
-        >>> from moekit.experts import fused_layer
-        >>> from moekit.recipes import mixtral
-        >>> parts_of(mixtral().layer).experts.func.__name__, parts_of(fused_layer())
-        ('swiglu', None)
-    """
-    if not isinstance(layer, partial) or layer.func is not _expert_layer:
-        return None
-    nothing_else = not layer.args and set(layer.keywords) == set(LayerParts._fields)
-    return LayerParts(**layer.keywords) if nothing_else else None
-
-
-def check_dispatcher(name: str, dispatcher: Any) -> None:
-    """Refuse what is no dispatcher: a function that returns one, or its plan.
-
-    Args:
-        name: of the function, for the message.
-        dispatcher: as ``dropless()``.
-
-    Raises:
-        ValueError: if it is no ``Dispatcher``.
-
-    Example:
-        >>> check_dispatcher("a layer", "dropless")
-        Traceback (most recent call last):
-        ValueError: a layer: dispatcher = 'dropless'; expected a Dispatcher, such as dropless() or \
-padded(capacity_factor=1.25): its value, with the brackets.
-    """
-    if not isinstance(dispatcher, Dispatcher):
-        raise ValueError(
-            f"{name}: dispatcher = {dispatcher!r}; expected a Dispatcher, such as dropless() or "
-            f"padded(capacity_factor=1.25): its value, with the brackets."
-        )
-
-
-def _expert_layer(x: Tensor, routing: Routing, params: Any, *, dispatcher: Dispatcher, experts: Experts) -> Tensor:
-    plan = dispatcher.plan(routing)
-    rows = dispatcher.dispatch(x, routing, plan)  # (R, D)
-    rows = experts(rows, plan.groups, params)  # (R, D)
-    return dispatcher.combine(rows, routing, plan)  # (T, D)
-
-
-def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> ExpertLayer:
-    """Let an expert layer that drops nothing leave out what a plan drops, so that it keeps to a capacity limit.
-
-    Of the plan it takes what is dropped, and nothing else: rows are ordered and padded as the layer does it. As causal,
-    synchronising and deterministic as the two are.
-
-    Args:
-        layer: a dropless one, as ``fused_layer()``.
-        plan: routing -> DispatchPlan, as ``padded(...).plan``.
-
-    Returns:
-        A function (x (T, D), routing, params) -> (T, D).
-
-    Raises:
-        ValueError: if ``layer`` or ``plan`` cannot be called, as a ``Dispatcher`` in place of its plan.
-
-    Example:
-        >>> from moekit.dispatch import padded
-        >>> from moekit.experts import fused_layer
-        >>> from moekit.recipes import mixtral
-        >>> plan = padded(capacity_factor=1.25).plan
-        >>> recipe = mixtral()._replace(layer=limited(fused_layer(), plan=plan), plan=plan)
-
-    References:
-        Lepikhin et al., GShard, 2020, section 2.2 (expert capacity), https://arxiv.org/abs/2006.16668
-    """
-    if not callable(layer):
-        raise ValueError(
-            f"limited: layer = {reprlib.repr(layer)}; expected a function (x, routing, params) -> y, such as "
-            f"fused_layer()."
-        )
-    if not callable(plan):
-        given = "a Dispatcher" if isinstance(plan, Dispatcher) else reprlib.repr(plan)
-        raise ValueError(
-            f"limited: plan is {given}; expected a function routing -> DispatchPlan. Pass that of a dispatcher, as "
-            f"padded(capacity_factor=1.25).plan."
-        )
-    return partial(_limited, layer=layer, plan=plan)
-
-
-def _limited(
-    x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, plan: Callable[[Routing], DispatchPlan]
-) -> Tensor:
-    return layer(x, without_dropped(routing, plan(routing)), params)
-
-
-def recompute(layer: ExpertLayer) -> ExpertLayer:
-    """Let an expert layer keep nothing for its backward but tokens, routing and parameters, and compute the rest again.
-
-    The routing is an argument, so the decision is kept: it is made once, and cannot turn out otherwise the second time.
-
-    Args:
-        layer: to wrap; it must draw no random numbers.
-
-    Returns:
-        The same function, which holds less memory between forward and backward and takes one more forward.
-
-    Example:
-        >>> from moekit.recipes import mixtral
-        >>> recipe = mixtral()
-        >>> saving = recipe._replace(layer=recompute(recipe.layer))
-
-    References:
-        Chen et al., Training Deep Nets with Sublinear Memory Cost, 2016, https://arxiv.org/abs/1604.06174
-    """
-    return partial(_recompute, layer=layer)
-
-
-def _recompute(x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer) -> Tensor:
-    y: Tensor = checkpoint(layer, x, routing, params, use_reentrant=False, preserve_rng_state=False)
-    return y
 
 
 def moe_layer(
@@ -312,38 +140,18 @@ def moe_layer(
         >>> output.y.shape, {name: round(loss.item(), 3) for name, loss in output.losses.items()}
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
-    for name, given_ids in (("token_ids", token_ids), ("token_mask", token_mask)):
-        if given_ids is not None and given_ids.shape != x.shape[:-1]:
-            raise ValueError(
-                f"{name} has the shape {tuple(given_ids.shape)}; expected {tuple(x.shape[:-1])}, one for each token of "
-                f"x {tuple(x.shape)}."
-            )
-    if token_mask is not None and token_mask.dtype != torch.bool:
-        raise TypeError(f"token_mask is {token_mask.dtype}, expected bool, True for real tokens: token_mask.bool()")
-    if recipe.state is not None and state is None:
-        raise ValueError(
-            f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "
-            "(MoE.state of a trained layer, recipe.state.init(E) to begin with), or take "
-            "recipe._replace(state=None)."
-        )
+    _check_given(x, recipe, state=state, token_ids=token_ids, token_mask=token_mask)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)
-    if clean(logits).dtype not in (torch.float32, torch.float64):
-        raise ValueError(
-            f"the gate returned logits in {clean(logits).dtype}; expected float32 (or float64), in which every choice, "
-            f"weight and loss is computed. Let the gate compute in float32, as linear_gate does, inside autocast too: "
-            f"`with torch.autocast(x.device.type, enabled=False): return x.float() @ w.float()`."
-        )
+    check_precision("moe_layer", clean(logits))
     remembered = "bias" if recipe.state is None else recipe.state.name
-    given: dict[str, Any] = {"token_ids": token_ids, "sequence_length": length, "token_mask": token_mask}
-    given[remembered] = state
+    ids, mask = (None if each is None else each.reshape(-1) for each in (token_ids, token_mask))  # (T,)
+    given: dict[str, Any] = {"token_ids": ids, "sequence_length": length, "token_mask": mask, remembered: state}
     routing = recipe.route(logits, bias=given.get("bias"), **_wanted(recipe.needs, given))
-    if token_mask is not None:
-        routing = (
-            mask_soft(routing, token_mask) if isinstance(routing, SoftRouting) else mask_tokens(routing, token_mask)
-        )
-    y, routing = _routed_experts(tokens, routing, params, recipe, layer, token_mask)  # (T, D)
+    if mask is not None:
+        routing = mask_soft(routing, mask) if isinstance(routing, SoftRouting) else mask_tokens(routing, mask)
+    y, routing = _routed_experts(tokens, routing, params, recipe, layer, mask)  # (T, D)
     if y.shape != tokens.shape:
         raise ValueError(
             f"the expert layer returned {tuple(y.shape)}; expected {tuple(tokens.shape)}, as the tokens are. Let the "
@@ -351,9 +159,49 @@ def moe_layer(
         )
     if recipe.shared is not None:
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared.network, gate=params.shared_gate)
-    options: dict[str, Any] = {"token_mask": token_mask, "sequence_length": length}
+    options: dict[str, Any] = {"token_mask": mask, "sequence_length": length}
     losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
     return LayerOutput(y if x.ndim == 2 else y.reshape(x.shape), routing, losses, logits)
+
+
+def _check_given(
+    x: Tensor, recipe: Recipe, *, state: Tensor | None, token_ids: Tensor | None, token_mask: Tensor | None
+) -> None:
+    each = f"one for each token of x {tuple(x.shape)}"
+    if token_ids is not None:
+        check_shape("token_ids", token_ids, x.shape[:-1], each)
+    if token_mask is not None:
+        check_token_mask(token_mask, x.shape[:-1], each)
+    check_shared("moe_layer", recipe.shared)
+    if recipe.state is not None and state is None:
+        raise ValueError(
+            f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "
+            "(MoE.state of a trained layer, recipe.state.init(E) to begin with), or take "
+            "recipe._replace(state=None)."
+        )
+
+
+def check_shared(name: str, shared: Any) -> None:
+    """Refuse what says of no shared experts how many there are, as a network alone.
+
+    Args:
+        name: of the function, for the message.
+        shared: of a recipe.
+
+    Raises:
+        ValueError: if it is neither None nor ``SharedExperts`` of one or more.
+
+    Example:
+        >>> check_shared("a layer", 2)
+        Traceback (most recent call last):
+        ValueError: a layer: the recipe's shared experts are 2; expected None, or SharedExperts(network, number) with \
+a positive number.
+    """
+    if shared is not None and not (isinstance(shared, SharedExperts) and shared.number > 0):
+        raise ValueError(
+            f"{name}: the recipe's shared experts are {reprlib.repr(shared)}; expected None, or SharedExperts(network, "
+            f"number) with a positive number."
+        )
 
 
 def _routed_experts(
@@ -413,7 +261,8 @@ def shared_experts(x: Tensor, params: Any, *, experts: Experts, gate: Tensor | N
         (T, D).
 
     Example:
-        >>> from moekit.experts import init_gated, grouped, swiglu
+        >>> from functools import partial
+        >>> from moekit.experts import grouped, init_gated, swiglu
         >>> shared_experts(torch.ones(5, 4), init_gated(1, 4, 16), experts=partial(swiglu, matmul=grouped)).shape
         torch.Size([5, 4])
 

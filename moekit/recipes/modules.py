@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
-from moekit.recipes.layers import MoEParams, Recipe, moe_layer
+from moekit.recipes.layers import MoEParams, Recipe, check_shared, moe_layer
 from moekit.recipes.recipe_checks import check_stages
 from moekit.routing import init_linear_gate
-from moekit.types import LayerOutput, Routing, SharedExperts
+from moekit.types import LayerOutput, Routing
 
 
 class MoE(nn.Module):
@@ -74,7 +74,7 @@ class MoE(nn.Module):
         if not isinstance(recipe, Recipe):
             raise TypeError(f"MoE: recipe = {recipe!r}; expected a Recipe. A method is called: mixtral(), not mixtral.")
         check_stages(recipe)
-        _check_shared(recipe.shared)
+        check_shared("MoE", recipe.shared)
         choices = num_choices(recipe, num_experts)
         self.recipe = recipe
         self.dim, self.num_experts = dim, num_experts
@@ -239,11 +239,3 @@ def _check_update(name: str, state: Tensor, updated: Any) -> None:
 
 def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
-
-
-def _check_shared(shared: Any) -> None:
-    if shared is not None and not (isinstance(shared, SharedExperts) and shared.number > 0):
-        raise ValueError(
-            f"MoE: the recipe's shared experts are {reprlib.repr(shared)}; expected None, or SharedExperts(network, "
-            f"number) with a positive number."
-        )

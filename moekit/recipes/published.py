@@ -6,7 +6,8 @@ from torch import Tensor
 
 from moekit.dispatch import by_choice, dropless, padded
 from moekit.experts import gelu_mlp, grouped, init_gated, init_mlp, relu_mlp, swiglu
-from moekit.recipes.layers import Recipe, expert_layer
+from moekit.recipes.expert_layers import expert_layer
+from moekit.recipes.layers import Recipe
 from moekit.routing import (
     init_linear_gate,
     linear_gate,

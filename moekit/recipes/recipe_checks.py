@@ -1,6 +1,5 @@
 """What a recipe of a user's is refused for before anything runs: parts that do not belong together."""
 
-import inspect
 import reprlib
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -11,8 +10,9 @@ from torch import Tensor
 from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.recipes.choices import place_of
-from moekit.recipes.forms import form_of, is_same
-from moekit.recipes.layers import Recipe, check_needs, limited
+from moekit.recipes.expert_layers import limited
+from moekit.recipes.forms import form_of, is_same, parameters_of
+from moekit.recipes.layers import Recipe, check_needs
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing
 
 Plan = Callable[[Routing], DispatchPlan]
@@ -126,9 +126,8 @@ def check_router(recipe: Recipe) -> None:
     """
     check_stages(recipe)
     _check_observe(recipe.state)
-    try:
-        parameters = inspect.signature(recipe.route, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):  # of a function that tells nothing of itself
+    parameters = parameters_of(recipe.route)
+    if parameters is None:
         return
     taken = {each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
     missing = [name for name in dict.fromkeys(("bias", *recipe.needs)) if name not in taken]
@@ -142,9 +141,8 @@ def check_router(recipe: Recipe) -> None:
 def _check_observe(state: RouterState | None) -> None:
     if state is None or state.observe is None:
         return
-    try:
-        parameters = inspect.signature(state.observe, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):
+    parameters = parameters_of(state.observe)
+    if parameters is None:
         return
     if not any(each.name == "token_mask" or each.kind is each.VAR_KEYWORD for each in parameters):
         raise ValueError(
@@ -155,10 +153,7 @@ def _check_observe(state: RouterState | None) -> None:
 
 def _required(function: Callable[..., Any]) -> set[str]:
     """Name the arguments without which a function cannot be called."""
-    try:
-        parameters = inspect.signature(function, follow_wrapped=False).parameters.values()
-    except (TypeError, ValueError):
-        return set()
+    parameters = parameters_of(function) or ()
     return {each.name for each in parameters if each.default is each.empty and each.kind is not each.VAR_KEYWORD}
 
 

@@ -15,7 +15,7 @@ from moekit.lm.orders import Address
 from moekit.lm.permutations import BLOCK, block_permutation
 from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.language_models import moe_layers, parameter_table
+from moekit.recipes.language_models import first_moe_layer, parameter_table
 from moekit.recipes.routing_sums import layer_loads
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
@@ -199,16 +199,17 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         Name to number.
     """
     loss, budget, ranks = result.loss, run.budget, run.world.size
-    names, values = zip(*loss.balancing.items(), strict=True) if loss.balancing else ((), ())
-    cross_entropy, z, logit_mean, *terms = torch.stack([loss.cross_entropy, loss.z, loss.logit_mean, *values]).tolist()
+    tensors = [loss.cross_entropy, loss.z, loss.logit_mean, *loss.balancing.values()]
+    cross_entropy, z, logit_mean, *terms = torch.stack(tensors).tolist()  # one wait for the device
+    balancing = dict(zip(loss.balancing, terms, strict=True))
     metrics: dict[str, Any] = {
         "step": progress.step,
         **_epoch_metrics(run, progress.step),
         "tokens": progress.step * budget.tokens_per_step,
         "step_tokens": result.targets,
         "loss": cross_entropy,
-        **{f"loss/{name}": term for name, term in zip(names, terms, strict=True)},
-        "load_balancing_loss": _coefficient(run) * dict(zip(names, terms, strict=True)).get("load_balance", 0.0),
+        **{f"loss/{name}": term for name, term in balancing.items()},
+        "load_balancing_loss": _coefficient(run) * balancing.get("load_balance", 0.0),
         "lr": result.rate,
         "grad_norm": result.gradient_norm,
         "tokens_per_second": round(speed.tokens, 1),
@@ -268,5 +269,5 @@ def device_name(device: torch.device) -> str:
 
 
 def _coefficient(run: Run) -> float:
-    recipes = (layer.recipe for _, layer in moe_layers(run.model))
-    return next((recipe.coefficients.get("load_balance", 0.0) for recipe in recipes), 0.0)
+    layer = first_moe_layer(run.model)
+    return 0.0 if layer is None else layer.recipe.coefficients.get("load_balance", 0.0)

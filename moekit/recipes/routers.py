@@ -13,8 +13,9 @@ from moekit import routing
 from moekit.dispatch import dropless
 from moekit.experts import grouped, init_gated, swiglu
 from moekit.recipes import published, published_routers
+from moekit.recipes.expert_layers import expert_layer
 from moekit.recipes.families import phi_moe
-from moekit.recipes.layers import Recipe, expert_layer
+from moekit.recipes.layers import Recipe
 from moekit.recipes.sigmoid_families import deepseek_v3
 from moekit.types import GroupedMatmul, Routing
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from moekit.lm.batches import BatchStream, open_stream
+from moekit.lm.batches import Stream, open_stream
 from moekit.lm.checkpoint_folders import remove_leftovers
 from moekit.lm.files import check_folder
 from moekit.lm.folder_locks import FolderLock
@@ -54,7 +54,7 @@ class Run(NamedTuple):
     grid: Grid
     optimizer: torch.optim.AdamW
     scaler: torch.amp.GradScaler
-    stream: BatchStream
+    stream: Stream
 
 
 @contextmanager
@@ -141,7 +141,7 @@ def set_up(settings: TrainSettings, world: World, console: Console, *, folder: P
     )
 
 
-def _open_stream(settings: TrainSettings, world: World, corpus: Corpus, *, batch_size: int) -> BatchStream:
+def _open_stream(settings: TrainSettings, world: World, corpus: Corpus, *, batch_size: int) -> Stream:
     config, data = make_config(settings.model), settings.data
     return open_stream(
         [source.shards for source in corpus.sources],

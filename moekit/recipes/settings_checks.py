@@ -4,9 +4,11 @@ import math
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from moekit.lm.configs import OF_METHOD
 from moekit.lm.trackers import parse_report_to
-from moekit.recipes.derived import OF_EXCHANGE, OF_METHOD
+from moekit.recipes.derived import OF_EXCHANGE
 from moekit.recipes.settings_legacy import check_refused
+from moekit.recipes.wording import flag_of
 
 if TYPE_CHECKING:
     from moekit.recipes.settings import (
@@ -86,20 +88,16 @@ def check_settings(settings: "TrainSettings") -> None:
     _check_run(run)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _check_positive(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 < value < float("inf"):
-            raise ValueError(f"{_flag(name)} is {value}; expected a positive number{_and_finite(value)}")
+            raise ValueError(f"{flag_of(name)} is {value}; expected a positive number{_and_finite(value)}")
 
 
 def _check_not_negative(**numbers: float | None) -> None:
     for name, value in numbers.items():
         if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"{_flag(name)} is {value}; expected at least 0{_and_finite(value)}")
+            raise ValueError(f"{flag_of(name)} is {value}; expected at least 0{_and_finite(value)}")
 
 
 def _and_finite(value: float) -> str:
@@ -115,7 +113,7 @@ def _check_texts(settings: "TrainSettings") -> None:
             for text in value if isinstance(value, tuple) else (value,):
                 if not isinstance(text, str | PurePath):
                     continue
-                flag = "--model" if name == "preset" else _flag(name)
+                flag = "--model" if name == "preset" else flag_of(name)
                 if "\0" in str(text) or not _is_unicode(str(text)):
                     raise ValueError(f"{flag} is {str(text)!r}; expected UTF-8 text without a zero byte")
                 if name in filled and not text:
@@ -129,7 +127,7 @@ def _is_unicode(text: str) -> bool:
 def _check_decay_rates(**rates: float) -> None:
     for name, rate in rates.items():
         if not 0 <= rate < 1:
-            raise ValueError(f"{_flag(name)} is {rate}; expected at least 0 and less than 1")
+            raise ValueError(f"{flag_of(name)} is {rate}; expected at least 0 and less than 1")
 
 
 def _check_batch(optimizer: "OptimizerSettings") -> None:
@@ -194,7 +192,7 @@ def _check_data(settings: "TrainSettings") -> None:
 def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings") -> None:
     for name in ("fsdp_amp", "fsdp_pure_bf16", "fsdp_hybrid", "fsdp_hybrid_o2"):
         if getattr(parallel, name) and not parallel.fsdp:
-            raise ValueError(f"{_flag(name)} says how --fsdp works, which is not given; add --fsdp or leave it out")
+            raise ValueError(f"{flag_of(name)} says how --fsdp works, which is not given; add --fsdp or leave it out")
     if parallel.fsdp_hybrid and parallel.fsdp_hybrid_o2:
         raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
@@ -207,7 +205,7 @@ def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings"
     for name in ("fsdp", "moe_weight_parallelism", "moe_expert_model_parallelism"):
         if getattr(parallel, name) and optimizer.precision == "amp":
             raise ValueError(
-                f"--precision amp scales gradients, which {_flag(name)} does not support; use amp_bfloat16"
+                f"--precision amp scales gradients, which {flag_of(name)} does not support; use amp_bfloat16"
             )
 
 
@@ -222,7 +220,7 @@ def _check_exchange(settings: "TrainSettings") -> None:
         world_size=settings.run.world_size,
     )
     changed = [
-        _flag(name)
+        flag_of(name)
         for name in OF_EXCHANGE
         if getattr(parallel, name) != type(parallel).__dataclass_fields__[name].default
     ]
@@ -242,7 +240,7 @@ def _check_exchange(settings: "TrainSettings") -> None:
 
 
 def _check_dense(model: "ModelSettings") -> None:
-    given = [_flag(name) for name in OF_METHOD if getattr(model, name) is not None]
+    given = [flag_of(name) for name in OF_METHOD if getattr(model, name) is not None]
     if model.moe_freq == 0 and given:
         raise ValueError(f"--moe-freq 0 makes a dense model, so {', '.join(given)} would say nothing; leave out either")
 

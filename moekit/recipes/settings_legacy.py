@@ -5,6 +5,8 @@ from typing import Annotated, Any, get_type_hints
 
 import tyro
 
+from moekit.recipes.wording import flag_of
+
 _NO_EFFECT, _REFUSED = "No effect: ", "Not supported: "
 
 
@@ -104,6 +106,4 @@ def _given(settings: LegacySettings, kind: str) -> dict[str, str]:
     hints = get_type_hints(LegacySettings, include_extras=True)
     given = [each.name for each in fields(settings) if getattr(settings, each.name) != each.default]
     helps = {name: hints[name].__metadata__[0].help for name in given}
-    return {
-        "--" + name.replace("_", "-"): text.removeprefix(kind) for name, text in helps.items() if text.startswith(kind)
-    }
+    return {flag_of(name): text.removeprefix(kind) for name, text in helps.items() if text.startswith(kind)}

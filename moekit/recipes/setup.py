@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 
-from moekit.lm.configs import ModelConfig, load_config, read_config
+from moekit.lm.configs import OF_METHOD, ModelConfig, load_config, read_config
 from moekit.recipes.automatic import automatic
 from moekit.recipes.backends import auto
 from moekit.recipes.choices import experts_per_token
-from moekit.recipes.derived import OF_METHOD, OF_SHAPE
+from moekit.recipes.derived import OF_SHAPE
 from moekit.recipes.layers import Recipe
 from moekit.recipes.modules import MoE
 from moekit.recipes.names import DEFAULT_K, find_recipe, recipe_options, users_fault

@@ -7,8 +7,9 @@ from functools import partial
 
 from moekit.dispatch import dropless, weigh_inputs
 from moekit.experts import grouped, init_mlp, relu2, simple, swiglu
+from moekit.recipes.expert_layers import expert_layer
 from moekit.recipes.families import qwen3_moe
-from moekit.recipes.layers import Recipe, expert_layer
+from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, mixtral, shared
 from moekit.routing import group_limited, selection_bias, sequence_balance_loss, sigmoid, top_k
 from moekit.types import GroupedMatmul

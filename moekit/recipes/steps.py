@@ -2,8 +2,8 @@
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -156,7 +156,7 @@ def take_gradient(
     layers = [layer for _, layer in moe_layers(model)]
     weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
-    parts: list[list[Tensor]] = []  # of each micro-batch: its numbers, and routing and observations layer by layer
+    parts: list[list[Tensor]] = []  # of each micro-batch
     names, backward_time = sorted({name for layer in layers for name in layer.recipe.losses}), 0.0
     for number, ids in enumerate(batches, start=1):
         gradient_sync(model, last=number == len(batches))
@@ -166,26 +166,43 @@ def take_gradient(
             output = model(inputs, token_mask=token_mask)
             outputs = [each for each in output.layers if each.routing is not None]
             if weighs and counts is None and world.size > 1:
-                counts = _sum_of_each(world, [[choice_counts(each.routing) for each in outputs]])
+                counts = _sum_of_each(world, [_choice_counts(outputs)])
             terms = _output_terms(output.logits, targets, tokens, rules)
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
-            options = {"token_mask": token_mask, "sequence_length": inputs.shape[1]}
+            real = None if token_mask is None else token_mask.flatten()  # (T,)
+            options = {"token_mask": real, "sequence_length": inputs.shape[1]}
             ahead = None if counts is None else [each.double() * share for each in counts]
             weighted, balancing = _balancing(layers, outputs, ahead, options)
             total = terms[0] + rules.z_coefficient * terms[1] + share * weighted
         asked = time.perf_counter()
         rules.scale(total).backward()
         backward_time += time.perf_counter() - asked
-        routing = [_routing(each, layer, token_mask, statistics) for each, layer in zip(outputs, layers, strict=True)]
-        observed = [_observed(each, layer, token_mask) for each, layer in zip(outputs, layers, strict=True)]
         numbers = [total, *terms, *(share * balancing[name] for name in names)]
-        parts.append([torch.stack([each.detach().double() for each in numbers]), *routing, *observed])
+        parts.append(_joined(numbers, zip(outputs, layers, strict=True), real, statistics))
+    return _taken_apart(parts, names, world, backward_time)
+
+
+def _joined(
+    numbers: Sequence[Tensor],
+    pairs: Iterable[tuple[LayerOutput, MoE]],
+    token_mask: Tensor | None,
+    statistics: bool,
+) -> list[Tensor]:
+    """Lay out what adds up over micro-batches and ranks, (n,) each: the numbers, then two pieces for every layer."""
+    pieces = [torch.stack([each.detach().double() for each in numbers])]
+    for output, layer in pairs:
+        pieces += [_routing(output, layer, token_mask, statistics), _observed(output, layer, token_mask)]
+    return pieces
+
+
+def _taken_apart(parts: Sequence[list[Tensor]], names: Sequence[str], world: World, backward_time: float) -> StepLoss:
+    """Add up what ``_joined`` laid out, over micro-batches and, in one sum, ranks; and name the pieces again."""
     flat = all_sum(world, torch.stack([torch.cat(part) for part in parts]).sum(0))
-    sums, *of_layers = flat.split([len(piece) for piece in parts[0]])
-    total, cross_entropy, z, logit_mean, *means = sums.unbind()
-    routed, seen = of_layers[: len(layers)], tuple(of_layers[len(layers) :])
+    numbers, *of_layers = flat.split([len(piece) for piece in parts[0]])
+    total, cross_entropy, z, logit_mean, *means = numbers.unbind()
     balancing = dict(zip(names, means, strict=True))
-    return StepLoss(total, cross_entropy, balancing, z, logit_mean, stacked(routed, flat), seen, backward_time)
+    routing, observed = stacked(of_layers[::2], flat), tuple(of_layers[1::2])
+    return StepLoss(total, cross_entropy, balancing, z, logit_mean, routing, observed, backward_time)
 
 
 def learning_rate(
@@ -282,13 +299,18 @@ def _count_ahead(
 ) -> list[Tensor]:
     """Count each MoE layer's (K, E) assignments over all micro-batches and ranks, by a forward without gradients."""
     counts: list[list[Tensor]] = []
-    with torch.no_grad(), _same_random_numbers(world.device):
+    with torch.no_grad(), same_random_numbers(world.device):
         for ids in batches:
             inputs, _, mask = split_ids(ids)
             with rules.precision():
                 layers = model(inputs, token_mask=mask if masked else None).layers
-            counts.append([choice_counts(each.routing) for each in layers if each.routing is not None])
+            counts.append(_choice_counts(layers))
     return _sum_of_each(world, counts)
+
+
+def _choice_counts(outputs: Sequence[LayerOutput]) -> list[Tensor]:
+    """Count each MoE layer's (K, E) assignments; dense layers have none."""
+    return [choice_counts(each.routing) for each in outputs if each.routing is not None]
 
 
 def _sum_of_each(world: World, counts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
@@ -298,11 +320,9 @@ def _sum_of_each(world: World, counts: Sequence[Sequence[Tensor]]) -> list[Tenso
     return [piece.view_as(each) for piece, each in zip(pieces, counts[0], strict=True)]
 
 
-@contextmanager
-def _same_random_numbers(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it was, so that what follows draws the same numbers again."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
+def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
+    """Leave torch's random state as it was, so that what follows draws the same numbers again."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statistics: bool) -> Tensor:
@@ -314,5 +334,4 @@ def _observed(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Ten
     state = layer.recipe.state
     if state is None or state.observe is None:
         return torch.zeros(0, dtype=torch.float64, device=output.y.device)
-    mask = None if token_mask is None else token_mask.flatten()  # (T,)
-    return state.observe(output.logits, output.routing, layer.state, token_mask=mask)
+    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)

@@ -23,7 +23,7 @@ from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
 from moekit.recipes.holdings import holding_table, plan_holdings
-from moekit.recipes.language_models import language_model, moe_layers, parameter_table
+from moekit.recipes.language_models import first_moe_layer, language_model, parameter_table
 from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
@@ -312,7 +312,7 @@ def rounding_notes(run: Run) -> list[str]:
     Returns:
         Lines of text; none where the router rounds nothing, or the mean load is half a tile at least.
     """
-    layer = next((layer for _, layer in moe_layers(run.model)), None)
+    layer = first_moe_layer(run.model)
     rounding = None if layer is None else rounding_of(layer.recipe.route)
     if layer is None or rounding is None:
         return []

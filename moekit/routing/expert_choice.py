@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.ratios import is_positive, ratio_of
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import Score, check_choice, normalized, softmax, softmax_over_tokens
@@ -92,8 +93,9 @@ def expert_choice(
         multiple_of=multiple_of,
     )
     num_taken = capacity(pool_size)  # C
-    real = None if token_mask is None else _real_tokens(token_mask, logits, pool_size)
-    scores = _scores_by_expert(logits, score, real, pool_size)  # (G, E, n)
+    pools = _num_pools(logits.shape[0], pool_size), pool_size
+    real = None if token_mask is None else flat_mask(token_mask, logits.shape[0]).view(pools)  # (G, n)
+    scores = _scores_by_expert(logits, score, real, pools)  # (G, E, n)
     preference = scores.detach() if real is None else scores.detach().masked_fill(~real.unsqueeze(1), -torch.inf)
     chosen = torch.topk(preference, num_taken, dim=-1).indices  # (G, E, C)
     # Along the tokens' own axis: Inductor's gradient of a gather from a transposed softmax is wrong on the CPU.
@@ -164,17 +166,7 @@ def _pool_size(num_tokens: int, sequence_length: int | None) -> int:
     return sequence_length
 
 
-def _real_tokens(token_mask: Tensor, logits: Tensor, pool_size: int) -> Tensor:
-    """Return (G, n) bool."""
-    if token_mask.numel() != logits.shape[0]:
-        raise ValueError(
-            f"expert_choice: token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected "
-            f"one per token, {logits.shape[0]}."
-        )
-    return token_mask.bool().reshape(_num_pools(logits.shape[0], pool_size), pool_size)
-
-
-def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pool_size: int) -> Tensor:
+def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pools: tuple[int, int]) -> Tensor:
     while isinstance(score, partial) and not score.args and not score.keywords:
         score = score.func
     over_tokens = score is softmax_over_tokens
@@ -182,9 +174,9 @@ def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pool_si
         # Nor a share of a pool; a pool of nothing else has finite ones still, which nobody takes.
         padding = torch.finfo(logits.dtype).min if over_tokens else 0.0
         logits = logits.masked_fill(~real.reshape(-1, 1), padding)
-    shape = _num_pools(logits.shape[0], pool_size), pool_size, logits.shape[1]
-    pools = score(logits.reshape(shape)) if over_tokens else score(logits).reshape(shape)
-    return pools.transpose(1, 2)
+    shape = *pools, logits.shape[1]
+    scores = score(logits.reshape(shape)) if over_tokens else score(logits).reshape(shape)
+    return scores.transpose(1, 2)
 
 
 def _num_pools(num_tokens: int, pool_size: int) -> int:

@@ -147,12 +147,14 @@ def check_precision(name: str, logits: Tensor) -> None:
         >>> check_precision("top_k", torch.zeros(2, 3, dtype=torch.float16))
         Traceback (most recent call last):
         ValueError: top_k: logits are in torch.float16; expected float32 (or float64), in which every choice, weight \
-and loss is computed. Let the gate compute in float32, as linear_gate does, or pass logits.float().
+and loss is computed. Let the gate compute in float32, as linear_gate does, inside autocast too (`with \
+torch.autocast(x.device.type, enabled=False): return x.float() @ w.float()`), or pass logits.float().
     """
     if logits.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name}: logits are in {logits.dtype}; expected float32 (or float64), in which every choice, weight and "
-            f"loss is computed. Let the gate compute in float32, as linear_gate does, or pass logits.float()."
+            f"loss is computed. Let the gate compute in float32, as linear_gate does, inside autocast too (`with "
+            f"torch.autocast(x.device.type, enabled=False): return x.float() @ w.float()`), or pass logits.float()."
         )
 
 

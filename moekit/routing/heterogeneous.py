@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from moekit.routing.losses import balance_of_pools, shares
-from moekit.routing.scopes import counts_of_pools, hidden_logits, real_tokens, sums_of_pools
+from moekit.routing.losses import balance_of_pools, counts_of_batch, shares
+from moekit.routing.scopes import hidden_logits, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -58,8 +58,7 @@ def heterogeneous_balance_loss(
             f"heterogeneous_balance_loss: num_simple = {num_simple} and tau = {tau} were given for {num_experts} "
             f"experts; expected 0 <= num_simple <= {num_experts} and tau > 0."
         )
-    own = counts_of_pools(routing, token_mask)  # (1, E)
-    counts = own if tokens_per_expert is None else tokens_per_expert.view(-1, num_experts).sum(0, keepdim=True)
+    counts = counts_of_batch(routing, token_mask, tokens_per_expert)
     scores = shares(hidden_logits("heterogeneous_balance_loss", logits, token_mask), score)
     networks = torch.arange(num_experts, device=scores.device) < num_experts - num_simple
     eta = scores.new_ones(num_experts).where(networks, tau)

@@ -7,6 +7,7 @@ expert has everything. Ports to PyTorch often divide the variance by E - 1; V-Mo
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.routing.gates import check_precision
 from moekit.routing.scopes import (
     Scope,
@@ -141,7 +142,7 @@ def _ones(logits: NoisyLogits, token_mask: Tensor | None) -> Tensor:
     """Return the standard deviations, with 1 for padding tokens, which are divided by too."""
     if token_mask is None:
         return logits.std
-    return logits.std.masked_fill(~token_mask.flatten().bool().unsqueeze(1), 1.0)
+    return logits.std.masked_fill(~flat_mask(token_mask, len(logits.std)).unsqueeze(1), 1.0)
 
 
 def _chances(logits: NoisyLogits, k: int, *, excluding_self: bool) -> Tensor:

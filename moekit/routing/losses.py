@@ -60,9 +60,7 @@ def load_balance_loss(
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
         Qiu et al., Demons in the Detail, 2025 (global-batch statistics), https://arxiv.org/abs/2501.11873
     """
-    counts = counts_of_pools(routing, token_mask, choices=choices)  # (1, E)
-    if tokens_per_expert is not None:
-        counts = _counts_of_choices(tokens_per_expert, choices)
+    counts = counts_of_batch(routing, token_mask, tokens_per_expert, choices=choices)
     scores = shares(hidden_logits("load_balance_loss", logits, token_mask), score)
     sums, real = sums_of_pools(scores, token_mask), real_tokens(scores, token_mask)
     return balance_of_pools(counts, sums, real, per_token=per_token)
@@ -150,8 +148,12 @@ def update_bias(
     return bias if limit is None else bias.clamp(-limit, limit)
 
 
-def _counts_of_choices(counts: Tensor, choices: int | None) -> Tensor:
-    """Return (E,), the counts of the first ``choices``, of counts (K, E), or of (E,) where all are meant."""
+def counts_of_batch(
+    routing: Routing, token_mask: Tensor | None, counts: Tensor | None, *, choices: int | None = None
+) -> Tensor:
+    """Return (E,), the assignments of the first ``choices``: those given, (K, E) or (E,), or else this routing's."""
+    if counts is None:
+        return counts_of_pools(routing, token_mask, choices=choices)[0]
     if counts.ndim == 2:
         return counts[:choices].sum(0)
     if choices is not None:

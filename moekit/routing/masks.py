@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.types import Routing
 
 
@@ -28,12 +29,7 @@ def mask_tokens(routing: Routing, token_mask: Tensor) -> Routing:
         tensor([[ 0,  1],
                 [-1, -1]])
     """
-    if token_mask.numel() != routing.num_tokens:
-        raise ValueError(
-            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
-            f"{routing.num_tokens}."
-        )
-    return _keep(routing, token_mask.flatten().bool()[routing.token_indices])
+    return _keep(routing, flat_mask(token_mask, routing.num_tokens)[routing.token_indices])
 
 
 def random_second(routing: Routing) -> Routing:

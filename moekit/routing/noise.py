@@ -183,7 +183,7 @@ def logit_noise(gate: Gate, *, std: float = 1.0) -> Gate:
     """
     if std < 0:
         raise ValueError(f"logit_noise: std = {std}; expected a number >= 0. V-MoE's is 1, which is divided by E.")
-    return partial(_with_noise, gate=_told(gate), draw=torch.randn_like, std=partial(_over_experts, std=std))
+    return partial(_with_noise, gate=_told(gate), noise=partial(_normal, std=std))
 
 
 def gumbel_noise(gate: Gate) -> Gate:
@@ -205,7 +205,7 @@ def gumbel_noise(gate: Gate) -> Gate:
     References:
         Kool et al., Stochastic Beams and Where to Find Them, 2019, section 2.3, https://arxiv.org/abs/1903.06059
     """
-    return partial(_with_noise, gate=_told(gate), draw=_standardised_gumbel, std=_gumbel_std)
+    return partial(_with_noise, gate=_told(gate), noise=_gumbel)
 
 
 def _jittered(x: Tensor, params: Any, *, gate: Callable[..., Any], eps: float, training: bool = True) -> Any:
@@ -215,28 +215,34 @@ def _jittered(x: Tensor, params: Any, *, gate: Callable[..., Any], eps: float, t
     return gate(x, params, training=training)
 
 
-def _with_noise(  # type: ignore[no-untyped-def]
-    x: Tensor, params: Any, *, gate: Callable[..., Logits], draw, std, training: bool = True
+def _with_noise(
+    x: Tensor, params: Any, *, gate: Callable[..., Logits], noise: Callable[[Tensor], "_Noise"], training: bool = True
 ) -> NoisyLogits:
     before = gate(x, params, training=training)
     z = noisy(before)
-    added = torch.full_like(z, std(z.shape[-1]))
+    draw, std = noise(z)
+    added = torch.full_like(z, std)
     total = torch.hypot(before.std, added) if isinstance(before, NoisyLogits) else added
-    return NoisyLogits(z + draw(z) * added if training else z, clean(before), total)
+    return NoisyLogits(z + draw() if training else z, clean(before), total)
 
 
-def _over_experts(num_experts: int, *, std: float) -> float:
-    return std / num_experts
+class _Noise(NamedTuple):
+    draw: Callable[[], Tensor]
+    std: float
 
 
-def _gumbel_std(num_experts: int) -> float:
-    return math.pi / math.sqrt(6)
+def _normal(z: Tensor, *, std: float) -> _Noise:
+    each = std / z.shape[-1]
+    return _Noise(lambda: torch.randn_like(z) * each, each)
 
 
-def _standardised_gumbel(z: Tensor) -> Tensor:
+def _gumbel(z: Tensor) -> _Noise:
+    return _Noise(partial(_standard_gumbel, z), math.pi / math.sqrt(6))
+
+
+def _standard_gumbel(z: Tensor) -> Tensor:
     # Clamped: an exponential variate may round to zero.
-    exponential = torch.empty_like(z).exponential_().clamp_min(torch.finfo(z.dtype).tiny)
-    return -exponential.log() / _gumbel_std(0)
+    return -torch.empty_like(z).exponential_().clamp_min(torch.finfo(z.dtype).tiny).log()
 
 
 def _told(gate: Gate) -> Callable[..., Any]:

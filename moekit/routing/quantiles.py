@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.routing.gates import clean, noisy
 from moekit.routing.top_k import Score, check_choice, shifted, softmax, token_choice, weights_at
 from moekit.types import Logits, Routing
@@ -96,7 +97,7 @@ def quantile_duals(logits: Logits, duals: Tensor, *, k: int, token_mask: Tensor 
     gains = logits - alpha  # (T, E)
     if token_mask is None:
         return torch.topk(gains, num_tokens * k // num_experts + 1, dim=0).values[-1].to(duals.dtype)
-    real = token_mask.flatten().bool()
+    real = flat_mask(token_mask, num_tokens)
     count = real.sum()
     ranked = gains.masked_fill(~real.unsqueeze(-1), -torch.inf).sort(dim=0, descending=True).values
     target = (count * k // num_experts).view(1, 1).expand(1, num_experts)

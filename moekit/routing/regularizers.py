@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.routing.gates import clean
-from moekit.routing.losses import shares
+from moekit.routing.losses import counts_of_batch, shares
 from moekit.routing.scopes import (
     Scope,
-    counts_of_pools,
     hidden_logits,
     mean_of_pools,
     real_tokens,
@@ -65,10 +65,8 @@ def weighted_l1_loss(
         raise ValueError(f"weighted_l1_loss: k = {k} experts per token are wanted; expected a positive number.")
     weights = routing.weights
     if token_mask is not None:
-        weights = weights.masked_fill(~token_mask.flatten().bool()[routing.token_indices], 0.0)
-    counts = counts_of_pools(routing, token_mask)[0]  # (E,)
-    if tokens_per_expert is not None:
-        counts = tokens_per_expert.sum(0) if tokens_per_expert.ndim == 2 else tokens_per_expert
+        weights = weights.masked_fill(~flat_mask(token_mask, routing.num_tokens)[routing.token_indices], 0.0)
+    counts = counts_of_batch(routing, token_mask, tokens_per_expert)
     tokens = real_tokens(clean(logits), token_mask)[0].clamp_min(1).to(weights.dtype)
     load = counts.to(weights.dtype) * routing.num_experts / (k * tokens)
     return (weights * load[routing.expert_indices.clamp_min(0)]).sum() / tokens

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.routing.gates import check_precision, clean
 from moekit.segments import tokens_per_expert as count_tokens
 from moekit.types import Logits, Routing
@@ -97,7 +98,7 @@ def hidden(values: Tensor, token_mask: Tensor | None) -> Tensor:
     """
     if token_mask is None:
         return values
-    return values.masked_fill(~token_mask.flatten().bool().view(-1, *[1] * (values.ndim - 1)), 0.0)
+    return values.masked_fill(~flat_mask(token_mask, len(values)).view(-1, *[1] * (values.ndim - 1)), 0.0)
 
 
 def hidden_logits(name: str, logits: Logits, token_mask: Tensor | None) -> Tensor:
@@ -205,7 +206,7 @@ def counts_of_pools(
             )
         experts, tokens = experts[:, :choices], tokens[:, :choices]
     if token_mask is not None:
-        experts = experts.masked_fill(~token_mask.flatten().bool()[tokens], -1)
+        experts = experts.masked_fill(~flat_mask(token_mask, routing.num_tokens)[tokens], -1)
     pools = scope(torch.arange(routing.num_tokens, device=experts.device), sequence_length)  # (pools, tokens of each)
     if pools.shape[0] == 1:
         return count_tokens(experts, routing.num_experts).unsqueeze(0)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.routing.gates import check_parts, check_precision, linear_gate, noisy
 from moekit.types import Logits, SoftRouting
 
@@ -180,12 +181,7 @@ def _unit(x: Tensor, *, dim: int) -> Tensor:
 
 def _padding(token_mask: Tensor, pools: int, size: int) -> Tensor:
     """Return (G, T/G) bool, True for padding tokens."""
-    if token_mask.numel() != pools * size:
-        raise ValueError(
-            f"token_mask has {token_mask.numel()} elements (shape {tuple(token_mask.shape)}); expected one per token, "
-            f"{pools * size}."
-        )
-    return ~token_mask.bool().reshape(pools, size)
+    return ~flat_mask(token_mask, pools * size).view(pools, size)
 
 
 def _pools(logits: Tensor, slots: int, sequence_length: int | None) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moekit.checks import flat_mask
 from moekit.ratios import ratio_of
 from moekit.routing.gates import noisy
 from moekit.routing.top_k import check_choice, shifted, token_choice
@@ -68,7 +69,7 @@ def topology_limited(
     numerator, denominator = ratio_of(share)
     real: int | Tensor = num_tokens
     if token_mask is not None:
-        mask = token_mask.flatten().bool()
+        mask = flat_mask(token_mask, num_tokens)
         rank, real = rank.masked_fill(~mask, float("-inf")), mask.sum()
     order = torch.sort(rank, descending=True, stable=True).indices
     turns = torch.arange(num_tokens, device=logits.device)

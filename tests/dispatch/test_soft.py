@@ -147,7 +147,6 @@ def test_sums_are_in_float32_and_results_have_the_dtype_of_rows() -> None:
     assert torch.equal(y, (weights.view(-1, 1) * slots.float()).bfloat16())
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo does, in torch 2.13
 def test_one_graph() -> None:
     torch._dynamo.reset()
     x, params, weights = torch.randn(T, D, requires_grad=True), init_mlp(E, D, F), torch.rand(G, L, E, S)

@@ -132,7 +132,6 @@ def test_combine_sees_weight_one_and_zero_where_there_is_no_assignment() -> None
     assert torch.equal(seen, (routing.expert_indices >= 0).float())
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_it_compiles_whole() -> None:
     x, logits, params = draw()
     layer = expert_layer(dispatcher=weigh_inputs(dropless()), experts=partial(swiglu, matmul=grouped))

@@ -1,8 +1,20 @@
-"""The option of the tests that start several processes."""
+"""The option of the tests that start several processes, and no pictures of what this process trains."""
+
+from collections.abc import Iterator
 
 import pytest
+
+from moekit.recipes import report
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add an option; it is known where this folder or a file in it is named on the command line."""
     parser.addoption("--kills", type=int, default=4, help="how often test_kills.py kills its run")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Draw no picture: it takes longer than a small run."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "plot_run", lambda path, **options: path)
+        yield

@@ -20,6 +20,7 @@ from moekit.recipes.train import main
 pytestmark = pytest.mark.distributed
 
 ROOT = Path(__file__).parents[2]
+PROGRAM = ROOT / "tests" / "undrawn.py"
 MARK = "MOEKIT_TEST_LAUNCH"  # all processes of a launch inherit it
 STEPS, SAVE_EVERY, RANKS = 20, 2, 2
 FAULT = "the injected fault"
@@ -32,7 +33,7 @@ FAULTY = f"""
 import json, os, signal, sys, time
 from datetime import timedelta
 from moekit.parallel import start_processes
-from moekit.recipes import updates
+from moekit.recipes import report, updates
 from moekit.recipes.train import main
 
 fault = json.loads(sys.argv[1])
@@ -61,6 +62,7 @@ def faulty(*arguments):
 
 
 updates.sum_gradients = faulty
+report.plot_run = lambda path, **options: path
 with start_processes(patience=timedelta(seconds={PATIENCE} if fault["kind"] == "silence" else 600)):
     main(sys.argv[2:])
 """
@@ -117,8 +119,7 @@ def flags(tmp_path_factory):
 def unbroken(flags, tmp_path_factory):
     """The folder of a run of two ranks that nothing happened to."""
     logs = tmp_path_factory.mktemp("unbroken")
-    program = ROOT / "examples" / "train_moe.py"
-    status, said = ended(launch(["--nproc-per-node", str(RANKS)], program, *flags(logs), mark=logs))
+    status, said = ended(launch(["--nproc-per-node", str(RANKS)], PROGRAM, *flags(logs), mark=logs))
     assert status == 0, said
     return logs / "a"
 
@@ -166,8 +167,7 @@ def test_a_run_that_fails_in_every_way_equals_the_unbroken_one(flags, unbroken, 
         least, step = step + gained, read_state(latest_checkpoint(tmp_path / "a"))["step"]
         most = STEPS - SAVE_EVERY if kind == "launcher" else least  # its ranks take some steps before they miss it
         assert least <= step <= most, said
-    program = ROOT / "examples" / "train_moe.py"
-    status, said = ended(launch(torchrun, program, *flags(tmp_path, "--resume", "latest"), mark=mark))
+    status, said = ended(launch(torchrun, PROGRAM, *flags(tmp_path, "--resume", "latest"), mark=mark))
     assert status == 0, said
     assert f"step_{step:08}: step {step}" in said
     assert numbers(tmp_path / "a") == numbers(unbroken)
@@ -209,8 +209,7 @@ def test_ranks_without_tokens_and_uneven_ends_change_nothing(flags, tmp_path, ma
     manifest = write_shards(tmp_path / "padded", rows, sequences_per_shard=7)
     line = flags(tmp_path, "--dataset-manifest", str(manifest), "--train-data-mix-weights", "1")
     line += ["--val-manifest", str(validation), "--global-batch-size", str(RANKS), "--steps", "12"]
-    program = ROOT / "examples" / "train_moe.py"
-    process = launch(["--nproc-per-node", str(RANKS)], program, *line, "--fsdp", "--name", "several", mark=mark)
+    process = launch(["--nproc-per-node", str(RANKS)], PROGRAM, *line, "--fsdp", "--name", "several", mark=mark)
     main([*line, "--name", "one"])
     status, said = ended(process)
     assert status == 0, said

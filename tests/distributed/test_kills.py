@@ -57,7 +57,7 @@ class Launch:
     """A real process of the program."""
 
     def __init__(self, arguments, folder, *, mark, killer=()):
-        program = ["-c", KILLER, *map(str, killer)] if killer else [str(ROOT / "examples" / "train_moe.py")]
+        program = ["-c", KILLER, *map(str, killer)] if killer else [str(ROOT / "tests" / "undrawn.py")]
         self.folder = folder
         self._process = subprocess.Popen(
             [sys.executable, *program, *arguments],

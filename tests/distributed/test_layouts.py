@@ -14,7 +14,7 @@ from moekit.lm.trackers import read_metrics
 from moekit.parallel import one_process
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
-SEQ_LEN, STEPS = 64, 20
+SEQ_LEN, STEPS, SAVED = 64, 12, 6
 QUICK = ("document", "fewer", "hybrid")  # the others are for --full
 SPREAD = "--moe-expert-model-parallelism"
 DOCUMENT = ("--recipe", "openlm", "--moe-num-experts", "8", "--moe-capacity-factor", "1.25")
@@ -32,7 +32,8 @@ def flags(tmp_path_factory):
     fixed = "--model moekit_tiny --precision fp32 --global-batch-size 8 --lr 3e-3 --log-every-n-steps 1"
     manifests = ["--dataset-manifest", str(folder / "a/manifest.jsonl")]
     manifests += ["--val-manifest", str(folder / "val/manifest.jsonl")]
-    return [*fixed.split(), *manifests, "--multiple-data-passes", "--steps", str(STEPS), "--save-every-n-steps", "10"]
+    length = ["--steps", str(STEPS), "--save-every-n-steps", str(SAVED)]
+    return [*fixed.split(), *manifests, "--multiple-data-passes", *length]
 
 
 @pytest.fixture(scope="module")
@@ -160,9 +161,9 @@ def test_text_is_sampled_after_a_run_with_a_capacity_limit(tmp_path, full):
     (tmp_path / "bytes.json").write_text(json.dumps(shape | {"weight_tying": False}))
     words = "--precision fp32 --steps 2 --batch-size 2 --tokenizer byte --val-num-samples 640 --name text"
     command = ["--model", str(tmp_path / "bytes.json"), *words.split(), "--logs", str(tmp_path), SPREAD]
-    [ended, _] = run_ranks("launches:run_commands", 2, [command], limit=120)
-    assert ended[0].message is None
-    assert "sample 2" in ended[0].said
+    [ended, _] = run_ranks("launches:run_drawn", 2, command, limit=120)
+    assert ended.message is None
+    assert "sample 2" in ended.said
     assert (tmp_path / "text/run.png").exists()
 
 
@@ -171,13 +172,13 @@ LAYOUTS = {1: [], 2: [SPREAD], 4: [SPREAD, "--moe-expert-ranks", "2", "--moe-hid
 
 @pytest.mark.parametrize("ranks", LAYOUTS)
 def test_a_checkpoint_of_eight_ranks_goes_on_under_another_layout(runs, launch, flags, ranks):
-    middle, last = (str(checkpoint_folder(runs / "document", step)) for step in (10, STEPS))
+    middle, last = (str(checkpoint_folder(runs / "document", step)) for step in (SAVED, STEPS))
     data = flags[flags.index("--val-manifest") + 1]
     fixed = ["--model", "moekit_tiny", *DOCUMENT, "--precision", "fp32"]
     evaluation = [*fixed, "--val-manifest", data, "--resume", last, "--logs", str(runs), "--name", f"scored-{ranks}"]
     named = {f"resumed-{ranks}": [*DOCUMENT, *LAYOUTS[ranks], "--resume", middle]}
     launch(ranks, named)
-    assert curve(runs / f"resumed-{ranks}") == pytest.approx(curve(runs / "document")[10:], rel=5e-4)
+    assert curve(runs / f"resumed-{ranks}") == pytest.approx(curve(runs / "document")[SAVED:], rel=5e-4)
     evaluation += LAYOUTS[ranks]
     run = run_commands(one_process(), [evaluation]) if ranks == 1 else None
     ended = run or run_ranks("launches:run_commands", ranks, [evaluation], limit=60)[0]

@@ -1,13 +1,11 @@
 """What eight gloo ranks hand to their collectives is what the formulas say, strategy by strategy."""
 
 import json
-import os
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from ranks import run_ranks
 
 from moekit.parallel import costs
 from moekit.parallel.payloads import Peers, there_and_back, total
@@ -24,11 +22,8 @@ UNEVEN = ["all_to_all", "chunked, 2 slices", "hierarchical", "all_to_all x tenso
 
 @pytest.fixture(scope="module")
 def measured():
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(RANKS), "--", str(PROGRAM), "json"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(start, env=environment, capture_output=True, text=True, timeout=240, check=False)
-    assert result.returncode == 0, result.stderr
-    lines = [line.removeprefix("measured ") for line in result.stdout.splitlines() if line.startswith("measured ")]
+    [said, *_] = run_ranks("launches:run_file", RANKS, str(PROGRAM), "json", limit=120)
+    lines = [line.removeprefix("measured ") for line in said.splitlines() if line.startswith("measured ")]
     return {found["strategy"]: found for found in map(json.loads, lines)}
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from waiting import nothing_waits
 
 from moekit.dispatch import dropless
 from moekit.experts import init_gated, loop, swiglu
@@ -113,11 +114,8 @@ def test_nothing_waits_for_the_device_and_the_forward_captures() -> None:
     case = draw(SHAPES["full"], torch.bfloat16)
     layer, cotangent = fused_layer(), torch.randn_like(case[0])
     expected = run(layer, case, cotangent)["y"]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         run(layer, case, cotangent)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):
         y = layer(*case)

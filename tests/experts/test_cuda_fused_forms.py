@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from fused_cases import ACTIVATIONS, reference
 from torch import Tensor
+from waiting import nothing_waits
 
 from moekit.experts import GatedParams, MlpParams, clamped_swiglu, init_gated, init_mlp, swiglu
 from moekit.experts.activations import CLAMPED_SWIGLU, GELU_MLP, RELU2, SWIGLU, Activation
@@ -174,11 +175,8 @@ def test_nothing_waits_for_the_device(form: str, flat: bool) -> None:
         case = case[0], Routing(*parts, *routing[3:]), case[2]
     layer = fused_layer(activation=FORMS[form].activation)
     expected = run(layer, case)  # compiled
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         found = run(layer, case)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(found[name], expected[name]) for name in found)
     graph = torch.cuda.CUDAGraph()
     with torch.no_grad(), torch.cuda.graph(graph):

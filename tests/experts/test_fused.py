@@ -95,7 +95,7 @@ def test_nan_stays_nan(name: str) -> None:
 @runs_kernels
 @pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("name", ["swiglu", "relu2"])
-@pytest.mark.parametrize("shape", [SHAPES["usual"], SHAPES["by pointers"], (270, 16, 24, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES["usual"], SHAPES["by pointers"], (130, 16, 24, 2, 2)], ids=str)
 def test_products_of_tf32_are_near_those_of_float32(shape: tuple[int, ...], name: str) -> None:
     """In the last shape experts have rows enough for a copy of their matrices, the other way round."""
     activation, experts = ACTIVATIONS[name]
@@ -135,7 +135,6 @@ def test_float16_equals_the_loop(shape: str) -> None:
 
 
 @runs_kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 def test_it_compiles_whole_with_tiles_of_the_shipped_table(ship: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = draw(SHAPES["usual"], SWIGLU)
     size = LayerSize(torch.float32, case[1].expert_indices.numel(), 2, 24, 32, gated=True, capability=9)
@@ -265,7 +264,6 @@ def test_autocast_computes_in_its_dtype() -> None:
 
 
 @runs_kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 def test_it_compiles_whole() -> None:
     case = draw(SHAPES["usual"], SWIGLU)
     compiled = torch.compile(fused(), fullgraph=True, backend="aot_eager")
@@ -274,7 +272,6 @@ def test_it_compiles_whole() -> None:
 
 
 @runs_kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_it_compiles_whole_without_gradients(name: str) -> None:
     torch.compiler.reset()

@@ -38,7 +38,6 @@ from moekit.routing.top_k import token_choice
 from moekit.types import DispatchPlan, Routing
 
 # It comes from torch's own compiler: Dynamo instantiates torch.autograd.Function.
-pytestmark = pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 
 
 def packed(num_experts: int, dim: int, hidden: int, dtype: torch.dtype | None = None) -> PackedGatedParams:
@@ -354,7 +353,6 @@ def test_gradients_of_gradients_are_refused() -> None:
     check_differentiated_once("fused_cpu", total, x, *params)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch does so itself
 def test_gradients_in_forward_mode_are_refused() -> None:
     x, logits, *params = (each.detach() for each in draw(init_gated))
     layer, routing = fused_cpu(plan=dropless().plan), top_k(logits, k=2)
@@ -541,7 +539,6 @@ def test_a_list_s_weights_and_sums_are_float32_whatever_the_dtype() -> None:
     assert torch.equal(weighed(*[1.0] * 512), once * 512)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 @pytest.mark.parametrize("name", GatedParams._fields)
 def test_a_tangent_of_a_parameter_is_refused(name: str) -> None:
     x, routing, params = torch.randn(13, 5), top_k(torch.randn(13, 4), k=2), init_gated(4, 5, 7)

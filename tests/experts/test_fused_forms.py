@@ -249,7 +249,6 @@ def test_biases_at_awkward_sizes(name: str, shape: str) -> None:
 
 @runs_kernels
 @pytest.mark.usefixtures("poison")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("keep", [PREACTIVATION, INPUTS], ids=str)
 @pytest.mark.parametrize("kind", ["plain", "packed", "biased"])
 def test_gradients_of_frozen_experts_are_not_computed(kind: str, keep: Keep) -> None:
@@ -345,7 +344,6 @@ def test_a_group_of_many_tiles_is_added_up(weighted: bool) -> None:
 
 
 @runs_kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("form", ["packed", "biased"])
 def test_it_compiles_whole(form: str) -> None:
     case = draw_biased("usual", CLAMPED) if form == "biased" else draw(SHAPES["usual"], SWIGLU)

@@ -27,7 +27,6 @@ def row_by_row(rows: Tensor, sizes: list[int], w: Tensor) -> Tensor:
     return torch.stack([row @ w[e] for row, e in zip(rows, owners, strict=False)]) if owners else rows.new_zeros(0, F)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("matmul", [grouped, triton])
 def test_gradients_in_forward_mode_are_refused(matmul) -> None:
     rows, groups, w = make([2, 3], dtype=torch.float32)
@@ -94,7 +93,6 @@ def test_an_empty_group_has_a_gradient_of_zero(matmul) -> None:
     assert (grad[0] != 0).all()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # of Dynamo
 def test_torchs_product_takes_the_gradient_of_a_sum() -> None:
     groups = Groups(torch.tensor([2, 0, 3]), None)
     rows, w = (torch.randn(shape, dtype=torch.bfloat16, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))

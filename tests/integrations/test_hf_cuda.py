@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.integrations.moe import ExpertsInterface
 from transformers.models.mixtral import modeling_mixtral as mixtral
 from transformers.models.olmoe import modeling_olmoe as olmoe
+from waiting import nothing_waits
 
 from moekit.experts import loop
 from moekit.integrations.hf_experts import ModuleParams, module_layer, routing_of
@@ -147,16 +148,11 @@ def test_a_block_is_fused_and_equals_the_eager_block_in_float32(
 def test_a_block_never_waits_for_the_device(name: str) -> None:
     block, x = block_and_tokens(name, torch.bfloat16)
     run_block(block, x, "moekit")  # compiles the kernels
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         run_block(block, x, "moekit")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.usefixtures("registered")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_block_compiles_to_one_graph(name: str) -> None:
     torch._dynamo.reset()

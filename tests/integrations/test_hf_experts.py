@@ -182,7 +182,6 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
 
 
 # Dynamo instantiates torch.autograd.Function
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize(("biased", "normed"), [(False, False), (True, True)])
 def test_it_compiles_to_one_graph(biased: bool, normed: bool) -> None:
     torch._dynamo.reset()

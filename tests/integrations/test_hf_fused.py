@@ -169,7 +169,6 @@ def test_tokens_of_a_wider_dtype_than_the_experts() -> None:
 
 
 @runs_kernels
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch does so itself
 @pytest.mark.parametrize("name", ["OlmoeExperts", "OpenAIPrivacyFilterExperts"])
 def test_it_compiles_to_one_graph(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":

@@ -188,7 +188,7 @@ def test_int32_ids_give_the_same():
     [
         (torch.zeros(1, 4), None, TypeError, "ids are torch.float32, expected int64 or int32"),
         (torch.zeros(4, dtype=torch.int64), None, ValueError, r"shape \(4,\), expected \(B, L\); .*ids\[None\]"),
-        (torch.zeros(1, 4).long(), torch.ones(1, 3).bool(), ValueError, r"token_mask has shape \(1, 3\).*\(1, 4\)"),
+        (torch.zeros(1, 4).long(), torch.ones(1, 3).bool(), ValueError, r"token_mask has the shape \(1, 3\).*\(1, 4\)"),
         (torch.zeros(1, 4).long(), torch.ones(1, 4), TypeError, "token_mask is torch.float32, expected bool"),
     ],
 )

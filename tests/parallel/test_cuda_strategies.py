@@ -1,10 +1,9 @@
 """On CUDA, through NCCL, in a group of one rank: strategies, streams, compilation, and no reading of the device."""
 
-import warnings
-
 import pytest
 import torch
 import torch.distributed as dist
+from waiting import nothing_waits
 
 from moekit.experts import init_gated
 from moekit.parallel import all_gather, all_to_all, chunked, static_all_to_all, tensor_parallel
@@ -77,22 +76,16 @@ def test_nothing_reads_the_device(groups, name, recipe):
     routing = top_k(tensors[1], k=K)
     layer(tensors[0], routing, params).float().sum().backward()  # the first call may set libraries up
     routing = top_k(tensors[1], k=K)
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         layer(tensors[0], routing, params).float().sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_the_static_exchange_compiles_into_one_graph(groups):
     torch.compiler.reset()
     plain, tensors = mixtral(k=K).layer, leaves(torch.bfloat16)
     expected = outcome(plain, tensors)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # the compiler's own
-        compiled = torch.compile(STRATEGIES["static"](plain, *groups), fullgraph=True)
-        found = outcome(compiled, tensors)
+    compiled = torch.compile(STRATEGIES["static"](plain, *groups), fullgraph=True)
+    found = outcome(compiled, tensors)
     for ours, theirs in zip(found, expected, strict=True):
         error = (ours.double() - theirs.double()).norm() / theirs.double().norm()
         assert error < 4e-2

@@ -10,7 +10,7 @@ from moekit.experts import batched, fused_cpu, fused_layer, swiglu
 from moekit.recipes import auto, expert_layer, limited, mixtral, openlm
 from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.layers import recompute
+from moekit.recipes.expert_layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
 from moekit.recipes.train import causality_notes
 

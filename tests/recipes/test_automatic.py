@@ -38,8 +38,8 @@ from moekit.experts.tiles import LayerSize, ruled_tiles
 from moekit.recipes import MoE, expert_layer, gpt_oss, mixtral, olmoe, openlm, switch
 from moekit.recipes.automatic import automatic, tiles_of, why_not_on_kernels
 from moekit.recipes.backends import auto, auto_top_k
+from moekit.recipes.expert_layers import recompute
 from moekit.recipes.expert_networks import ACTIVATIONS, experts_of
-from moekit.recipes.layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_evaluation_recipe, make_recipe

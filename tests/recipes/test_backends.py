@@ -291,7 +291,6 @@ def test_auto_inside_autocast_asks_for_the_dtype_of_autocast(monkeypatch) -> Non
     assert asked == [(BF16, (6, 10)), (torch.float32, (6, 10))]
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_auto_compiles_to_one_graph() -> None:
     recipe = Recipe(linear_gate, lambda logits, *, bias=None: top_k(logits, k=2, bias=bias), auto())
     x, gate, experts = torch.randn(12, 6, requires_grad=True), torch.randn(6, 4), init_gated(4, 6, 10)

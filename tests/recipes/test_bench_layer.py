@@ -103,7 +103,7 @@ def test_rows_that_cannot_run_say_why() -> None:
     builds, given = {**moekit_rows(), **peer_rows()}, case()
     assert try_build(builds["scattermoe"], given) == "No module named 'scattermoe'"
     assert try_build(builds["liger"], given) == "No module named 'liger_kernel'"
-    assert try_build(builds["fused_layer"], given).startswith("fused_layer runs on CUDA devices, and on cpu only in")
+    assert try_build(builds["fused_layer"], given) == "it runs on CUDA devices, not on cpu"
     large = case(shape=LayerShape("", 4096, 256, 512, 2, 1))
     assert try_build(builds["transformers batched_mm"], large._replace(shape=shape_of("olmoe-1b-7b"))).startswith(
         "it copies an expert for every row, 3072 GiB here"
@@ -484,7 +484,7 @@ def test_rows_of_kernels_multiply_float32_as_torch_is_set(monkeypatch) -> None:
         asked.append(precision)
         return loop(rows, groups, w)
 
-    monkeypatch.setattr(row_module, "_need_gpu", lambda x, name: None)
+    monkeypatch.setattr(row_module, "need_cuda", lambda x: None)
     monkeypatch.setattr(row_module, "fused_layer", layer)
     monkeypatch.setattr(row_module, "triton", matmul)
     monkeypatch.setattr(row_module, "float32_products", lambda: "some")
@@ -542,7 +542,7 @@ def test_kernels_are_cut_into_the_tiles_that_are_given(monkeypatch) -> None:
         asked.append(options["tiles"])
         return fused_cpu(plan=dropless().plan)
 
-    monkeypatch.setattr(row_module, "_need_gpu", lambda x, name: None)
+    monkeypatch.setattr(row_module, "need_cuda", lambda x: None)
     monkeypatch.setattr(row_module, "fused_layer", layer)
     monkeypatch.setattr(row_module, "auto", layer)
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)

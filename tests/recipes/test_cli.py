@@ -15,7 +15,7 @@ from moekit.recipes import mixtral, openlm
 from moekit.recipes.backends import auto
 from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_parts, recipe_table
 from moekit.recipes.doctor import PACKAGES
-from moekit.recipes.layers import limited, recompute
+from moekit.recipes.expert_layers import limited, recompute
 from moekit.recipes.names import RECIPES
 
 ROOT = Path(__file__).parent.parent.parent

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from moekit.lm.configs import OF_METHOD
 from moekit.recipes.configuration import (
     flat_settings,
     parse,
@@ -17,7 +18,7 @@ from moekit.recipes.configuration import (
     unflatten,
     write_config,
 )
-from moekit.recipes.derived import _EXCLUDING, _SOURCES, OF_METHOD, derived_names
+from moekit.recipes.derived import _EXCLUDING, _SOURCES, derived_names
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 

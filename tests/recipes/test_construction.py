@@ -41,7 +41,8 @@ def scaled() -> Recipe:
 def test_experts_without_a_hidden_axis_train_on_one_process():
     words = ["--model", "moekit_tiny", "--precision", "fp32", "--recipe", f"{__file__}:scaled"]
     model, _, _ = make_model(parse_settings(words, prog="test"), one_process())
-    model(torch.zeros(1, 4, dtype=torch.int64)).logits.logsumexp(-1).sum().backward()
+    ids = torch.zeros(1, 4, dtype=torch.int64, device=next(model.parameters()).device)
+    model(ids).logits.logsumexp(-1).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 

@@ -9,11 +9,10 @@ from safetensors import SafetensorError, safe_open
 
 from moekit.lm.checkpoint_checksums import covered_files, file_checksums, write_checksums
 from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
-from moekit.lm.configs import ModelConfig
+from moekit.lm.configs import OF_METHOD, ModelConfig
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.tensor_files import read_safetensors
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.derived import OF_METHOD
 from moekit.recipes.export import export, main
 from moekit.recipes.language_models import language_model
 from moekit.recipes.names import find_recipe

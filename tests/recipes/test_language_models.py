@@ -190,7 +190,6 @@ def test_only_dense_feed_forwards_run_again_whole():
     assert counts == {(0, "attention"): 2, (0, "feed_forward"): 1, (1, "attention"): 2, (1, "feed_forward"): 2}
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_a_model_with_recomputed_activations_compiles_whole():
     torch._dynamo.reset()
     model = tiny(openlm(), moe_freq=2, moe_num_experts=4)

@@ -31,7 +31,7 @@ from moekit.routing import (
     z_loss,
 )
 from moekit.routing.top_k import token_choice
-from moekit.types import Ratio, RouterState, SharedExperts
+from moekit.types import Ratio, RouterState, Routing, SharedExperts
 
 D, F, E, K = 6, 7, 5, 2
 DISPATCHERS = {"dropless": dropless(), "padded": padded(capacity_factor=1.0)}
@@ -242,6 +242,32 @@ def test_a_token_mask_is_bool() -> None:
     for mask in (torch.ones(2, 3), torch.ones(2, 3, dtype=torch.int64)):
         with pytest.raises(TypeError, match=rf"token_mask is {mask.dtype}, expected bool, True for real tokens"):
             moe_layer(x, params, recipe_of(), token_mask=mask)
+
+
+def test_router_and_losses_get_a_mask_and_ids_of_flat_tokens() -> None:
+    """As ``Router`` and ``Loss`` say: one of a user's own would broadcast (B, L) against (T,)."""
+    x, params, seen = torch.randn(2, 3, D, dtype=torch.float64), draw_params(), []
+
+    def route(logits: Tensor, *, token_ids: Tensor, token_mask: Tensor, bias: Tensor | None = None) -> Routing:
+        seen.extend((token_ids, token_mask))
+        return top_k(logits, k=K)
+
+    def loss(logits: Tensor, routing: Routing, *, token_mask: Tensor, sequence_length: int) -> Tensor:
+        seen.append(token_mask)
+        return logits.sum()
+
+    ids, mask = torch.arange(6).view(2, 3), torch.tensor([[True, True, False], [True, True, True]])
+    recipe = recipe_of(route=route, needs=("token_ids", "token_mask"), losses={"own": loss})
+    moe_layer(x, params, recipe, token_ids=ids, token_mask=mask)
+    expected = [ids.flatten(), mask.flatten(), mask.flatten()]
+    assert len(seen) == len(expected)
+    assert all(map(torch.equal, seen, expected))
+
+
+def test_a_network_alone_is_no_shared_experts() -> None:
+    recipe = recipe_of(shared=partial(swiglu, matmul=grouped))
+    with pytest.raises(ValueError, match=r"moe_layer: the recipe's shared experts are .*; expected None, or Shared"):
+        moe_layer(torch.randn(3, D, dtype=torch.float64), draw_params(), recipe)
 
 
 def test_a_backend_is_a_function() -> None:
@@ -462,7 +488,6 @@ def test_recomputing_keeps_less_memory(dispatcher) -> None:
     again.sum().backward()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 def test_recomputing_compiles_whole() -> None:
     torch._dynamo.reset()
     recipe = recipe_of()

@@ -410,7 +410,10 @@ def test_a_gate_in_half_precision_is_refused(dtype: torch.dtype) -> None:
     recipe = olmoe(k=2)
     moe, x = MoE(D, E, recipe._replace(gate=lambda x, w: x @ w), hidden=8), torch.randn(5, D)
     torch.testing.assert_close(moe(x).y, moe_layer(x, moe.params(), recipe).y)
-    with torch.autocast("cpu", dtype=dtype), pytest.raises(ValueError, match=rf"logits in {dtype}; expected float32"):
+    with (
+        torch.autocast("cpu", dtype=dtype),
+        pytest.raises(ValueError, match=rf"are in {dtype}; expected float32"),
+    ):
         moe(x)
 
 

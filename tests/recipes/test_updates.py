@@ -192,8 +192,6 @@ def test_gradient_checkpointing_changes_no_loss(program):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # both are torch's own
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
 def test_a_compiled_model_has_the_same_losses(program, monkeypatch):
     def compile_quickly(model):  # writing and building C++ would take minutes; test_compile.py does so for a layer
         calls.append(model)

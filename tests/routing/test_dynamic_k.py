@@ -207,7 +207,6 @@ def test_many_experts_cover_p_and_no_more_than_that() -> None:
 
 
 @every_router
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph(router) -> None:
     torch._dynamo.reset()
     logits, bias = torch.randn(T, E, requires_grad=True), torch.randn(E) * 0.1

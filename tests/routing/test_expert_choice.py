@@ -217,7 +217,6 @@ def test_ties_are_repeatable_and_autocast_changes_nothing() -> None:
     assert all(len(set(row)) == len(row) for row in first.token_indices[0].tolist())
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     route = partial(
@@ -233,8 +232,6 @@ def test_compiles_to_one_graph() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.* is deprecated:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_generated_code_computes_the_same_gradient() -> None:
     """At eight experts, Inductor's vectors on the CPU: its gradient of a gather from a transposed softmax is wrong."""
     torch._dynamo.reset()

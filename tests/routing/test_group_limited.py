@@ -146,7 +146,6 @@ def test_noise_decides() -> None:
     assert torch.equal(noisy.weights, route(logits + noise).weights)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     route = partial(group_limited, num_groups=J, **FORMS["DeepSeek-V3"])

@@ -106,7 +106,6 @@ def following(tokens: Tensor, z: Tensor) -> Tensor:
     return (tokens.to(z.dtype).square() * z.sum(1, keepdim=True)).sum()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo's own
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("device", ["cpu", ON_CUDA])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)

@@ -83,7 +83,6 @@ def test_no_tokens_give_zero(name: str) -> None:
     assert loss.item() == 0
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_is_one_graph(name: str) -> None:
     """A graph break would mean that the host reads the device, or that a compiled model cannot hold the loss."""

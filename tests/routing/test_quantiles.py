@@ -132,7 +132,6 @@ def test_extreme_logits_stay_finite(extreme: float) -> None:
     assert torch.autograd.grad((weights * torch.randn(T, K)).sum(), logits)[0].isfinite().all()
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
 

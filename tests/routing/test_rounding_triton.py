@@ -9,6 +9,7 @@ import torch
 from interpreted import DEVICE, Calls, run_interpreted, runs_kernels, starts_interpreter
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from waiting import nothing_waits
 
 from moekit.routing import round_tokens, token_rounding, top_k
 from moekit.segments import sort_by_expert, tokens_per_expert
@@ -245,13 +246,9 @@ class TestOnCuda:
         expected = round_tokens(logits, routing, tile=tile, score=unchanged)
         logits, routing = logits.cuda().requires_grad_(), moved(routing, "cuda")
         round_tokens(logits, routing, tile=tile, score=unchanged)  # the first call compiles
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nothing_waits():
             found = round_tokens(logits, routing, tile=tile, score=unchanged)
             found.weights.sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
         same(found._replace(weights=found.weights.detach()), expected)
 
     def test_it_is_captured_in_a_graph(self) -> None:

@@ -164,7 +164,6 @@ def test_autocast_and_repetition_change_nothing() -> None:
     assert torch.equal(actual.weights, expected.weights)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     route = partial(sinkhorn, k=K, num_iterations=8)

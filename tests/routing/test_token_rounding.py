@@ -287,7 +287,6 @@ def test_autocast_repetition_and_poison_change_nothing() -> None:
         assert torch.equal(a, b)
 
 
-@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph() -> None:
     torch._dynamo.reset()
     router = token_rounding(partial(top_k, k=K, normalize=True), tile=8)

@@ -78,7 +78,7 @@ def _load(gate: Any, inputs: tuple[Tensor, ...], output: Any, *, case: Case) -> 
 
 def _scattermoe(case: Case) -> Contender:
     mlp = importlib.import_module("scattermoe.mlp")
-    need_cuda(case)
+    need_cuda(case.x)
     s = case.shape
     with torch.device(case.x.device):
         layer = mlp.GLUMLP(s.dim, s.hidden, s.experts, s.k, activation=torch.nn.SiLU()).to(case.x.dtype)
@@ -88,7 +88,7 @@ def _scattermoe(case: Case) -> Contender:
 def _megablocks(case: Case) -> Contender:
     layers = importlib.import_module("megablocks.layers.dmoe")
     arguments = importlib.import_module("megablocks.layers.arguments")
-    need_cuda(case)
+    need_cuda(case.x)
     _need_uniform(case)
     s = case.shape
     settings = arguments.Arguments(
@@ -111,7 +111,7 @@ def _megablocks(case: Case) -> Contender:
 def _sonicmoe(case: Case) -> Contender:
     package = importlib.import_module("sonicmoe")
     enums = importlib.import_module("sonicmoe.enums")
-    need_cuda(case)
+    need_cuda(case.x)
     _need_uniform(case)
     s = case.shape
     layer = package.MoE(
@@ -129,7 +129,7 @@ def _sonicmoe(case: Case) -> Contender:
 
 def _liger(case: Case) -> Contender:
     function = importlib.import_module("liger_kernel.ops.fused_moe").LigerFusedMoEFunction
-    need_cuda(case)
+    need_cuda(case.x)
     gate, up, down = (w.detach().transpose(1, 2) for w in case.experts)
     gate_up, down = torch.cat([gate, up], 1).requires_grad_(), down.contiguous().requires_grad_()
     return _routed(

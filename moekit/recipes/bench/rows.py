@@ -19,7 +19,9 @@ from moekit.experts.tiles import LayerSize, LayerTiles
 from moekit.experts.triton_matmul import triton
 from moekit.recipes.backends import auto, float32_products
 from moekit.recipes.bench.shapes import LayerShape, load_offsets
-from moekit.recipes.layers import MoEParams, Recipe, expert_layer, limited, moe_layer
+from moekit.recipes.expert_layers import expert_layer, limited
+from moekit.recipes.layers import MoEParams, Recipe, moe_layer
+from moekit.recipes.wording import first_line
 from moekit.routing import fused_top_k, linear_gate, softmax, token_rounding, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.segments import tokens_per_expert
@@ -194,7 +196,7 @@ def _compiled(case: Case, *, build: Build) -> Contender:
 
 
 def _graphed(case: Case, *, build: Build) -> Contender:
-    need_cuda(case)
+    need_cuda(case.x)
 
     def forward(x: Tensor, gate: Tensor, *experts: Tensor) -> Tensor:
         return build(case._replace(x=x, gate=gate, experts=GatedParams(*experts))).forward()
@@ -228,14 +230,14 @@ def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 
 
 def _fused(case: Case, *, keep: Keep = PREACTIVATION, limit: Dispatcher | None = None) -> Contender:
-    _need_gpu(case.x, "fused_layer")
+    need_cuda(case.x)
     layer = fused_layer(keep=keep, precision=float32_products(), tiles=case.tiles)
     return of_layer(case, layer=layer if limit is None else limited(layer, plan=limit.plan))
 
 
 def _rounded(case: Case) -> Contender:
     # Another routing than the other rows': every expert's load is a multiple of a tile's rows, so no tile is wasted.
-    _need_gpu(case.x, "fused_layer")
+    need_cuda(case.x)
     layer = fused_layer(precision=float32_products(), tiles=case.tiles)
     return of_layer(case, layer=layer, route=token_rounding(case.route, tile=128))
 
@@ -245,31 +247,26 @@ def _auto(case: Case) -> Contender:
 
 
 def _triton(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
-    _need_gpu(rows, "triton")
+    need_cuda(rows)
     return triton(rows, groups, w, precision=float32_products())
 
 
-def _need_gpu(x: Tensor, name: str) -> None:
-    if not x.is_cuda:
-        raise RuntimeError(f"{name} runs on CUDA devices, and on {x.device} only in Triton's interpreter")
-
-
-def need_cuda(case: Case) -> None:
-    """Refuse a case that is not on a CUDA device.
+def need_cuda(x: Tensor) -> None:
+    """Refuse a tensor that is not on a CUDA device.
 
     Args:
-        case: of a row that runs nowhere else.
+        x: of a row that runs nowhere else, but Triton's own in its interpreter.
 
     Raises:
-        RuntimeError: if its tensors are elsewhere.
+        RuntimeError: if it is elsewhere.
 
     Example:
-        >>> need_cuda(make_case(LayerShape("", 8, 4, 6, 4, 2), "uniform", device="cpu", dtype=torch.float32))
+        >>> need_cuda(torch.ones(3))
         Traceback (most recent call last):
         RuntimeError: it runs on CUDA devices, not on cpu
     """
-    if not case.x.is_cuda:
-        raise RuntimeError(f"it runs on CUDA devices, not on {case.x.device}")
+    if not x.is_cuda:
+        raise RuntimeError(f"it runs on CUDA devices, not on {x.device}")
 
 
 def try_build(build: Build, case: Case) -> Contender | str:
@@ -311,10 +308,8 @@ def reason_of(error: BaseException) -> str:
         >>> reason_of(ValueError("no.\\nNever.")), reason_of(MemoryError())
         ('no', 'MemoryError')
     """
-    first = (str(error).strip() or type(error).__name__).splitlines()[0]
-    if type(error).__module__.startswith("torch._dynamo"):
-        first = _reason_of_dynamo(error) or first
-    return first.rstrip(".")
+    of_dynamo = _reason_of_dynamo(error) if type(error).__module__.startswith("torch._dynamo") else ""
+    return of_dynamo.rstrip(".") or first_line(error)
 
 
 def _reason_of_dynamo(error: BaseException) -> str:
@@ -323,6 +318,6 @@ def _reason_of_dynamo(error: BaseException) -> str:
     while last.__cause__ is not None:
         last = last.__cause__
     if last is not error and str(last).strip():
-        return str(last).strip().splitlines()[0]
+        return first_line(last)
     explained = re.search(r"^\s*(?:Explanation:|backend=.* raised:\n)\s*(.+)", str(error), re.MULTILINE)
     return explained[1] if explained else ""

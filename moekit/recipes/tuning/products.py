@@ -15,11 +15,10 @@ _TOKENS = 4096  # rows are copies of that many; more would change nothing but th
 
 
 class Operands(NamedTuple):
-    """What the products of a layer read. R rows in groups that begin at multiples of ``align``; zero in between.
+    """What the products of a layer read. R rows in groups that begin at multiples of a number; zero in between.
 
     Attributes:
-        align: of the groups.
-        sizes: (E,) int32, multiples of ``align``.
+        sizes: (E,) int32, multiples of the alignment.
         total: their sum; rows from there on belong to nobody.
         rows: (R, D), of the tokens.
         hidden: (R, F).
@@ -31,7 +30,6 @@ class Operands(NamedTuple):
         assignments: (R,) int64, of each row; -1 for a row of nobody.
     """
 
-    align: int
     sizes: Tensor
     total: int
     rows: Tensor
@@ -78,7 +76,7 @@ def draw_operands(size: LayerSize, *, align: int, device: torch.device, like: Op
         ups, down = like.ups, like.down
     weights = torch.rand(size.assignments, generator=generator, device=device)
     total = int(sizes.sum())
-    return Operands(align, sizes, total, rows, hidden, grad_rows, grad_pre, ups, down, weights, assignments)
+    return Operands(sizes, total, rows, hidden, grad_rows, grad_pre, ups, down, weights, assignments)
 
 
 def _aligned(experts: Tensor, num_experts: int, align: int) -> tuple[Tensor, Tensor, int]:
