@@ -11,7 +11,7 @@ train: setup  ## environment, then the main job on the embedded data
 
 # Types are checked by one core while tests wait for processes to start; what was found comes after the tests. Threads
 # that have nothing to do sleep: by default they look out for work, and keep a core from the other file's tests.
-test: setup lint  ## environment, checks, and all tests, two files at a time: about twelve minutes on two cores
+test: setup lint  ## environment, checks, and all tests, two files at a time: about ten minutes on two cores
 	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))

@@ -141,7 +141,16 @@ class _Share(IterableDataset[Rows | _Failure]):
         except ShardError as error:
             yield _Failure(ShardError, (str(error), error.reason))
         except (ValueError, OSError, ImportError) as error:
-            yield _Failure(type(error), (str(error),))
+            yield _failure_of(error)
+
+
+def _failure_of(error: Exception) -> _Failure:
+    """Keep an error's words, and its kind; of one that is made of more than words, as UnicodeDecodeError, the base."""
+    for kind in type(error).__mro__:
+        with suppress(TypeError):
+            kind(str(error))
+            return _Failure(kind, (str(error),))
+    raise error
 
 
 class WorkerRows:

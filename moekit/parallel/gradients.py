@@ -1,6 +1,7 @@
 """Gradients over ranks: summed where several hold the same parameters, and their norm, each element once."""
 
 from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 import torch.distributed as dist
@@ -52,7 +53,7 @@ def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     found = [(local(p.grad), holders(p, world.size)) for p in parameters if p.grad is not None]
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     if found:
-        wide = torch.promote_types(found[0][0].dtype, torch.float32)
+        wide = reduce(torch.promote_types, (gradient.dtype for gradient, _ in found), torch.float32)
         norms = torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)
         total = sum((norm.double().square() / count for norm, (_, count) in zip(norms, found, strict=True)), total)
     if world.size > 1:

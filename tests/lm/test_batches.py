@@ -10,6 +10,7 @@ import tarfile
 import time
 from collections import Counter
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from moekit.lm import shard_readers
 from moekit.lm.batches import open_stream, read_validation
 from moekit.lm.orders import Address, DataExhausted
-from moekit.lm.row_workers import Reading
+from moekit.lm.row_workers import Reading, _failure_of
 from moekit.lm.shard_writing import shard_bytes
 from moekit.lm.shards import Shard, ShardError, read_manifest
 from moekit.lm.token_rows import RowFormat
@@ -288,6 +289,17 @@ def test_commands_that_are_not_allowed_stop_in_a_worker_as_here():
             pytest.raises(ValueError, match="--allow-pipe-commands"),
         ):
             next(stream)
+
+
+@pytest.mark.parametrize("error", [b"\xff".decode, partial(json.loads, "["), partial(open, "/none"), partial(int, "x")])
+def test_any_error_of_a_worker_is_told_in_its_own_words(error):
+    """Some kinds of errors are made of more than words: a TypeError of the main process hid them."""
+    with pytest.raises((ValueError, OSError)) as raised:
+        error()
+    failure = _failure_of(raised.value)
+    with pytest.raises((ValueError, OSError), match=re.escape(str(raised.value))):
+        raise failure.kind(*failure.arguments)
+    assert isinstance(raised.value, failure.kind)
 
 
 def test_a_worker_that_is_killed_is_an_error_and_the_stream_can_go_on(sources):

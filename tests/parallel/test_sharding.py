@@ -20,6 +20,7 @@ from moekit.parallel import (
     replicated,
     shard_experts,
     shard_model,
+    squared_norm,
     sum_gradients,
     whole,
 )
@@ -100,6 +101,14 @@ def test_parts_of_experts_that_no_other_rank_has_are_not_summed(grid, monkeypatc
 def test_the_axes_of_a_mesh_without_names_are_numbered(group):
     """As ``fully_shard`` makes one that is given none."""
     assert mesh_names(distribute_tensor(torch.zeros(4), group, [Shard(0)])) == ("axis 0 1",)
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
+def test_the_norm_of_gradients_of_several_dtypes_is_in_the_widest(dtypes):
+    parameters = [torch.zeros(2, dtype=dtype, requires_grad=True) for dtype in dtypes]
+    for parameter in parameters:
+        parameter.grad = torch.full_like(parameter, 1e-100 if parameter.dtype == torch.float64 else 0.0)
+    assert squared_norm(parameters, one_process()).item() == pytest.approx(2e-200)  # zero in float32
 
 
 def test_whole_tensors_stay_as_they_are():
