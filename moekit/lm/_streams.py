@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any, Protocol
 
+_BUFFER = 2**20
 _BLOCK = 8 * 2**20  # one ranged request; a reader holds about one block, so workers x sources x 8 MiB in all
 _SIGPIPE = (141, -13)  # as a shell reports it, and as the operating system does
 
@@ -21,7 +22,7 @@ class ByteStream(Protocol):
 def local_file(path: str) -> IO[bytes]:
     """Open a local file."""
     try:
-        return open(path, "rb")
+        return open(path, "rb", buffering=_BUFFER)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"there is no file at {path}. Check the path") from error
     except OSError as error:
@@ -42,7 +43,8 @@ def remote_file(url: str) -> Iterator[ByteStream]:
 @contextmanager
 def command_output(command: str) -> Iterator[ByteStream]:
     """Run a command in a shell and read what it prints. A failure is an `OSError`."""
-    with subprocess.Popen(command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE) as process:
+    pipes: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "bufsize": _BUFFER}
+    with subprocess.Popen(command, shell=True, **pipes) as process:
         stream = _CommandOutput(command, process)
         yield stream
         stream.close()

