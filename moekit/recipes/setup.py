@@ -199,7 +199,7 @@ def make_evaluation_recipe(settings: ModelSettings, *, choose: Callable[..., Exp
         Recipe; that of training if its function takes neither ``capacity_factor`` nor ``training``.
 
     Example:
-        >>> from moekit.recipes.cli import capacity_words
+        >>> from moekit.recipes.recipe_tables import capacity_words
         >>> capacity_words(make_evaluation_recipe(ModelSettings(moe_capacity_factor=1.25)))
         'dropless'
     """

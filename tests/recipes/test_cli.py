@@ -13,10 +13,11 @@ from moekit.dispatch import padded_plan
 from moekit.experts import fused_layer
 from moekit.recipes import mixtral, openlm
 from moekit.recipes.backends import auto
-from moekit.recipes.cli import PROGRAMS, capacity_words, main, recipe_parts, recipe_table
+from moekit.recipes.cli import PROGRAMS, main
 from moekit.recipes.doctor import PACKAGES
 from moekit.recipes.expert_layers import limited, recompute
 from moekit.recipes.names import RECIPES
+from moekit.recipes.recipe_tables import capacity_words, recipe_parts, recipe_table
 
 ROOT = Path(__file__).parent.parent.parent
 

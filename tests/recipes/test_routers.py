@@ -12,10 +12,10 @@ from moekit.dispatch import dropless_plan
 from moekit.experts import grouped, init_gated, swiglu
 from moekit.recipes import MoE, Recipe, weighted_sum
 from moekit.recipes.audits import audit
-from moekit.recipes.cli import function_name
 from moekit.recipes.layers import moe_layer
 from moekit.recipes.names import find_recipe, recipe_options
 from moekit.recipes.published import deepseek_moe, switch
+from moekit.recipes.recipe_tables import function_name
 from moekit.recipes.routers import ROUTERS, with_experts
 from moekit.routing import over_nodes
 
