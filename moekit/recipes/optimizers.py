@@ -1,4 +1,6 @@
-"""AdamW over a model's parameters, and the clipping of their gradients."""
+"""AdamW over a model's parameters, the clipping of their gradients, and the learning rate of a step."""
+
+import math
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +72,32 @@ def clip_gradients(model: nn.Module, limit: float, world: World | None = None) -
 
 def _is_spared(name: str, parameter: Tensor) -> bool:
     return parameter.ndim < 2 or name.startswith("tok_embeddings")
+
+
+def learning_rate(
+    step: int, *, steps: int, peak: float, warmup: int, end: float, cosine: bool = True, least: float = 0.0
+) -> float:
+    """Compute the learning rate: linear warm-up, then a cosine from ``peak`` to ``end``, or ``peak`` throughout.
+
+    Args:
+        step: optimizer steps done before this one.
+        steps: steps in all.
+        peak: the largest rate.
+        warmup: steps of warm-up.
+        end: the rate that the cosine reaches after the last step.
+        cosine: False stays at the peak.
+        least: lower limit after the warm-up.
+
+    Returns:
+        The rate of this step: peak (step + 1) / warmup, then end + (peak - end) (1 + cos(pi e / E)) / 2 with
+        e = step - warmup and E = steps - warmup, as OpenLM.
+
+    Example:
+        >>> [learning_rate(step, steps=4, peak=1.0, warmup=2, end=0.0) for step in range(4)]
+        [0.5, 1.0, 1.0, 0.5]
+    """
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if not cosine:
+        return max(peak, least)
+    return max(end + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * (peak - end), least)

@@ -1,6 +1,5 @@
 """The loss of an optimizer step and its gradient, over micro-batches and ranks."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -203,35 +202,6 @@ def _taken_apart(parts: Sequence[list[Tensor]], names: Sequence[str], world: Wor
     balancing = dict(zip(names, means, strict=True))
     routing, observed = stacked(of_layers[::2], flat), tuple(of_layers[1::2])
     return StepLoss(total, cross_entropy, balancing, z, logit_mean, routing, observed, backward_time)
-
-
-def learning_rate(
-    step: int, *, steps: int, peak: float, warmup: int, end: float, cosine: bool = True, least: float = 0.0
-) -> float:
-    """Compute the learning rate: linear warm-up, then a cosine from ``peak`` to ``end``, or ``peak`` throughout.
-
-    Args:
-        step: optimizer steps done before this one.
-        steps: steps in all.
-        peak: the largest rate.
-        warmup: steps of warm-up.
-        end: the rate that the cosine reaches after the last step.
-        cosine: False stays at the peak.
-        least: lower limit after the warm-up.
-
-    Returns:
-        The rate of this step: peak (step + 1) / warmup, then end + (peak - end) (1 + cos(pi e / E)) / 2 with
-        e = step - warmup and E = steps - warmup, as OpenLM.
-
-    Example:
-        >>> [learning_rate(step, steps=4, peak=1.0, warmup=2, end=0.0) for step in range(4)]
-        [0.5, 1.0, 1.0, 0.5]
-    """
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if not cosine:
-        return max(peak, least)
-    return max(end + 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup))) * (peak - end), least)
 
 
 def update_router_states(model: LanguageModel, observed: Sequence[Tensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from moekit.lm.batches import Batch
 from moekit.parallel import all_sum, sum_gradients
 from moekit.recipes.budgets import final_rate, warmup_steps
-from moekit.recipes.optimizers import clip_gradients
+from moekit.recipes.optimizers import clip_gradients, learning_rate
 from moekit.recipes.precisions import autocast
 from moekit.recipes.router_states import check_states, nan_in_states
 from moekit.recipes.runs import Run
@@ -19,7 +19,6 @@ from moekit.recipes.steps import (
     StepLoss,
     Tokens,
     count_tokens,
-    learning_rate,
     take_gradient,
     update_router_states,
 )

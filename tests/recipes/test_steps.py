@@ -13,7 +13,6 @@ from moekit.recipes.steps import (
     LossRules,
     Tokens,
     count_tokens,
-    learning_rate,
     split_ids,
     take_gradient,
     update_router_states,
@@ -84,49 +83,6 @@ def assert_same(first, second, tolerance):
     assert loss.routing[:, :-3].equal(other_loss.routing[:, :-3])
     numbers, others = ({k: v for k, v in each._asdict().items() if k != "backward_time"} for each in (loss, other_loss))
     torch.testing.assert_close(numbers, others, rtol=tolerance, atol=tolerance)
-
-
-SCHEDULE = {"steps": 100, "peak": 3e-3, "warmup": 10, "end": 1e-4}
-
-
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [
-        (0, 3e-3 / 10),
-        (4, 3e-3 / 2),
-        (9, 3e-3),
-        (10, 3e-3),
-        (55, (3e-3 + 1e-4) / 2),
-        (40, 1e-4 + (3e-3 - 1e-4) * 0.75),  # a third of the cosine: (1 + cos 60 degrees) / 2
-        (100, 1e-4),
-    ],
-)
-def test_learning_rate_at_the_edges(step, expected):
-    assert learning_rate(step, **SCHEDULE) == pytest.approx(expected, rel=1e-12)
-
-
-def test_learning_rate_rises_then_falls():
-    rates = [learning_rate(step, **SCHEDULE) for step in range(101)]
-    assert rates[:10] == sorted(rates[:10])
-    assert rates[9:] == sorted(rates[9:], reverse=True)
-    assert len(set(rates[10:])) == 91
-
-
-def test_learning_rate_without_warmup_starts_at_the_peak():
-    assert learning_rate(0, steps=5, peak=1.0, warmup=0, end=0.1) == 1.0
-    last = learning_rate(4, steps=5, peak=1.0, warmup=0, end=0.1)
-    assert last == pytest.approx(0.1 + 0.9 * (1 + math.cos(math.pi * 0.8)) / 2)
-
-
-def test_a_constant_rate_stays_at_the_peak_after_the_warmup():
-    rates = [learning_rate(step, **SCHEDULE, cosine=False) for step in (0, 9, 10, 55, 100)]
-    assert rates == pytest.approx([3e-4, 3e-3, 3e-3, 3e-3, 3e-3], rel=1e-12)
-
-
-def test_the_lower_limit_of_the_rate_counts_after_the_warmup_alone():
-    rates = [learning_rate(step, **SCHEDULE, least=1e-3) for step in (0, 10, 99, 100)]
-    assert rates == pytest.approx([3e-4, 3e-3, 1e-3, 1e-3], rel=1e-12)
-    assert learning_rate(50, **SCHEDULE, cosine=False, least=5e-3) == 5e-3
 
 
 def test_ids_are_cut_into_what_is_read_and_what_is_predicted():
