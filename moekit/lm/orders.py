@@ -187,18 +187,17 @@ class _SourceOrder:
 
     def _is_position(self, state: Any) -> bool:
         lanes = state.get("lanes") if isinstance(state, Mapping) else None
-        if not isinstance(lanes, list) or len(lanes) != self._lanes:
+        if not isinstance(lanes, list) or len(lanes) != self._lanes or not all(map(self._is_lane, lanes)):
             return False
-        if not all(isinstance(lane, list) and len(lane) == 2 for lane in lanes):
+        return _is_within(state.get("pass"), math.inf) and _is_within(state.get("claimed"), len(self._visits))
+
+    def _is_lane(self, lane: Any) -> bool:
+        if not isinstance(lane, list) or len(lane) != 2:
             return False
-        numbers = [state.get("pass"), state.get("claimed"), *(number for lane in lanes for number in lane)]
-        if any(type(number) is not int for number in numbers):
-            return False
-        inside = all(
-            -1 <= shard < len(self._counts) and 0 <= left <= (self._counts[shard] if shard >= 0 else 0)
-            for shard, left in lanes
+        shard, left = lane  # -1 is no shard yet, of which nothing is left
+        return _is_within(shard, len(self._counts) - 1, least=-1) and _is_within(
+            left, self._counts[shard] if shard >= 0 else 0
         )
-        return inside and numbers[0] >= 0 and 0 <= numbers[1] <= len(self._visits)
 
     def _start(self, data_pass: int) -> None:
         self.data_pass = data_pass
@@ -216,6 +215,10 @@ class _SourceOrder:
             self._claimed += 1
             return lane
         return self._left.index(max(self._left))
+
+
+def _is_within(number: Any, most: float, *, least: int = 0) -> bool:
+    return type(number) is int and least <= number <= most
 
 
 def sequences_needed(num_sequences: int, weights: Sequence[float]) -> list[int]:

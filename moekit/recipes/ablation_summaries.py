@@ -142,9 +142,10 @@ def loads(line: Line) -> list[list[float]]:
     """
     sets = list(line["validation"].values())
     total = sum(each["tokens"] for each in sets)
-    shares = [[each["tokens"] / total * share for share in layer["load"]] for each in sets for layer in each["layers"]]
-    layers = len(shares) // len(sets)
-    return [[sum(parts) for parts in zip(*shares[layer::layers], strict=True)] for layer in range(layers)]
+    by_set = [
+        [[each["tokens"] / total * share for share in layer["load"]] for layer in each["layers"]] for each in sets
+    ]
+    return [[sum(parts) for parts in zip(*of_sets, strict=True)] for of_sets in zip(*by_set, strict=True)]
 
 
 def dead_experts(line: Line) -> int:

@@ -17,6 +17,10 @@ from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Rou
 
 Plan = Callable[[Routing], DispatchPlan]
 
+# What the layers are partials of: those that drop nothing, and those that keep a plan.
+_DROPLESS: Any = fused_layer().func  # type: ignore[attr-defined]
+_WITH_PLAN: tuple[Any, ...] = (fused_cpu(plan=dropless_plan).func, limited(fused_layer(), plan=dropless_plan).func)  # type: ignore[attr-defined]
+
 
 def check_plan(recipe: Recipe) -> None:
     """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
@@ -159,11 +163,11 @@ def _required(function: Callable[..., Any]) -> set[str]:
 
 def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
     while isinstance(layer, partial):
-        if layer.func is fused_layer().func:  # type: ignore[attr-defined]
+        if layer.func is _DROPLESS:
             return dropless_plan
-        if layer.func in (fused_cpu(plan=dropless_plan).func, limited(fused_layer(), plan=dropless_plan).func):  # type: ignore[attr-defined]
+        if layer.func in _WITH_PLAN:
             return layer.keywords["plan"]
-        if isinstance(layer.keywords.get("dispatcher"), Dispatcher):
-            return layer.keywords["dispatcher"].plan
+        if isinstance(found := layer.keywords.get("dispatcher"), Dispatcher):
+            return found.plan
         layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None

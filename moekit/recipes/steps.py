@@ -155,7 +155,7 @@ def take_gradient(
     layers = [layer for _, layer in moe_layers(model)]
     weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
-    parts: list[list[Tensor]] = []  # of each micro-batch
+    parts: list[list[Tensor]] = []  # of each micro-batch, as _joined lays them out
     names, backward_time = sorted({name for layer in layers for name in layer.recipe.losses}), 0.0
     for number, ids in enumerate(batches, start=1):
         gradient_sync(model, last=number == len(batches))
