@@ -29,8 +29,7 @@ def mix_tokens(x: Tensor, routing: SoftRouting, *, token_mask: Tensor | None = N
         (E*G*S, D), the dtype of ``x``: expert by expert, pool by pool, slot by slot.
 
     Raises:
-        ValueError: if ``x`` is not (T, D) with the routing's T.
-        RuntimeError: of torch, if the mask is not of T elements.
+        ValueError: if ``x`` is not (T, D) with the routing's T, or the mask is not of T elements.
 
     Example:
         >>> half = torch.full((1, 2, 1, 1), 0.5)

@@ -187,23 +187,23 @@ def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
     num_tokens = group.size() * sizes.tokens
     positions = () if routing.positions is None else (routing.positions,)
     if routing.expert_indices.ndim == 2:
-        experts, *placed = _columns((routing.expert_indices, *positions), sizes.tokens, group, fill=-1)
-        (weights,) = _columns((routing.weights,), sizes.tokens, group)
+        experts, *placed = _columns((routing.expert_indices, *positions), sizes.tokens, group)
+        weights = gather(_padded(routing.weights, sizes.tokens), group=group)
         tokens = torch.arange(num_tokens, device=experts.device).unsqueeze(1).expand_as(experts)
     else:
         numbers = (routing.expert_indices, routing.token_indices, *positions)
         length = sizes.assignments
-        experts, of_rank, *placed = _columns([each.reshape(-1, 1) for each in numbers], length, group, fill=-1)
-        (weights,) = _columns([routing.weights.reshape(-1, 1)], length, group)
+        experts, of_rank, *placed = _columns([each.reshape(-1, 1) for each in numbers], length, group)
+        weights = gather(_padded(routing.weights.reshape(-1, 1), length), group=group)
         rank = torch.arange(experts.shape[0], device=experts.device).unsqueeze(1) // max(length, 1)
         tokens = rank * sizes.tokens + of_rank.clamp_min(0)
         tokens, experts, weights, *placed = (each.squeeze(1) for each in (tokens, experts, weights, *placed))
     return Routing(tokens, experts, weights, num_tokens, routing.num_experts, sizes.pool, *placed)
 
 
-def _columns(parts: Sequence[Tensor], length: int, group: ProcessGroup, *, fill: int = 0) -> tuple[Tensor, ...]:
-    """Gather tensors (n, k) of one shape in one exchange, each rank's filled up to ``length`` rows: (P * length, k)."""
-    found = gather(_padded(torch.cat([*parts], dim=1), length, value=fill), group=group)
+def _columns(parts: Sequence[Tensor], length: int, group: ProcessGroup) -> tuple[Tensor, ...]:
+    """Gather numbers (n, k), of one shape, in one exchange: (P * length, k), each rank's filled up with -1."""
+    found = gather(_padded(torch.cat([*parts], dim=1), length, value=-1), group=group)
     return found.chunk(len(parts), dim=1)
 
 

@@ -164,14 +164,16 @@ def moe_layer(
     return LayerOutput(y if x.ndim == 2 else y.reshape(x.shape), routing, losses, logits)
 
 
+_EACH = "one for each token of x"
+
+
 def _check_given(
     x: Tensor, recipe: Recipe, *, state: Tensor | None, token_ids: Tensor | None, token_mask: Tensor | None
 ) -> None:
-    each = f"one for each token of x {tuple(x.shape)}"
     if token_ids is not None:
-        check_shape("token_ids", token_ids, x.shape[:-1], each)
+        check_shape("token_ids", token_ids, x.shape[:-1], _EACH)
     if token_mask is not None:
-        check_token_mask(token_mask, x.shape[:-1], each)
+        check_token_mask(token_mask, x.shape[:-1], _EACH)
     check_shared("moe_layer", recipe.shared)
     if recipe.state is not None and state is None:
         raise ValueError(

@@ -47,8 +47,7 @@ def load_balance_loss(
 
     Raises:
         ValueError: if ``choices`` is given for a routing that is not (T, K), or with counts that are not by choice; if
-            the logits are in half precision.
-        IndexError or RuntimeError: of torch, if the mask is not of T elements.
+            the logits are in half precision, or the mask is not of T elements.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -89,8 +88,7 @@ def z_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the logits are in half precision.
-        RuntimeError: of torch, if the mask is not of T elements.
+        ValueError: if the logits are in half precision, or the mask is not of T elements.
 
     Example:
         >>> z_loss(torch.zeros(5, 4)).sqrt().exp()

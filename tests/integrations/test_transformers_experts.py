@@ -22,7 +22,8 @@ FAMILIES = families()
 DIFFERENT: dict[str, str] = {}
 # Of a gradient's largest entry. Where gradients are small differences of large sums (decay rates of linear attention,
 # scales of hyper-connections), transformers' own implementations differ from each other by 1e-5.
-TOLERANCE = 1e-4
+TOLERANCE = 5e-5
+LOOSER = {"qwen4_exp": 1e-4}  # its decay rates: 6e-5 on one processor
 
 
 @pytest.fixture
@@ -58,8 +59,8 @@ def test_a_family_computes_what_eager_does(family: Family) -> None:
     assert len(calls) >= len(modules) > 0  # looped models call their layers several times
     used = {name for name in modules if expected[f"{name}.down_proj"].abs().max() > 0}
     assert used == set(modules), "an experts module got no gradient, so that comparing it says nothing"
-    worst = deviations(actual, expected)
-    assert max(worst.values()) < TOLERANCE, {name: value for name, value in worst.items() if value >= TOLERANCE}
+    worst, tolerance = deviations(actual, expected), LOOSER.get(family.name, TOLERANCE)
+    assert max(worst.values()) < tolerance, {name: value for name, value in worst.items() if value >= tolerance}
 
 
 def test_at_least_58_modeling_files_are_covered() -> None:

@@ -552,7 +552,7 @@ def test_kernels_are_cut_into_the_tiles_that_are_given(monkeypatch) -> None:
     for options, tiles in (({"tiles": mine}, mine), ({}, layer_tiles)):
         table = bench_layer([SMALL], rounds=1, only=["fused_layer", "auto"], **options).tables[0]
         ran = [row.name for row in table.rows[1:] if not row.skipped]
-        assert {*names} - {*ran} <= {"fused_layer, CUDA graph"}  # which is captured where there is a GPU
+        assert ran == [name for name in names if torch.cuda.is_available() or name != "fused_layer, CUDA graph"]
         assert asked == [tiles] * (len(ran) + 1)  # and the stages
         asked.clear()
 
