@@ -16,9 +16,6 @@ import posixpath
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
 from moekit.lm.shard_members import DATA_KEYS, Reason, ShardError, parse_member, shard_members
 from moekit.lm.shard_writing import MANIFEST, pack, shard_bytes, write_shards
 from moekit.lm.urls import is_remote, join_url, parent_url, read_text_url, resolve_url
@@ -29,7 +26,6 @@ __all__ = [
     "Reason",
     "Shard",
     "ShardError",
-    "load_sequences",
     "pack",
     "parse_member",
     "read_manifest",
@@ -110,95 +106,12 @@ def read_shard(
         ShardError: if the shard is missing, no tar or cut short, or a member is no list of ints; it names shard and
             member.
     """
-    for _, tokens in _sequences(os.fspath(path), data_key=data_key, allow_commands=allow_commands):
-        yield tokens
-
-
-def load_sequences(
-    manifest: str | os.PathLike[str],
-    *,
-    seq_len: int | None = None,
-    vocab_size: int | None = None,
-    data_key: str | None = None,
-) -> Tensor:
-    """Load all sequences of a manifest, and check them.
-
-    Args:
-        manifest: of local shards or shards behind a URL, as in `read_manifest`.
-        seq_len: inputs per sequence: of each the first ``seq_len + 1`` tokens are taken. None takes the length of the
-            first sequence, and all must have it.
-        vocab_size: V; every id must be in [0, V), but for OpenLM's marks: -1, padding, stays, and -2, end of document,
-            becomes V - 2. None leaves ids as they are written.
-        data_key: extension of the members that hold tokens; see `shard_members`.
-
-    Returns:
-        (num_sequences, seq_len + 1) int32, in the order of the shards and members.
-
-    Raises:
-        FileNotFoundError: if the manifest or a shard is not there.
-        ShardError: if a shard is damaged, holds another number of sequences than the manifest says, a sequence is too
-            short, or an id is outside the vocabulary; it names shard and member.
-    """
-    length = None if seq_len is None else seq_len + 1
-    tensors = []
-    for path, num_sequences in read_manifest(manifest):
-        names, rows = [], []
-        for name, tokens in _sequences(path, data_key=data_key):
-            length = len(tokens) if length is None else length
-            _check_length(f"member {name!r} of shard {path}", len(tokens), length=length, cut=seq_len is not None)
-            names.append(name)
-            rows.append(tokens[:length])
-        _check_count(path, len(rows), expected=num_sequences, manifest=os.fspath(manifest))
-        if rows:
-            tensors.append(_checked(path, names, torch.tensor(rows), vocab_size))
-    if not tensors:
-        raise ValueError(f"the shards of manifest {manifest} hold no sequences. {_HOW_TO_MAKE_ONE}")
-    return torch.cat(tensors)
-
-
-def _sequences(
-    path: str, *, data_key: str | None = None, allow_commands: bool = False
-) -> Iterator[tuple[str, list[int]]]:
-    for name, content in shard_members(path, data_key=data_key, allow_commands=allow_commands):
+    for name, content in shard_members(os.fspath(path), data_key=data_key, allow_commands=allow_commands):
         try:
             tokens = parse_member(name, content)
         except ShardError as error:
             raise ShardError(f"shard {path}: {error}", error.reason) from error
-        yield name, tokens
-
-
-def _check_length(what: str, length_found: int, *, length: int, cut: bool) -> None:
-    if length_found < length or length < 2 or (length_found > length and not cut):
-        raise ShardError(
-            f"{what} has {length_found} tokens; expected {max(length, 2)}, one more than the sequence length. "
-            "Set the model's sequence length to fit the data, or tokenize it again",
-            "short sequence",
-        )
-
-
-def _check_count(path: str, count: int, *, expected: int, manifest: str) -> None:
-    if count != expected:
-        raise ShardError(
-            f"shard {path} holds {count} sequences; manifest {manifest} says {expected}. "
-            "The shard or the manifest is damaged or out of date: write it again",
-            "missing sequences" if count < expected else "surplus sequences",
-        )
-
-
-def _checked(path: str, names: list[str], rows: Tensor, vocab_size: int | None) -> Tensor:
-    low, high = (-(2**31), 2**31) if vocab_size is None else (0, vocab_size)
-    outside = (rows < low) | (rows >= high)
-    if vocab_size is not None:
-        outside &= (rows != -1) & (rows != -2)
-        rows = rows.where(rows != -2, vocab_size - 2)
-    if outside.any():
-        row, column = outside.nonzero()[0].tolist()
-        raise ShardError(
-            f"member {names[row]!r} of shard {path} has the id {int(rows[row, column])} at position {column}; "
-            f"expected ids in [{low}, {high}). Give the vocabulary size of the tokenizer that made the shards",
-            "id outside vocabulary",
-        )
-    return rows.to(torch.int32)
+        yield tokens
 
 
 def _manifest_line(manifest: str, number: int, line: str) -> Shard:

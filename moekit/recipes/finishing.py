@@ -117,7 +117,7 @@ def _picture(run: Run, scores: Mapping[str, Evaluation], simple: Mapping[str, re
 
 
 def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:
-    """Score with count models; a run ends without them where their data have holes, or cannot be read once more."""
+    """Score with count models; a run ends without them where their data cannot be read once more."""
     try:
         return report.simple_scores(run.corpus, scores, run.model.config, run.settings.data)
     except (ValueError, OSError) as error:

@@ -9,7 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from moekit.lm.batches import ValidationBatch
 from moekit.lm.configs import ModelConfig
 from moekit.lm.displays import load_bar
 from moekit.lm.files import write_whole
@@ -17,7 +19,6 @@ from moekit.lm.generation import generate
 from moekit.lm.model import LanguageModel
 from moekit.lm.ngrams import bigram_loss, unigram_loss
 from moekit.lm.plots import Curve, plot_run
-from moekit.lm.shards import load_sequences
 from moekit.lm.tokenizers import Tokenizer
 from moekit.lm.urls import is_remote
 from moekit.recipes.evaluate import Evaluation
@@ -46,7 +47,7 @@ def baselines(source: Source, held_out: ValidationSet, config: ModelConfig, data
     """Score a validation set with a unigram and a bigram model of its source's training data, all held in memory.
 
     They score what the model is scored on: of the set the first ``--val-num-samples`` tokens, of longer sequences the
-    front. They count the front of each training sequence.
+    front. They count the front of each training sequence, and leave out as bad what the run leaves out.
 
     Args:
         source: of the training data.
@@ -58,18 +59,24 @@ def baselines(source: Source, held_out: ValidationSet, config: ModelConfig, data
         Baselines.
 
     Raises:
-        ValueError: if training data are bad, which are left out nowhere here.
+        ValueError: if data are bad and ``--on-bad-data`` is not skip, or none of them are good.
         OSError: if data cannot be read.
     """
     vocab_size = config.vocab_size
-    train = load_sequences(source.manifest, seq_len=config.seq_len, vocab_size=vocab_size, data_key=data.data_key)
-    batches = read_set(held_out, data, config, batch_size=_READ_TOGETHER, tokens=data.val_num_samples)
-    scored = torch.cat([each.batch.ids for each in batches])
+    whole = ValidationSet(source.name, source.shards, data.data_key, tokenizer=None, location=source.manifest)
+    train = _rows(read_set(whole, data, config, batch_size=_READ_TOGETHER))
+    scored = _rows(read_set(held_out, data, config, batch_size=_READ_TOGETHER, tokens=data.val_num_samples))
     small = vocab_size <= LARGEST_BIGRAM_VOCABULARY and len(train) > 1
     return Baselines(
         unigram_loss(train, scored, vocab_size=vocab_size),
         bigram_loss(train, scored, vocab_size=vocab_size) if small else None,
     )
+
+
+def _rows(batches: Iterable[ValidationBatch]) -> Tensor:
+    """Put batches together, (num_sequences, seq_len + 1) int32, without rows of which nothing is there."""
+    parts = (each.batch.ids.int() for each in batches)
+    return torch.cat([ids[(ids >= 0).any(1)] for ids in parts])
 
 
 def simple_scores(

@@ -4,11 +4,12 @@ import os
 import shutil
 
 import pytest
+from stored_rows import stored_rows
 
 from moekit.lm import corpora
 from moekit.lm.corpora import Document, split
 from moekit.lm.preparation import prepare
-from moekit.lm.shards import load_sequences, pack
+from moekit.lm.shards import pack
 
 DOMAINS = {
     "letters": [Document(f"l{i}", "dear friend, " * (i + 3)) for i in range(12)],
@@ -31,11 +32,12 @@ def test_shards_hold_the_split_documents(tmp_path, tokenizer_name):
         train, held_out = split(DOMAINS[name])
         ids = tokenizer.encode_batch([document.text for document in train])
         packed = pack(ids, seq_len=16, end_of_text=0).tolist()
-        stored = load_sequences(manifests.train, seq_len=16, vocab_size=tokenizer.vocab_size).tolist()
+        stored = stored_rows(manifests.train)
         assert sorted(stored) == sorted(packed)
         assert stored != packed, "documents are not mixed over the shards"
-        tokens = load_sequences(manifests.validation, seq_len=16, vocab_size=tokenizer.vocab_size)
-        texts = tokenizer.decode(tokens.flatten()).split("<|endoftext|>")[: len(held_out)]
+        tokens = [token for row in stored_rows(manifests.validation) for token in row]
+        assert max(tokens) < tokenizer.vocab_size
+        texts = tokenizer.decode(tokens).split("<|endoftext|>")[: len(held_out)]
         assert texts == [document.text for document in held_out]
 
 
@@ -196,7 +198,8 @@ def test_a_slice_of_the_real_text(tmp_path):
     prepared = prepare(
         tokenizer_name="bpe-512", seq_len=32, cache=tmp_path, domains={"speeches": corpora.speeches()[:6]}
     )
-    train = load_sequences(prepared.domains["speeches"].train, vocab_size=512)
-    assert "Senate and House of Representatives" in prepared.tokenizer.decode(train.flatten())
+    train = [token for row in stored_rows(prepared.domains["speeches"].train) for token in row]
+    assert max(train) < 512
+    assert "Senate and House of Representatives" in prepared.tokenizer.decode(train)
     record = json.loads((prepared.folder / "prepared.json").read_text())
     assert "speeches/train/manifest.jsonl" in record["files"]

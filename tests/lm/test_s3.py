@@ -6,8 +6,9 @@ import multiprocessing
 import pytest
 import torch
 from s3_server import forget_connections, s3_server
+from stored_rows import stored_rows
 
-from moekit.lm.shards import Shard, ShardError, load_sequences, read_manifest, read_shard, shard_bytes, shard_members
+from moekit.lm.shards import Shard, ShardError, read_manifest, read_shard, shard_bytes, shard_members
 from moekit.lm.urls import open_url, read_text_url
 
 ROWS = torch.arange(7 * 5).view(7, 5)
@@ -39,7 +40,7 @@ def fresh():
 @pytest.mark.parametrize("url", [URL, f"pipe:aws s3 cp {URL} -"])
 def test_manifest_and_shards_are_read(url):
     assert read_manifest(url) == [Shard("s3://bucket/data/00000000.tar", 4), Shard("s3://bucket/data/00000001.tar", 3)]
-    assert torch.equal(load_sequences(url, seq_len=4, vocab_size=35).long(), ROWS)
+    assert stored_rows(url) == ROWS.tolist()
     assert list(read_shard("pipe:aws s3 cp s3://bucket/data/00000001.tar -")) == ROWS[4:].tolist()
 
 
@@ -57,7 +58,7 @@ def in_child(use):
 
 
 def sequences():
-    return [tokens for path, _ in read_manifest(URL) for tokens in read_shard(path)]
+    return stored_rows(URL)
 
 
 @pytest.mark.usefixtures("fresh")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from stored_rows import stored_rows
 
-from moekit.lm.shards import load_sequences, pack, read_manifest, read_shard, shard_bytes, write_shards
+from moekit.lm.shards import pack, read_manifest, read_shard, shard_bytes, write_shards
 
 ROWS = torch.arange(7 * 5).view(7, 5)
 
@@ -47,9 +48,7 @@ def test_write_and_load(tmp_path, rows):
         *(f"0000000{i}.tar" for i in range(3)),
         "manifest.jsonl",
     ]
-    loaded = load_sequences(manifest, seq_len=4, vocab_size=35)
-    assert loaded.dtype == torch.int32
-    assert torch.equal(loaded.long(), ROWS)
+    assert stored_rows(manifest) == ROWS.tolist()
     assert list(read_shard(manifest.with_name("00000001.tar"))) == ROWS[3:6].tolist()
 
 

@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from stored_rows import stored_rows
 
 from moekit.lm.documents import find_files, read_pieces
-from moekit.lm.shards import pack, read_manifest, read_shard, write_shards
+from moekit.lm.shards import pack, write_shards
 from moekit.lm.tokenize import Command, main, tokenize
 from moekit.lm.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, train_bpe
 
@@ -54,7 +55,7 @@ def run(settings, *, threads=2):
 
 
 def rows_of(output):
-    return [row for shard in read_manifest(output / "manifest.jsonl") for row in read_shard(shard.path)]
+    return stored_rows(output / "manifest.jsonl")
 
 
 def content(folder):

@@ -5,11 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from small_runs import markov_sequences
+from stored_rows import stored_rows
 
 from moekit.lm.configs import load_config
 from moekit.lm.displays import LayerLoad
 from moekit.lm.ngrams import bigram_loss, unigram_loss
-from moekit.lm.shards import load_sequences, read_manifest, write_shards
+from moekit.lm.shards import ShardError, read_manifest, write_shards
 from moekit.lm.tokenizers import ByteTokenizer
 from moekit.recipes import mixtral, openlm, report
 from moekit.recipes.evaluate import Evaluation
@@ -42,6 +44,10 @@ def sources_of(shards):
     return source, held_out
 
 
+def rows_of(manifest):
+    return torch.tensor(stored_rows(manifest))
+
+
 def rendered(table):
     console = Console(file=StringIO(), width=120)
     console.print(table)
@@ -61,7 +67,7 @@ def small_model(**options):
 
 def test_baselines_score_the_validation_data(shards):
     unigram, bigram = report.baselines(*sources_of(shards), TINY, DATA)
-    train, held_out = load_sequences(shards.train[0]), load_sequences(shards.validation[0])
+    train, held_out = rows_of(shards.train[0]), rows_of(shards.validation[0])
     assert unigram == unigram_loss(train, held_out, vocab_size=512)
     assert bigram == bigram_loss(train, held_out, vocab_size=512)
     assert 0.69 < bigram < 0.75 < 2.5 < unigram < 3.0  # ln 2 and ln 16 are the truth
@@ -70,19 +76,46 @@ def test_baselines_score_the_validation_data(shards):
 def test_a_large_vocabulary_or_a_single_sequence_has_no_bigram(shards, tmp_path):
     source, held_out = sources_of(shards)
     assert report.baselines(source, held_out, load_config("moekit_tiny", vocab_size=50_432), DATA).bigram is None
-    single = write_shards(tmp_path, load_sequences(shards.train[0])[:1])
-    assert report.baselines(source._replace(manifest=str(single)), held_out, TINY, DATA).bigram is None
+    single = source._replace(shards=read_manifest(write_shards(tmp_path, rows_of(shards.train[0])[:1])))
+    assert report.baselines(single, held_out, TINY, DATA).bigram is None
 
 
 def test_baselines_score_what_the_model_is_scored_on(shards):
     source, held_out = sources_of(shards)
-    train, scored = load_sequences(shards.train[0])[:, :33], load_sequences(shards.validation[0])[:2, :33]
+    train, scored = rows_of(shards.train[0])[:, :33], rows_of(shards.validation[0])[:2, :33]
     half = load_config("moekit_tiny", seq_len=32)  # of the front of each, the first 33 to 64 tokens are scored
     found = report.baselines(source, held_out, half, DataSettings(val_num_samples=33))
     assert found == (unigram_loss(train, scored, vocab_size=512), bigram_loss(train, scored, vocab_size=512))
     other_members = DataSettings(data_key="txt")
     with pytest.raises(ValueError, match=r"ends in \.txt; found json"):
         report.baselines(source, held_out, half, other_members)
+
+
+def test_baselines_count_padding_and_ends_of_documents_as_training_does(shards, tmp_path):
+    source, held_out = sources_of(shards)
+    written, read = (markov_sequences(9, first=0, seed=1) for _ in range(2))
+    written[4, 40:], read[4, 40:] = -1, -1
+    written[7, 5], read[7, 5] = -2, 510
+    marked = source._replace(shards=read_manifest(write_shards(tmp_path, written)))
+    scored = rows_of(shards.validation[0])
+    expected = (unigram_loss(read, scored, vocab_size=512), bigram_loss(read, scored, vocab_size=512))
+    assert report.baselines(marked, held_out, TINY, DATA) == expected
+
+
+def test_bad_training_data_are_named_or_left_out_as_in_training(shards, tmp_path):
+    source, held_out = sources_of(shards)
+    rows, scored = markov_sequences(9, first=0, seed=1).tolist(), rows_of(shards.validation[0])
+    good = torch.tensor([*rows[:4], *rows[5:]])
+    rows[4] = rows[4][:10]
+    bad = source._replace(shards=read_manifest(write_shards(tmp_path, rows)))
+    with pytest.raises(ShardError, match=r"member 00000004\.json of shard .* has 10 tokens; .*--on-bad-data skip"):
+        report.baselines(bad, held_out, TINY, DATA)
+    expected = (unigram_loss(good, scored, vocab_size=512), bigram_loss(good, scored, vocab_size=512))
+    skipping = DataSettings(on_bad_data="skip")
+    assert report.baselines(bad, held_out, TINY, skipping) == expected
+    Path(bad.shards[0].path).unlink()
+    with pytest.raises(ValueError, match="train has the shape"):
+        report.baselines(bad, held_out, TINY, skipping)
 
 
 def test_baselines_are_of_sets_that_were_held_out_from_a_source(shards):
@@ -101,12 +134,11 @@ def test_data_elsewhere_have_no_baseline(shards, manifest):
     assert report.simple_scores(corpus, ["prose"], TINY, DATA) == {}
 
 
-def test_data_too_large_for_memory_have_no_baseline(shards):
+def test_data_too_large_for_memory_have_no_baseline(shards, monkeypatch):
     source, held_out = sources_of(shards)
-    most = report.MOST_BASELINE_TOKENS // 64
-    for count, expected in ((most, ["prose"]), (most + 1, [])):
-        counted = source._replace(shards=[source.shards[0]._replace(num_sequences=count)])
-        corpus = Corpus((counted,), (1,), (held_out,), None, None)
+    corpus, tokens = Corpus((source,), (1,), (held_out,), None, None), 64 * source.num_sequences
+    for most, expected in ((tokens, ["prose"]), (tokens - 1, [])):
+        monkeypatch.setattr(report, "MOST_BASELINE_TOKENS", most)
         assert list(report.simple_scores(corpus, ["prose"], TINY, DATA)) == expected
 
 
