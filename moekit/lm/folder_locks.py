@@ -1,4 +1,4 @@
-"""One launch at a time in a run folder: two that write the same checkpoints and metrics undo each other's work."""
+"""One process at a time in a folder: two that write the same files undo each other's work."""
 
 import os
 import platform
@@ -6,6 +6,7 @@ import time
 import weakref
 from contextlib import suppress
 from pathlib import Path
+from typing import Self
 
 PATIENCE = 5.0  # seconds; ranks whose torchrun was killed end within two
 
@@ -17,24 +18,32 @@ class FolderLock:
     the process, however that ends: processes forked from it, such as data workers, do not keep it. A network file
     system may know such locks on one machine alone (NFS does), and where there are none, nothing is locked.
 
+    As a context, it is taken for its body.
+
     Args:
         folder: to lock. Nothing is done to it before ``take``.
+        flag: that names the folder, for the message.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as parent:
-        ...     lock = FolderLock(Path(parent) / "logs" / "a")
-        ...     lock.take()
-        ...     made = lock.folder.is_dir()
-        ...     lock.let_go()
+        ...     with FolderLock(Path(parent) / "logs" / "a", flag="--name") as lock:
+        ...         made = lock.folder.is_dir()
         ...     made, list(Path(parent).iterdir())
         (True, [])
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | os.PathLike[str], *, flag: str) -> None:
+        self.folder, self._flag = Path(folder), flag
         self._made: list[Path] = []
         self._close: weakref.finalize[[int], FolderLock] | None = None
+
+    def __enter__(self) -> Self:
+        self.take()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.let_go()
 
     def take(self) -> None:
         """Make the folder if need be, and lock it; wait some seconds for a process that is about to end.
@@ -78,8 +87,8 @@ class FolderLock:
         close()
         if holder is not None and last:
             raise BlockingIOError(
-                f"{self.folder}: {holder} trains in this run folder; expected none, since two would undo each other's "
-                "work. Wait until it has ended, end it, or choose another --name"
+                f"{self.folder}: {holder} works in this folder; expected none, since two would undo each other's "
+                f"work. Wait until it has ended, end it, or choose another {self._flag}"
             )
         return False
 
@@ -87,7 +96,7 @@ class FolderLock:
 def _system_locks() -> bool:
     try:
         import fcntl  # noqa: F401
-    except ModuleNotFoundError:  # Windows; there it is the user who starts no second run
+    except ModuleNotFoundError:  # Windows; there it is the user who starts no second process
         return False
     return True
 

@@ -29,6 +29,7 @@ from moekit.lm import tokenize_parts as phases
 from moekit.lm import tokenize_plans as plans
 from moekit.lm.documents import find_files, in_capitals, read_pieces
 from moekit.lm.files import check_folder
+from moekit.lm.folder_locks import FolderLock
 from moekit.lm.processes import available_cores, process_pool, run_in_order
 from moekit.lm.shard_members import MAX_MEMBER_BYTES
 from moekit.lm.shards import MANIFEST
@@ -127,12 +128,9 @@ def tokenize(command: Command, executor: Executor, *, most: int, progress: Progr
     tokenizer = _tokenizer(command)
     _check_size(command.seq_len, tokenizer)
     plan = _plan(command, files, tokenizer)
-    if (folder / MANIFEST).exists():
-        return _finished(folder, plan)
-    if not (parts / "plan.json").exists():
-        plans.check_free(folder)
-    parts.mkdir(parents=True, exist_ok=True)
-    with plans.sole_use(parts):
+    with FolderLock(folder, flag="--output"):
+        if (folder / MANIFEST).exists():
+            return _finished(folder, plan)
         plans.open_plan(folder, {**plan, "versions": plans.library_versions()})
         save_tokenizer(tokenizer, parts / phases.TOKENIZER)
         run = functools.partial(run_in_order, executor, most=most)

@@ -4,9 +4,9 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from moekit.lm.files import read_object, write_whole
 from moekit.lm.shards import MANIFEST
@@ -101,7 +101,7 @@ def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:
     """Note the plan in a new folder, or check it in one that was begun.
 
     Args:
-        folder: the output; it holds `PARTS`.
+        folder: the output.
         plan: of the command.
 
     Raises:
@@ -113,6 +113,7 @@ def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:
         check_same(read_object(path, expected=_NOTED, mend=f". {_ANEW}"), plan, folder)
     else:
         check_free(folder)
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, json.dumps(plan))
 
 
@@ -129,37 +130,6 @@ def check_free(folder: Path) -> None:
     taken = [name for name in names if (folder / name).exists()]
     if taken:
         raise FileExistsError(f"{folder} holds {taken[0]}, which this command did not write. {_ANEW}")
-
-
-@contextlib.contextmanager
-def sole_use(parts: Path) -> Iterator[None]:
-    """Keep other processes out of a folder of parts; the system lifts the lock when the process ends, however it does.
-
-    Args:
-        parts: the folder.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        BlockingIOError: if another process works there.
-    """
-    with open(parts / "lock", "ab") as file:
-        _lock(file, parts)
-        yield
-
-
-def _lock(file: IO[bytes], parts: Path) -> None:
-    try:
-        import fcntl
-    except ModuleNotFoundError:  # Windows; there it is the user who starts no second run
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(f"another process is working in {parts.parent}; wait for it, or stop it") from error
-    except OSError:  # a file system without locks
-        return
 
 
 def _changed_inputs(old: Any, new: Any) -> list[str]:

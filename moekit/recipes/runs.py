@@ -75,7 +75,7 @@ def claimed(settings: TrainSettings, world: World) -> Iterator[Path]:
         OSError: if the folder cannot be made.
         FileExistsError: if it holds a run and the settings do not resume it.
     """
-    lock = FolderLock(share(world, run_folder(settings)))
+    lock = FolderLock(share(world, run_folder(settings)), flag="--name")
     try:
         trouble = share(world, _claim(lock, settings) if world.rank == 0 else None)
         if trouble is not None:

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from stored_rows import stored_rows
 
+from moekit.lm import folder_locks
 from moekit.lm.documents import find_files, read_pieces
+from moekit.lm.folder_locks import FolderLock
 from moekit.lm.shards import pack, write_shards
 from moekit.lm.tokenize import Command, main, tokenize
 from moekit.lm.tokenizers import ByteTokenizer, load_tokenizer, save_tokenizer, train_bpe
@@ -474,15 +476,25 @@ def test_shards_of_others_are_left_alone(corpus, tmp_path):
         before.pop("manifest.jsonl", None)
 
 
-def test_a_second_process_is_kept_out(corpus, tmp_path):
-    fcntl = pytest.importorskip("fcntl")
-    parts = tmp_path / "out" / ".parts"
-    parts.mkdir(parents=True)
-    with open(parts / "lock", "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match=r"another process is working in .*out; wait for it"):
+def test_a_second_process_is_kept_out(corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_locks, "PATIENCE", 0)
+    with FolderLock(tmp_path / "out", flag="--output"):
+        with pytest.raises(BlockingIOError, match=r"/out: .* works in this folder; .*or choose another --output"):
             run(command(corpus, tmp_path / "out"))
+        assert not content(tmp_path / "out")
     run(command(corpus, tmp_path / "out"))
+
+
+def test_a_second_process_sees_that_the_first_has_done_it_all(corpus, tmp_path, monkeypatch):
+    take, first = FolderLock.take, []
+
+    def late(lock):
+        monkeypatch.setattr(FolderLock, "take", take)
+        first.append(run(command(corpus, tmp_path / "out")))
+        take(lock)
+
+    monkeypatch.setattr(FolderLock, "take", late)
+    assert run(command(corpus, tmp_path / "out")) == first[0]._replace(new_tokens=0)
 
 
 def test_a_full_disk_leaves_no_half_of_a_shard(corpus, tmp_path, monkeypatch):

@@ -249,7 +249,7 @@ def test_a_run_that_failed_keeps_neither_model_nor_data(ablate, files, monkeypat
 @pytest.fixture
 def held(ablate, monkeypatch):
     """Have the folder of one run as another process would have it, beside a run that is done."""
-    lock = FolderLock(ablate("--routers", "relu") / "top_k-seed0")
+    lock = FolderLock(ablate("--routers", "relu") / "top_k-seed0", flag="--name")
     monkeypatch.setattr(folder_locks, "PATIENCE", 0.0)
     lock.take()
     yield lock
@@ -263,8 +263,8 @@ def test_a_run_that_another_process_does_is_left_to_it_and_has_not_failed(ablate
     told = "ablate_routers.py: 1 of 2 runs is left to another process; give the same command again when it has ended"
     assert head == told
     who = rf"process {os.getpid()} of \S+|another process"
-    assert re.fullmatch(rf"  top_k, seed 0: F/top_k-seed0: ({who}) trains in this run folder", line)
-    assert re.search(r"\[1/2\] top_k, seed 0: F/top_k-seed0: .* trains in this run folder\n", capsys.readouterr().out)
+    assert re.fullmatch(rf"  top_k, seed 0: F/top_k-seed0: ({who}) works in this folder", line)
+    assert re.search(r"\[1/2\] top_k, seed 0: F/top_k-seed0: .* works in this folder\n", capsys.readouterr().out)
     folder = tmp_path / "F"
     assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["relu", "switch"]
     table = (folder / "table.md").read_text()

@@ -340,7 +340,7 @@ def impatient(monkeypatch):
 
 def free(folder):
     """Say whether a folder can be locked, and let go of it."""
-    lock = FolderLock(folder)
+    lock = FolderLock(folder, flag="--name")
     try:
         lock.take()
     except BlockingIOError:
@@ -352,11 +352,11 @@ def free(folder):
 def test_a_second_launch_of_a_run_is_refused(program, shards, impatient):
     folder = program("--steps", "4", "--save-every-n-steps", "2")
     (folder / "checkpoints" / ".step_00000006.unfinished").mkdir()  # the first launch writes it
-    first = FolderLock(folder)
+    first = FolderLock(folder, flag="--name")
     first.take()
     names, before = names_in(folder), files(folder)
     holder = rf"process {os.getpid()} of \S+|another process"  # the second where the system does not tell
-    message = rf"logs/a: ({holder}) trains in this run folder; .*Wait until it has ended, end it, or choose another --n"
+    message = rf"logs/a: ({holder}) works in this folder; .*Wait until it has ended, end it, or choose another --n"
     for resume in ("latest", str(checkpoint_folder(folder, 2))):
         with pytest.raises(SystemExit, match=message):
             program("--resume", resume)
@@ -394,7 +394,7 @@ def test_a_run_is_locked_while_it_trains_and_free_when_it_has_ended(program, imp
 HOLDER = """
 import os, sys, time
 from moekit.lm.folder_locks import FolderLock
-lock = FolderLock(sys.argv[1])
+lock = FolderLock(sys.argv[1], flag="--name")
 lock.take()
 worker = os.fork()
 if worker:
@@ -419,7 +419,7 @@ def test_a_killed_process_keeps_no_lock_though_its_worker_lives(tmp_path, impati
 
 
 def test_a_launch_that_is_about_to_end_is_waited_for(tmp_path):
-    first, second = FolderLock(tmp_path / "a"), FolderLock(tmp_path / "a")
+    first, second = FolderLock(tmp_path / "a", flag="--name"), FolderLock(tmp_path / "a", flag="--name")
     first.take()
     threading.Timer(0.3, first.let_go).start()
     second.take()
@@ -474,7 +474,7 @@ def test_where_there_are_no_locks_a_run_goes_on_without(tmp_path, monkeypatch, n
         monkeypatch.setitem(sys.modules, "fcntl", None)
     else:
         monkeypatch.setattr(fcntl, "flock", fail)
-    first, second = FolderLock(tmp_path / "a"), FolderLock(tmp_path / "a")
+    first, second = FolderLock(tmp_path / "a", flag="--name"), FolderLock(tmp_path / "a", flag="--name")
     first.take()
     second.take()
     second.let_go()
@@ -492,7 +492,7 @@ def test_a_folder_that_a_failing_launch_removes_meanwhile_is_made_again(tmp_path
         return locked_by(descriptor)
 
     monkeypatch.setattr(folder_locks, "_locked_by", removed_first)
-    lock = FolderLock(tmp_path / "a")
+    lock = FolderLock(tmp_path / "a", flag="--name")
     lock.take()
     assert len(calls) == 2
     monkeypatch.setattr(folder_locks, "PATIENCE", 0)
@@ -502,9 +502,9 @@ def test_a_folder_that_a_failing_launch_removes_meanwhile_is_made_again(tmp_path
 @pytest.mark.distributed
 def test_all_ranks_hear_of_a_refusal(shards, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be one card for both
-    lock = FolderLock(tmp_path / "a")
+    lock = FolderLock(tmp_path / "a", flag="--name")
     lock.take()
     line = words(shards, tmp_path, "--recipe", "mixtral", "--resume", "latest")
     for [ended] in run_ranks("launches:run_commands", 2, [line], limit=30):
-        assert "trains in this run folder" in str(ended.message)
+        assert "works in this folder" in str(ended.message)
     assert list((tmp_path / "a").iterdir()) == []
