@@ -10,13 +10,14 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "moekit"
 FILES = sorted(PACKAGE.rglob("*.py"))
 # Who may import whom: GROUND <- routing | dispatch | experts | parallel | lm <- recipes <- integrations. "" is moekit.
-GROUND = {"types", "ratios", "checks", "autocast", "segments", "rows", "operators"}
+GROUND = {"types", "ratios", "checks", "autocast", "lookup", "segments", "rows", "operators"}
 STAGES = {"routing", "dispatch", "experts", "parallel", "lm"}
 ALLOWED = {
     "types": set(),
     "ratios": {"types"},
     "checks": {"types"},
     "autocast": set(),
+    "lookup": set(),
     "segments": {"types", "segments", "operators"},
     "rows": {"rows", "operators"},
     "driver": set(),

@@ -9,10 +9,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from moekit.lm._lookup import unknown_name
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.norms import make_norm
 from moekit.lm.rotary import make_rotary
+from moekit.lookup import unknown_name
 
 _TOO_LARGE = 2**31
 OF_METHOD = {"moe_top_k": int, "moe_capacity_factor": float, "moe_loss_weight": float}

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moekit.lm._lookup import look_up
 from moekit.lm.initialization import output_std, truncated_normal_
+from moekit.lookup import look_up
 from moekit.types import LayerOutput
 
 

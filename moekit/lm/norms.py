@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moekit.autocast import autocast_dtype, outside_autocast
-from moekit.lm._lookup import look_up
+from moekit.lookup import look_up
 
 EPS = 1e-5
 

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from moekit.lm._lookup import look_up
+from moekit.lookup import look_up
 
 
 def rotary_angles(

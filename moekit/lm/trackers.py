@@ -6,9 +6,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from moekit.lm._lookup import look_up
 from moekit.lm.dashboards import TensorBoard, WeightsAndBiases
 from moekit.lm.json_lines import JsonLines, read_metrics
+from moekit.lookup import look_up
 
 __all__ = ["JsonLines", "Tracker", "Trackers", "open_trackers", "parse_report_to", "read_metrics"]
 

@@ -14,10 +14,10 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from moekit.lm._lookup import unknown_name
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
+from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
 from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failures, told_held

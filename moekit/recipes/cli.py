@@ -9,7 +9,7 @@ from itertools import takewhile
 from typing import Any
 
 from moekit import __version__
-from moekit.lm._lookup import unknown_name
+from moekit.lookup import unknown_name
 from moekit.recipes import doctor as _doctor
 from moekit.recipes.names import RECIPES
 from moekit.recipes.recipe_tables import recipe_table

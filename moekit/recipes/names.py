@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from moekit.lm._lookup import look_up
+from moekit.lookup import look_up
 from moekit.recipes.families import dbrx, gpt_oss, granite_moe, jamba, phi_moe, qwen2_moe, qwen3_moe
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, gshard, mixtral, olmoe, openlm, switch

@@ -1,6 +1,6 @@
 import pytest
 
-from moekit.lm._lookup import look_up
+from moekit.lookup import look_up
 
 
 def test_without_a_near_match_all_names_are_listed():
