@@ -1,11 +1,12 @@
 """What every dispatcher and every layer refuses, whatever runs it."""
 
+import reprlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moekit.types import Routing
+from moekit.types import Dispatcher, Routing
 
 
 def check_routing(name: str, routing: Any) -> None:
@@ -96,6 +97,30 @@ made for, flattened to two axes.
         raise ValueError(
             f"{name} has shape {tuple(rows.shape)}; expected ({expected}, width): {meaning}. Pass the tensor that "
             f"{made} made for, flattened to two axes."
+        )
+
+
+def check_plan(name: str, plan: Any) -> None:
+    """Refuse a plan that is no function, as a dispatcher in place of its plan.
+
+    Args:
+        name: of the caller, for the message.
+        plan: routing -> DispatchPlan.
+
+    Raises:
+        ValueError: if it cannot be called.
+
+    Example:
+        >>> check_plan("a layer", 1.25)
+        Traceback (most recent call last):
+        ValueError: a layer: plan is 1.25; expected a function routing -> DispatchPlan. Pass that of a dispatcher, as \
+padded(capacity_factor=1.25).plan.
+    """
+    if not callable(plan):
+        given = "a Dispatcher" if isinstance(plan, Dispatcher) else reprlib.repr(plan)
+        raise ValueError(
+            f"{name}: plan is {given}; expected a function routing -> DispatchPlan. Pass that of a dispatcher, as "
+            f"padded(capacity_factor=1.25).plan."
         )
 
 

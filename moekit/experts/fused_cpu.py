@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moekit.autocast import in_autocast
+from moekit.checks import check_plan
 from moekit.experts._activations_cpu import ACTIVATIONS
 from moekit.experts._fused_cpu import fused_experts
 from moekit.experts.activations import SWIGLU, Activation
@@ -62,11 +63,7 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
             https://arxiv.org/abs/2512.14080
     """
     check_activation("fused_cpu", activation, tuple(ACTIVATIONS))
-    if not callable(plan):
-        raise ValueError(
-            f"fused_cpu: plan is a {type(plan).__name__}; expected a function Routing -> DispatchPlan, such as "
-            f"dropless().plan. Of a dispatcher pass its attribute plan."
-        )
+    check_plan("fused_cpu", plan)
     return partial(_fused_cpu, plan=plan, activation=activation)
 
 

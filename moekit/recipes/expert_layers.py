@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from moekit.checks import check_plan
 from moekit.dispatch import without_dropped
 from moekit.experts import loop
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Experts, Routing
@@ -145,12 +146,7 @@ def limited(layer: ExpertLayer, *, plan: Callable[[Routing], DispatchPlan]) -> E
             f"limited: layer = {reprlib.repr(layer)}; expected a function (x, routing, params) -> y, such as "
             f"fused_layer()."
         )
-    if not callable(plan):
-        given = "a Dispatcher" if isinstance(plan, Dispatcher) else reprlib.repr(plan)
-        raise ValueError(
-            f"limited: plan is {given}; expected a function routing -> DispatchPlan. Pass that of a dispatcher, as "
-            f"padded(capacity_factor=1.25).plan."
-        )
+    check_plan("limited", plan)
     return partial(_limited, layer=layer, plan=plan)
 
 
