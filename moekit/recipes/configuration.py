@@ -13,7 +13,7 @@ import tyro
 from moekit.lm.files import write_whole
 from moekit.recipes.derived import give_way, typed_flags
 from moekit.recipes.settings import ModelSettings, TrainSettings
-from moekit.recipes.wording import flag_of
+from moekit.recipes.wording import flag_of, no_place
 
 _NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
 _RENAMED = {"preset": "model"}  # field to flag
@@ -207,9 +207,7 @@ def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[s
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(
-            f"--logs: {folder} cannot be made ({error.strerror}); expected a place that can be written to."
-        ) from error
+        raise OSError(no_place(folder, error)) from error
     values = flat_settings(settings)
     write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}

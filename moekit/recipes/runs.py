@@ -25,6 +25,7 @@ from moekit.recipes.precisions import gradient_scaler, resolved_precision
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
 from moekit.recipes.sources import Corpus, check_lasts, make_corpus
+from moekit.recipes.wording import no_place
 
 
 class Run(NamedTuple):
@@ -94,10 +95,7 @@ def _claim(lock: FolderLock, settings: TrainSettings) -> OSError | None:
     except (BlockingIOError, FileExistsError) as error:
         return error
     except OSError as error:
-        return OSError(
-            f"--logs: {lock.folder} cannot be made or cleared ({error.strerror or error}); expected a place that can "
-            "be written to."
-        )
+        return OSError(no_place(lock.folder, error))
     return None
 
 

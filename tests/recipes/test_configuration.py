@@ -278,7 +278,7 @@ def test_what_a_run_writes(tmp_path):
 
 def test_a_folder_that_cannot_be_made_names_the_flag():
     with pytest.raises(
-        OSError, match=r"--logs: /proc/runs/a cannot be made \(.+\); expected a place that can be written"
+        OSError, match=r"--logs: /proc/runs/a cannot be made or cleared \(.+\); expected a place that can be written"
     ):
         write_config(Path("/proc/runs/a"), parse_settings([]))
 
