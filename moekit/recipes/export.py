@@ -16,7 +16,8 @@ from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.tensor_files import write_safetensors
 from moekit.recipes.language_models import moe_layers
-from moekit.recipes.trained import model_of, newest_of
+from moekit.recipes.trained import model_of
+from moekit.recipes.weights import newest_of
 
 _SUFFIXES = (".pt", ".safetensors")
 

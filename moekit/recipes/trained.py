@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
+from moekit.lm.checkpoints import load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.recipes.automatic import automatic
 from moekit.recipes.configuration import stored_model
@@ -15,6 +15,7 @@ from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.recipes.routers import PREFIX
 from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.weights import newest_of
 
 
 def trained_model(
@@ -86,26 +87,6 @@ def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
     """
     with torch.device("meta"):
         return _built(checkpoint, recipe)
-
-
-def newest_of(folder: Path) -> Path:
-    """Return the newest checkpoint of a run; of anything else, itself.
-
-    Args:
-        folder: of a run, or a checkpoint.
-
-    Returns:
-        A folder, which may be none.
-
-    Raises:
-        FileNotFoundError: if the run has no complete checkpoint.
-    """
-    if not (folder / "checkpoints").is_dir():
-        return folder
-    newest = latest_checkpoint(folder)
-    if newest is None:
-        raise FileNotFoundError(f"the run {folder} has no complete checkpoint yet")
-    return newest
 
 
 def _built(checkpoint: Path, recipe: str | Recipe | None) -> LanguageModel:

@@ -33,10 +33,9 @@ def find_checkpoint(resume: str) -> Path:
     if os.path.isfile(path):  # unlike Path's own, False also for a name that is too long
         return path
     if os.path.isdir(path):
-        newest = latest_checkpoint(path) if (path / "checkpoints").is_dir() else path
-        if newest is not None:
-            read_state(newest)  # says what is expected if it is none
-            return newest
+        newest = newest_of(path)
+        read_state(newest)  # says what is expected if it is none
+        return newest
     epoch = re.fullmatch(r"epoch_(\d+)(\.pt)?", path.name)
     if epoch:
         for folder in sorted(path.parent.glob("step_*"), reverse=True):
@@ -48,6 +47,29 @@ def find_checkpoint(resume: str) -> Path:
         f"--resume {resume}: there is no such checkpoint. Expected a folder step_NNNNNNNN of a run, the run's folder, "
         "or a .pt or .safetensors file"
     )
+
+
+def newest_of(folder: Path) -> Path:
+    """Return the newest checkpoint of a run; of anything else, itself.
+
+    Args:
+        folder: of a run, or a checkpoint.
+
+    Returns:
+        A folder, which may be none.
+
+    Raises:
+        FileNotFoundError: if the run has no complete checkpoint.
+    """
+    if not (folder / "checkpoints").is_dir():
+        return folder
+    newest = latest_checkpoint(folder)
+    if newest is None:
+        raise FileNotFoundError(
+            f"the run {folder} has no complete checkpoint yet; expected a folder step_NNNNNNNN in its checkpoints. Let "
+            "it train until it has saved one, or name another run"
+        )
+    return newest
 
 
 def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, Any]:

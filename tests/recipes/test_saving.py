@@ -103,7 +103,7 @@ def test_a_run_folder_names_its_newest_checkpoint(program, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no checkpoint at .*logs/a: expected a folder step_NNNNNNNN"):
         find_checkpoint(str(folder))
     (folder / "checkpoints").mkdir()
-    with pytest.raises(FileNotFoundError, match=r"logs/a: there is no such checkpoint"):
+    with pytest.raises(FileNotFoundError, match=r"logs/a has no complete checkpoint yet; expected a folder step_NNNN"):
         find_checkpoint(str(folder))
 
 

@@ -12,7 +12,8 @@ from moekit.recipes import mixtral
 from moekit.recipes.backends import auto
 from moekit.recipes.language_models import language_model, moe_layers
 from moekit.recipes.names import find_recipe
-from moekit.recipes.trained import newest_of, trained_model
+from moekit.recipes.trained import trained_model
+from moekit.recipes.weights import newest_of
 
 
 def checkpoint_of(folder: Path, recipe: str, *, step: int = 3, seed: int = 0, **shape):
