@@ -11,6 +11,8 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from moekit.lm.consoles import print_lines
+
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 
 
@@ -128,7 +130,7 @@ class _Lines:
         )
 
     def say(self, text: str) -> None:
-        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+        print_lines(self._console, text)
 
 
 class _Panel:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from rich.console import Console
 
 from moekit.lm import tokenize_parts as phases
 from moekit.lm import tokenize_plans as plans
+from moekit.lm.consoles import plain_console, print_lines
 from moekit.lm.documents import find_files, in_capitals, read_pieces
 from moekit.lm.files import check_folder
 from moekit.lm.folder_locks import FolderLock
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m moekit.lm
         SystemExit: with a message and status 1, if it cannot go on; with status 130 at Ctrl-C.
     """
     command = tyro.cli(Command, prog=prog, args=arguments)
-    console = Console(markup=False, emoji=False)
+    console = plain_console()
     start = time.monotonic()
     again = "The same command goes on where this one stopped"
     try:
@@ -98,8 +98,8 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m moekit.lm
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{prog}: {error}") from None
     seconds = max(time.monotonic() - start, 1e-9)
-    for line in [f"{command.output / MANIFEST} is done", *summary.lines(length=command.seq_len + 1, seconds=seconds)]:
-        console.print(line, highlight=False, soft_wrap=True)
+    print_lines(console, f"{command.output / MANIFEST} is done")
+    print_lines(console, *summary.lines(length=command.seq_len + 1, seconds=seconds))
 
 
 def tokenize(command: Command, executor: Executor, *, most: int, progress: Progress) -> Summary:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Protocol
 from rich import progress as bars
 from rich.console import Console
 
+from moekit.lm.consoles import print_lines
 from moekit.lm.tokenize_parts import Tally
 
 
@@ -93,8 +94,7 @@ class _Lines:
         here = (stage, 10 * done // max(total, 1))
         if here != self._last:
             self._last = here
-            line = f"{stage} {done / max(total, 1):.0%}, {words}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+            print_lines(self._console, f"{stage} {done / max(total, 1):.0%}, {words}")
 
 
 class _Bars:

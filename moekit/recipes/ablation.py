@@ -14,6 +14,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
+from moekit.lm.consoles import plain_console, print_lines
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
@@ -26,7 +27,6 @@ from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.commands import command_line
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.consoles import plain_console, print_notes
 from moekit.recipes.names import RECIPES, users_fault
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.setup import make_config, overridden_flags
@@ -95,7 +95,7 @@ def main(
     settings = tyro.cli(AblationSettings, args=words[:cut], prog=prog)
     try:
         jobs, console = plan(settings, words[cut + 1 :], prog=prog), plain_console(piped=_TABLE_COLUMNS)
-        print_notes(console, overridden_flags(jobs[0].settings.model))
+        print_lines(console, *overridden_flags(jobs[0].settings.model))
         command = command_line(words, prog=prog, launch=launch)
         outcome = ablate(settings, jobs, console, command=command, ends_process=True)
     except Exception as error:
@@ -218,7 +218,7 @@ def ablate(
     outcome = outcome._replace(held=tuple(each for each in outcome.held if not each.job.results.exists()))
     show(settings, _lines(jobs, outcome.failures), console)
     if outcome.stopped_by is not None:
-        console.print(f"stopped; go on with:\n  {command}", highlight=False, soft_wrap=True)
+        print_lines(console, f"stopped; go on with:\n  {command}")
     return outcome
 
 
@@ -235,8 +235,7 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console, s
             return Outcome(tuple(failures), stop.name or "SIGTERM", tuple(held))  # a run stops by nothing else
         done = isinstance(came, dict)
         if new or not done:
-            told = f"{place} {job.label}, seed {job.seed}: {_told(came)}"
-            console.print(told, highlight=False, markup=False, soft_wrap=True)
+            print_lines(console, f"{place} {job.label}, seed {job.seed}: {_told(came)}")
         if isinstance(came, Failure):
             failures.append(came)
         elif isinstance(came, Held):
@@ -272,7 +271,7 @@ def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: C
         picture: Any = draw(settings.folder / "ablation.png", rows)
     except ModuleNotFoundError as error:
         picture = f"none: {error}"
-    console.print(f"table: {settings.folder / 'table.md'}\npicture: {picture}", highlight=False, soft_wrap=True)
+    print_lines(console, f"table: {settings.folder / 'table.md'}", f"picture: {picture}")
 
 
 def _told(came: dict[str, Any] | Failure | Held) -> str:

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
+from moekit.lm.consoles import print_lines
 from moekit.lm.files import read_object, write_whole
 from moekit.recipes.ablation_recipes import other_recipe
 from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.consoles import whole_lines
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config
 from moekit.recipes.sources import check_lasts, make_corpus
@@ -66,7 +67,7 @@ def check_data(settings: TrainSettings, console: Console) -> None:
         FileNotFoundError: if they are not there.
     """
     config = make_config(settings.model)
-    corpus = make_corpus(settings, config, say=whole_lines(console))
+    corpus = make_corpus(settings, config, say=partial(print_lines, console))
     if not corpus.validation:
         raise ValueError(
             "there are no validation data, and routers are compared by their losses on such data; give after the `--` "

@@ -82,14 +82,13 @@ def recipes(arguments: list[str]) -> None:
     if _asks_for_help("recipes", arguments):
         return
     try:
-        from moekit.recipes.consoles import whole_lines, wide_console
+        from moekit.lm.consoles import print_lines, wide_console
     except ModuleNotFoundError as error:
         raise SystemExit(f"moekit recipes: {error}; it prints a table with rich: pip install rich") from error
     console = wide_console()
     console.print(recipe_table(RECIPES))
-    say = whole_lines(console)
     for name, make in RECIPES.items():
-        say(f"{name}: {_first_line(make)}\n  {_first_reference(make)}")
+        print_lines(console, f"{name}: {_first_line(make)}", f"  {_first_reference(make)}")
 
 
 def doctor(arguments: list[str]) -> None:

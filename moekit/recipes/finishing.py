@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
+from moekit.lm.consoles import print_lines
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.evaluate import Evaluation, evaluating
@@ -52,7 +53,7 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     report.print_scores(console, scores, simple)
     speed = f"{_counted_words(summary['tokens'], progress.seconds, trained)}{_mfu_words(run, trained)}"
     sizes = f"{summary['parameters']:,} parameters, {summary['active_parameters']:,} active per token"
-    console.print(f"{sizes}; {speed}", highlight=False)
+    print_lines(console, f"{sizes}; {speed}")
     picture = None
     if run.world.rank == 0:
         steps, tokens = run.budget.steps, summary["tokens"]
@@ -63,7 +64,7 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
         with evaluating(run.model, run.evaluation_recipe):
             report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)
     console.rule()
-    console.print(f"picture: {picture}\ncheckpoint: {checkpoint}", highlight=False, soft_wrap=True)
+    print_lines(console, f"picture: {picture}", f"checkpoint: {checkpoint}")
 
 
 def summary_of(run: Run, progress: Progress) -> dict[str, Any]:
@@ -121,5 +122,5 @@ def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation])
     try:
         return report.simple_scores(run.corpus, scores, run.model.config, run.settings.data)
     except (ValueError, OSError) as error:
-        console.print(f"no bigrams and unigrams beside the scores: {error}", highlight=False, soft_wrap=True)
+        print_lines(console, f"no bigrams and unigrams beside the scores: {error}")
         return {}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.console import Console
 
+from moekit.lm.consoles import print_lines
 from moekit.lm.displays import Display, StepReport, show_training
 from moekit.lm.json_lines import JsonLines
 from moekit.lm.orders import Address
@@ -173,7 +174,7 @@ def recording(run: Run, console: Console, progress: Progress) -> Iterator[Record
             )
         )
         for place in trackers.places[1:]:  # the first is the run's own metrics.jsonl
-            console.print(f"tracked in {place}", highlight=False, soft_wrap=True)
+            print_lines(console, f"tracked in {place}")
         display = stack.enter_context(show_training(console, run.budget.steps, done=progress.step))
         data_log = JsonLines(run.folder / "data.jsonl", from_step=first) if given.log_data else None
         yield Recorder(run, trackers, display, data_log)

@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +13,12 @@ from rich.console import Console
 
 from moekit.lm.batches import Stream, open_stream
 from moekit.lm.checkpoint_folders import remove_leftovers
+from moekit.lm.consoles import print_lines
 from moekit.lm.files import check_folder
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Grid, World, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
-from moekit.recipes.consoles import whole_lines
 from moekit.recipes.construction import make_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.optimizers import make_optimizer
@@ -204,7 +205,7 @@ def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Co
     corpus = None
     for turn in (True, False):
         if (world.rank == 0) is turn:
-            corpus = make_corpus(settings, config, say=whole_lines(console))
+            corpus = make_corpus(settings, config, say=partial(print_lines, console))
         wait(world)
     assert corpus is not None
     return corpus

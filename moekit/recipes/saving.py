@@ -20,10 +20,10 @@ from moekit.lm.checkpoints import (
     stored_shapes,
     training_tensors,
 )
+from moekit.lm.consoles import print_lines, print_warnings
 from moekit.lm.openlm_optimizers import read_openlm_optimizer
 from moekit.parallel import fill, share
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.consoles import print_warnings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import sum_skipped
 from moekit.recipes.router_states import check_states
@@ -158,16 +158,16 @@ def restore(run: Run, console: Console) -> Progress:
             "nothing to go on from. Start anew under another --name"
         )
     if path is None:
-        console.print(f"--resume latest: {run.folder} has no checkpoint yet, so the run starts", highlight=False)
+        print_lines(console, f"--resume latest: {run.folder} has no checkpoint yet, so the run starts")
         return Progress()
     if path.is_file():
         return _restore_weights(run, path, console)
     progress, warnings = _restore_all(run, path)
     if run.world.rank == 0:
         for left in set_aside(run.folder, after=progress.step):
-            console.print(f"{left.name} was set aside: the run goes back to step {progress.step}", highlight=False)
-    console.print(f"resumed {path}: step {progress.step}", highlight=False, soft_wrap=True)
-    print_warnings(console, warnings)
+            print_lines(console, f"{left.name} was set aside: the run goes back to step {progress.step}")
+    print_lines(console, f"resumed {path}: step {progress.step}")
+    print_warnings(console, *warnings)
     return progress
 
 
@@ -248,11 +248,6 @@ def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
     counts = [int(value) for name, value in (moments or {}).items() if name.startswith("optimizer.step.")]
     step = max(counts, default=0)
     _check_step(run, step, f"{path} is, by its optimizer's state, of")
-    console.print(
-        f"loaded the weights of {path}; "
-        + (f"with its optimizer's state, at step {step}" if moments else "the optimizer and the schedule start anew")
-        + "; the data start at their beginning",
-        highlight=False,
-        soft_wrap=True,
-    )
+    start = f"with its optimizer's state, at step {step}" if moments else "the optimizer and the schedule start anew"
+    print_lines(console, f"loaded the weights of {path}; {start}; the data start at their beginning")
     return Progress(step=step, trained_tokens=None if step else 0)

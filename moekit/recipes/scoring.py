@@ -10,12 +10,12 @@ from typing import Any
 
 from rich.console import Console
 
+from moekit.lm.consoles import print_lines, print_warnings
 from moekit.lm.model import LanguageModel
 from moekit.parallel import World
 from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.configuration import write_config
-from moekit.recipes.consoles import print_warnings
 from moekit.recipes.construction import make_model
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
@@ -55,13 +55,12 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     model, recipe, _ = make_model(settings, world)
     state = load_weights(model, checkpoint, world)
     total, active = parameter_table(model)[-1][1:]
-    console.print(
+    print_lines(
+        console,
         f"{checkpoint}: {total:,} parameters, {active:,} active; {world.device.type}, "
         f"{precision_words(settings.optimizer.precision, world.device)}",
-        highlight=False,
-        soft_wrap=True,
     )
-    print_warnings(console, model_warnings(settings.model, state, training=False))
+    print_warnings(console, *model_warnings(settings.model, state, training=False))
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
     report.print_scores(console, scores, {})
     beside, own = checkpoint.parent / "results.jsonl", folder / "results.json"
@@ -75,7 +74,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
         writers[own] = write_own
     written = _write_all(writers, console) if world.rank == 0 else list(writers)
-    console.print(f"results: {written[0]}", highlight=False, soft_wrap=True)
+    print_lines(console, f"results: {written[0]}")
     return written[0]
 
 
@@ -88,7 +87,7 @@ def _write_all(writers: Mapping[Path, Callable[[], None]], console: Console) -> 
             written.append(path)
         except OSError as error:
             failed = error
-            print_warnings(console, [f"warning: {path} cannot be written: {error.strerror or error}"])
+            print_warnings(console, f"warning: {path} cannot be written: {error.strerror or error}")
     if failed is not None and not written:
         raise failed
     return written

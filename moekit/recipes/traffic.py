@@ -7,11 +7,11 @@ from functools import partial
 
 import tyro
 
+from moekit.lm.consoles import print_lines, wide_console
 from moekit.parallel import costs
 from moekit.parallel.layouts import Layout, replicated, spread_experts
 from moekit.parallel.link_times import Link, Machine, h100_machine, seconds
 from moekit.parallel.payloads import Sent, Shape, total
-from moekit.recipes.consoles import whole_lines, wide_console
 from moekit.recipes.traffic_tables import Prediction, byte_table, cheapest_lines, time_table
 
 _GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -83,14 +83,11 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit traffic") ->
         raise SystemExit(f"{prog}: {error}") from error
     compute = shape_of(settings).flops / (settings.teraflops * 1e12)
     console = wide_console()
-    say = whole_lines(console)
-    for line in _conditions(settings):
-        say(line)
+    print_lines(console, *_conditions(settings))
     console.print(time_table(settings.gpus, predictions, compute=compute, chunks=settings.chunks))
     for network in (False, True):
         console.print(byte_table(settings.gpus, predictions, network=network))
-    for line in cheapest_lines(settings.gpus, predictions):
-        say(line)
+    print_lines(console, *cheapest_lines(settings.gpus, predictions))
 
 
 def predict(settings: TrafficSettings) -> dict[str, list[Prediction | None]]:

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
+from moekit.lm.consoles import plain_console, print_lines, print_warnings, wide_console
 from moekit.lm.model import LanguageModel
 from moekit.lm.signals import exit_status, stop_on_signals
 from moekit.parallel import World, any_true, share, start_processes, under_torchrun
@@ -18,7 +19,6 @@ from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.commands import command_line
 from moekit.recipes.configuration import flat_settings, parse, write_config
-from moekit.recipes.consoles import plain_console, print_notes, print_warnings, wide_console
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
@@ -71,14 +71,14 @@ def main(
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = wide_console()
-            print_notes(console, overridden_flags(settings.model))
+            print_lines(console, *overridden_flags(settings.model))
             describe(settings, console)
             return
         if settings.run.deterministic:
             make_deterministic()
         with start_processes() as world:
             console = plain_console(quiet=world.rank > 0)
-            print_notes(console, notes(settings, world))
+            print_lines(console, *notes(settings, world))
             if settings.evaluates_only:
                 score(settings, world, console)
             else:
@@ -105,7 +105,7 @@ def describe(settings: TrainSettings, console: Console) -> None:
     config = make_config(settings.model)
     with torch.device("meta"):
         model = language_model(config, make_recipe(settings.model))
-    console.print(model, highlight=False, markup=False, soft_wrap=True)
+    print_lines(console, str(model))
     console.print(report.describe(model, upstream_bias=settings.model.recipe == "openlm" and config.moe_freq > 0))
     if settings.run.world_size is not None:
         console.print(_holdings(model, settings, settings.run.world_size, settings.parallel.ranks_per_node or 8))
@@ -236,8 +236,8 @@ def _train_and_save(run: Run, console: Console, started: Progress, *, command: s
 def _print_stop(run: Run, console: Console, ended: Ended, *, command: str) -> None:
     folder = checkpoint_folder(run.folder, ended.progress.step)
     left = f"checkpoint {folder}" if folder.exists() else "nothing was saved"
-    console.print(f"stopped by {ended.by} after step {ended.progress.step}; {left}", highlight=False)
-    console.print(f"go on with:\n  {command}{_resume_flags(run)}", highlight=False, soft_wrap=True)
+    print_lines(console, f"stopped by {ended.by} after step {ended.progress.step}; {left}")
+    print_lines(console, "go on with:", f"  {command}{_resume_flags(run)}")
 
 
 def announce(run: Run, console: Console) -> None:
@@ -251,28 +251,26 @@ def announce(run: Run, console: Console) -> None:
     budget, device = run.budget, run.world.device
     if run.world.size > 1:
         if run.settings.parallel.moe_expert_model_parallelism and not run.grid.layout.exchanges:
-            console.print(
+            print_lines(
+                console,
                 f"--moe-expert-model-parallelism: {run.grid.layout.num_experts} experts cannot be spread over "
                 f"{run.world.size} ranks, which have no divisor in common; every rank computes all of them",
-                highlight=False,
             )
         per_node = run.settings.parallel.ranks_per_node or run.world.ranks_per_node
         console.print(_holdings(run.model, run.settings, run.world.size, per_node))
     ranks = "" if run.world.size == 1 else f", {run.world.size} ranks"
-    console.print(
+    print_lines(
+        console,
         f"{run.folder}: {total:,} parameters, {active:,} active; {device.type}{ranks}, "
         f"{precision_words(run.settings.optimizer.precision, device)}; {budget.steps:,} steps of "
         f"{budget.tokens_per_step:,} tokens",
-        highlight=False,
-        soft_wrap=True,
     )
     notes = [*causality_notes(run.settings), *rounding_notes(run)] if run.world.rank == 0 else ()
-    print_warnings(console, notes)
+    print_warnings(console, *notes)
     warmup = run.settings.optimizer.warmup
     if warmup is not None and warmup >= budget.steps:
-        console.print(
-            f"--warmup {warmup} is not shorter than the run: the rate does not reach --lr before its end",
-            highlight=False,
+        print_lines(
+            console, f"--warmup {warmup} is not shorter than the run: the rate does not reach --lr before its end"
         )
 
 

@@ -204,7 +204,7 @@ def test_a_program_names_the_packages_that_it_imports_and_the_doctor_names_the_p
 
 def test_recipes_without_rich_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "rich.console", None)
-    monkeypatch.delitem(sys.modules, "moekit.recipes.consoles", raising=False)
+    monkeypatch.delitem(sys.modules, "moekit.lm.consoles", raising=False)
     with pytest.raises(SystemExit, match=r"moekit recipes: .*pip install rich"):
         main(["recipes"])
 

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,13 +11,13 @@ import torch
 import tyro
 from rich.console import Console
 
+from moekit.lm.consoles import print_lines, wide_console
 from moekit.lm.files import write_whole
 from moekit.recipes.automatic import tiles_of
 from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, bench_layer
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, shape_of
 from moekit.recipes.bench.tables import as_json, as_markdown, print_report
-from moekit.recipes.consoles import whole_lines, wide_console
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -137,7 +138,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
             rounds=settings.rounds,
             only=settings.only,
             tiles=tiles,
-            tell=whole_lines(console),
+            tell=partial(print_lines, console),
             done=keep,
         )
     finally:

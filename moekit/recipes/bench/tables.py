@@ -146,8 +146,9 @@ def print_report(report: Report, console: Any) -> None:
         report: of ``bench_layer``.
         console: a ``rich.console.Console``.
     """
+    from moekit.lm.consoles import print_lines
 
-    say = partial(console.print, highlight=False, markup=False, soft_wrap=True)
+    say = partial(print_lines, console)
     for name, value in report.machine.items():
         say(f"{name}: {value}")
     for table in report.tables:

@@ -1,6 +1,7 @@
 """The program ``moekit tune``: finds the fastest tiles for layers of given shapes, and writes them to a file."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -9,10 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from moekit.experts.tile_files import read_tiles
+from moekit.lm.consoles import print_lines, wide_console
 from moekit.recipes.bench.devices import CUDA, device_of
 from moekit.recipes.bench.program import DTYPES, check_file
 from moekit.recipes.bench.shapes import GPU_SHAPES, shape_of
-from moekit.recipes.consoles import whole_lines, wide_console
 from moekit.recipes.tuning.files import write_tiles
 from moekit.recipes.tuning.report import Tuned, size_words, tile_words
 from moekit.recipes.tuning.tune import layer_size, tune
@@ -78,7 +79,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
     if settings.write is not None:  # before a minute of measuring, not after
         _check_file(settings.write)
     sizes = [layer_size(shape, DTYPES[settings.dtype], gated=not settings.mlp) for shape in shapes]
-    say = whole_lines(console)
+    say = partial(print_lines, console)
     found = tune(
         sizes,
         device=device,

@@ -1,8 +1,6 @@
 """Where programs print: consoles wide enough for their tables, and lines as they are."""
 
 import os
-from collections.abc import Callable, Iterable
-from functools import partial
 
 from rich.console import Console
 
@@ -36,21 +34,8 @@ def wide_console() -> Console:
     return console
 
 
-def whole_lines(console: Console) -> Callable[[str], None]:
-    """Return a function that prints a line as it is: neither wrapped, coloured nor read as markup.
-
-    Args:
-        console: to print to.
-
-    Example:
-        >>> whole_lines(Console(width=8))("as [it] is, whole :car:")
-        as [it] is, whole :car:
-    """
-    return partial(console.print, highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-def print_notes(console: Console, lines: Iterable[str], *, style: str | None = None) -> None:
-    """Print lines, each as it is.
+def print_lines(console: Console, *lines: str, style: str | None = None) -> None:
+    """Print lines, each as it is: neither wrapped, coloured nor read as markup.
 
     Args:
         console: to print to.
@@ -58,14 +43,14 @@ def print_notes(console: Console, lines: Iterable[str], *, style: str | None = N
         style: of rich; None is plain.
 
     Example:
-        >>> print_notes(Console(width=8), ["as [it] is, whole"])
-        as [it] is, whole
+        >>> print_lines(Console(width=8), "as [it] is, whole :car:")
+        as [it] is, whole :car:
     """
     for line in lines:
         console.print(line, style=style, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
-def print_warnings(console: Console, lines: Iterable[str]) -> None:
+def print_warnings(console: Console, *lines: str) -> None:
     """Print lines that nobody should miss: bold, each as it is.
 
     Args:
@@ -73,7 +58,7 @@ def print_warnings(console: Console, lines: Iterable[str]) -> None:
         lines: of text.
 
     Example:
-        >>> print_warnings(Console(width=8), ["warning: as [it] is"])
+        >>> print_warnings(Console(width=8), "warning: as [it] is")
         warning: as [it] is
     """
-    print_notes(console, lines, style="bold")
+    print_lines(console, *lines, style="bold")

@@ -3,7 +3,7 @@
 import pytest
 from rich.table import Table
 
-from moekit.recipes.consoles import plain_console, print_notes, print_warnings, whole_lines, wide_console
+from moekit.lm.consoles import plain_console, print_lines, print_warnings, wide_console
 
 NAME = "[/v1] a[bold]b :car:"
 
@@ -15,9 +15,8 @@ def test_names_are_printed_as_they_are_wherever_they_stand(capsys, make):
     console.print(table)
     console.print(f"picture: {NAME}")
     console.rule(NAME)
-    whole_lines(console)(NAME)
-    print_notes(console, [NAME])
-    print_warnings(console, [NAME])
+    print_lines(console, NAME, NAME)
+    print_warnings(console, NAME)
     assert capsys.readouterr().out.count(NAME) == 7
 
 
