@@ -309,8 +309,10 @@ def measured(monkeypatch) -> list[tuple]:
     def found(sizes, **options):
         asked.append((sizes, options))
         options["tell"]("compiling 3 candidates")
-        options["tell"]("\n".join(lines_of(fake_tuned())))
-        return [fake_tuned(size._replace(capability=9)) for size in sizes]
+        tuned = [fake_tuned(size._replace(capability=9)) for size in sizes]
+        for each in tuned:
+            options["done"](each)
+        return tuned
 
     monkeypatch.setattr(tune_program, "tune", found)
     return asked
@@ -331,9 +333,48 @@ def test_the_program_measures_the_shapes_and_writes_the_file(tmp_path, capsys, m
     out = capsys.readouterr().out
     assert out.count("N 131,072, D 2,048, F 1,024, E 64, gated, float16") == 1
     assert out.count("compiling 3 candidates") == 1
-    assert "  skipped: up 1x1x1: OutOfResources: memory" in out
+    assert out.count("  skipped: up 1x1x1: OutOfResources: memory") == 2  # once for each size
+    assert out.count("grad_hidden") == 2
     assert "2.00" in out
     assert f"{path}: 3 entries. Use them: fused_layer(tiles=from_table(read_tiles(PATH)))" in out.replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [(KeyboardInterrupt(), "interrupted"), (torch.OutOfMemoryError("no memory"), "no memory")],
+    ids=lambda each: type(each).__name__,
+)
+def test_what_was_measured_is_printed_and_in_the_file_when_the_next_size_fails(
+    tmp_path, capsys, monkeypatch, error, said
+) -> None:
+    path, seen = tmp_path / "tiles.json", []
+
+    def found(sizes, *, done, **_):
+        done(fake_tuned(sizes[0]._replace(capability=9)))
+        seen.append((capsys.readouterr().out, len(read_tiles(path))))
+        raise error
+
+    monkeypatch.setattr(tune_program, "tune", found)
+    with pytest.raises(SystemExit) as stopped:
+        main(["tune", "--write", str(path)])
+    [(out, entries)] = seen
+    assert "N 131,072, D 2,048, F 1,024, E 64, gated, bfloat16" in out
+    assert "  skipped: up 1x1x1: OutOfResources: memory" in out
+    assert entries == 1
+    ended = capsys.readouterr()
+    assert f"{path}: 1 entries. Use them" in ended.out.replace("\n", "")
+    assert said in ended.err + str(stopped.value)
+
+
+def test_a_program_that_measured_nothing_writes_nothing(tmp_path, capsys, monkeypatch) -> None:
+    def found(*_, **__):
+        raise RuntimeError("the rule's tile does not run")
+
+    monkeypatch.setattr(tune_program, "tune", found)
+    with pytest.raises(SystemExit, match="does not run"):
+        main(["tune", "--write", str(tmp_path / "tiles.json")])
+    assert capsys.readouterr().out == ""
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_program_says_that_tiles_of_tf32_want_a_layer_of_tf32(tmp_path, capsys, measured) -> None:
@@ -415,11 +456,24 @@ def test_sizes_are_tuned_as_those_of_the_device(monkeypatch) -> None:
     monkeypatch.setattr(module, "_origin", lambda device: f"measured on {device}")
     monkeypatch.setattr("moekit.recipes.tuning.compiling.try_job", lambda job: "")
     monkeypatch.setattr(module, "_tune_size", lambda size, *_, **__: (asked.append(size), fake_tuned(size))[1])
-    [tuned] = tune(
-        [SIZE], device="cpu", precision="tf32", timer=lambda runs, rounds: {}, workers=0, tell=lambda line: None
-    )
+    here = {"device": "cpu", "precision": "tf32", "timer": lambda runs, rounds: {}, "workers": 0}
+    [tuned] = tune([SIZE], **here, tell=lambda line: None)
     assert asked == [SIZE._replace(capability=8, narrow=True, precision="tf32")]
     assert tuned.entry.origin == "measured on cpu"
+
+
+def test_a_size_is_told_of_once_and_before_the_next_is_measured(monkeypatch) -> None:
+    monkeypatch.setattr("moekit.recipes.tuning.compiling.try_job", lambda job: "")
+    log: list[object] = []
+    monkeypatch.setattr(module, "_tune_size", lambda size, *_, **__: (log.append(size.dim), fake_tuned(size))[1])
+    sizes = [SIZE, SIZE._replace(dim=64)]
+    here = {"device": "cpu", "timer": lambda runs, rounds: {}, "workers": 0}
+    found = tune(sizes, **here, tell=lambda line: None, done=log.append)
+    assert log == [32, found[0], 64, found[1]]
+    log.clear()
+    tune(sizes, **here, tell=log.append)
+    first, second = ("\n".join(lines_of(tuned)) for tuned in found)
+    assert log == [log[0], 32, first, 64, second]
 
 
 def test_a_process_that_dies_is_told_of_with_what_to_do() -> None:

@@ -60,7 +60,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit tune") -> No
 
 
 def run(settings: TuneSettings, console: Console) -> list[Tuned]:
-    """Measure, print and write.
+    """Measure; print and write what was found for a layer before the next is measured.
 
     Args:
         settings: of the program.
@@ -80,24 +80,32 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
         _check_file(settings.write)
     sizes = [layer_size(shape, DTYPES[settings.dtype], gated=not settings.mlp) for shape in shapes]
     say = partial(print_lines, console)
-    found = tune(
-        sizes,
-        device=device,
-        rounds=settings.rounds,
-        precision=settings.precision,
-        workers=settings.workers,
-        tell=lambda line: say(line) if "\n" not in line else None,  # of results, a table says it
-    )
-    for tuned in found:
+    entries = 0  # in the file, once something was written
+
+    def keep(tuned: Tuned) -> None:
+        nonlocal entries
         console.print(comparison_table(tuned))
         for each in tuned.skipped:
             say(f"  skipped: {each}")
-    if settings.write is not None:
-        table = write_tiles(settings.write, [tuned.entry for tuned in found])
-        exact = settings.dtype != "float32" or settings.precision == "ieee"
-        words = "" if exact else f'precision="{settings.precision}", '
-        say(f"{settings.write}: {len(table)} entries. Use them: fused_layer({words}tiles=from_table(read_tiles(PATH)))")
-    return found
+        if settings.write is not None:
+            entries = len(write_tiles(settings.write, [tuned.entry]))
+
+    try:
+        return tune(
+            sizes,
+            device=device,
+            rounds=settings.rounds,
+            precision=settings.precision,
+            workers=settings.workers,
+            tell=say,
+            done=keep,
+        )
+    finally:
+        if entries:
+            exact = settings.dtype != "float32" or settings.precision == "ieee"
+            options = "" if exact else f'precision="{settings.precision}", '
+            use = f"fused_layer({options}tiles=from_table(read_tiles(PATH)))"
+            say(f"{settings.write}: {entries} entries. Use them: {use}")
 
 
 def comparison_table(tuned: Tuned) -> Table:

@@ -60,6 +60,7 @@ def tune(
     workers: int | None = None,
     timer: Timer | None = None,
     tell: Callable[[str], object] = print,
+    done: Callable[[Tuned], object] | None = None,
 ) -> list[Tuned]:
     """Find the fastest tiles of the six products of each size of layer.
 
@@ -80,6 +81,7 @@ def tune(
             script that uses any needs ``if __name__ == "__main__":``.
         timer: measures; None is ``cuda_seconds``.
         tell: is given lines on the way.
+        done: is given what was found for a size as soon as it is, before the next is measured; None tells its lines.
 
     Returns:
         One for each size; their entries make a table.
@@ -102,6 +104,7 @@ def tune(
     if rounds < 1:
         raise ValueError(f"tune: rounds = {rounds}; expected at least 1.")
     measure = timer or cuda_seconds
+    done = done or (lambda tuned: tell("\n".join(lines_of(tuned))))
     capability, narrow = capability_of(device), is_narrow(device)
     sizes = [size._replace(capability=capability, narrow=narrow, precision=precision) for size in sizes]
     tried = [with_rule(candidates(size), size) for size in sizes]
@@ -113,8 +116,8 @@ def tune(
         for size, tiles, failed in zip(sizes, tried, failures, strict=True):
             run = _runs_of(size, device)
             tuned = _tune_size(size, tiles, failed, run=run, check=check, measure=measure, rounds=rounds)
-            tell("\n".join(lines_of(tuned)))
             found.append(tuned._replace(entry=tuned.entry._replace(origin=_origin(device))))
+            done(found[-1])
     return found
 
 
