@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.parallel import Grid, Layout, World, distribute_experts, local, make_grid, sum_gradients
 from moekit.recipes import MoE, mixtral
@@ -14,7 +14,6 @@ from moekit.recipes.configuration import parse_settings
 from moekit.recipes.construction import make_model
 from moekit.recipes.exchanges import spread_recipe
 from moekit.recipes.expert_parameters import hidden_axes
-from moekit.recipes.holdings import measured_holdings
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.optimizers import make_optimizer
 from moekit.recipes.settings import OptimizerSettings, ParallelSettings
@@ -44,6 +43,14 @@ def held(world: World, words: list[str]) -> Held:
     inside = {id(p) for p in experts}
     others = [p for p in model.parameters() if id(p) not in inside]
     return Held(measured_holdings(model, optimizer), *(_bytes(group, optimizer) for group in (experts, others)))
+
+
+def measured_holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
+    """Add up the bytes of parameters, of gradients and of all that the optimizer keeps but its steps, on this rank."""
+    parameters = list(model.parameters())
+    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return tuple(sum(local(t.detach()).nbytes for t in group) for group in (parameters, gradients, moments))  # type: ignore[return-value]
 
 
 def held_all(world: World, commands: list[list[str]]) -> list[Held]:

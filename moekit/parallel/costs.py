@@ -15,7 +15,8 @@ def distinct_blocks(top_k: int, num_experts: int, blocks: int) -> float:
     """Expect how many blocks of experts hold at least one of a token's K: the rows that ``all_to_all`` sends for it.
 
     K distinct experts out of E, each set equally likely, miss a given block with probability
-    C(E - E/P, K) / C(E, K), so the number is P * (1 - C(E - E/P, K) / C(E, K)).
+    C(E - E/P, K) / C(E, K), so the number is P * (1 - C(E - E/P, K) / C(E, K)). As E grows it falls to that of
+    independent draws, P * (1 - (1 - 1/P)^K).
 
     Args:
         top_k: K.
@@ -38,23 +39,6 @@ def distinct_blocks(top_k: int, num_experts: int, blocks: int) -> float:
         raise ValueError(f"top_k is {top_k}; expected 1 to {num_experts}, the number of experts")
     missing = math.comb(num_experts - num_experts // blocks, top_k) / math.comb(num_experts, top_k)
     return blocks * (1 - missing)
-
-
-def distinct_draws(top_k: int, blocks: int) -> float:
-    """Expect the same for K independent draws, P * (1 - (1 - 1/P)^K): what ``distinct_blocks`` tends to as E grows.
-
-    Args:
-        top_k: K.
-        blocks: P.
-
-    Returns:
-        Expected number.
-
-    Example:
-        >>> round(distinct_draws(8, 8), 3)
-        5.251
-    """
-    return blocks * (1 - (1 - 1 / blocks) ** top_k)
 
 
 def all_to_all(shape: Shape, layout: Layout, *, ranks_per_node: int, positions: bool = False) -> list[Sent]:

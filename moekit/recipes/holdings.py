@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 
 from moekit.lm.model import LanguageModel
-from moekit.parallel import Layout, local, part_of, shard_axis, shards_of_experts
+from moekit.parallel import Layout, part_of, shard_axis, shards_of_experts
 from moekit.recipes.construction import ranks_per_shard, run_layout
 from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.language_models import moe_layers
@@ -87,22 +86,6 @@ def _experts_holding(
         shards = 1
     kept = sum(_expert_elements(p, layout, shards, axes) for p, axes in pairs)
     return _holding("experts", [p for p, _ in pairs], kept, size, expert_words(layout, shards))
-
-
-def measured_holdings(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[int, int, int]:
-    """Add up what this rank really holds.
-
-    Args:
-        model: of a run.
-        optimizer: over its parameters.
-
-    Returns:
-        Bytes of parameters, of gradients, of the optimizer's moments.
-    """
-    parameters = list(model.parameters())
-    moments = [value for state in optimizer.state.values() for key, value in state.items() if key != "step"]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return tuple(sum(local(t.detach()).nbytes for t in group) for group in (parameters, gradients, moments))  # type: ignore[return-value]
 
 
 def rank_table(layout: Layout) -> list[tuple[str, str, str]]:

@@ -72,6 +72,9 @@ def fused_top_k_and_load(
 ) -> tuple[Routing, Tensor]:
     """Choose as ``fused_top_k``, and count the assignments of each expert in the same pass.
 
+    For layers of one's own: losses take the load as ``tokens_per_expert``, and ``update_bias`` moves a bias by it. A
+    ``Recipe``'s router returns a ``Routing`` alone, and is ``fused_top_k``.
+
     Causal. No host synchronisation. Deterministic on CUDA.
 
     Args:
@@ -89,8 +92,13 @@ def fused_top_k_and_load(
         ValueError: as ``fused_top_k``.
 
     Example:
-        >>> fused_top_k_and_load(torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]]), k=1)[1]
+        >>> from moekit.routing import load_balance_loss
+        >>> logits = torch.tensor([[0.0, 2.0, 1.0], [0.0, 1.0, 0.0]])
+        >>> routing, load = fused_top_k_and_load(logits, k=1)
+        >>> load
         tensor([0, 2, 0])
+        >>> load_balance_loss(logits, routing, tokens_per_expert=load) == load_balance_loss(logits, routing)
+        tensor(True)
     """
     logits = noisy(logits)
     _check_kernel(logits, k, score)

@@ -230,7 +230,7 @@ def line(name: str, counter: Counter, formula: list[Sent], **more: Any) -> dict[
 def row_lines(found: dict[str, Any]) -> list[str]:
     """Say how many rows all_to_all sent, and what was to be expected."""
     sent, tokens, k = found["rows"][0], RANKS * SHAPE.tokens, SHAPE.top_k
-    exact, draws = costs.distinct_blocks(k, SHAPE.experts, RANKS), costs.distinct_draws(k, RANKS)
+    exact, draws = costs.distinct_blocks(k, SHAPE.experts, RANKS), RANKS * (1 - (1 - 1 / RANKS) ** k)
     return [
         f"all_to_all: {sent:,} rows for {tokens:,} tokens; distinct (token, rank) pairs: {found['pairs']:,}; "
         f"K rows per token would be {k * tokens:,}",

@@ -30,11 +30,12 @@ def test_distinct_blocks_is_the_mean_over_all_choices(top_k, experts, blocks):
     assert costs.distinct_blocks(top_k, experts, blocks) == pytest.approx(float(found), abs=1e-12)
 
 
-def test_distinct_draws_is_the_mean_over_all_draws():
+def test_many_experts_are_as_independent_draws():
     draws = list(itertools.product(range(4), repeat=3))
-    assert costs.distinct_draws(3, 4) == pytest.approx(sum(len(set(d)) for d in draws) / len(draws))
-    assert costs.distinct_blocks(3, 40_000, 4) == pytest.approx(costs.distinct_draws(3, 4), rel=1e-3)
-    assert costs.distinct_blocks(3, 8, 4) > costs.distinct_draws(3, 4)  # distinct experts collide less
+    independent = 4 * (1 - (1 - 1 / 4) ** 3)
+    assert independent == pytest.approx(sum(len(set(d)) for d in draws) / len(draws))
+    assert costs.distinct_blocks(3, 40_000, 4) == pytest.approx(independent, rel=1e-3)
+    assert costs.distinct_blocks(3, 8, 4) > independent  # distinct experts collide less
 
 
 def test_the_plan_of_all_to_all_sends_as_many_rows():

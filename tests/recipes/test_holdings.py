@@ -2,11 +2,12 @@ import re
 
 import pytest
 import torch
+from holding_cases import measured_holdings
 from torch import nn
 
 from moekit.parallel import Layout, replicated, spread_experts
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.holdings import Holding, expert_words, holding_table, measured_holdings, plan_holdings, rank_table
+from moekit.recipes.holdings import Holding, expert_words, holding_table, plan_holdings, rank_table
 from moekit.recipes.language_models import language_model
 from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.train import main
