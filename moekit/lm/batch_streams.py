@@ -58,7 +58,7 @@ class Stream:
     def __init__(self, reading: Reading, *, workers: int) -> None:
         self._order = reading.order()
         self._origin = _origin(reading, self._order)
-        self._batches = _Batches(_Plan(self._order, reading.batch_size), reading, workers=workers)
+        self._batches = _Batches(_Plan(self._order, reading.batching.batch_size), reading, workers=workers)
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -123,7 +123,7 @@ def _origin(reading: Reading, order: Order) -> dict[str, Any]:
         "seed": reading.seed,
         "weights": order.weights,
         "lanes": reading.lanes,
-        "seq_len": reading.row_format.seq_len,
+        "seq_len": reading.batching.row_format.seq_len,
         "num_sequences": [sum(shard.num_sequences for shard in source) for source in reading.sources],
         "shards": [_digest(source) for source in reading.sources],
     }

@@ -23,27 +23,31 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from moekit.lm.orders import Address, DataExhausted, Order
 from moekit.lm.shard_readers import RowReader
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import RowFormat, bad_data_policy
+from moekit.lm.token_rows import Batching, bad_data_policy
 
 _PREFETCHED_STEPS = 4  # for each worker
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Reading(NamedTuple):
-    """What is read, and which part of it is this rank's. The fields are those of `moekit.lm.batches.open_stream`."""
+    """What a stream reads, and which part of it is this rank's.
+
+    Attributes:
+        sources: the shards of each source, see `moekit.lm.shards.read_manifest`.
+        batching: how they become batches.
+        seed: the same seed gives the same batches.
+        weights: one positive number per source; their scale does not matter. None: in proportion to the number of
+            sequences, so that all sources are used up at the same rate.
+        lanes: shards of a source that are read at the same time, over all ranks; part of what decides the order.
+        max_passes: how often a source may be gone through; None is without end.
+    """
 
     sources: Sequence[Sequence[Shard]]
-    weights: Sequence[float] | None
-    batch_size: int
-    row_format: RowFormat
+    batching: Batching
     seed: int
-    lanes: int
-    max_passes: int | None
-    rank: int
-    world_size: int
-    on_bad: str
-    data_key: str | None
-    allow_commands: bool
+    weights: Sequence[float] | None = None
+    lanes: int = 8
+    max_passes: int | None = None
 
     def order(self) -> Order:
         """Return the order, at its start."""
@@ -52,11 +56,11 @@ class Reading(NamedTuple):
 
     def slots(self) -> range:
         """Return the places of this rank's rows in the global batch."""
-        return range(self.rank, self.batch_size, self.world_size)
+        return range(self.batching.rank, self.batching.batch_size, self.batching.world_size)
 
     def owners(self, addresses: Sequence[Address], workers: int) -> list[int]:
         """Return which of this rank's workers reads each of its slots: its lanes take turns."""
-        stride = math.gcd(self.lanes, self.world_size)  # between the lanes of a rank
+        stride = math.gcd(self.lanes, self.batching.world_size)  # between the lanes of a rank
         return [addresses[slot].lane // stride % workers for slot in self.slots()]
 
 
@@ -86,11 +90,9 @@ class LocalRows:
         self._skipped = Counter[str]()
         self._reader = RowReader(
             reading.sources,
-            reading.row_format,
+            reading.batching,
             seed=reading.seed,
-            on_bad=bad_data_policy(reading.on_bad, self._skipped),
-            data_key=reading.data_key,
-            allow_commands=reading.allow_commands,
+            on_bad=bad_data_policy(reading.batching.on_bad, self._skipped),
         )
 
     def read(self, addresses: Sequence[Address]) -> Rows:
@@ -135,7 +137,7 @@ class _Share(IterableDataset[Rows | _Failure]):
         order.load_state_dict(self._position)
         try:
             while True:
-                yield rows.read(order.step(self._reading.batch_size))
+                yield rows.read(order.step(self._reading.batching.batch_size))
         except DataExhausted:  # whoever asks for that step has been told by its own order
             return
         except ShardError as error:
@@ -196,7 +198,7 @@ class WorkerRows:
             RuntimeError: if a process was ended from outside.
         """
         owners = torch.tensor(self._reading.owners(addresses, self._workers))
-        ids = torch.empty(len(owners), self._reading.row_format.seq_len + 1, dtype=torch.int64)
+        ids = torch.empty(len(owners), self._reading.batching.row_format.seq_len + 1, dtype=torch.int64)
         skipped = Counter[str]()
         for worker in range(self._workers):
             rows = self._next_item()
@@ -224,7 +226,7 @@ class WorkerRows:
             if isinstance(error, RuntimeError) and all(process.is_alive() for process in self._processes):
                 raise
             raise RuntimeError(
-                f"a data worker of rank {self._reading.rank} was ended from outside ({error}). "
+                f"a data worker of rank {self._reading.batching.rank} was ended from outside ({error}). "
                 "If the machine ran out of memory, use fewer --workers"
             ) from error
         if isinstance(item, _Failure):

@@ -13,7 +13,7 @@ from torch import Tensor
 from moekit.lm.permutations import BLOCK, Address, block_permutation, drawn
 from moekit.lm.shard_members import shard_members
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import NO_TOKEN, BadData, Member, RowFormat, member_row
+from moekit.lm.token_rows import NO_TOKEN, BadData, Batching, Member, member_row
 
 
 class MemberStream:
@@ -78,25 +78,21 @@ class RowReader:
 
     Args:
         sources: the shards of each source.
-        row_format: of the rows.
+        batching: its format of rows, and how shards are opened.
         seed: of the run; it decides the order within a shard and where in longer members a row starts.
         on_bad: what to do about bad data; where it returns, the row is all -1.
-        data_key: see `moekit.lm.shard_members.shard_members`.
-        allow_commands: run ``pipe:COMMAND`` in a shell.
     """
 
     def __init__(
         self,
         sources: Sequence[Sequence[Shard]],
-        row_format: RowFormat,
+        batching: Batching,
         *,
         seed: int,
         on_bad: BadData,
-        data_key: str | None = None,
-        allow_commands: bool = False,
     ) -> None:
-        self._sources, self._format, self._seed, self._on_bad = sources, row_format, seed, on_bad
-        self._open_members = partial(shard_members, data_key=data_key, allow_commands=allow_commands)
+        self._sources, self._format, self._seed, self._on_bad = sources, batching.row_format, seed, on_bad
+        self._open_members = partial(shard_members, data_key=batching.data_key, allow_commands=batching.allow_commands)
         self._open: dict[tuple[int, int], _OpenShard] = {}
 
     def read(self, addresses: Sequence[Address], slots: Sequence[int]) -> Tensor:

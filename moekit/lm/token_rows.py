@@ -30,6 +30,52 @@ class RowFormat(NamedTuple):
     vocab_size: int
 
 
+class Batching(NamedTuple):
+    """How shards become batches of rows, and which rows of them are this rank's: r, r + W, r + 2 W, ... of each batch.
+
+    Attributes:
+        batch_size: rows per batch over all ranks, a multiple of ``world_size``.
+        row_format: of the rows.
+        rank: r, number of this process.
+        world_size: W, how many processes share the batches.
+        on_bad: "raise", or "skip" to count bad sequences and have -1 in their places.
+        data_key: extension of the members to read, "txt", "json" or "json.gz"; None takes all members.
+        allow_commands: run ``pipe:COMMAND`` in a shell.
+    """
+
+    batch_size: int
+    row_format: RowFormat
+    rank: int = 0
+    world_size: int = 1
+    on_bad: str = "raise"
+    data_key: str | None = None
+    allow_commands: bool = False
+
+    def check(self) -> None:
+        """Check what all readers of batches are given, before anything is read.
+
+        Raises:
+            ValueError: if a size is below 1, the ranks cannot share the batch evenly, the rank is none of them, or a
+                word is unknown.
+
+        Example:
+            >>> Batching(8, RowFormat(128, 256), rank=1, world_size=2, on_bad="skip").check()
+        """
+        for name, size in [("batch_size", self.batch_size), *self.row_format._asdict().items()]:
+            if size < 1:
+                raise ValueError(f"{name} is {size}; expected at least 1")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank is {self.rank} of world_size {self.world_size}; expected 0 <= rank < world_size")
+        if self.batch_size % self.world_size:
+            raise ValueError(
+                f"batch_size is {self.batch_size}, which {self.world_size} ranks cannot share evenly; "
+                f"expected a multiple of {self.world_size}"
+            )
+        bad_data_policy(self.on_bad, Counter())
+        if self.data_key is not None and self.data_key not in DATA_KEYS:
+            raise ValueError(f"data_key is {self.data_key!r}; expected one of {', '.join(DATA_KEYS)}")
+
+
 def stop(error: ShardError, sequences: int) -> None:
     """Raise the error, with how to go on in spite of it."""
     raise ShardError(f"{error}. To leave out bad data and count it, add --on-bad-data skip", error.reason) from error
@@ -135,30 +181,3 @@ def member_row(path: str, member: Member, row_format: RowFormat, *, window: Call
         raise ShardError(f"shard {path}: {error}", error.reason) from error
     row = row_of(tokens, row_format, where=f"member {name} of shard {path}", window=window)
     return torch.frombuffer(array("q", row), dtype=torch.int64)
-
-
-def check_arguments(
-    row_format: RowFormat, *, batch_size: int, rank: int, world_size: int, on_bad: str, data_key: str | None
-) -> None:
-    """Check what all readers of batches are given, before anything is read.
-
-    Raises:
-        ValueError: if a size is below 1, the ranks cannot share the batch evenly, the rank is none of them, or a word
-            is unknown.
-
-    Example:
-        >>> check_arguments(RowFormat(128, 256), batch_size=8, rank=1, world_size=2, on_bad="skip", data_key=None)
-    """
-    for name, size in [("batch_size", batch_size), *row_format._asdict().items()]:
-        if size < 1:
-            raise ValueError(f"{name} is {size}; expected at least 1")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank is {rank} of world_size {world_size}; expected 0 <= rank < world_size")
-    if batch_size % world_size:
-        raise ValueError(
-            f"batch_size is {batch_size}, which {world_size} ranks cannot share evenly; "
-            f"expected a multiple of {world_size}"
-        )
-    bad_data_policy(on_bad, Counter())
-    if data_key is not None and data_key not in DATA_KEYS:
-        raise ValueError(f"data_key is {data_key!r}; expected one of {', '.join(DATA_KEYS)}")

@@ -13,7 +13,7 @@ from moekit.lm.batch_streams import Batch, batch_of
 from moekit.lm.shard_members import shard_members
 from moekit.lm.shard_readers import MemberStream
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import NO_TOKEN, BadData, Member, RowFormat, bad_data_policy, check_arguments, member_row
+from moekit.lm.token_rows import NO_TOKEN, BadData, Batching, Member, RowFormat, bad_data_policy, member_row
 
 
 class ValidationBatch(NamedTuple):
@@ -32,33 +32,19 @@ class ValidationBatch(NamedTuple):
 
 def read_validation(
     shards: Sequence[Shard | str],
+    batching: Batching,
     *,
-    batch_size: int,
-    seq_len: int,
-    vocab_size: int,
-    rank: int = 0,
-    world_size: int = 1,
     num_sequences: int | None = None,
-    on_bad: str = "raise",
-    data_key: str | None = None,
-    allow_commands: bool = False,
 ) -> Iterator[ValidationBatch]:
     """Read all sequences of some shards in order, each once, holding one batch at a time.
 
-    Rank r has the sequences r, r + W, r + 2 W, ... All ranks get equally many batches: what the last lacks is -1. Every
-    rank streams all shards, and parses what is its own. Of sequences longer than ``seq_len + 1``, the front is taken.
+    All ranks get equally many batches: what the last lacks is -1. Every rank streams all shards, and parses what is its
+    own. Of sequences longer than ``seq_len + 1``, the front is taken.
 
     Args:
         shards: lines of a manifest, or bare paths and URLs of tars whose number of sequences is not known.
-        batch_size: sequences per batch over all ranks, a multiple of ``world_size``.
-        seq_len: inputs per sequence.
-        vocab_size: V, to check every id against.
-        rank: r, number of this process.
-        world_size: W, how many processes share the sequences.
+        batching: how they become batches.
         num_sequences: how many to read at most; None reads all.
-        on_bad: "raise", or "skip" to count bad sequences and have -1 in their places.
-        data_key: extension of the members to read; None takes all members.
-        allow_commands: run ``pipe:COMMAND`` in a shell.
 
     Returns:
         The batches.
@@ -72,44 +58,25 @@ def read_validation(
         >>> from moekit.lm.shards import read_manifest, write_shards
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     shards = read_manifest(write_shards(folder, [[i, i] for i in range(3)]))
-        ...     for batch, indices, _ in read_validation(shards, batch_size=2, seq_len=1, vocab_size=3):
+        ...     for batch, indices, _ in read_validation(shards, Batching(2, RowFormat(seq_len=1, vocab_size=3))):
         ...         print(batch.ids.tolist(), indices.tolist())
         [[0, 0], [1, 1]] [0, 1]
         [[2, 2], [-1, -1]] [2, -1]
     """
-    row_format = RowFormat(seq_len, vocab_size)
-    check_arguments(
-        row_format, batch_size=batch_size, rank=rank, world_size=world_size, on_bad=on_bad, data_key=data_key
-    )
+    batching.check()
     if num_sequences is not None and num_sequences < 1:
         raise ValueError(f"num_sequences is {num_sequences}; expected at least 1, or None for all")
-    return _validation_batches(
-        shards,
-        partial(shard_members, data_key=data_key, allow_commands=allow_commands),
-        batch_size=batch_size,
-        row_format=row_format,
-        rank=rank,
-        world_size=world_size,
-        num_sequences=num_sequences,
-        on_bad=on_bad,
-    )
+    return _validation_batches(shards, batching, num_sequences)
 
 
 def _validation_batches(
-    shards: Sequence[Shard | str],
-    open_members: Callable[[str], Iterator[Member]],
-    *,
-    batch_size: int,
-    row_format: RowFormat,
-    rank: int,
-    world_size: int,
-    num_sequences: int | None,
-    on_bad: str,
+    shards: Sequence[Shard | str], batching: Batching, num_sequences: int | None
 ) -> Iterator[ValidationBatch]:
+    batch_size, row_format, rank, world_size, on_bad, data_key, allow_commands = batching
     skipped = Counter[str]()
     rows = _rows_in_order(
         shards,
-        open_members,
+        partial(shard_members, data_key=data_key, allow_commands=allow_commands),
         # What concerns a whole shard stops every rank, but is counted by one.
         on_bad=bad_data_policy(on_bad, skipped if rank == 0 else Counter()),
     )

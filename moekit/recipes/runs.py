@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from rich.console import Console
 
-from moekit.lm.batches import Stream, open_stream
+from moekit.lm.batches import Reading, Stream, open_stream
 from moekit.lm.checkpoint_folders import remove_leftovers
 from moekit.lm.consoles import print_lines
 from moekit.lm.files import check_folder
@@ -25,7 +25,7 @@ from moekit.recipes.optimizers import make_optimizer
 from moekit.recipes.precisions import gradient_scaler, resolved_precision
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
-from moekit.recipes.sources import Corpus, check_lasts, make_corpus
+from moekit.recipes.sources import Corpus, batching_of, check_lasts, make_corpus
 from moekit.recipes.wording import no_place
 
 
@@ -142,22 +142,15 @@ def set_up(settings: TrainSettings, world: World, console: Console, *, folder: P
 
 def _open_stream(settings: TrainSettings, world: World, corpus: Corpus, *, batch_size: int) -> Stream:
     config, data = make_config(settings.model), settings.data
-    return open_stream(
+    reading = Reading(
         [source.shards for source in corpus.sources],
-        corpus.weights,
-        batch_size=batch_size,
-        seq_len=config.seq_len,
-        vocab_size=config.vocab_size,
+        batching_of(data, config, world, batch_size=batch_size),
         seed=settings.run.seed,
-        rank=world.rank,
-        world_size=world.size,
-        workers=_workers(settings, world.device),
+        weights=corpus.weights,
         lanes=data.data_lanes,
         max_passes=corpus.max_passes,
-        on_bad=data.on_bad_data,
-        data_key=data.data_key,
-        allow_commands=data.allow_pipe_commands,
     )
+    return open_stream(reading, workers=_workers(settings, world.device))
 
 
 def resolved(run: Run) -> TrainSettings:

@@ -127,8 +127,7 @@ def score_sets(
             config,
             batch_size=world.size * max(per_rank // given.accum_freq, 1),
             tokens=limit,
-            rank=world.rank,
-            world_size=world.size,
+            world=world,
         )
         scores[each.name] = evaluate(
             model,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from moekit.lm.batches import ValidationBatch, read_validation
+from moekit.lm.batches import Batching, RowFormat, ValidationBatch, read_validation
 from moekit.lm.configs import ModelConfig
 from moekit.lm.corpora import MIXING_WEIGHTS
 from moekit.lm.orders import check_budget
@@ -17,6 +17,7 @@ from moekit.lm.preparation import prepare
 from moekit.lm.shards import Shard, read_manifest
 from moekit.lm.tokenizers import Tokenizer, load_tokenizer, token_bytes
 from moekit.lm.urls import expand_braces, is_remote, resolve_url
+from moekit.parallel import World, one_process
 from moekit.recipes.budgets import Budget
 from moekit.recipes.settings import DataSettings, TrainSettings
 
@@ -124,8 +125,7 @@ def read_set(
     *,
     batch_size: int,
     tokens: int | None = None,
-    rank: int = 0,
-    world_size: int = 1,
+    world: World | None = None,
 ) -> Iterator[ValidationBatch]:
     """Read a validation set as it is scored.
 
@@ -135,8 +135,7 @@ def read_set(
         config: gives sequence length and vocabulary.
         batch_size: sequences per batch over all ranks.
         tokens: read the first so many, rounded up to whole sequences; None reads all.
-        rank: number of this process.
-        world_size: how many processes share the sequences.
+        world: the ranks that share the sequences; None is one process.
 
     Returns:
         The batches.
@@ -144,18 +143,26 @@ def read_set(
     Raises:
         ValueError, OSError: see ``read_validation``.
     """
-    return read_validation(
-        held_out.shards,
-        batch_size=batch_size,
-        seq_len=config.seq_len,
-        vocab_size=config.vocab_size,
-        rank=rank,
-        world_size=world_size,
-        num_sequences=None if tokens is None else -(-tokens // config.seq_len),
-        on_bad=data.on_bad_data,
-        data_key=held_out.data_key,
-        allow_commands=data.allow_pipe_commands,
-    )
+    batching = batching_of(data, config, world or one_process(), batch_size=batch_size)
+    num_sequences = None if tokens is None else -(-tokens // config.seq_len)
+    return read_validation(held_out.shards, batching._replace(data_key=held_out.data_key), num_sequences=num_sequences)
+
+
+def batching_of(data: DataSettings, config: ModelConfig, world: World, *, batch_size: int) -> Batching:
+    """Say how a run makes batches of shards.
+
+    Args:
+        data: how it reads.
+        config: gives sequence length and vocabulary.
+        world: the ranks that share the batches.
+        batch_size: sequences per batch over all ranks.
+
+    Returns:
+        Batching, of members with the extension that training data have.
+    """
+    row_format = RowFormat(config.seq_len, config.vocab_size)
+    reading = data.on_bad_data, data.data_key, data.allow_pipe_commands
+    return Batching(batch_size, row_format, world.rank, world.size, *reading)
 
 
 def check_lasts(corpus: Corpus, budget: Budget) -> None:

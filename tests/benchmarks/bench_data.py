@@ -15,7 +15,7 @@ import pytest
 import torch
 from s3_server import s3_server
 
-from moekit.lm.batches import open_stream
+from moekit.lm.batches import Batching, Reading, RowFormat, open_stream
 from moekit.lm.configs import load_config
 from moekit.lm.orders import Order
 from moekit.lm.shards import Shard, shard_bytes
@@ -148,8 +148,8 @@ def test_order(measure, data, group):
 def test_loading(request, measure, data, group, place, workers):
     parent = request.getfixturevalue(place)(data)
     shards = [Shard(f"{parent}/{number:08d}.tar", data.sequences) for number in range(data.shards)]
-    options = {"batch_size": BATCH_SIZE, "seq_len": data.length - 1, "vocab_size": VOCAB_SIZE, "seed": 0}
-    with closing(open_stream([shards], workers=workers, **options)) as stream:
+    reading = Reading([shards], Batching(BATCH_SIZE, RowFormat(data.length - 1, VOCAB_SIZE)), seed=0)
+    with closing(open_stream(reading, workers=workers)) as stream:
         next(stream)  # starts the workers
 
         def body() -> None:

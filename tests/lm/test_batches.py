@@ -17,12 +17,11 @@ import pytest
 import torch
 
 from moekit.lm import shard_readers
-from moekit.lm.batches import open_stream, read_validation
+from moekit.lm.batches import Batching, Reading, RowFormat, open_stream, read_validation
 from moekit.lm.orders import Address, DataExhausted
-from moekit.lm.row_workers import Reading, _failure_of
+from moekit.lm.row_workers import _failure_of
 from moekit.lm.shard_writing import shard_bytes
 from moekit.lm.shards import Shard, ShardError, read_manifest
-from moekit.lm.token_rows import RowFormat
 
 SEQ_LEN = 3
 
@@ -45,10 +44,13 @@ def sources(tmp_path):
     return [write(tmp_path / "a", [9, 0, 14, 5, 22]), write(tmp_path / "b", [4, 3], first=1000)]
 
 
-def stream_of(sources, weights=None, **options):
-    return open_stream(
-        sources, weights, **{"batch_size": 4, "seq_len": SEQ_LEN, "vocab_size": 5000, "seed": 3, "lanes": 4} | options
-    )
+def batching(batch_size, *, seq_len=SEQ_LEN, **options):
+    return Batching(batch_size, RowFormat(seq_len, vocab_size=5000), **options)
+
+
+def stream_of(sources, weights=None, *, batch_size=4, seed=3, lanes=4, max_passes=None, workers=0, **options):
+    reading = Reading(sources, batching(batch_size, **options), seed, weights, lanes, max_passes)
+    return open_stream(reading, workers=workers)
 
 
 def ids(stream, batches):
@@ -134,7 +136,7 @@ def test_ranks_open_their_own_shards_alone(tmp_path, monkeypatch, world_size, la
 def test_the_workers_of_a_rank_share_its_lanes(world_size, lanes):
     addresses = [Address(0, slot % lanes, 0, slot % lanes, 0) for slot in range(16)]
     for rank in range(world_size):
-        reading = Reading([], None, 16, RowFormat(1, 2), 0, lanes, None, rank, world_size, "raise", None, False)
+        reading = Reading([], batching(16, rank=rank, world_size=world_size), seed=0, lanes=lanes)
         read = Counter(reading.owners(addresses, 2))
         assert read[0] == read[1]
 
@@ -347,10 +349,10 @@ def test_closing_ends_the_workers_and_the_next_batch_starts_them_again(sources):
 def test_nothing_is_said_and_nothing_hangs_at_exit(sources):
     code = f"""
 import multiprocessing, torch
-from moekit.lm.batches import open_stream
+from moekit.lm.batches import Batching, Reading, RowFormat, open_stream
 from moekit.lm.shards import read_manifest
 shards = read_manifest({os.path.dirname(sources[0][0].path) + "/manifest.jsonl"!r})
-stream = open_stream([shards], batch_size=4, seq_len=3, vocab_size=5000, seed=0, workers=2)
+stream = open_stream(Reading([shards], Batching(4, RowFormat(3, 5000)), seed=0), workers=2)
 next(stream)
 assert len(multiprocessing.active_children()) == 2
 print(torch.get_num_threads() > 0)
@@ -413,8 +415,8 @@ def test_bad_arguments_are_told_before_anything_is_read(options, message):
         stream_of(**options)
 
 
-def validation(shards, **options):
-    return read_validation(shards, **{"batch_size": 6, "seq_len": SEQ_LEN, "vocab_size": 5000} | options)
+def validation(shards, *, batch_size=6, num_sequences=None, **options):
+    return read_validation(shards, batching(batch_size, **options), num_sequences=num_sequences)
 
 
 @pytest.mark.parametrize("bare", [False, True])

@@ -10,7 +10,7 @@ from moekit.lm import shard_readers, token_rows
 from moekit.lm.orders import Address, Order, block_permutation
 from moekit.lm.shard_readers import RowReader
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import RowFormat, bad_data_policy, check_arguments, row_of
+from moekit.lm.token_rows import Batching, RowFormat, bad_data_policy, row_of
 
 FORMAT = RowFormat(seq_len=3, vocab_size=1000)
 
@@ -35,7 +35,7 @@ def good(number):
 def reader(shards, *, on_bad="raise", row_format=FORMAT, seed=0):
     skipped = Counter()
     policy = bad_data_policy(on_bad, skipped)
-    return RowReader([shards], row_format, seed=seed, on_bad=policy), skipped
+    return RowReader([shards], Batching(1, row_format), seed=seed, on_bad=policy), skipped
 
 
 def addresses_of(shard, number, *, start=0, lane=0, data_pass=0):
@@ -246,7 +246,7 @@ def test_words_are_checked():
     ],
 )
 def test_bad_arguments(arguments, message):
-    right = {"row_format": FORMAT, "batch_size": 4, "rank": 0, "world_size": 2, "on_bad": "raise", "data_key": None}
-    check_arguments(**right)
+    right = Batching(4, FORMAT, world_size=2)
+    right.check()
     with pytest.raises(ValueError, match=message):
-        check_arguments(**right | arguments)
+        right._replace(**arguments).check()

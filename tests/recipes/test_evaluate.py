@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from moekit.lm.batch_streams import batch_of
-from moekit.lm.batches import ValidationBatch, read_validation
+from moekit.lm.batches import Batching, RowFormat, ValidationBatch, read_validation
 from moekit.lm.bootstrap import bootstrap_interval
 from moekit.lm.configs import load_config
 from moekit.lm.shards import read_manifest, write_shards
@@ -20,6 +20,8 @@ from moekit.recipes.language_models import language_model, moe_layers
 from moekit.recipes.precisions import autocast
 from moekit.recipes.routing_sums import all_routing_sums, layer_loads
 from moekit.recipes.steps import split_ids, take_gradient
+
+SKIPPING = Batching(1, RowFormat(seq_len=16, vocab_size=512), on_bad="skip")
 
 
 def make(recipe, *, freq=1):
@@ -211,8 +213,8 @@ def test_sequences_without_a_target_are_not_scored_and_bad_ones_counted(sequence
 
 def test_bad_sequences_of_shards_are_counted_once(tmp_path):
     shards = read_manifest(write_shards(tmp_path, [[1] * 17, [9999] * 17, [2] * 17, [3] * 4, [4] * 17]))
-    options = {"seq_len": 16, "vocab_size": 512, "on_bad": "skip"}
-    scores = [evaluate(make(mixtral()), read_validation(shards, batch_size=size, **options)) for size in (1, 2, 5)]
+    batchings = [SKIPPING._replace(batch_size=size) for size in (1, 2, 5)]
+    scores = [evaluate(make(mixtral()), read_validation(shards, batching)) for batching in batchings]
     for each in scores:
         assert (each.sequences, each.tokens) == (3, 48)
         assert each.skipped == {"id outside vocabulary": 1, "short sequence": 1}
@@ -245,11 +247,11 @@ def test_every_rank_has_the_scores_of_one_process(tmp_path, two_ranks):
     bad = [[9999] * 17, [3] * 4, [9999] * 17]
     rows = [*torch.randint(512, (4, 17)).tolist(), *bad, *torch.randint(512, (2, 17)).tolist()]
     shards, model = read_manifest(write_shards(tmp_path, rows)), make(mixtral()).double()
-    read = partial(read_validation, shards, seq_len=16, vocab_size=512, on_bad="skip")
-    expected = evaluate(model, read(batch_size=9))
+    expected = evaluate(model, read_validation(shards, SKIPPING._replace(batch_size=9)))
 
     def score(world):
-        return evaluate(deepcopy(model), read(batch_size=4, rank=world.rank, world_size=2), world=world)
+        batching = SKIPPING._replace(batch_size=4, rank=world.rank, world_size=2)
+        return evaluate(deepcopy(model), read_validation(shards, batching), world=world)
 
     one, other = two_ranks(score)
     assert one == other
