@@ -52,47 +52,66 @@ def loop(run: Run, recorder: Recorder, progress: Progress, stop: StopRequest, *,
     Raises:
         FloatingPointError: see ``train``.
     """
-    steps, every = run.budget.steps, run.settings.run
-    clock, at, trouble, trained = Clock(progress.seconds), position(run), None, 0
-    while progress.step < steps:
+    training = _Training(run, recorder, Clock(progress.seconds), command)
+    at, trouble, trained = position(run), None, 0
+    while progress.step < run.budget.steps:
         asked = time.perf_counter()
         batch, trouble = _attempt(run.stream.__next__)
         data_time = time.perf_counter() - asked
         tokens, stopping = agree(run, batch, stop=bool(stop) or batch is None)
         if batch is None or stopping:
             break  # the batch is not used, and the position is before it
-        step = progress.step + 1
-        ended = run.budget.epochs_ended(step) > run.budget.epochs_ended(progress.step)
-        validates = step % every.val_every_n_steps == 0 or ended or step == steps
-        reports = step % every.log_every_n_steps == 0 or validates
-        result = train_step(run, batch, step=progress.step, tokens=tokens, statistics=reports)
+        due = _due(run, progress.step + 1)
+        result = train_step(run, batch, step=progress.step, tokens=tokens, statistics=due.report)
         trained += result.targets if result.taken else 0
-        with clock.paused(steps=1, tokens=result.targets):
-            progress = _counted(run, progress, result, clock.seconds, at, command, recorder)
+        with training.clock.paused(steps=1, tokens=result.targets):
+            progress = _counted(training, progress, result, at)
             at = position(run)
-            report = partial(_report, run, recorder, result, progress, at, clock, data_time=data_time)
-            _, trouble = _attempt(partial(report, reports=reports, validates=validates))
-            if (reports or every.log_data) and any_true(run.world, trouble is not None):
+            _, trouble = _attempt(partial(_report, training, due, result, progress, at, data_time=data_time))
+            if (due.report or run.settings.run.log_data) and any_true(run.world, trouble is not None):
                 break
-            if step < steps and _saves(run, step, ended=ended):
+            if due.save:
                 save(run, progress, at)
     return Ended(progress, at, trained, stop.name or "another rank's signal or error", trouble)
 
 
+class _Training(NamedTuple):
+    """What stays from step to step; ``command`` resumes the run."""
+
+    run: Run
+    recorder: Recorder
+    clock: Clock
+    command: str
+
+
+class _Due(NamedTuple):
+    """What is to be done after a step."""
+
+    validate: bool
+    report: bool
+    save: bool
+
+
+def _due(run: Run, step: int) -> _Due:
+    given, budget = run.settings.run, run.budget
+    epochs, is_last = budget.epochs_ended(step), step == budget.steps
+    ended = epochs > budget.epochs_ended(step - 1)
+    validate = step % given.val_every_n_steps == 0 or ended or is_last
+    by_steps = given.save_every_n_steps is not None and step % given.save_every_n_steps == 0
+    by_epochs = ended and epochs % given.save_frequency == 0
+    return _Due(
+        validate,
+        report=step % given.log_every_n_steps == 0 or validate,
+        save=(by_steps or by_epochs) and not is_last,  # the caller saves at the end
+    )
+
+
 def _report(
-    run: Run,
-    recorder: Recorder,
-    result: StepResult,
-    progress: Progress,
-    at: Position,
-    clock: Clock,
-    *,
-    data_time: float,
-    reports: bool,
-    validates: bool,
+    training: _Training, due: _Due, result: StepResult, progress: Progress, at: Position, *, data_time: float
 ) -> None:
-    if reports:  # first what all ranks do together, then what may fail on one
-        scores = validate(run, tokens=_SHORT_VALIDATION) if validates else {}
+    run, recorder, clock, _ = training
+    if due.report:  # first what all ranks do together, then what may fail on one
+        scores = validate(run, tokens=_SHORT_VALIDATION) if due.validate else {}
         losses = {name: each.loss for name, each in scores.items()}
         total = progress._replace(skipped_data=skipped_data(run, progress, at))
         recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
@@ -107,16 +126,14 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
         return None, error
 
 
-def _counted(
-    run: Run, progress: Progress, result: StepResult, seconds: float, at: Position, command: str, recorder: Recorder
-) -> Progress:
+def _counted(training: _Training, progress: Progress, result: StepResult, at: Position) -> Progress:
     """Count a step; one that was not finite is counted apart, or ends the run with a checkpoint from before it."""
-    step = progress.step + 1
+    run, recorder, clock, command = training
+    counted = progress._replace(step=progress.step + 1, seconds=clock.seconds)
     if result.taken:
         before = progress.trained_tokens
-        trained = None if before is None else before + result.targets
-        return progress._replace(step=step, seconds=seconds, trained_tokens=trained)
-    what = f"the loss or its gradient is not finite at step {step}"
+        return counted._replace(trained_tokens=None if before is None else before + result.targets)
+    what = f"the loss or its gradient is not finite at step {counted.step}"
     if not result.finite:
         if run.settings.optimizer.on_nonfinite == "stop":
             folder = save(run, progress, at)
@@ -125,13 +142,7 @@ def _counted(
                 f"or leave such steps out:\n  {command} --on-nonfinite skip"
             )
         recorder.say(f"{what}: left out (--on-nonfinite skip)")
-    return progress._replace(step=step, seconds=seconds, skipped_steps=progress.skipped_steps + 1)
-
-
-def _saves(run: Run, step: int, *, ended: bool) -> bool:
-    given = run.settings.run
-    by_steps = given.save_every_n_steps is not None and step % given.save_every_n_steps == 0
-    return by_steps or (ended and run.budget.epochs_ended(step) % given.save_frequency == 0)
+    return counted._replace(skipped_steps=progress.skipped_steps + 1)
 
 
 def validate(run: Run, *, tokens: int | None = None) -> dict[str, Evaluation]:
