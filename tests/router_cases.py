@@ -11,7 +11,7 @@ from moekit import routing as r
 from moekit.experts import simple
 from moekit.recipes import Recipe
 from moekit.recipes.published import gshard_route
-from moekit.routing.states import fixed_table, selection_bias
+from moekit.routing import fixed_table, selection_bias
 from moekit.types import ExpertLayer, RouterState
 
 

@@ -1,4 +1,9 @@
-"""Whether what routers remember is still numbers: a NaN there stays, and no later step can mend it."""
+"""What training does with what routers remember: lets them observe, moves them, and looks whether they are numbers.
+
+A NaN there stays, and no later step can mend it.
+"""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -7,6 +12,42 @@ from moekit.lm.model import LanguageModel
 from moekit.recipes.choices import num_choices
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.modules import MoE
+from moekit.types import LayerOutput
+
+
+@torch.no_grad()
+def observe_state(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Tensor:
+    """Let a router's state observe what its layer did with a micro-batch.
+
+    Args:
+        output: of the layer.
+        layer: that holds the state.
+        token_mask: (T,) bool, True for real tokens; None if all are.
+
+    Returns:
+        (n,) float64, to be added up over micro-batches and ranks; (0,) without a state that observes.
+
+    Example:
+        >>> from moekit.recipes import deepseek_moe
+        >>> layer = MoE(4, 2, deepseek_moe(k=1), hidden=8)
+        >>> observe_state(layer(torch.ones(3, 4)), layer, None).sum()
+        tensor(3., dtype=torch.float64)
+    """
+    state = layer.recipe.state
+    if state is None or state.observe is None:
+        return torch.zeros(0, dtype=torch.float64, device=output.y.device)
+    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)
+
+
+def update_router_states(model: LanguageModel, observed: Sequence[Tensor]) -> None:
+    """Let the state of every router take its step, from what was observed in this optimizer step over all ranks.
+
+    Args:
+        model: whose MoE layers hold the states; layers without one are left alone.
+        observed: one tensor per MoE layer, of ``StepLoss``.
+    """
+    for (_, layer), sums in zip(moe_layers(model), observed, strict=True):
+        layer.update_state(sums)
 
 
 def nan_in_states(model: LanguageModel) -> Tensor | None:

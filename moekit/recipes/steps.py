@@ -14,6 +14,7 @@ from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe, weighted_sum
 from moekit.recipes.modules import MoE
+from moekit.recipes.router_states import observe_state
 from moekit.recipes.routing_sums import choice_counts, counts_alone, routing_sums, stacked
 from moekit.types import LayerOutput
 
@@ -190,7 +191,7 @@ def _joined(
     """Lay out what adds up over micro-batches and ranks, (n,) each: the numbers, then two pieces for every layer."""
     pieces = [torch.stack([each.detach().double() for each in numbers])]
     for output, layer in pairs:
-        pieces += [_routing(output, layer, token_mask, statistics), _observed(output, layer, token_mask)]
+        pieces += [_routing(output, layer, token_mask, statistics), observe_state(output, layer, token_mask)]
     return pieces
 
 
@@ -202,17 +203,6 @@ def _taken_apart(parts: Sequence[list[Tensor]], names: Sequence[str], world: Wor
     balancing = dict(zip(names, means, strict=True))
     routing, observed = stacked(of_layers[::2], flat), tuple(of_layers[1::2])
     return StepLoss(total, cross_entropy, balancing, z, logit_mean, routing, observed, backward_time)
-
-
-def update_router_states(model: LanguageModel, observed: Sequence[Tensor]) -> None:
-    """Let the state of every router take its step, from what was observed in this optimizer step over all ranks.
-
-    Args:
-        model: whose MoE layers hold the states; layers without one are left alone.
-        observed: one tensor per MoE layer, of ``StepLoss``.
-    """
-    for (_, layer), sums in zip(moe_layers(model), observed, strict=True):
-        layer.update_state(sums)
 
 
 def _output_terms(logits: Tensor, targets: Tensor, tokens: Tokens, rules: LossRules) -> tuple[Tensor, Tensor, Tensor]:
@@ -297,11 +287,3 @@ def same_random_numbers(device: torch.device) -> AbstractContextManager[None]:
 
 def _routing(output: LayerOutput, layer: MoE, token_mask: Tensor | None, statistics: bool) -> Tensor:
     return routing_sums(output, layer.recipe, token_mask=token_mask) if statistics else counts_alone(output)
-
-
-@torch.no_grad()
-def _observed(output: LayerOutput, layer: MoE, token_mask: Tensor | None) -> Tensor:
-    state = layer.recipe.state
-    if state is None or state.observe is None:
-        return torch.zeros(0, dtype=torch.float64, device=output.y.device)
-    return state.observe(output.logits, output.routing, layer.state, token_mask=token_mask)

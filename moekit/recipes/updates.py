@@ -12,7 +12,7 @@ from moekit.parallel import all_sum, sum_gradients
 from moekit.recipes.budgets import final_rate, warmup_steps
 from moekit.recipes.optimizers import clip_gradients, learning_rate
 from moekit.recipes.precisions import autocast
-from moekit.recipes.router_states import check_states, nan_in_states
+from moekit.recipes.router_states import check_states, nan_in_states, update_router_states
 from moekit.recipes.runs import Run
 from moekit.recipes.steps import (
     LossRules,
@@ -20,7 +20,6 @@ from moekit.recipes.steps import (
     Tokens,
     count_tokens,
     take_gradient,
-    update_router_states,
 )
 
 

@@ -6,13 +6,13 @@ from moekit.routing.coefficients import LossForm, convert_coefficient, value_at_
 from moekit.routing.cosine import CosineGateParams, cosine_gate, init_cosine_gate
 from moekit.routing.dynamic_k import threshold, top_p
 from moekit.routing.expert_choice import expert_capacity, expert_choice
-from moekit.routing.fixed import hash_choice, hash_table, random_choice, round_robin
+from moekit.routing.fixed import fixed_table, hash_choice, hash_table, random_choice, round_robin
 from moekit.routing.fused_top_k import fused_top_k, fused_top_k_and_load
 from moekit.routing.gates import clean, init_linear_gate, linear_gate, noisy, score_and_pass
 from moekit.routing.group_limited import group_limited
 from moekit.routing.heterogeneous import heterogeneous_balance_loss
 from moekit.routing.importance_losses import importance_loss, load_loss
-from moekit.routing.losses import load_balance_loss, update_bias, z_loss
+from moekit.routing.losses import load_balance_loss, z_loss
 from moekit.routing.masks import mask_tokens, random_second
 from moekit.routing.moved_mass import moved_mass
 from moekit.routing.noise import (
@@ -25,16 +25,16 @@ from moekit.routing.noise import (
     noisy_top_k,
 )
 from moekit.routing.pooled_losses import pooled_balance_loss
-from moekit.routing.quantiles import quantile_balanced, quantile_duals
+from moekit.routing.quantiles import quantile_balanced, quantile_bias, quantile_duals
 from moekit.routing.regularizers import entropy_loss, weighted_l1_loss
 from moekit.routing.relu import adaptive_l1, relu_choice
 from moekit.routing.scopes import each_sequence, each_token, whole_batch
+from moekit.routing.selection_bias import observe_load, selection_bias, update_bias
 from moekit.routing.sequence_losses import sequence_balance_loss
 from moekit.routing.simple import without_simple
 from moekit.routing.sinkhorn import sinkhorn
 from moekit.routing.soft import SoftGateParams, init_soft_gate, mask_soft, soft_gate, soft_slots
 from moekit.routing.sparse_mixer import sparse_mixer
-from moekit.routing.states import fixed_table, observe_load, quantile_bias, selection_bias
 from moekit.routing.stats import RoutingStats, routing_stats
 from moekit.routing.token_rounding import round_tokens, token_rounding
 from moekit.routing.top_k import (

@@ -5,12 +5,14 @@ changes against ``top_k`` is who is chosen. All of them accept, and ignore, a se
 choice, so of logits with noise they take those without.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moekit.routing.gates import clean
 from moekit.routing.top_k import Score, check_choice, softmax, token_choice, weights_at
-from moekit.types import Logits, Routing
+from moekit.types import Logits, RouterState, Routing
 
 
 def hash_choice(
@@ -85,6 +87,27 @@ def hash_table(vocab_size: int, num_experts: int, *, k: int, seed: int = 0) -> T
     return torch.rand(vocab_size, num_experts, generator=generator).argsort(-1)[:, :k].contiguous()
 
 
+def fixed_table(*, vocab_size: int, k: int, seed: int = 0) -> RouterState:
+    """Make the state of a hash layer: a table of k experts for each vocabulary id, which stays as it is.
+
+    Args:
+        vocab_size: V.
+        k: experts per id.
+        seed: of the draw.
+
+    Returns:
+        RouterState, a (V, k) int64 tensor named ``table``.
+
+    Example:
+        >>> fixed_table(vocab_size=100, k=1).init(8).shape
+        torch.Size([100, 1])
+
+    References:
+        Roller et al., Hash Layers for Large Sparse Models, 2021, https://arxiv.org/abs/2106.04426
+    """
+    return RouterState("table", partial(_table, vocab_size=vocab_size, k=k, seed=seed))
+
+
 def random_choice(
     logits: Logits, *, k: int, score: Score = softmax, normalize: bool = False, bias: Tensor | None = None
 ) -> Routing:
@@ -151,3 +174,7 @@ def round_robin(
 def _chosen(expert_indices: Tensor, logits: Tensor, *, score: Score, normalize: bool, scale: float = 1.0) -> Routing:
     weights = weights_at(score(logits), expert_indices, normalize=normalize, scale=scale)
     return token_choice(expert_indices, weights, logits)
+
+
+def _table(num_experts: int, *, vocab_size: int, k: int, seed: int, device: torch.device | str | None = None) -> Tensor:
+    return hash_table(vocab_size, num_experts, k=k, seed=seed).to(device)

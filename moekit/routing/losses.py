@@ -101,51 +101,6 @@ def z_loss(
     return (sums_of_pools(squares, token_mask) / real_tokens(squares, token_mask).clamp_min(1)).sum()
 
 
-def update_bias(
-    bias: Tensor, tokens_per_expert: Tensor, *, rate: float, center: bool = False, limit: float | None = None
-) -> Tensor:
-    """Move the selection bias one step toward balance: b_e + rate * sign(mean(c) - c_e).
-
-    Call it once per optimizer step, with counts summed over all micro-batches and ranks. Without more arguments this is
-    DeepSeek-V3's rule. Subtracting the mean is a shift that all experts share: it keeps the bias from drifting and
-    changes no top-k. A limit does change the selection, once it binds.
-
-    No host synchronisation. Deterministic on CUDA.
-
-    Args:
-        bias: (E,) float32.
-        tokens_per_expert: (E,) counts.
-        rate: step size (DeepSeek-V3: 0.001).
-        center: subtract the mean of the new bias, as TorchTitan and nmoe do.
-        limit: clamp the new bias to [-limit, limit], after it was centred; nmoe has 16.
-
-    Returns:
-        (E,) the new bias; the argument is unchanged.
-
-    Raises:
-        ValueError: if the shapes differ, or the limit is not positive.
-
-    Example:
-        >>> update_bias(torch.zeros(3), torch.tensor([4, 1, 1]), rate=0.5)
-        tensor([-0.5000,  0.5000,  0.5000])
-
-    References:
-        Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, Algorithm 1, https://arxiv.org/abs/2408.15664
-    """
-    if bias.shape != tokens_per_expert.shape:
-        raise ValueError(
-            f"update_bias: bias has shape {tuple(bias.shape)} and tokens_per_expert {tuple(tokens_per_expert.shape)}; "
-            f"expected one number per expert in both."
-        )
-    if limit is not None and not limit > 0:
-        raise ValueError(f"update_bias: limit = {limit}; expected a positive number, or None for no limit.")
-    counts = tokens_per_expert.double()  # float32 knows whole numbers up to 2^24 alone
-    bias = bias + rate * torch.sign(counts.mean() - counts).to(bias.dtype)
-    if center:
-        bias = bias - bias.mean()
-    return bias if limit is None else bias.clamp(-limit, limit)
-
-
 def counts_of_batch(
     routing: Routing, token_mask: Tensor | None, counts: Tensor | None, *, choices: int | None = None
 ) -> Tensor:

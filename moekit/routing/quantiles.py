@@ -1,12 +1,14 @@
 """Quantile balancing: one dual variable per expert, set to the quantile that an even load asks for."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from moekit.checks import flat_mask
 from moekit.routing.gates import clean, noisy
 from moekit.routing.top_k import Score, check_choice, shifted, softmax, token_choice, weights_at
-from moekit.types import Logits, Routing
+from moekit.types import Logits, RouterState, Routing
 
 
 def quantile_balanced(
@@ -102,3 +104,39 @@ def quantile_duals(logits: Logits, duals: Tensor, *, k: int, token_mask: Tensor 
     ranked = gains.masked_fill(~real.unsqueeze(-1), -torch.inf).sort(dim=0, descending=True).values
     target = (count * k // num_experts).view(1, 1).expand(1, num_experts)
     return torch.where(count > 0, ranked.gather(0, target).squeeze(0).to(duals.dtype), duals)
+
+
+def quantile_bias(*, k: int) -> RouterState:
+    """Make the state of quantile balancing: minus the dual variables, each moved to where an even load wants it.
+
+    A step of several micro-batches or ranks takes the mean of theirs, each by its real tokens.
+
+    Args:
+        k: experts per token of the router.
+
+    Returns:
+        RouterState, an (E,) float32 tensor named ``bias``. It observes E sums and the number of tokens.
+
+    Example:
+        >>> state = quantile_bias(k=1)
+        >>> logits = torch.tensor([[3.0, 0.0], [2.0, 0.0], [1.0, 0.0], [0.5, 0.0]])
+        >>> state.update(state.init(2), state.observe(logits, None, state.init(2)))
+        tensor([-1., -0.])
+
+    References:
+        Megatron-LM, megatron/core/transformer/moe/moe_utils.py, ``qb_dual_update``, https://github.com/NVIDIA/Megatron-LM
+    """
+    return RouterState("bias", torch.zeros, partial(_observe_duals, k=k), _mean_duals)
+
+
+def _observe_duals(
+    logits: Logits, routing: Routing | None, state: Tensor, *, k: int, token_mask: Tensor | None = None
+) -> Tensor:
+    plain = clean(logits)
+    tokens = plain.new_tensor(float(plain.shape[0])) if token_mask is None else token_mask.sum()
+    duals = quantile_duals(plain, -state, k=k, token_mask=token_mask).double()
+    return torch.cat([duals * tokens, tokens.double().view(1)])
+
+
+def _mean_duals(bias: Tensor, sums: Tensor) -> Tensor:
+    return torch.where(sums[-1] > 0, -sums[:-1] / sums[-1].clamp_min(1), bias).to(bias.dtype)

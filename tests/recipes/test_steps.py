@@ -9,13 +9,13 @@ from moekit.lm.configs import load_config
 from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, dynamic_k, gshard, mixtral, olmoe, openlm, remoe
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import weighted_sum
+from moekit.recipes.router_states import update_router_states
 from moekit.recipes.steps import (
     LossRules,
     Tokens,
     count_tokens,
     split_ids,
     take_gradient,
-    update_router_states,
 )
 from moekit.routing import load_balance_loss, selection_bias, z_loss
 from moekit.segments import tokens_per_expert

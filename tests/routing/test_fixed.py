@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.routing import hash_choice, hash_table, random_choice, round_robin, sigmoid
+from moekit.routing import fixed_table, hash_choice, hash_table, random_choice, round_robin, sigmoid
 from moekit.segments import tokens_per_expert
 
 T, E, K = 12, 5, 3
@@ -117,3 +117,10 @@ def test_hash_errors_say_what_was_given() -> None:
         hash_choice(torch.zeros(T, 2), token_ids=torch.arange(T), table=TABLE)
     with pytest.raises(ValueError, match="hash_table: k = 9 experts per token were asked of E = 8"):
         hash_table(10, 8, k=9)
+
+
+def test_a_table_is_drawn_from_its_seed_and_stays():
+    state = fixed_table(vocab_size=50, k=K, seed=3)
+    assert torch.equal(state.init(E), hash_table(50, E, k=K, seed=3))
+    assert state.update is None
+    assert state.observe is None

@@ -5,7 +5,7 @@ import pytest
 import reference
 import torch
 
-from moekit.routing import load_balance_loss, round_robin, sigmoid, top_k, update_bias, z_loss
+from moekit.routing import load_balance_loss, round_robin, sigmoid, top_k, z_loss
 from moekit.segments import tokens_per_expert
 from moekit.types import NoisyLogits, Routing
 
@@ -222,63 +222,3 @@ def test_choices_need_choices() -> None:
     routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool=5)
     with pytest.raises(ValueError, match=r"choices=1 counts first choices.*shape \(5,\), not \(T, K\). Leave choices"):
         load_balance_loss(torch.zeros(5, E), routing, choices=1)
-
-
-def test_bias_moves_one_step_against_the_load() -> None:
-    bias = torch.tensor([0.5, 0.0, 0.0, 0.0])
-    moved = update_bias(bias, torch.tensor([9, 3, 0, 0]), rate=0.1)
-    torch.testing.assert_close(moved, torch.tensor([0.4, 0.0, 0.1, 0.1]))
-    assert bias[0] == 0.5  # the argument is left alone
-
-
-def test_bias_moves_by_counts_that_float32_cannot_tell_apart() -> None:
-    counts = torch.tensor([2**24 + 1, 2**24, 2**24 - 1, 2**24], dtype=torch.int64)
-    for given in (counts, counts.double()):
-        moved = update_bias(torch.zeros(4), given, rate=0.5)
-        assert moved.dtype == torch.float32
-        assert moved.tolist() == [-0.5, 0.0, 0.5, 0.0]
-
-
-def test_bias_drives_a_collapsed_router_to_balance() -> None:
-    logits = torch.randn(512, 8) + torch.linspace(0, 4, 8)
-    bias = torch.zeros(8)
-
-    def violation() -> float:
-        load = tokens_per_expert(top_k(logits, k=2, score=sigmoid, bias=bias).expert_indices, 8).float()
-        return (load.max() / load.mean() - 1).item()
-
-    assert violation() > 1.5
-    for _ in range(400):
-        counts = tokens_per_expert(top_k(logits, k=2, score=sigmoid, bias=bias).expert_indices, 8)
-        bias = update_bias(bias, counts, rate=0.002)
-    assert violation() < 0.2
-
-
-def test_a_centred_bias_has_mean_zero_and_the_same_choices() -> None:
-    logits, counts, bias = torch.randn(64, 8), torch.randint(50, (8,)), torch.randn(8)
-    plain, centred = update_bias(bias, counts, rate=0.3), update_bias(bias, counts, rate=0.3, center=True)
-    assert plain.mean().abs() > 0.1
-    torch.testing.assert_close(centred, plain - plain.mean())
-    torch.testing.assert_close(
-        top_k(logits, k=3, bias=centred).expert_indices, top_k(logits, k=3, bias=plain).expert_indices
-    )
-
-
-def test_a_limit_clamps_after_centring() -> None:
-    bias = torch.tensor([9.0, 3.0, 3.0, 1.0])
-    moved = update_bias(bias, torch.tensor([1, 1, 1, 1]), rate=0.1, center=True, limit=2.0)
-    torch.testing.assert_close(moved, torch.tensor([2.0, -1.0, -1.0, -2.0]))
-    torch.testing.assert_close(
-        update_bias(bias, torch.tensor([1, 1, 1, 1]), rate=0.1, limit=2.0), torch.tensor([2.0, 2.0, 2.0, 1.0])
-    )
-
-
-@pytest.mark.parametrize("limit", [0.0, -1.0, math.nan])
-def test_a_limit_must_be_positive(limit: float) -> None:
-    with pytest.raises(ValueError, match=r"update_bias: limit = .*; expected a positive number, or None"):
-        update_bias(torch.zeros(3), torch.zeros(3), rate=0.1, limit=limit)
-
-
-def test_bias_and_counts_must_match() -> None:
-    with pytest.raises(ValueError, match=r"update_bias: bias has shape \(3,\) and tokens_per_expert \(4,\); expected"):
-        update_bias(torch.zeros(3), torch.zeros(4), rate=0.1)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing import sigmoid, softmax, top_k
-from moekit.routing.quantiles import quantile_balanced, quantile_duals
+from moekit.routing.quantiles import quantile_balanced, quantile_bias, quantile_duals
 from moekit.segments import tokens_per_expert
 from moekit.types import NoisyLogits
 
@@ -161,3 +161,27 @@ def test_errors_say_what_was_given(call, name: str) -> None:
             quantile_duals(torch.zeros(T, E), torch.zeros(3), k=1)
     with pytest.raises(ValueError, match=f"{name}: k = 6 experts per token were asked of E = 5"):
         call(torch.zeros(T, E), k=6)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_quantile_bias_takes_the_mean_of_its_parts_by_their_tokens(masked):
+    state, logits = quantile_bias(k=K), torch.randn(T, E)
+    mask = torch.rand(T) < 0.7 if masked else torch.ones(T, dtype=torch.bool)
+    bias = 0.1 * torch.randn(E)
+    sums, expected = torch.zeros(E + 1, dtype=torch.float64), torch.zeros(E, dtype=torch.float64)
+    for part, real in zip(logits.split(11), mask.split(11), strict=True):
+        sums += state.observe(part, None, bias, token_mask=real if masked else None)
+        expected -= real.sum() * quantile_duals(part[real], -bias, k=K).double()
+    found = state.update(bias, sums)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, (expected / mask.sum()).float())
+    assert torch.equal(state.update(bias, torch.zeros(E + 1, dtype=torch.float64)), bias)
+
+
+def test_a_quantile_bias_evens_the_load_out():
+    state, bias = quantile_bias(k=K), torch.zeros(E)
+    logits = torch.randn(2000, E) + 2 * torch.arange(E)
+    for _ in range(30):
+        bias = state.update(bias, state.observe(logits, None, bias))
+    load = tokens_per_expert(top_k(logits, k=K, score=lambda z: z, bias=bias).expert_indices, E)
+    assert load.max() <= 1.05 * 2000 * K / E
