@@ -5,12 +5,13 @@ import inspect
 import signal
 import sys
 from collections.abc import Callable
+from functools import partial
 from itertools import takewhile
-from typing import Any
+from typing import Any, NamedTuple
 
 from moekit import __version__
 from moekit.lookup import unknown_name
-from moekit.recipes import doctor as _doctor
+from moekit.recipes.doctor import diagnose
 from moekit.recipes.names import RECIPES
 from moekit.recipes.recipe_tables import recipe_table
 
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{usage()}")
     else:
         try:
-            PROGRAMS[words[0]](words[1:])
+            PROGRAMS[words[0]].run(words[0], words[1:])
         except KeyboardInterrupt:
             print(f"moekit {words[0]}: interrupted", file=sys.stderr)
             raise SystemExit(128 + signal.SIGINT) from None
@@ -53,147 +54,89 @@ def usage() -> str:
         >>> print(usage().splitlines()[0])
         usage: moekit PROGRAM ...
     """
-    lines = [f"  {name:<9} {(inspect.getdoc(program) or '').splitlines()[0]}" for name, program in PROGRAMS.items()]
+    lines = [f"  {name:<9} {program.purpose}" for name, program in PROGRAMS.items()]
     return "\n".join(["usage: moekit PROGRAM ...", "       moekit --version", "", "programs:", *lines])
 
 
-def train(arguments: list[str]) -> None:
-    """Train and evaluate a language model; `moekit train --help` lists the flags.
+class Program(NamedTuple):
+    """A program of the console script.
 
-    Args:
-        arguments: the words after `train`.
-
-    Raises:
-        SystemExit: with a message, if settings or data make no sense, or a package is missing.
+    Attributes:
+        purpose: what it does, in a line.
+        run: takes its name and the words after that; it raises SystemExit with a message if it cannot go on.
     """
-    main = _program("moekit.recipes.train", "moekit train", "rich", "tyro", "torchdata")
-    main(arguments, prog="moekit train", launch="moekit train")
+
+    purpose: str
+    run: Callable[[str, list[str]], None]
 
 
-def recipes(arguments: list[str]) -> None:
-    """List the published methods that --recipe knows.
+def _run(module: str, packages: tuple[str, ...], name: str, words: list[str], **options: str) -> None:
+    """Run the ``main`` of a module, or say which packages it imports."""
+    try:
+        main = importlib.import_module(module).main
+    except ModuleNotFoundError as error:
+        needed = " and ".join(filter(None, (", ".join(packages[:-1]), packages[-1])))
+        raise SystemExit(
+            f"moekit {name}: {error}; it needs {needed}. `moekit doctor` says what is usable here."
+        ) from error
+    main(words, prog=f"moekit {name}", **options)
 
-    Args:
-        arguments: the words after `recipes`; there are none but --help.
 
-    Raises:
-        SystemExit: if there are others, or rich is missing.
-    """
-    if _asks_for_help("recipes", arguments):
+def _recipes(name: str, words: list[str]) -> None:
+    if _asks_for_help(name, words):
         return
     try:
         from moekit.lm.consoles import print_lines, wide_console
     except ModuleNotFoundError as error:
-        raise SystemExit(f"moekit recipes: {error}; it prints a table with rich: pip install rich") from error
+        raise SystemExit(f"moekit {name}: {error}; it prints a table with rich: pip install rich") from error
     console = wide_console()
     console.print(recipe_table(RECIPES))
-    for name, make in RECIPES.items():
-        print_lines(console, f"{name}: {_first_line(make)}", f"  {_first_reference(make)}")
+    for recipe, make in RECIPES.items():
+        print_lines(console, f"{recipe}: {_first_line(make)}", f"  {_first_reference(make)}")
 
 
-def doctor(arguments: list[str]) -> None:
-    """Say what is usable on this machine, what is not, and why.
-
-    Args:
-        arguments: the words after `doctor`; there are none but --help.
-
-    Raises:
-        SystemExit: if there are others.
-    """
-    if _asks_for_help("doctor", arguments):
-        return
-    print("\n".join(_doctor.diagnose()))
+def _doctor(name: str, words: list[str]) -> None:
+    if not _asks_for_help(name, words):
+        print("\n".join(diagnose()))
 
 
-def tokenize(arguments: list[str]) -> None:
-    """Make shards of text files; `moekit tokenize --help` lists the flags.
-
-    Args:
-        arguments: the words after `tokenize`.
-
-    Raises:
-        SystemExit: with a message, if it cannot go on, or a package is missing.
-    """
-    _program("moekit.lm.tokenize", "moekit tokenize", "rich", "tyro")(arguments, prog="moekit tokenize")
-
-
-def export(arguments: list[str]) -> None:
-    """Write a checkpoint's model as a .pt file of OpenLM's, or as .safetensors.
-
-    Args:
-        arguments: the words after `export`.
-
-    Raises:
-        SystemExit: with a message, if it cannot go on, or a package is missing.
-    """
-    _program("moekit.recipes.export", "moekit export", "tyro")(arguments, prog="moekit export")
-
-
-def traffic(arguments: list[str]) -> None:
-    """Predict what each parallel strategy sends, and how long it takes, on 2 to 1,024 GPUs.
-
-    Args:
-        arguments: the words after `traffic`.
-
-    Raises:
-        SystemExit: with a message, if the shape cannot be, or a package is missing.
-    """
-    _program("moekit.recipes.traffic", "moekit traffic", "rich", "tyro")(arguments, prog="moekit traffic")
-
-
-def bench(arguments: list[str]) -> None:
-    """Measure MoE layers by backend, against the dense bound: `moekit bench layer`.
-
-    Args:
-        arguments: the words after `bench`.
-
-    Raises:
-        SystemExit: with a message, if there is nothing of that name to measure, or a package is missing.
-    """
-    _program("moekit.recipes.bench.program", "moekit bench", "rich", "tyro")(arguments, prog="moekit bench")
-
-
-def tune(arguments: list[str]) -> None:
-    """Find the fastest tiles of the fused layer's kernels for your shapes, and write them to a file.
-
-    Args:
-        arguments: the words after `tune`.
-
-    Raises:
-        SystemExit: with a message, if there is no CUDA device, it cannot go on, or a package is missing.
-    """
-    _program("moekit.recipes.tuning.program", "moekit tune", "rich", "tyro")(arguments, prog="moekit tune")
-
-
-PROGRAMS: dict[str, Callable[[list[str]], None]] = {
-    "train": train,
-    "tokenize": tokenize,
-    "export": export,
-    "recipes": recipes,
-    "traffic": traffic,
-    "bench": bench,
-    "tune": tune,
-    "doctor": doctor,
+PROGRAMS = {
+    "train": Program(
+        "Train and evaluate a language model; `moekit train --help` lists the flags.",
+        partial(_run, "moekit.recipes.train", ("rich", "tyro", "torchdata"), launch="moekit train"),
+    ),
+    "tokenize": Program(
+        "Make shards of text files; `moekit tokenize --help` lists the flags.",
+        partial(_run, "moekit.lm.tokenize", ("rich", "tyro")),
+    ),
+    "export": Program(
+        "Write a checkpoint's model as a .pt file of OpenLM's, or as .safetensors.",
+        partial(_run, "moekit.recipes.export", ("tyro",)),
+    ),
+    "recipes": Program("List the published methods that --recipe knows.", _recipes),
+    "traffic": Program(
+        "Predict what each parallel strategy sends, and how long it takes, on 2 to 1,024 GPUs.",
+        partial(_run, "moekit.recipes.traffic", ("rich", "tyro")),
+    ),
+    "bench": Program(
+        "Measure MoE layers by backend, against the dense bound: `moekit bench layer`.",
+        partial(_run, "moekit.recipes.bench.program", ("rich", "tyro")),
+    ),
+    "tune": Program(
+        "Find the fastest tiles of the fused layer's kernels for your shapes, and write them to a file.",
+        partial(_run, "moekit.recipes.tuning.program", ("rich", "tyro")),
+    ),
+    "doctor": Program("Say what is usable on this machine, what is not, and why.", _doctor),
 }
 
 
-def _program(module: str, name: str, *packages: str) -> Callable[..., None]:
-    """Import a program's ``main``, or say which packages its module imports."""
-    try:
-        main: Callable[..., None] = importlib.import_module(module).main
-    except ModuleNotFoundError as error:
-        needed = " and ".join(filter(None, (", ".join(packages[:-1]), packages[-1])))
-        raise SystemExit(f"{name}: {error}; it needs {needed}. `moekit doctor` says what is usable here.") from error
-    return main
-
-
-def _asks_for_help(program: str, arguments: list[str]) -> bool:
+def _asks_for_help(name: str, words: list[str]) -> bool:
     """Print the help of a program without flags, if it is asked for; every other word is refused."""
-    if arguments in (["-h"], ["--help"]):
-        print(f"usage: moekit {program}\n\n{_first_line(PROGRAMS[program])}")
+    if words in (["-h"], ["--help"]):
+        print(f"usage: moekit {name}\n\n{PROGRAMS[name].purpose}")
         return True
-    if arguments:
-        raise SystemExit(f"moekit {program}: takes no further words, but {' '.join(arguments)!r} was given.")
+    if words:
+        raise SystemExit(f"moekit {name}: takes no further words, but {' '.join(words)!r} was given.")
     return False
 
 

@@ -37,7 +37,7 @@ def test_help_lists_every_program_with_what_it_does(capsys, words):
     main(words)
     lines = capsys.readouterr().out.splitlines()
     for name, program in PROGRAMS.items():
-        assert any(line.split() == [name, *program.__doc__.split("\n")[0].split()] for line in lines)
+        assert any(line.split() == [name, *program.purpose.split()] for line in lines)
 
 
 def test_words_come_from_the_command_line_by_default(capsys, monkeypatch):
@@ -119,10 +119,10 @@ def test_a_narrow_terminal_breaks_no_name(program, capsys, monkeypatch):
 
 
 def test_an_interrupted_program_ends_without_a_traceback(capsys, monkeypatch):
-    def interrupted(words):
+    def interrupted(name, words):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(PROGRAMS, "bench", interrupted)
+    monkeypatch.setitem(PROGRAMS, "bench", PROGRAMS["bench"]._replace(run=interrupted))
     with pytest.raises(SystemExit) as raised:
         main(["bench", "layer"])
     assert raised.value.code == 130
