@@ -31,7 +31,7 @@ from moekit.parallel import (
 )
 from moekit.recipes import MoE, Recipe, expert_layer
 from moekit.recipes.expert_parameters import hidden_axes
-from moekit.recipes.optimizers import clip_gradients, make_optimizer
+from moekit.recipes.optimizers import clip_gradients, gradient_norm, make_optimizer
 from moekit.recipes.settings import OptimizerSettings
 from moekit.routing import linear_gate, top_k
 from moekit.types import ExpertLayer, Routing
@@ -176,8 +176,9 @@ def stepped(moe: MoE, grid: Grid | None, x: Tensor, target: Tensor, count: int) 
         sum_gradients(moe.parameters(), grid)
     found = {"y": output.y.detach(), "grad x": x.grad}
     found |= {f"grad {name}": whole(p.grad).clone() for name, p in moe.named_parameters()}
-    norm = clip_gradients(moe, 1e-3, None if grid is None else grid.world)
-    found["norm"] = torch.tensor(norm, dtype=torch.float64)
+    norm = gradient_norm(moe, None if grid is None else grid.world)
+    clip_gradients(moe, norm.item(), 1e-3)
+    found["norm"] = norm
     make_optimizer(moe, OptimizerSettings(lr=0.1, eps=1e-4)).step()
     return found | {f"stepped {name}": whole(p).detach().clone() for name, p in moe.named_parameters()}
 

@@ -7,44 +7,14 @@ handed out; what workers have read ahead does not enter it.
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from torch import Tensor
 from torchdata.nodes import BaseNode
 
 from moekit.lm.orders import Address, Order
 from moekit.lm.row_workers import LocalRows, Reading, WorkerRows
 from moekit.lm.shards import Shard
-
-
-class Batch(NamedTuple):
-    """A rank's rows of one optimizer step.
-
-    Attributes:
-        ids: (b, seq_len + 1) int64; inputs are all but the last column, targets all but the first. -1 where there is no
-            token, neither as input nor as target.
-        num_targets: how many targets are tokens.
-        has_padding: whether there is any -1.
-    """
-
-    ids: Tensor
-    num_targets: int
-    has_padding: bool
-
-
-def batch_of(ids: Tensor) -> Batch:
-    """Count what a batch holds.
-
-    Args:
-        ids: (b, seq_len + 1) int64.
-
-    Example:
-        >>> import torch
-        >>> batch_of(torch.tensor([[3, 1, 2], [4, 5, -1]])).num_targets
-        3
-    """
-    missing = ids < 0
-    return Batch(ids, ids[:, 1:].numel() - int(missing[:, 1:].sum()), bool(missing.any()))
+from moekit.lm.token_rows import Batch
 
 
 class Stream:
@@ -180,7 +150,7 @@ class _Batches(BaseNode[Batch]):
             raise
         self.addresses = addresses
         self.skipped.update(rows.skipped)
-        return batch_of(rows.ids)
+        return rows.batch
 
     def get_state(self) -> dict[str, Any]:
         state: dict[str, Any] = self._plan.state_dict()

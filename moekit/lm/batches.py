@@ -4,9 +4,9 @@
 ahead of time, and `moekit.lm.batch_streams` makes a chain of it.
 """
 
-from moekit.lm.batch_streams import Batch, Stream
+from moekit.lm.batch_streams import Stream
 from moekit.lm.row_workers import Reading
-from moekit.lm.token_rows import Batching, RowFormat
+from moekit.lm.token_rows import Batch, Batching, RowFormat
 from moekit.lm.validation_batches import ValidationBatch, read_validation
 
 __all__ = [

@@ -17,13 +17,12 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moekit.lm.orders import Address, DataExhausted, Order
 from moekit.lm.shard_readers import RowReader
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import Batching, bad_data_policy
+from moekit.lm.token_rows import Batch, Batching, bad_data_policy, batch_of
 
 _PREFETCHED_STEPS = 4  # for each worker
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -68,11 +67,12 @@ class Rows(NamedTuple):
     """What was read for one step.
 
     Attributes:
-        ids: (n, seq_len + 1) int64.
+        batch: n rows. They are counted where they are read, in a worker by one thread: the main process may have many,
+            and to wake them for these few numbers takes milliseconds, in which a GPU waits.
         skipped: sequences left out as bad, by reason.
     """
 
-    ids: Tensor
+    batch: Batch
     skipped: Mapping[str, int]
 
 
@@ -110,7 +110,7 @@ class LocalRows:
         owners = self._reading.owners(addresses, self._workers)
         slots = [slot for slot, owner in zip(self._reading.slots(), owners, strict=True) if owner == self._worker]
         self._skipped.clear()
-        return Rows(self._reader.read(addresses, slots), dict(self._skipped))
+        return Rows(batch_of(self._reader.read(addresses, slots)), dict(self._skipped))
 
     def close(self) -> None:
         """Close the shards; a later read opens them again."""
@@ -197,14 +197,11 @@ class WorkerRows:
             ShardError: if there is bad data and it is not to be skipped.
             RuntimeError: if a process was ended from outside.
         """
-        owners = torch.tensor(self._reading.owners(addresses, self._workers))
-        ids = torch.empty(len(owners), self._reading.batching.row_format.seq_len + 1, dtype=torch.int64)
+        items = [self._next_item() for _ in range(self._workers)]
         skipped = Counter[str]()
-        for worker in range(self._workers):
-            rows = self._next_item()
-            ids[owners == worker] = rows.ids
-            skipped.update(rows.skipped)
-        return Rows(ids, skipped)
+        for item in items:
+            skipped.update(item.skipped)
+        return Rows(_merged([item.batch for item in items], self._reading.owners(addresses, self._workers)), skipped)
 
     def close(self) -> None:
         """End the processes; those that do not end by themselves are killed."""
@@ -232,6 +229,18 @@ class WorkerRows:
         if isinstance(item, _Failure):
             raise item.kind(*item.arguments)
         return item
+
+
+def _merged(parts: Sequence[Batch], owners: Sequence[int]) -> Batch:
+    """Put the rows of each worker in their places, of which ``owners`` names the worker."""
+    if len(parts) == 1:
+        return parts[0]
+    rows = [iter(part.ids) for part in parts]
+    ids = torch.empty(len(owners), parts[0].ids.shape[1], dtype=torch.int64)
+    for place, owner in zip(ids, owners, strict=True):  # one by one: too few numbers for torch to wake its threads
+        place.copy_(next(rows[owner]))
+    _, inputs, targets, padded = zip(*parts, strict=True)
+    return Batch(ids, sum(inputs), sum(targets), any(padded))
 
 
 def _close_at_exit(rows: "weakref.ref[WorkerRows]") -> None:

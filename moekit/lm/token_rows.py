@@ -76,6 +76,38 @@ class Batching(NamedTuple):
             raise ValueError(f"data_key is {self.data_key!r}; expected one of {', '.join(DATA_KEYS)}")
 
 
+class Batch(NamedTuple):
+    """A rank's rows of one optimizer step.
+
+    Attributes:
+        ids: (b, seq_len + 1) int64; inputs are all but the last column, targets all but the first. -1 where there is no
+            token, neither as input nor as target.
+        num_inputs: how many inputs are tokens.
+        num_targets: how many targets are.
+        has_padding: whether there is any -1.
+    """
+
+    ids: Tensor
+    num_inputs: int
+    num_targets: int
+    has_padding: bool
+
+
+def batch_of(ids: Tensor) -> Batch:
+    """Count what a batch holds.
+
+    Args:
+        ids: (b, seq_len + 1) int64.
+
+    Example:
+        >>> import torch
+        >>> batch_of(torch.tensor([[3, 1, 2], [4, 5, -1]])).num_targets
+        3
+    """
+    there = ids >= 0
+    return Batch(ids, int(there[:, :-1].sum()), int(there[:, 1:].sum()), not bool(there.all()))
+
+
 def stop(error: ShardError, sequences: int) -> None:
     """Raise the error, with how to go on in spite of it."""
     raise ShardError(f"{error}. To leave out bad data and count it, add --on-bad-data skip", error.reason) from error

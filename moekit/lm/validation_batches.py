@@ -9,11 +9,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.lm.batch_streams import Batch, batch_of
 from moekit.lm.shard_members import shard_members
 from moekit.lm.shard_readers import MemberStream
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import NO_TOKEN, BadData, Batching, Member, RowFormat, bad_data_policy, member_row
+from moekit.lm.token_rows import (
+    NO_TOKEN,
+    BadData,
+    Batch,
+    Batching,
+    Member,
+    RowFormat,
+    bad_data_policy,
+    batch_of,
+    member_row,
+)
 
 
 class ValidationBatch(NamedTuple):

@@ -54,8 +54,9 @@ def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     if found:
         wide = reduce(torch.promote_types, (gradient.dtype for gradient, _ in found), torch.float32)
-        norms = torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)
-        total = sum((norm.double().square() / count for norm, (_, count) in zip(norms, found, strict=True)), total)
+        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)).double()
+        shares = torch.tensor([1 / count for _, count in found], dtype=torch.float64)
+        total = (norms.square() * shares.to(world.device, non_blocking=True)).sum()
     if world.size > 1:
         dist.all_reduce(total)
     return total

@@ -46,28 +46,43 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     )
 
 
-def clip_gradients(model: nn.Module, limit: float, world: World | None = None) -> float:
-    """Scale all gradients so that their global norm, over every rank's part, is at most a limit.
+def gradient_norm(model: nn.Module, world: World | None = None) -> Tensor:
+    """Compute the norm of all gradients together, over every rank's part.
 
     Args:
         model: whose parameters have gradients, whole ones the same on every rank that holds them.
-        limit: largest norm; 0 does not clip.
         world: all ranks; None is one process.
 
     Returns:
-        The norm before, the same on every rank. Reads the device.
+        Scalar float64 on the ranks' device, the same on every rank; 0 without gradients.
+
+    Example:
+        >>> layer = nn.Linear(1, 1, bias=False)
+        >>> layer.weight.grad = torch.tensor([[-3.0]])
+        >>> gradient_norm(layer)
+        tensor(3., dtype=torch.float64)
+    """
+    return squared_norm(model.parameters(), world or one_process()).sqrt()
+
+
+def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
+    """Scale all gradients so that their global norm is at most a limit, as ``torch.nn.utils.clip_grad_norm_``.
+
+    Args:
+        model: whose parameters have gradients.
+        norm: of all of them, see ``gradient_norm``. One that is not a number scales nothing.
+        limit: largest norm; 0 does not clip.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)
         >>> layer.weight.grad = torch.tensor([[3.0]])
-        >>> clip_gradients(layer, 1.0), round(layer.weight.grad.item(), 3)
-        (3.0, 1.0)
+        >>> clip_gradients(layer, gradient_norm(layer).item(), 1.0)
+        >>> round(layer.weight.grad.item(), 3)
+        1.0
     """
-    norm = squared_norm(model.parameters(), world or one_process()).sqrt().item()
     mine = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if mine and limit and norm > limit:  # a norm that is not a number scales nothing
+    if mine and limit and norm > limit:
         torch._foreach_mul_(mine, limit / (norm + 1e-6))
-    return norm
 
 
 def _is_spared(name: str, parameter: Tensor) -> bool:

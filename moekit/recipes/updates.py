@@ -6,11 +6,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from moekit.lm.batches import Batch
 from moekit.parallel import all_sum, sum_gradients
 from moekit.recipes.budgets import final_rate, warmup_steps
-from moekit.recipes.optimizers import clip_gradients, learning_rate
+from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate
 from moekit.recipes.precisions import autocast
 from moekit.recipes.router_states import check_states, nan_in_states, update_router_states
 from moekit.recipes.runs import Run
@@ -18,7 +19,6 @@ from moekit.recipes.steps import (
     LossRules,
     StepLoss,
     Tokens,
-    count_tokens,
     take_gradient,
 )
 
@@ -33,7 +33,8 @@ class StepResult(NamedTuple):
         finite: whether loss and gradient were finite, as far as that is not the gradient scaler's business.
         taken: whether anything was updated.
         seconds: name of a part of the step to its seconds on this rank's clock: ``forward_time``, ``backward_time``,
-            ``sync_time`` (gradients over ranks, and clipping), ``optim_step_time``.
+            ``sync_time`` (the wait for a GPU, of which the others are the host's part; gradients over ranks, and
+            clipping), ``optim_step_time``.
         targets: tokens that the global batch predicts; holes of bad data and padding are none.
     """
 
@@ -57,13 +58,9 @@ def agree(run: Run, batch: Batch | None, *, stop: bool) -> tuple[Tokens, bool]:
     Returns:
         Tokens of the global batch, and whether to stop; the same on every rank.
     """
-    own = Tokens(0, 0) if batch is None else _count(batch)
+    own = Tokens(0, 0) if batch is None else Tokens(batch.num_inputs, batch.num_targets)
     total = all_sum(run.world, torch.tensor([*own, int(stop)])).tolist()
     return Tokens(*total[:2]), bool(total[2])
-
-
-def _count(batch: Batch) -> Tokens:
-    return count_tokens(batch.ids) if batch.has_padding else Tokens(batch.num_targets, batch.num_targets)
 
 
 def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics: bool) -> StepResult:
@@ -102,13 +99,13 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         masked=batch.has_padding,
         statistics=statistics,
     )
-    whole_loss = math.isfinite(_total(run, loss, step=step))
     computed = time.perf_counter()
     sum_gradients(run.model.parameters(), run.grid)
     run.scaler.unscale_(run.optimizer)
-    norm = clip_gradients(run.model, given.grad_clip_norm, run.world)
+    total, norm = _read(run, loss, gradient_norm(run.model, run.world), step=step)
+    clip_gradients(run.model, norm, given.grad_clip_norm)
     synced = time.perf_counter()
-    finite = whole_loss and (math.isfinite(norm) or run.scaler.is_enabled())
+    finite = math.isfinite(total) and (math.isfinite(norm) or run.scaler.is_enabled())
     scale = run.scaler.get_scale()
     if finite:
         run.scaler.step(run.optimizer)
@@ -125,15 +122,14 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     return StepResult(loss, norm, rate, finite, taken, seconds, int(tokens.targets))
 
 
-def _total(run: Run, loss: StepLoss, *, step: int) -> float:
-    """Read the loss; in the same wait for the device hear whether routers still remember numbers."""
+def _read(run: Run, loss: StepLoss, norm: Tensor, *, step: int) -> tuple[float, float]:
+    """Read loss and norm in one wait for the device, and hear in it whether routers still remember numbers."""
     lost = nan_in_states(run.model)
-    if lost is None:
-        return loss.total.item()
-    total, found = torch.stack([loss.total, lost.to(loss.total.dtype)]).tolist()
-    if found:
+    numbers = [loss.total, norm] if lost is None else [loss.total, norm, lost]
+    total, length, *found = torch.stack([each.double() for each in numbers]).tolist()
+    if any(found):
         check_states(run.model, step=step)
-    return total
+    return total, length
 
 
 def step_rate(run: Run, step: int) -> float:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moekit.lm import shard_readers
 from moekit.lm.batches import Batching, Reading, RowFormat, open_stream, read_validation
@@ -70,7 +71,7 @@ def test_batches_have_the_documented_shape(sources):
     batch = next(stream)
     assert batch.ids.shape == (3, SEQ_LEN + 1)
     assert batch.ids.dtype == torch.int64
-    assert (batch.num_targets, batch.has_padding) == (9, False)
+    assert (batch.num_inputs, batch.num_targets, batch.has_padding) == (9, 9, False)
     assert iter(stream) is stream
     assert not torch.equal(next(stream).ids, batch.ids)
     assert len(stream.addresses) == 6
@@ -110,6 +111,34 @@ def test_workers_do_not_change_a_bit(sources, workers, lanes, world_size):
             assert (stream.passes, stream.addresses) == (plain.passes, plain.addresses)
             assert stream.state_dict() == plain.state_dict()  # what was read ahead does not show
     assert plain.passes == (1, 8)
+
+
+class LargestComputed(TorchDispatchMode):
+    """Notes the elements of the largest tensor that an operator has computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        if isinstance(result, torch.Tensor) and func not in (torch.ops.aten.empty.memory_format,):
+            changes = any(each.alias_info is not None for each in func._schema.returns)
+            if not changes or func.name() == "aten::copy_":  # a view computes nothing
+                self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_main_process_leaves_whole_batches_to_the_workers(sources, workers):
+    with closing(stream_of(sources, workers=workers, batch_size=8)) as stream:
+        next(stream)
+        with LargestComputed() as mode:
+            next(stream)
+    assert mode.elements == (SEQ_LEN + 1 if workers > 1 else 0)  # so torch wakes no threads
+    with LargestComputed() as mode:
+        next(stream_of(sources, batch_size=8))
+    assert mode.elements == 8 * (SEQ_LEN + 1)
 
 
 @pytest.mark.parametrize(("world_size", "lanes"), [(2, 4), (4, 4), (2, 8)])
@@ -259,9 +288,12 @@ def test_skipped_sequences_are_counted_and_shapes_stay(sources):
             batch = next(plain)
             there = batch.ids >= 0
             assert torch.equal(batch.ids[there], rows[there])
+            assert batch.num_inputs == there[:, :-1].sum()
             assert batch.num_targets == there[:, 1:].sum()
             assert batch.has_padding == (not there.all())
-            assert torch.equal(next(stream).ids, batch.ids)
+            ahead = next(stream)
+            assert torch.equal(ahead.ids, batch.ids)
+            assert ahead[1:] == batch[1:]
             assert stream.skipped == plain.skipped  # not what was skipped ahead
     assert plain.skipped == {"broken shard": 13}
     plain.load_state_dict(clean.state_dict())

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.lm.batch_streams import batch_of
 from moekit.lm.batches import Batching, RowFormat, ValidationBatch, read_validation
 from moekit.lm.bootstrap import bootstrap_interval
 from moekit.lm.configs import load_config
 from moekit.lm.shards import read_manifest, write_shards
+from moekit.lm.token_rows import batch_of
 from moekit.parallel import World
 from moekit.recipes import evaluate as evaluation
 from moekit.recipes import gshard, mixtral, openlm

@@ -8,7 +8,7 @@ from torch import nn
 from moekit.lm.configs import load_config
 from moekit.recipes import deepseek_moe
 from moekit.recipes.language_models import language_model
-from moekit.recipes.optimizers import clip_gradients, learning_rate, make_optimizer
+from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate, make_optimizer
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.steps import take_gradient
 
@@ -16,6 +16,13 @@ from moekit.recipes.steps import take_gradient
 def make():
     config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=4, model_norm="default_layer_norm", qk_norm=True)
     return language_model(config, deepseek_moe(k=2))
+
+
+def clipped(model, limit):
+    """Clip, and return the norm before."""
+    norm = gradient_norm(model).item()
+    clip_gradients(model, norm, limit)
+    return norm
 
 
 def decaying(model, settings):
@@ -64,7 +71,7 @@ def test_clipping_is_torchs(limit):
     other = copy.deepcopy(model)
     for mine, theirs in zip(model.parameters(), other.parameters(), strict=True):
         theirs.grad = None if mine.grad is None else mine.grad.clone()
-    norm = clip_gradients(model, limit)
+    norm = clipped(model, limit)
     expected = torch.nn.utils.clip_grad_norm_(other.parameters(), limit).item()
     assert norm == pytest.approx(expected, rel=1e-6)
     assert 0.01 < norm < 1e6
@@ -76,30 +83,30 @@ def test_tiny_gradients_are_clipped_as_torch_does():
     """Torch adds 1e-6 to the norm, which shows where the norm is small."""
     layer = nn.Linear(1, 1, bias=False)
     layer.weight.grad = torch.tensor([[4e-6]])
-    clip_gradients(layer, 1e-6)
+    clipped(layer, 1e-6)
     assert layer.weight.grad.item() == pytest.approx(4e-6 / 5, rel=1e-6)
 
 
 def test_zero_does_not_clip():
     layer = nn.Linear(2, 2, bias=False)
     layer.weight.grad = torch.full((2, 2), 1e3)
-    assert clip_gradients(layer, 0) == pytest.approx(2e3)
+    assert clipped(layer, 0) == pytest.approx(2e3)
     assert (layer.weight.grad == 1e3).all()
 
 
 def test_a_norm_that_is_no_number_is_told_and_changes_nothing():
     layer = nn.Linear(2, 1)
     layer.weight.grad, layer.bias.grad = torch.tensor([[torch.nan, 1.0]]), torch.ones(1)
-    norm = clip_gradients(layer, 0.1)
+    norm = clipped(layer, 0.1)
     assert norm != norm
     assert layer.weight.grad[0, 1] == layer.bias.grad == 1.0
 
 
 def test_nothing_to_clip():
-    assert clip_gradients(nn.Linear(2, 2), 1.0) == 0.0
+    assert clipped(nn.Linear(2, 2), 1.0) == 0.0
     layer = nn.Linear(2, 2)
     layer.weight.grad = torch.zeros(2, 2)
-    assert clip_gradients(layer, 1.0) == 0.0
+    assert clipped(layer, 1.0) == 0.0
     assert (layer.weight.grad == 0).all()
 
 

@@ -4,7 +4,7 @@ import torch
 from moekit.lm.configs import load_config
 from moekit.recipes import mixtral, openlm
 from moekit.recipes.language_models import language_model
-from moekit.recipes.optimizers import clip_gradients, make_optimizer
+from moekit.recipes.optimizers import clip_gradients, gradient_norm, make_optimizer
 from moekit.recipes.precisions import autocast, gradient_scaler, parameter_dtype, precision_words, product_dtype
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.steps import LossRules, take_gradient
@@ -69,7 +69,8 @@ def test_a_step_in_every_precision_lowers_the_loss(precision, recipe):
         losses.append(take_gradient(model, batches, rules=rules, masked=False))
         scaler.unscale_(optimizer)
         assert all(p.grad.dtype is p.dtype is parameter_dtype(precision) for p in model.parameters())
-        norm = clip_gradients(model, 1.0)
+        norm = gradient_norm(model).item()
+        clip_gradients(model, norm, 1.0)
         assert 0 < norm < 100
         scaler.step(optimizer)
         scaler.update()
