@@ -16,28 +16,25 @@ import torch
 from torch import Tensor
 
 from moekit.lookup import look_up
+from moekit.operators import operator
 
 
-def rotary_angles(
-    length: int, head_dim: int, *, base: float = 10_000.0, dtype: torch.dtype = torch.float32, device: torch.device
-) -> Tensor:
+def rotary_angles(positions: Tensor, head_dim: int, *, base: float = 10_000.0) -> Tensor:
     """Compute the rotation angle of each position and each pair of channels: ``position * base**(-2 i / head_dim)``.
 
     Args:
-        length: L, the number of positions.
+        positions: (L,) float; a dtype lower than float32 blurs late positions.
         head_dim: Dh, even.
         base: the wavelength of the slowest pair is just below 2 pi ``base`` positions.
-        dtype: the dtype of the angles; lower than float32 blurs late positions.
-        device: where to compute.
 
     Returns:
-        (L, Dh/2) radians.
+        (L, Dh/2) radians, in the dtype of the positions.
 
     Raises:
         ValueError: if ``head_dim`` is odd.
 
     Example:
-        >>> rotary_angles(3, 2, device=torch.device("cpu")).flatten().tolist()
+        >>> rotary_angles(torch.arange(3.0), 2).flatten().tolist()
         [0.0, 1.0, 2.0]
     """
     if head_dim % 2:
@@ -45,15 +42,32 @@ def rotary_angles(
             f"rotary rotates pairs of channels, so head_dim must be even, but it is {head_dim}; "
             "choose hidden_dim and n_heads with an even hidden_dim // n_heads"
         )
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=dtype, device=device) / head_dim)  # (Dh/2,)
-    return torch.arange(length, dtype=dtype, device=device)[:, None] * frequencies
+    channels = torch.arange(0, head_dim, 2, dtype=positions.dtype, device=positions.device)
+    return positions[:, None] * base ** (-channels / head_dim)
+
+
+def _cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    """Return cos and sin of the angles at positions (L,), each (L, 1, Dh/2)."""
+    angles = rotary_angles(positions, head_dim)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def _like_cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
+    shape = (positions.shape[0], 1, head_dim // 2)
+    return positions.new_empty(shape), positions.new_empty(shape)
+
+
+# Compilers do not look into an operator. Else they put powers, sines and cosines into every kernel that rotates, and
+# compute those of a position and channel anew for each sequence and head.
+_compiled_cos_and_sin = operator("rotary_cos_and_sin", _like_cos_and_sin)(_cos_and_sin)
 
 
 def _rotation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles of x (B, L, H, Dh), each (L, 1, Dh/2), in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    angles = rotary_angles(x.shape[1], x.shape[3], dtype=wide, device=x.device)[:, None]
-    return angles.cos(), angles.sin()
+    compute = _compiled_cos_and_sin if torch.compiler.is_compiling() else _cos_and_sin
+    cos, sin = compute(torch.arange(x.shape[1], dtype=wide, device=x.device), x.shape[3])
+    return cos, sin
 
 
 def half_split_rotary(x: Tensor) -> Tensor:

@@ -86,8 +86,27 @@ def test_angles_stay_float32_under_bfloat16(rotate):
 
 
 def test_angles_are_as_the_paper_says():
-    angles = rotary_angles(5, 4, dtype=torch.float64, device=torch.device("cpu"))
+    angles = rotary_angles(torch.arange(5.0, dtype=torch.float64), 4)
     torch.testing.assert_close(angles[3], torch.tensor([3.0, 0.03], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("rotate", BY_POSITION)
+def test_compiled_code_reads_sines_and_does_not_compute_them_for_every_number(rotate):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    x = torch.randn(2, 5, 3, 8, requires_grad=True)
+    grad = torch.randn(2, 5, 3, 8)
+    for run in (torch.compile(rotate, fullgraph=True, backend=backend), torch.compile(rotate, backend="aot_eager")):
+        rotated = run(x)
+        assert torch.equal(rotated, rotate(x))
+        assert torch.equal(*(torch.autograd.grad(y, x, grad)[0] for y in (rotated, rotate(x))))
+    called = {str(node.target) for graph in graphs for node in graph.graph.nodes}
+    assert "moekit.rotary_cos_and_sin.default" in called
+    assert not called & {"sin", "cos", "pow", "rpow", "aten.sin.default"}
 
 
 def test_odd_head_dim_is_refused():
