@@ -168,6 +168,7 @@ def take_gradient(
             if weighs and counts is None and world.size > 1:
                 counts = _sum_of_each(world, [_choice_counts(outputs)])
             terms = _output_terms(output.logits, targets, tokens, rules)
+            del output  # its logits, (B, L, V) float32, would be held through the backward, which does not need them
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             real = None if token_mask is None else token_mask.flatten()  # (T,)
             options = {"token_mask": real, "sequence_length": inputs.shape[1]}

@@ -1,4 +1,5 @@
 import math
+import weakref
 from functools import partial
 
 import pytest
@@ -102,6 +103,16 @@ def test_the_cross_entropy_is_of_the_next_token(batch):
     by_hand = -torch.stack([log_probs[b, t, batch[b, t + 1]] for b in range(3) for t in range(16)]).mean()
     torch.testing.assert_close(loss.cross_entropy, by_hand, rtol=1e-6, atol=0)
     assert loss.routing.shape == (2, 4 + 3)
+
+
+def test_the_backward_holds_no_logits(batch):
+    """They are the largest tensor of a step, and cross-entropy keeps another of their size."""
+    model = make(mixtral())
+    logits, held = [], []
+    model.register_forward_hook(lambda module, inputs, output: logits.append(weakref.ref(output.logits)))
+    model.output.weight.register_hook(lambda grad: held.append(logits[0]() is not None))
+    take_gradient(model, [batch])
+    assert (len(logits), held) == (1, [False])
 
 
 def test_no_value_of_a_loss_requires_a_gradient(batch):
