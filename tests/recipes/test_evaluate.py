@@ -280,6 +280,25 @@ def _unreadable():
     yield
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")
+def test_no_batch_waits_for_the_device(sequences):
+    model, before = make(mixtral()).to("cuda"), torch.cuda.get_sync_debug_mode()
+
+    def watched():
+        try:
+            for batch in batches_of(sequences, 4):
+                yield batch
+                torch.cuda.set_sync_debug_mode("error")
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+
+    scores = evaluate(model, watched(), token_bytes=torch.arange(512))
+    expected = evaluate(model.to("cpu"), batches_of(sequences, 4), token_bytes=torch.arange(512))
+    assert scores.loss == pytest.approx(expected.loss, rel=1e-3)
+    assert (scores.tokens, scores.sequences) == (expected.tokens, expected.sequences)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
 def test_nothing_to_evaluate_on_is_an_error(rows):
     model = make(mixtral())
