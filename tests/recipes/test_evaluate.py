@@ -281,7 +281,7 @@ def _unreadable():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_no_batch_waits_for_the_device(sequences):
     model, before = make(mixtral()).to("cuda"), torch.cuda.get_sync_debug_mode()
 
