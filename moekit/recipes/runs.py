@@ -1,7 +1,7 @@
 """A run: its folder and its parts."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -26,6 +26,7 @@ from moekit.recipes.precisions import gradient_scaler, resolved_precision
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
 from moekit.recipes.sources import Corpus, batching_of, check_lasts, make_corpus
+from moekit.recipes.steps import Forward, run_forward
 from moekit.recipes.wording import no_place
 
 
@@ -39,6 +40,7 @@ class Run(NamedTuple):
         folder: LOGS/NAME.
         corpus: the data.
         model: being trained.
+        forward: runs it in a step, compiled if the settings say so.
         evaluation_recipe: what its MoE layers run when it is scored; None for a dense model.
         grid: how the ranks are arranged.
         optimizer: over all its parameters.
@@ -52,6 +54,7 @@ class Run(NamedTuple):
     folder: Path
     corpus: Corpus
     model: LanguageModel
+    forward: Callable[..., Forward]
     evaluation_recipe: Recipe | None
     grid: Grid
     optimizer: torch.optim.AdamW
@@ -132,6 +135,7 @@ def set_up(settings: TrainSettings, world: World, console: Console, *, folder: P
         folder=folder,
         corpus=corpus,
         model=built.model,
+        forward=torch.compile(run_forward) if settings.run.torchcompile else run_forward,
         evaluation_recipe=built.evaluation_recipe,
         grid=built.grid,
         optimizer=make_optimizer(built.model, settings.optimizer),

@@ -56,6 +56,49 @@ class StepLoss(NamedTuple):
     backward_time: float
 
 
+class Forward(NamedTuple):
+    """What a step wants of a model, for some sequences.
+
+    Attributes:
+        layers: one per block, as ``ModelOutput``.
+        cross_entropy: summed over targets, nats.
+        z: sum over targets of the squared log-sum-exp of the output logits, or 0.
+        logit_mean: sum over targets of the mean of the output logits, or 0.
+    """
+
+    layers: tuple[LayerOutput, ...]
+    cross_entropy: Tensor
+    z: Tensor
+    logit_mean: Tensor
+
+
+def run_forward(
+    model: LanguageModel, inputs: Tensor, targets: Tensor, token_mask: Tensor | None, *, z: bool, logit_mean: bool
+) -> Forward:
+    """Run a model, and add up what a loss needs of its logits (B, L, V).
+
+    Nobody else sees those, the largest tensor of a step: they are not held through the backward, and a compiler need
+    not write them in float32.
+
+    Args:
+        model: to run.
+        inputs: (B, L) int64.
+        targets: (B, L) int64; -100 where there is none.
+        token_mask: (B, L) bool, of real inputs; None if all are.
+        z: whether ``z`` is wanted.
+        logit_mean: whether ``logit_mean`` is.
+
+    Returns:
+        Forward.
+    """
+    logits, layers = model(inputs, token_mask=token_mask)
+    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    nothing = torch.zeros((), device=logits.device)
+    squares = logits.logsumexp(-1).square().masked_fill(targets < 0, 0.0).sum() if z else nothing
+    means = logits.detach().mean(-1).masked_fill(targets < 0, 0.0).sum() if logit_mean else nothing
+    return Forward(layers, cross_entropy, squares, means)
+
+
 class LossRules(NamedTuple):
     """What a step's loss is made of, beside the recipe's coefficients.
 
@@ -66,6 +109,7 @@ class LossRules(NamedTuple):
         precision: makes the context of a forward, for example autocast.
         scale: what a loss goes through before its backward, for example a gradient scaler.
         logit_mean: compute the mean of the output logits.
+        forward: ``run_forward``, or a compiled form of it.
     """
 
     z_coefficient: float = 0.0
@@ -73,6 +117,7 @@ class LossRules(NamedTuple):
     precision: Callable[[], AbstractContextManager[None]] = nullcontext
     scale: Callable[[Tensor], Tensor] = lambda loss: loss
     logit_mean: bool = False
+    forward: Callable[..., Forward] = run_forward
 
 
 def split_ids(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,12 +208,13 @@ def take_gradient(
         inputs, targets, mask = split_ids(ids)
         token_mask = mask if masked else None
         with rules.precision():
-            output = model(inputs, token_mask=token_mask)
+            output = rules.forward(
+                model, inputs, targets, token_mask, z=bool(rules.z_coefficient), logit_mean=rules.logit_mean
+            )
             outputs = [each for each in output.layers if each.routing is not None]
             if weighs and counts is None and world.size > 1:
                 counts = _sum_of_each(world, [_choice_counts(outputs)])
-            terms = _output_terms(output.logits, targets, tokens, rules)
-            del output  # its logits, (B, L, V) float32, would be held through the backward, which does not need them
+            terms = [each / max(tokens.targets, 1) for each in output[1:]]
             share = _share(mask, tokens, masked, dtype=terms[0].dtype)
             real = None if token_mask is None else token_mask.flatten()  # (T,)
             options = {"token_mask": real, "sequence_length": inputs.shape[1]}
@@ -204,17 +250,6 @@ def _taken_apart(parts: Sequence[list[Tensor]], names: Sequence[str], world: Wor
     balancing = dict(zip(names, means, strict=True))
     routing, observed = stacked(of_layers[::2], flat), tuple(of_layers[1::2])
     return StepLoss(total, cross_entropy, balancing, z, logit_mean, routing, observed, backward_time)
-
-
-def _output_terms(logits: Tensor, targets: Tensor, tokens: Tokens, rules: LossRules) -> tuple[Tensor, Tensor, Tensor]:
-    whole = max(tokens.targets, 1)
-    cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum") / whole
-    z = logit_mean = torch.zeros((), device=logits.device)
-    if rules.z_coefficient:
-        z = logits.logsumexp(-1).square().masked_fill(targets < 0, 0.0).sum() / whole
-    if rules.logit_mean:
-        logit_mean = logits.detach().mean(-1).masked_fill(targets < 0, 0.0).sum() / whole
-    return cross_entropy, z, logit_mean
 
 
 def _share(mask: Tensor, tokens: Tokens, masked: bool, *, dtype: torch.dtype) -> Tensor | float:

@@ -170,4 +170,5 @@ def loss_rules(run: Run) -> LossRules:
         precision=partial(autocast, given.precision, run.world.device),
         scale=run.scaler.scale,
         logit_mean=run.settings.run.log_logit_mean,
+        forward=run.forward,
     )
