@@ -158,7 +158,8 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
     Args:
         model: the model.
-        optimizer: Adam or AdamW over the model's parameters. State that does not exist yet is created as zeros.
+        optimizer: Adam or AdamW over the model's parameters, or over some of them: the others have no state. State that
+            does not exist yet is created as zeros.
 
     Returns:
         Name to the live tensor, so that loading into the result restores both.
@@ -169,15 +170,23 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         ['model.weight', 'optimizer.exp_avg.weight', 'optimizer.exp_avg_sq.weight', 'optimizer.step.weight']
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    on_device = optimizer.defaults.get("fused") or optimizer.defaults.get("capturable")  # where torch keeps the step
+    group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():
-        state = optimizer.state[parameter]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-        tensors.update({f"optimizer.{key}.{name}": state[key] for key in ("step", "exp_avg", "exp_avg_sq")})
+        if parameter in group_of:  # state of any other would be one that the optimizer cannot write down
+            state = _adam_state(optimizer, parameter, group_of[parameter])
+            tensors.update({f"optimizer.{key}.{name}": value for key, value in state.items()})
     return tensors
+
+
+def _adam_state(optimizer: torch.optim.Optimizer, parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return a parameter's live state, made as torch makes it where there is none yet."""
+    keys = ["exp_avg", "exp_avg_sq", *(["max_exp_avg_sq"] if group.get("amsgrad") else [])]
+    state = optimizer.state[parameter]
+    if not state:
+        on_device = group.get("fused") or group.get("capturable")  # where torch keeps the step
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device if on_device else "cpu")
+        state |= {key: torch.zeros_like(parameter, memory_format=torch.preserve_format) for key in keys}
+    return {key: state[key] for key in ("step", *keys)}
 
 
 def _recipe_flag(state: Mapping[str, Any]) -> str:

@@ -517,9 +517,9 @@ def train(model, optimizer, *, steps):
         optimizer.step()
 
 
-@pytest.mark.parametrize("fused", [True, False])
-def test_training_goes_on_exactly_from_its_tensors(tmp_path, fused):
-    first, second = make_training(0, fused=fused), make_training(1, fused=fused)
+@pytest.mark.parametrize("options", [{"fused": True}, {"fused": False}, {"amsgrad": True}], ids=str)
+def test_training_goes_on_exactly_from_its_tensors(tmp_path, options):
+    first, second = make_training(0, **options), make_training(1, **options)
     train(*first, steps=3)
     folder = save_checkpoint(tmp_path / "step_00000003", training_tensors(*first), {})
     load_checkpoint(folder, training_tensors(*second))
@@ -543,6 +543,17 @@ def test_state_made_in_advance_is_the_optimizers_own():
     assert tensors["optimizer.step.0.weight"] == 2, "the tensors are live"
 
 
+def test_parameters_that_the_optimizer_does_not_hold_have_no_state():
+    model, _ = make_training(0)
+    model[0].requires_grad_(False)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    names = training_tensors(model, optimizer)
+    assert "model.0.weight" in names
+    held = {name.removeprefix("optimizer.step.") for name in names if name.startswith("optimizer.step.")}
+    assert held == {"1.weight", "1.bias", "2.weight", "2.bias"}
+    assert len(optimizer.state_dict()["state"]) == 4  # torch refuses to write down state of any others
+
+
 @pytest.mark.parametrize("given", ["fused", "capturable", None])
 def test_the_step_is_made_where_torch_makes_it(given):
     # A fused or capturable optimizer wants it beside the parameter, others on the CPU; meta stands in for a GPU.
@@ -550,7 +561,7 @@ def test_the_step_is_made_where_torch_makes_it(given):
         model = nn.Linear(2, 2)
     optimizer = torch.optim.AdamW(model.parameters())
     if given is not None:
-        optimizer.defaults[given] = True
+        optimizer.param_groups[0][given] = True
     tensors = training_tensors(model, optimizer)
     assert tensors["optimizer.step.weight"].device.type == ("meta" if given else "cpu")
     assert tensors["optimizer.exp_avg.weight"].device.type == "meta"
