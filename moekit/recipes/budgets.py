@@ -52,6 +52,26 @@ class Budget(NamedTuple):
         """
         return min(((step + 1) * self.batch_size - 1) // self.epoch_sequences, self.epochs)
 
+    def epochs_ending(self, step: int) -> list[int]:
+        """Name the epochs that end with a step: several where an epoch is shorter than a step.
+
+        Args:
+            step: that was done last, counted from 1; the first also ends epochs of less than a batch.
+
+        Returns:
+            Epochs, counted from 1; nothing for step 0.
+
+        Example:
+            >>> [Budget(7, 4, 3, 10, 1).epochs_ending(step) for step in (1, 2)]
+            [[], [1]]
+            >>> [Budget(3, 8, 8, 3, 1).epochs_ending(step) for step in (0, 1, 2, 3)]
+            [[], [1, 2, 3, 4, 5], [6, 7], [8]]
+        """
+        if step < 1:
+            return []
+        before = self.epochs_ended(step - 1) if step > 1 else 0
+        return list(range(before + 1, self.epochs_ended(step) + 1))
+
 
 def make_budget(settings: TrainSettings, *, seq_len: int, world_size: int) -> Budget:
     """Compute the length of a run.

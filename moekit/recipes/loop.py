@@ -94,11 +94,10 @@ class _Due(NamedTuple):
 
 def _due(run: Run, step: int) -> _Due:
     given, budget = run.settings.run, run.budget
-    epochs, is_last = budget.epochs_ended(step), step == budget.steps
-    ended = epochs > budget.epochs_ended(step - 1)
-    validate = step % given.val_every_n_steps == 0 or ended or is_last
+    ended, is_last = budget.epochs_ending(step), step == budget.steps
+    validate = step % given.val_every_n_steps == 0 or bool(ended) or is_last
     by_steps = given.save_every_n_steps is not None and step % given.save_every_n_steps == 0
-    by_epochs = ended and epochs % given.save_frequency == 0
+    by_epochs = any(epoch % given.save_frequency == 0 for epoch in ended)
     return _Due(
         validate,
         report=step % given.log_every_n_steps == 0 or validate,

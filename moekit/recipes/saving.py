@@ -98,12 +98,11 @@ def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
     """
     check_states(run.model, step=progress.step)
     at = position(run) if at is None else at
-    epoch = run.budget.epochs_ended(progress.step)
     state = {
         **progress._asdict(),
         "skipped_data": skipped_data(run, progress, at),
-        "epoch": epoch,
-        "ends_epoch": epoch > run.budget.epochs_ended(progress.step - 1),
+        "epoch": run.budget.epochs_ended(progress.step),
+        "ends_epochs": run.budget.epochs_ending(progress.step),
         "stream": at.stream,
         "scaler": at.scaler,
         "batch_size": run.budget.batch_size,

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,8 +40,7 @@ def find_checkpoint(resume: str) -> Path:
     if epoch:
         for folder in sorted(path.parent.glob("step_*"), reverse=True):
             with suppress(ValueError, FileNotFoundError):  # a neighbour that is damaged, or somebody's copy
-                state = read_state(folder)
-                if state.get("ends_epoch") and state.get("epoch") == int(epoch[1]):
+                if int(epoch[1]) in _epochs_ended(read_state(folder)):
                     return folder
     raise FileNotFoundError(
         f"--resume {resume}: there is no such checkpoint. Expected a folder step_NNNNNNNN of a run, the run's folder, "
@@ -70,6 +69,12 @@ def newest_of(folder: Path) -> Path:
             "it train until it has saved one, or name another run"
         )
     return newest
+
+
+def _epochs_ended(state: Mapping[str, Any]) -> list[Any]:
+    """Say which epochs ended with a checkpoint's last step; of an older version it names the last of them alone."""
+    found = state.get("ends_epochs", [state.get("epoch")] if state.get("ends_epoch") else [])
+    return found if isinstance(found, list) else []
 
 
 def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, Any]:

@@ -83,3 +83,7 @@ def test_epochs_end_in_order_and_all_of_them(epoch_sequences, batch_size, epochs
     assert ended == sorted(ended)
     assert ended == [sum(end <= step for end in ends) for step in range(steps + 1)]
     assert ended[-1] == epochs
+    if steps:  # a run has one at least
+        ending = [found.epochs_ending(step) for step in range(steps + 1)]
+        expected = [[e for e in range(1, epochs + 1) if max(ends[e - 1], 1) == step] for step in range(steps + 1)]
+        assert ending == expected

@@ -95,6 +95,35 @@ def test_a_checkpoint_is_found_by_the_name_that_openlm_gives_it(program, capsys)
     assert numbers(other) == numbers(folder)[5:]
 
 
+def test_epochs_that_end_with_one_step_share_its_checkpoint(program):
+    """One sequence is an epoch; of eight, seven end with the first step of four sequences."""
+    folder = program("--train-num-samples", "64", "--epochs", "8", "--save-frequency", "4")
+    assert steps_in(folder) == [1, 2]  # the first for epoch 4
+    for epoch in range(1, 9):
+        name = folder / "checkpoints" / f"epoch_{epoch}.pt"
+        assert find_checkpoint(str(name)) == checkpoint_folder(folder, 2 if epoch == 8 else 1)
+    for none in (0, 9):
+        with pytest.raises(FileNotFoundError, match=rf"epoch_{none}\.pt: there is no such checkpoint"):
+            find_checkpoint(str(folder / "checkpoints" / f"epoch_{none}.pt"))
+
+
+def test_a_checkpoint_of_an_older_version_is_found_by_its_last_epoch(program):
+    folder = program("--steps", "1")
+    saved = checkpoint_folder(folder, 1)
+    state = read_state(saved)
+    assert state.pop("ends_epochs") == [1]
+    for said, found in (({"epoch": 3, "ends_epoch": True}, True), ({"epoch": 3, "ends_epoch": False}, False)):
+        write_state(saved, state | said)
+        if found:
+            assert find_checkpoint(str(folder / "checkpoints" / "epoch_3")) == saved
+        else:
+            with pytest.raises(FileNotFoundError):
+                find_checkpoint(str(folder / "checkpoints" / "epoch_3"))
+    write_state(saved, state | {"ends_epochs": 3})  # a damaged one
+    with pytest.raises(FileNotFoundError):
+        find_checkpoint(str(folder / "checkpoints" / "epoch_3"))
+
+
 def test_a_run_folder_names_its_newest_checkpoint(program, tmp_path):
     folder = program("--save-every-n-steps", "3")
     assert find_checkpoint(str(folder)) == checkpoint_folder(folder, 8)
