@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from moekit.lm.configs import OF_METHOD
+from moekit.recipes.ablation_recipes import located, same_recipe
 from moekit.recipes.configuration import stored_model
 from moekit.recipes.names import RECIPES
 from moekit.recipes.settings import ModelSettings
@@ -12,13 +13,14 @@ from moekit.recipes.setup import make_config, resolved_model
 from moekit.recipes.wording import flag_of
 
 _TRAINING_ALONE = {"moe_capacity_factor", "moe_loss_weight", "moe_loss_scope"}  # evaluation drops and weighs nothing
-_OF_LAYERS = ("recipe", *OF_METHOD, "moe_loss_scope")
+_OF_LAYERS = (*OF_METHOD, "moe_loss_scope")
 
 
 def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: bool) -> list[str]:
     """Warn if weights are about to compute something else than what they were trained to.
 
-    A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run.
+    A recipe that the checkpoint names and that is in a file is code, perhaps a stranger's, and is not run. Where this
+    launch has the same function from a file that has moved, that one fills in which flags the checkpoint left to it.
 
     Args:
         given: the model of this launch.
@@ -40,8 +42,12 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
         return []
     try:
         theirs = stored_model(stored)
-        known = theirs.recipe in RECIPES or theirs.recipe == given.recipe
-        before, now = (_described(each, resolve=known) for each in (theirs, given))
+        if located(theirs.recipe) == located(given.recipe):  # one file, by two paths
+            theirs = dataclasses.replace(theirs, recipe=given.recipe)
+        known = theirs.recipe if theirs.recipe in RECIPES else None
+        filling = given.recipe if same_recipe(theirs.recipe, given.recipe) else known
+        before = _described(theirs, filling=filling)
+        now = _described(given, filling=None if filling is None else given.recipe)
     except (ValueError, TypeError, OSError) as error:
         return [f"warning: whether these weights are of this model is not known: {error}"]
     names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
@@ -52,11 +58,14 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
     return [f"warning: these weights were trained with {were}, and this launch has {are}"]
 
 
-def _described(settings: ModelSettings, *, resolve: bool) -> dict[str, Any]:
+def _described(settings: ModelSettings, *, filling: str | None) -> dict[str, Any]:
+    """List what tells one model from another; a recipe fills in what was left to it, or what was left to it is left."""
     described = dataclasses.asdict(make_config(settings))
     if described["moe_freq"] and described["moe_num_experts"] is not None:
-        settings = resolved_model(settings) if resolve else settings
-        described |= {name: getattr(settings, name) for name in (_OF_LAYERS if resolve else ("recipe",))}
+        described["recipe"] = settings.recipe
+        if filling is not None:
+            filled = resolved_model(dataclasses.replace(settings, recipe=filling))
+            described |= {name: getattr(filled, name) for name in _OF_LAYERS}
     return described
 
 

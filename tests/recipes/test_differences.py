@@ -80,6 +80,47 @@ def test_the_code_of_another_recipe_is_not_run(tmp_path):
     assert line == f"warning: {SAME} --recipe {code}:theirs, and this launch has --recipe mixtral"
 
 
+OWN = """
+from moekit.recipes import mixtral
+
+
+def own(k=3):
+    return mixtral(k=k)
+"""
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The path of a file with a recipe."""
+    path = tmp_path / "recipe.py"
+    path.write_text(OWN)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "words"),
+    [
+        (None, None, "{}--recipe"),
+        (None, 2, "{}--recipe"),  # what the program asks of a function with a k that nobody gave
+        (2, None, "{}--recipe"),
+        (None, 4, "--moe-top-k {}, --recipe"),
+        (4, None, "--moe-top-k {}, --recipe"),
+    ],
+)
+def test_a_recipe_file_that_has_moved_fills_in_what_was_left_to_it(own, before, given, words):
+    was = "/no/such/folder/recipe.py:own"
+    [line] = warned({"recipe": f"{own}:own", "moe_top_k": given}, {"recipe": was, "moe_top_k": before})
+    named = [words.format("" if words.startswith("{") else k or 2) for k in (before, given)]
+    assert line == f"warning: {SAME} {named[0]} {was}, and this launch has {named[1]} {own}:own"
+
+
+def test_a_recipe_file_by_two_paths_is_one(own, monkeypatch):
+    monkeypatch.chdir(own.parent)
+    assert warned({"recipe": "recipe.py:own"}, {"recipe": f"{own}:own"}) == []
+    [line] = warned({"recipe": "recipe.py:own", "moe_top_k": 1}, {"recipe": f"{own}:own"})
+    assert line == f"warning: {SAME} --moe-top-k 2, and this launch has --moe-top-k 1"
+
+
 @pytest.mark.parametrize("state", [{}, {"settings": None}, {"step": 3}])
 def test_weights_of_another_program_say_nothing(state):
     assert model_warnings(ModelSettings(), state, training=True) == []
