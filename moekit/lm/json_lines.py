@@ -3,7 +3,7 @@
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,10 +40,7 @@ class JsonLines:
         self.place = str(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        lines = [line for line in _whole_lines(self.path) if from_step is None or _step(line, self.path) < from_step]
-        kept = b"".join(line.text + b"\n" for line in lines)
-        if len(kept) != self.path.stat().st_size:
-            write_whole(self.path, kept)
+        self._keep(lambda line: from_step is None or _step(line, self.path) < from_step)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line.
@@ -65,6 +62,29 @@ class JsonLines:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(text + "\n")
 
+    def take_out(self, gone: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Take lines out. A line that another process appends at this very moment may be lost.
+
+        Args:
+            gone: says of a line's metrics whether it goes.
+
+        Returns:
+            How many went; if none did, the file was not touched.
+
+        Raises:
+            ValueError: if a line of the file is not a JSON object.
+        """
+        return self._keep(lambda line: not gone(line.metrics))
+
+    def _keep(self, stays: Callable[["_Line"], bool]) -> int:
+        text = self.path.read_bytes()
+        lines = list(_whole_lines(text, self.path))
+        kept = [line for line in lines if stays(line)]
+        new = b"".join(line.text + b"\n" for line in kept)
+        if new != text:
+            write_whole(self.path, new)
+        return len(lines) - len(kept)
+
     def close(self, *, failed: bool = False) -> None:
         """Do nothing: each line is on disk when ``log`` returns."""
 
@@ -82,7 +102,8 @@ def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
         ValueError: if a whole line is not a JSON object; the message has its number.
         FileNotFoundError: if there is no such file.
     """
-    return [line.metrics for line in _whole_lines(Path(path))]
+    path = Path(path)
+    return [line.metrics for line in _whole_lines(path.read_bytes(), path)]
 
 
 class _Line(NamedTuple):
@@ -91,20 +112,20 @@ class _Line(NamedTuple):
     metrics: dict[str, Any]
 
 
-def _whole_lines(path: Path) -> Iterator[_Line]:
-    for number, text in enumerate(path.read_bytes().split(b"\n")[:-1], start=1):
-        if not text:
+def _whole_lines(text: bytes, path: Path) -> Iterator[_Line]:
+    for number, line in enumerate(text.split(b"\n")[:-1], start=1):
+        if not line:
             continue
         try:
-            metrics = json.loads(text.decode("utf-8"))
+            metrics = json.loads(line.decode("utf-8"))
         except ValueError:
             metrics = None
         if not isinstance(metrics, dict):
             raise ValueError(
-                f"{path}, line {number} is {text[:60]!r}; expected a JSON object. A crash of the machine can leave "
+                f"{path}, line {number} is {line[:60]!r}; expected a JSON object. A crash of the machine can leave "
                 f"such a line: delete it and start again"
             )
-        yield _Line(number, text, metrics)
+        yield _Line(number, line, metrics)
 
 
 def _step(line: _Line, path: Path) -> float:

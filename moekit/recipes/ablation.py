@@ -5,8 +5,9 @@ stopped at any time and goes on where it was.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
 from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failures, told_held
-from moekit.recipes.ablation_runs import Job, line_of, make_jobs
+from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.commands import command_line
@@ -226,6 +227,9 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console, s
     results = JsonLines(settings.folder / "results.jsonl")
     failures: list[Failure] = []
     held: list[Held] = []
+    gone = results.take_out(partial(is_gone, folder=settings.folder))
+    if gone:
+        console.print(f"{results.path}: {gone} of its lines went with the folders of their runs", soft_wrap=True)
     logged = read_metrics(results.path)
     for number, job in enumerate(jobs, start=1):
         place, new = f"[{number}/{len(jobs)}]", not job.results.exists()
@@ -241,10 +245,15 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console, s
         elif isinstance(came, Held):
             held.append(came)
         elif came not in logged:
+            results.take_out(partial(_is_of, router=came.get("router"), seed=came.get("seed")))  # as it was before
             results.log(came)
         if stop and (number < len(jobs) or not done):
             return Outcome(tuple(failures), stop.name, tuple(held))
     return Outcome(tuple(failures), None, tuple(held))
+
+
+def _is_of(line: Mapping[str, Any], *, router: Any, seed: Any) -> bool:
+    return (line.get("router"), line.get("seed")) == (router, seed)
 
 
 def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[dict[str, Any]]:

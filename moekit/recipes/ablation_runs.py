@@ -30,6 +30,7 @@ from moekit.recipes.sources import ValidationSet, read_set
 from moekit.recipes.steps import split_ids
 from moekit.recipes.train import train
 
+_RESULTS = "results.json"
 _UNIGRAM_TOKENS = 1_000_000  # with fewer tokens the entropy of their counts comes out too low
 
 
@@ -55,7 +56,7 @@ class Job(NamedTuple):
     @property
     def results(self) -> Path:
         """The file that a run has once it is done."""
-        return self.folder / "results.json"
+        return self.folder / _RESULTS
 
 
 def make_jobs(recipes: Mapping[str, str], *, seeds: int, settings: TrainSettings, folder: Path) -> list[Job]:
@@ -76,10 +77,33 @@ def make_jobs(recipes: Mapping[str, str], *, seeds: int, settings: TrainSettings
         ['a-seed0', 'a-seed1']
     """
     return [
-        Job(label, seed, _of_a_run(settings, recipe, seed=seed, name=f"{label}-seed{seed}", logs=folder))
+        Job(label, seed, _of_a_run(settings, recipe, seed=seed, name=_name(label, seed), logs=folder))
         for seed in range(seeds)
         for label, recipe in recipes.items()
     ]
+
+
+def is_gone(line: Mapping[str, Any], folder: Path) -> bool:
+    """Say whether the run that a line is about is there no more, so that the line is of nothing.
+
+    Args:
+        line: of ``results.jsonl``; one that is about no run is never gone.
+        folder: of the ablation.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> is_gone({"router": "top_k", "seed": 0}, Path("no/such/folder"))
+        True
+    """
+    if "router" not in line or "seed" not in line:
+        return False
+    return not (folder / _name(line["router"], line["seed"]) / _RESULTS).exists()
+
+
+def _name(label: str, seed: int) -> str:
+    return f"{label}-seed{seed}"
 
 
 def _of_a_run(settings: TrainSettings, recipe: str, **run: Any) -> TrainSettings:
@@ -161,7 +185,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
         )
         for each in run.corpus.validation
     }
-    report.write_results(run.folder / "results.json", summary, scores, simple)
+    report.write_results(run.folder / _RESULTS, summary, scores, simple)
 
 
 @torch.no_grad()

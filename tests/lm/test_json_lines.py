@@ -50,6 +50,17 @@ def test_a_last_line_that_was_cut_off_is_left_out(path, kept):
     assert read_metrics(path) == LINES[:2]
 
 
+def test_lines_are_taken_out_and_the_others_stay_as_they_are(path):
+    text, tracker = path.read_text(), JsonLines(path)
+    before = path.stat()
+    assert tracker.take_out(lambda line: line["step"] > 30) == 0
+    assert path.stat().st_ino == before.st_ino  # no new file was put in its place
+    assert tracker.take_out(lambda line: line["step"] == 20) == 1
+    assert path.read_text().splitlines() == text.splitlines()[::2]
+    tracker.log({"step": 40})
+    assert [line["step"] for line in read_metrics(path)] == [10, 30, 40]
+
+
 @pytest.mark.parametrize(("from_step", "left"), [(1, 0), (10, 0), (11, 1), (20, 1), (21, 2), (30, 2), (31, 3), (99, 3)])
 def test_from_step_takes_out_what_comes_again(path, from_step, left):
     text = path.read_text()

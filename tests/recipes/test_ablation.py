@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -117,6 +118,23 @@ def test_a_line_that_was_lost_comes_back(ablate):
     (folder / "results.jsonl").write_text(lines[0])
     ablate("--routers", "top_k,switch", "--seeds", "1")
     assert (folder / "results.jsonl").read_text() == "".join(lines)
+
+
+def test_a_run_whose_folder_was_removed_leaves_no_line(ablate, capsys):
+    """As after a change of a router's code: its folder is removed, and the run is done again."""
+    folder = ablate("--routers", "top_k,switch", "--seeds", "1")
+    path = folder / "results.jsonl"
+    top_k, _ = path.read_text().splitlines(keepends=True)
+    shutil.rmtree(folder / "switch-seed0")
+    capsys.readouterr()
+    ablate("--routers", "top_k", "--seeds", "1")
+    assert path.read_text() == top_k
+    assert f"{path}: 1 of its lines went with the folders of their runs\n" in capsys.readouterr().out
+    old = json.loads(top_k) | {"seconds": 1e6}
+    path.write_text(json.dumps(old) + "\n")  # another process has done it again meanwhile
+    ablate("--routers", "top_k", "--seeds", "1")
+    assert path.read_text() == top_k
+    assert "of its lines went" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
