@@ -17,8 +17,9 @@ def check_routing(name: str, routing: Any) -> None:
         routing: of any shape.
 
     Raises:
-        ValueError: if it is no ``Routing``; if weights, experts and tokens are not of one shape; if experts or tokens
-            are not int64; if it has two axes, and the first is not T.
+        ValueError: if it is no ``Routing``; if weights, experts, tokens and positions are not of one shape; if experts,
+            tokens or positions are not int64; if it has two axes, and the first is not T. What is in them is not read:
+            that would wait for the device.
 
     Example:
         >>> from moekit.routing import top_k
@@ -44,6 +45,13 @@ Give every assignment a weight, an expert and a token.
         raise ValueError(
             f"{name}: the routing has experts of {experts.dtype} and tokens of {tokens.dtype}; expected torch.int64. "
             f"Convert them by .long()."
+        )
+    positions = routing.positions
+    if positions is not None and (positions.shape != shape or positions.dtype != torch.int64):
+        raise ValueError(
+            f"{name}: the routing has positions {tuple(positions.shape)} of {positions.dtype}, and weights "
+            f"{tuple(shape)}; expected one shape, and torch.int64. Give every assignment its place, as with_positions "
+            f"of moekit.parallel does, or none."
         )
     if len(shape) == 2 and shape[0] != routing.num_tokens:
         raise ValueError(

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moekit.checks import check_routing
 from moekit.dispatch import dropless
 from moekit.experts import fused_cpu, fused_layer, grouped, init_gated, loop, swiglu
 from moekit.experts.activations import Activation
@@ -33,6 +34,10 @@ def test_a_routing_that_does_not_fit_is_refused(layer: ExpertLayer) -> None:
     (x, routing), params = draw(), init_gated(E, D, F)
     with pytest.raises(ValueError, match=r"experts of torch\.int32 and tokens of torch\.int64; expected torch\.int64"):
         layer(x, routing._replace(expert_indices=routing.expert_indices.int()), params)
+    for positions in (torch.arange(T), torch.arange(2 * T), torch.arange(2.0 * T).view(T, 2)):  # (T, 2) is right
+        with pytest.raises(ValueError, match=r"positions \(.*\) of .*, and weights \(4, 2\); expected one shape, and"):
+            layer(x, routing._replace(positions=positions), params)
+    check_routing("a layer", routing._replace(positions=torch.arange(2 * T).view(T, 2)))
     by_expert = expert_choice(torch.randn(T, E), capacity_factor=2.0)
     two_axes = by_expert._replace(**{name: getattr(by_expert, name)[0] for name in Routing._fields[:3]})
     assert two_axes.weights.shape == (E, 1)
