@@ -68,7 +68,7 @@ def matrix(ranks: int, *, full: bool) -> list[Case]:
     cases += [Case("all_to_all", 0.6, priority=priority) for priority in ("choice", "weight")]
     cases += [Case("hierarchical", 0.6, priority=priority) for priority in ("choice", "weight")]
     if ranks >= 4:
-        cases += [Case("replicas"), Case("replicas", choice="expert")]
+        cases += [Case("replicas"), Case("replicas", choice="expert"), Case("hybrid")]
     if full:
         cases = [case._replace(dtype=dtype, seed=seed) for case in cases for dtype in DTYPES for seed in SEEDS]
     return cases
@@ -81,6 +81,7 @@ def layout_of(strategy: str, ranks: int) -> Layout:
         "tensor_parallel": Layout(E, hidden=ranks),
         "ep_tp": Layout(E, hidden=ranks // half, experts=half),
         "replicas": Layout(E, replicas=ranks // half, experts=half),
+        "hybrid": Layout(E, replicas=ranks // half, experts=half),
         "hierarchical": Layout(E, nodes=half, experts=ranks // half),
     }.get(strategy, Layout(E, experts=ranks))
 
@@ -89,7 +90,7 @@ def wrapped(layer: ExpertLayer, strategy: str, grid: Grid) -> ExpertLayer:
     """Wrap a layer in a strategy; on one rank as well, where the groups have one member."""
     experts = partial(group_of, grid.exchange)
     size = grid.world.size
-    if strategy in ("all_to_all", "replicas"):
+    if strategy in ("all_to_all", "replicas", "hybrid"):
         return all_to_all(layer, group=experts("experts"))
     if strategy == "all_gather":
         return all_gather(layer, group=experts("experts"))
@@ -333,10 +334,15 @@ def rows_sent(world: World) -> tuple[int, int, int]:
 def compare_all(world: World, cases: list[Case]) -> list[str]:
     """Compare every case; a failure ends the list, since the other ranks wait elsewhere then."""
     torch.use_deterministic_algorithms(True)  # new memory is filled with NaN
-    grids: dict[Layout, Grid] = {}
+    grids: dict[tuple[Layout, int | None], Grid] = {}
     for case in cases:
         layout = layout_of(case.strategy, world.size)
-        if layout not in grids:
-            grids[layout] = make_grid(world, layout, returning=True) if world.size > 1 else lonely_grid(world)
-        compare(world, case, grids[layout])
+        shards = world.size // 2 if case.strategy == "hybrid" else None  # replicas are copies, not shards
+        if (layout, shards) not in grids:
+            grids[layout, shards] = (
+                make_grid(world, layout, ranks_per_shard=shards, returning=True)
+                if world.size > 1
+                else lonely_grid(world)
+            )
+        compare(world, case, grids[layout, shards])
     return [str(case) for case in cases]

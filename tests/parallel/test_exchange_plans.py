@@ -5,6 +5,7 @@ import torch
 
 from moekit.experts import init_gated
 from moekit.parallel import all_to_all, static_all_to_all
+from moekit.parallel.all_to_all import static_limits
 from moekit.parallel.exchange_plans import (
     assignments_by_rank,
     exchange_links,
@@ -158,6 +159,27 @@ class _Two:
 
     def size(self) -> int:
         return 2
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_tokens", "ranks", "factor", "limits"),
+    [
+        ((4, 2), 4, 2, 0.75, (3, 8)),  # choices of a token: all travel on its row
+        ((4, 2), 4, 8, 0.5, (1, 8)),  # one row at least
+        ((4, 2), 4, 2, 4.0, (4, 8)),  # no more rows than tokens
+        ((8,), 4, 4, 1.0, (2, 2)),
+        ((8,), 4, 8, 0.5, (1, 1)),
+        ((8,), 4, 2, 4.0, (4, 8)),  # no more assignments than there are
+        ((1, 4, 2), 4, 4, 1.0, (2, 2)),
+        ((10,), 20, 1, 1.1, (11, 10)),  # the factor as it is written
+        ((0, 2), 0, 2, 1.0, (0, 0)),
+        ((0,), 3, 2, 1.0, (1, 0)),
+    ],
+)
+def test_a_static_exchange_has_room_for_its_factor_of_a_balanced_load(shape, num_tokens, ranks, factor, limits):
+    numbers = torch.zeros(shape, dtype=torch.int64)
+    routing = Routing(numbers, numbers, torch.ones(shape), num_tokens, num_experts=8, pool=numbers.numel())
+    assert static_limits(routing, ranks, capacity_factor=factor) == limits
 
 
 @pytest.mark.parametrize("spread", [all_to_all, partial(static_all_to_all, capacity_factor=2.0)])

@@ -1,3 +1,5 @@
+from typing import NamedTuple
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -96,6 +98,44 @@ def test_parts_of_experts_that_no_other_rank_has_are_not_summed(grid, monkeypatc
     (local(layer.up) * 3).sum().backward()
     sum_gradients(layer.parameters(), grid)
     assert (local(layer.up.grad) == 3).all()
+
+
+class Along(NamedTuple):
+    """An axis of a mesh, as far as sums ask for it."""
+
+    name: str
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def get_group(self) -> str:
+        return self.name
+
+
+@pytest.mark.parametrize(("copies", "shards"), [(2, 1), (1, 2), (2, 2)])
+def test_parts_of_experts_are_summed_over_all_ranks_that_hold_them_and_sharded_ones_are_not(
+    grid, monkeypatch, copies, shards
+):
+    """Every other rank's share is as large. What FSDP shards has been reduced by it."""
+    sums = []
+
+    def all_reduce(flat, group=None):
+        sums.append((group, flat.numel()))
+        flat.mul_(2)
+
+    monkeypatch.setattr(dist, "all_reduce", all_reduce)
+    module = nn.Module()
+    module.up = nn.Parameter(torch.randn(1, 3, 4))
+    distribute_experts(module, grid, {"up": 2})
+    sharded = nn.Parameter(distribute_tensor(torch.zeros(2), init_device_mesh("cpu", (1,), mesh_dim_names=("shards",))))
+    for parameter in (module.up, sharded):
+        local(parameter).sum().backward()
+    axes = {"copies": Along("copies", copies), "shards": Along("shards", shards)}
+    sum_gradients([module.up, sharded], grid._replace(experts=axes))
+    assert sums == [(name, 12) for name, size in (("copies", copies), ("shards", shards)) if size > 1]
+    assert (local(module.up.grad) == copies * shards).all()
+    assert (local(sharded.grad) == 1).all()
 
 
 def test_the_axes_of_a_mesh_without_names_are_numbered(group):
