@@ -8,12 +8,15 @@ import signal
 import subprocess
 import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ranks import run_ranks
 from rich.console import Console
 from small_runs import differing, files, losses, numbers, tensors_of, words, write_state
+from torch import nn
 
 from moekit.lm import folder_locks
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
@@ -23,7 +26,7 @@ from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.openlm_names import openlm_name
 from moekit.lm.tensor_files import write_safetensors
 from moekit.parallel import one_process
-from moekit.recipes import train
+from moekit.recipes import saving, train
 from moekit.recipes.configuration import parse_settings, unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.runs import set_up
@@ -293,6 +296,34 @@ def test_fewer_steps_than_openlms_optimizer_has_taken_is_an_error(program, train
     program("--resume", str(path), *DROPLESS, "--steps", "4", name="b")  # ends at once, with its validation
 
 
+@pytest.mark.parametrize(
+    ("suffix", "counts", "step"),
+    [("pt", (3.0, 5.0), 5), ("pt", (5.0, 3.0), 5), ("pt", (), 0), ("pt", None, 0), ("safetensors", (3.0,), 0)],
+)
+@pytest.mark.parametrize("tied", [False, True])
+def test_how_far_another_program_was_is_what_its_optimizer_has_counted(monkeypatch, suffix, counts, step, tied):
+    """The most of all parameters: an expert without tokens may have taken fewer steps. Nobody knows the tokens."""
+    asked, model = [], nn.Linear(1, 2)
+    model.config = SimpleNamespace(weight_tying=tied)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def moments(path, *, expected, weight_tying):
+        asked.append((path.name, {name: tuple(shape) for name, shape in expected.items()}, weight_tying))
+        names = ("optimizer.step.weight", "optimizer.step.bias")
+        return counts and {name: torch.tensor(count) for name, count in zip(names, counts, strict=True)}
+
+    monkeypatch.setattr(saving, "load_weights", lambda *given: asked.append(given))
+    monkeypatch.setattr(saving, "read_openlm_optimizer", moments)
+    run, path = SimpleNamespace(model=model, world=one_process(), optimizer=optimizer), Path(f"epoch_1.{suffix}")
+    run.budget = SimpleNamespace(steps=5)
+    progress = saving._restore_weights(run, path, Console(quiet=True))
+    reads = [(path.name, {"weight": (2, 1), "bias": (2,)}, tied)] if suffix == "pt" else []
+    assert asked == [(model, path, run.world), *reads]
+    assert progress == Progress(step=step, trained_tokens=None if step else 0)
+    for parameter, count in zip(model.parameters(), (step and counts) or (0, 0), strict=True):
+        assert optimizer.state[parameter]["step"] == count
+
+
 def test_training_goes_on_from_safetensors(program, trained, tmp_path, capsys):
     _, model, _ = trained
     path = tmp_path / "weights.safetensors"
@@ -359,6 +390,15 @@ def test_what_a_killed_launch_left_is_removed_before_anything_is_written(program
     monkeypatch.setattr(train, "write_config", noted)
     program("--steps", "3", "--resume", "latest")
     assert seen == [["step_00000003"]]
+
+
+def test_a_resumed_run_goes_on_with_its_loss_scale(program):
+    flags = ("--precision", "amp", "--steps", "3")
+    whole = program(*flags, "--save-every-n-steps", "2")
+    other = program(*flags, "--resume", str(checkpoint_folder(whole, 2)), name="b")
+    expected, found = (read_state(checkpoint_folder(run, 3))["scaler"] for run in (whole, other))
+    assert found == expected
+    assert expected["_growth_tracker"] > 1  # steps since the scale was changed: a new scaler has seen one
 
 
 @pytest.fixture
