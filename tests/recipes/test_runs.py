@@ -1,0 +1,129 @@
+"""A run's folder and parts, as its settings ask for them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from rich.console import Console
+from small_runs import SEQ_LEN, words
+
+from moekit.lm.folder_locks import FolderLock
+from moekit.parallel import one_process
+from moekit.recipes import runs
+from moekit.recipes.configuration import parse_settings
+from moekit.recipes.language_models import moe_layers
+from moekit.recipes.runs import claimed, resolved, run_folder, set_up
+
+pytestmark = pytest.mark.usefixtures("quick")
+SILENT = Console(quiet=True)
+
+
+@pytest.fixture
+def settings_of(shards, tmp_path):
+    """Read the settings of a small run."""
+    return lambda *flags: parse_settings(words(shards, tmp_path / "logs", *flags))
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """What streams were opened with; none is."""
+    seen = []
+    monkeypatch.setattr(runs, "open_stream", lambda *given, **named: seen.append((given, named)))
+    return seen
+
+
+def test_the_stream_is_opened_as_the_settings_say(settings_of, opened):
+    flags = "--seed 7 --data-lanes 3 --workers 2 --on-bad-data skip --data-key json --allow-pipe-commands"
+    run = set_up(settings_of(*flags.split()), one_process(), SILENT)
+    [((shards, weights), named)] = opened
+    assert [each.shards for each in run.corpus.sources] == shards
+    assert weights == run.corpus.weights == (0.75, 0.25)
+    assert named == {
+        "batch_size": 4,
+        "seq_len": SEQ_LEN,
+        "vocab_size": 512,
+        "seed": 7,
+        "rank": 0,
+        "world_size": 1,
+        "workers": 2,
+        "lanes": 3,
+        "max_passes": None,
+        "on_bad": "skip",
+        "data_key": "json",
+        "allow_commands": True,
+    }
+    set_up(settings_of("--steps", "1", "--no-multiple-data-passes"), one_process(), SILENT)
+    named = opened[-1][1]
+    assert (named["max_passes"], named["on_bad"], named["allow_commands"], named["workers"]) == (1, "raise", False, 0)
+
+
+def test_data_that_do_not_last_are_refused_before_a_model_is_made(settings_of, monkeypatch):
+    monkeypatch.setattr(runs, "make_model", lambda *_: pytest.fail("a model was made"))
+    with pytest.raises(ValueError, match="--multiple-data-passes"):
+        set_up(settings_of("--steps", "400", "--no-multiple-data-passes"), one_process(), SILENT)
+
+
+def test_what_was_left_to_defaults_is_filled_in(settings_of, opened):
+    settings = settings_of("--steps", "40", "--precision", "auto")
+    run = set_up(settings, one_process(), SILENT)
+    found = resolved(run)
+    assert (found.optimizer.steps, found.optimizer.batch_size, found.optimizer.global_batch_size) == (40, None, 4)
+    assert (found.optimizer.warmup, found.optimizer.lr_cooldown_end) == (4, 1e-2 / 50)
+    assert found.optimizer.precision in ("fp32", "amp_bfloat16")
+    assert found.data.workers == 0
+    [recipe, *_] = [layer.recipe for _, layer in moe_layers(run.model)]
+    assert (found.model.moe_top_k, found.model.moe_loss_weight) == (2, recipe.coefficients["load_balance"])
+    assert resolved(run._replace(settings=found)) == found
+    gpu = run._replace(world=run.world._replace(device=torch.device("cuda")))
+    assert resolved(gpu).data.workers == 1
+    tokens = set_up(settings_of("--train-num-samples", str(8 * SEQ_LEN)), one_process(), SILENT)
+    assert tokens.budget.steps == 2
+    assert resolved(tokens).optimizer.steps is None  # the tokens say it
+
+
+def test_a_run_that_another_launch_made_meanwhile_is_refused_and_its_folder_let_go(settings_of, monkeypatch):
+    """It ended between the look at the folder and the lock."""
+    take = FolderLock.take
+
+    def late(lock):
+        take(lock)
+        (lock.folder / "config.json").write_text("{}")
+
+    settings = settings_of()
+    with monkeypatch.context() as patched:
+        patched.setattr(FolderLock, "take", late)
+        with pytest.raises(FileExistsError, match="holds a run already"), claimed(settings, one_process()):
+            pytest.fail("two runs in one folder")
+    lock = FolderLock(settings.run.logs / "a")
+    lock.take()
+    lock.let_go()
+
+
+def test_a_folder_with_a_run_is_for_those_that_go_on_with_it(settings_of, tmp_path, monkeypatch):
+    own = tmp_path / "logs" / "a"
+    (own / "checkpoints" / "step_00000001").mkdir(parents=True)
+    other = tmp_path / "logs" / "b" / "checkpoints" / "step_00000001"
+    other.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(own)
+    monkeypatch.chdir(tmp_path)
+    for resume in ("latest", str(own), "logs/a/checkpoints/step_00000001", "link/checkpoints", "logs/b/../a"):
+        assert run_folder(settings_of("--resume", resume)) == own
+    for refused in ((), ("--resume", str(other)), ("--resume", "logs"), ("--resume", "logs/a/../b")):
+        with pytest.raises(FileExistsError, match="holds a run already"):
+            run_folder(settings_of(*refused))
+    scores = settings_of("--resume", str(other))
+    scores = replace(scores, data=replace(scores.data, dataset_manifest=()))
+    assert run_folder(scores) == own  # nothing is trained there
+    (tmp_path / "logs" / "c").mkdir()
+    assert run_folder(settings_of("--name", "c")).name == "c"  # an empty one is no run
+
+
+def test_a_run_without_a_name_has_those_of_model_and_recipe(settings_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(runs.time, "strftime", lambda form: f"<{form}>")
+    settings = settings_of("--recipe", "some/where.py:mine")
+    settings = replace(settings, run=replace(settings.run, name=None))
+    settings = replace(settings, model=replace(settings.model, preset="some/shape.json"))
+    assert run_folder(settings) == tmp_path / "logs" / "shape-mine-<%Y%m%d-%H%M%S>"
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="is a file; expected a folder"):
+        run_folder(replace(settings, run=replace(settings.run, logs=tmp_path / "file")))
