@@ -1,0 +1,91 @@
+"""What a run says and writes at its end."""
+
+import json
+import re
+
+import pytest
+from small_runs import SEQ_LEN
+
+from moekit.lm.trackers import read_metrics
+from moekit.recipes import finishing, recording, report
+from moekit.recipes.finishing import Trained, _counted_words
+from moekit.recipes.saving import Progress
+
+
+@pytest.mark.parametrize(
+    ("trained", "words"),
+    [
+        (Trained(1000, 4.0, whole=True), "1,000 tokens in 7 s of training, 250 tokens/s"),
+        (
+            Trained(900, 4.0, whole=True),
+            "1,000 tokens by its steps, 900 of them trained on, in 7 s of training, 225 tokens/s",
+        ),
+        (
+            Trained(500, 2.0, whole=False),
+            "1,000 tokens by its steps, 7 s of training; this launch trained on 500 in 2 s, 250 tokens/s",
+        ),
+        (
+            Trained(0, 0.0, whole=False),
+            "1,000 tokens by its steps, 7 s of training; this launch trained on 0 in 0 s",
+        ),
+    ],
+)
+def test_tokens_and_seconds_are_those_of_the_run_and_the_speed_is_that_of_the_launch(trained, words):
+    assert _counted_words(1000, 7.0, trained) == words
+
+
+def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
+    """One that goes on from another program's, scored with a recipe of its own, on a device whose peak is known."""
+
+    def missing(*_):
+        raise OSError("the disk is gone")
+
+    def undrawn(*_):
+        raise ModuleNotFoundError("No module named 'matplotlib'")
+
+    before = Progress(step=3, seconds=1000.0, trained_tokens=None)
+    monkeypatch.setattr("moekit.recipes.train.restore", lambda *_: before)
+    monkeypatch.setattr(recording, "_PEAK", {"cpu": 1e12})
+    monkeypatch.setattr(report, "simple_scores", missing)
+    monkeypatch.setattr(report, "draw", undrawn)
+    folder = program("--steps", "5", "--recipe", "switch", "--moe-loss-scope", "micro-batch")
+    results, tokens = json.loads((folder / "results.json").read_text()), 5 * 4 * SEQ_LEN
+    assert (results["tokens"], results["trained_tokens"]) == (tokens, None)
+    assert 1000 < results["seconds"] < 1100
+    method = results["method"]
+    assert method["loss_scope"] == "micro-batch"
+    assert method["plan"] != method["evaluation"]["plan"]  # a limit in training alone
+
+    lines = read_metrics(folder / "checkpoints" / "results.jsonl")
+    assert {(line["step"], line["train_tokens"]) for line in lines} == {(5, tokens)}
+    assert {line["name"] for line in lines} == results["validation"].keys()
+
+    said = " ".join(capsys.readouterr().out.split())
+    total, active = results["parameters"], results["active_parameters"]
+    assert f"{total:,} parameters, {active:,} active per token; {tokens:,} tokens by its steps, 10" in said
+    assert active < total
+    assert "no bigrams and unigrams beside the scores: the disk is gone" in said
+    assert "picture: none: No module named 'matplotlib'" in said
+    found = re.search(r"trained on 512 in \d+ s, ([\d,]+) tokens/s, MFU ([\d.]+)%", said)
+    assert found is not None, said
+    assert float(found[2]) == pytest.approx(6 * active * int(found[1].replace(",", "")) / 1e10, abs=0.06)
+
+
+def test_samples_are_written_by_the_recipe_of_evaluation(program, monkeypatch):
+    seen, runs, evaluating = [], [], finishing.evaluating
+
+    def noted(model, recipe):
+        seen.append(recipe)
+        return evaluating(model, recipe)
+
+    def finish(run, console, **given):
+        runs.append(run)
+        readable = run._replace(corpus=run.corpus._replace(tokenizer=object()))
+        finishing.finish(readable, console, **given)
+
+    monkeypatch.setattr(finishing, "evaluating", noted)
+    monkeypatch.setattr(report, "print_samples", lambda *_: None)
+    monkeypatch.setattr("moekit.recipes.train.finish", finish)
+    program("--steps", "1", "--recipe", "switch")
+    assert seen == [run.evaluation_recipe for run in runs]
+    assert seen[0] is not None
