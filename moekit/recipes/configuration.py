@@ -85,12 +85,20 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
     left = tuple(name for name in derived if name in values.keys() - typed.keys())
     words = _words(values)
     try:
-        return Parsed(tyro.cli(TrainSettings, args=[*words, *arguments], prog=prog), left)
+        return Parsed(_read([*words, *arguments], prog=prog), left)
     except SystemExit as error:
         if words and error.code:  # the message above shows no more than words, of which the user has not typed these
             shown = shlex.join(words).encode("utf-8", "backslashreplace").decode()
             print(f"(--config {path} is read as: {shown})", file=sys.stderr)
         raise
+
+
+def _read(words: list[str], *, prog: str | None) -> TrainSettings:
+    try:
+        return tyro.cli(TrainSettings, args=words, prog=prog)
+    except ValueError as error:  # tyro before 1.0.16 lets pass what settings say of themselves; a later one prints it
+        print(f"{prog or Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
 
 
 def read_config(path: Path) -> dict[str, Any]:

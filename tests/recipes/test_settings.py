@@ -95,6 +95,17 @@ def test_no_group_hides_a_name_of_another():
     assert len(names) == len(set(names))
 
 
+def test_a_contradiction_that_the_parser_lets_through_is_explained_too(capsys, monkeypatch):
+    def cli(kind, **_):
+        return kind(optimizer=OptimizerSettings(steps=0))  # as tyro before 1.0.16, which does not catch what it raises
+
+    monkeypatch.setattr("tyro.cli", cli)
+    with pytest.raises(SystemExit) as raised:
+        parse_settings(["--steps", "0"], prog="train_moe.py")
+    assert raised.value.code == 2
+    assert capsys.readouterr() == ("", "train_moe.py: --steps is 0; expected a positive number\n")
+
+
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
