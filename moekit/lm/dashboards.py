@@ -70,17 +70,13 @@ class WeightsAndBiases:
     Raises:
         ConnectionError: if the run cannot start.
         ModuleNotFoundError: if wandb is not installed.
+        ValueError: if the wandb that is installed is too old.
     """
 
     def __init__(self, folder: Path, *, name: str, project: str, config: Mapping[str, Any]) -> None:
         wandb = _wandb()
+        settings = _settings(wandb)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(
-            silent=True,
-            console="off",  # their copy of the terminal's output does not go with a live display
-            finish_timeout=_UPLOAD_SECONDS,
-            finish_timeout_raises=True,
-        )
         try:
             self._run = wandb.init(
                 project=project,
@@ -199,6 +195,21 @@ def _wandb() -> Any:
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(_missing("wandb")) from error
     return wandb
+
+
+def _settings(wandb: Any) -> Any:
+    try:
+        return wandb.Settings(
+            silent=True,
+            console="off",  # their copy of the terminal's output does not go with a live display
+            finish_timeout=_UPLOAD_SECONDS,
+            finish_timeout_raises=True,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"--report-to wandb needs a newer wandb than {wandb.__version__}, which does not know a run's settings: "
+            f"pip install --upgrade 'moekit[trackers]'\n{error}"
+        ) from error
 
 
 def _summary_writer() -> Any:

@@ -139,7 +139,8 @@ def open_trackers(
     Raises:
         ConnectionError: if Weights & Biases cannot start.
         ModuleNotFoundError: if a tracker's package is not installed.
-        ValueError: if a name is not known, or ``metrics.jsonl`` holds a line that is not a JSON object.
+        ValueError: if a name is not known, a tracker's package is too old, or ``metrics.jsonl`` holds a line that is
+            not a JSON object.
 
     Example:
         >>> import tempfile

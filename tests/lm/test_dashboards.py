@@ -183,6 +183,16 @@ def test_a_run_that_cannot_start_names_the_way_without_a_network(tmp_path, monke
         WeightsAndBiases(tmp_path, name="run", project="my project", config={})
 
 
+def test_a_wandb_that_does_not_know_the_settings_is_too_old(tmp_path, monkeypatch):
+    def settings(**_):
+        raise ValueError("finish_timeout: extra inputs are not permitted")  # pydantic's, of wandb 0.30
+
+    monkeypatch.setitem(sys.modules, "wandb", stand_in(Settings=settings, __version__="0.30.0"))
+    words = r"(?s)newer wandb than 0\.30\.0.*pip install --upgrade 'moekit\[trackers\]'.*finish_timeout"
+    with pytest.raises(ValueError, match=words):
+        WeightsAndBiases(tmp_path, name="run", project="moekit", config={})
+
+
 def test_an_upload_that_takes_too_long_is_a_warning(tmp_path, monkeypatch):
     asked = {}
 
