@@ -3,8 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+LOWEST := $(VENV)/lowest/bin/python
+NEWEST := $(VENV)/newest/bin/python
 
-.PHONY: train test test-distributed setup lint check bench clean
+.PHONY: train test test-distributed test-lowest test-newest setup lint check bench clean
 
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
@@ -18,6 +20,26 @@ test: setup lint  ## environment, checks, and all tests, two files at a time: ab
 
 test-distributed: setup  ## all cases of the matrices over ranks and of compilation, about fifteen minutes
 	$(BIN)/python -m pytest tests/distributed tests/parallel tests/test_compile.py --full --kills 20 $(FLAGS)
+
+# transformers asks for newer tokenizers and safetensors than moekit does; so theirs are put in once the rest is tested.
+# What old releases call may have been deprecated since by what they call it in.
+test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, torch and Triton apart
+	$(PYTHON) -m venv --clear $(VENV)/lowest
+	$(LOWEST) -m pip install --quiet --upgrade pip
+	$(PYTHON) tests/lowest_versions.py > $(VENV)/lowest/versions.txt
+	grep -vE '^(tokenizers|safetensors)==' $(VENV)/lowest/versions.txt | $(LOWEST) -m pip install --quiet -r /dev/stdin -e .
+	$(LOWEST) -m ruff format --check . && $(LOWEST) -m ruff check . && $(LOWEST) -m mypy
+	$(LOWEST) -m pytest -W ignore::DeprecationWarning $(FLAGS)
+	$(LOWEST) -m pip uninstall --quiet --yes transformers
+	grep -E '^(tokenizers|safetensors)==' $(VENV)/lowest/versions.txt | $(LOWEST) -m pip install --quiet -r /dev/stdin
+	$(LOWEST) -m pytest -W ignore::DeprecationWarning tests/lm tests/recipes/test_export.py
+
+test-newest:  ## all tests with the newest versions there are, torch and Triton apart
+	$(PYTHON) -m venv --clear $(VENV)/newest
+	$(NEWEST) -m pip install --quiet --upgrade pip
+	grep -E '^(torch|triton)==' constraints.txt | $(NEWEST) -m pip install --quiet -c /dev/stdin -e '.[test]'
+	$(NEWEST) -m ruff format --check . && $(NEWEST) -m ruff check . && $(NEWEST) -m mypy
+	$(NEWEST) -m pytest $(FLAGS)
 
 setup: $(STAMP)  ## the environment
 
