@@ -56,7 +56,7 @@ def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
         wide = reduce(torch.promote_types, (gradient.dtype for gradient, _ in found), torch.float32)
         norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)).double()
         shares = torch.tensor([1 / count for _, count in found], dtype=torch.float64)
-        total = (norms.square() * shares.to(world.device, non_blocking=True)).sum()
+        total = (norms.square() * shares.to(norms.device, non_blocking=True)).sum()
     if world.size > 1:
         dist.all_reduce(total)
     return total

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from moekit.lm.configs import load_config
+from moekit.parallel import one_process
 from moekit.recipes import deepseek_moe
 from moekit.recipes.language_models import language_model
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate, make_optimizer
@@ -100,6 +101,13 @@ def test_a_norm_that_is_no_number_is_told_and_changes_nothing():
     norm = clipped(layer, 0.1)
     assert norm != norm
     assert layer.weight.grad[0, 1] == layer.bias.grad == 1.0
+
+
+def test_gradients_need_not_lie_on_the_device_of_the_rank():
+    """As those of a model on the CPU, on a machine with a GPU."""
+    layer = nn.Linear(2, 1, bias=False)
+    layer.weight.grad = torch.tensor([[3.0, 4.0]])
+    assert gradient_norm(layer, one_process()._replace(device=torch.device("meta"))) == 5.0
 
 
 def test_nothing_to_clip():
