@@ -7,6 +7,7 @@ import torch
 from rich.console import Console
 from small_runs import SEQ_LEN, words
 
+from moekit.lm.batches import Batching, Reading, RowFormat
 from moekit.lm.folder_locks import FolderLock
 from moekit.parallel import one_process
 from moekit.recipes import runs
@@ -35,26 +36,16 @@ def opened(monkeypatch):
 def test_the_stream_is_opened_as_the_settings_say(settings_of, opened):
     flags = "--seed 7 --data-lanes 3 --workers 2 --on-bad-data skip --data-key json --allow-pipe-commands"
     run = set_up(settings_of(*flags.split()), one_process(), SILENT)
-    [((shards, weights), named)] = opened
-    assert [each.shards for each in run.corpus.sources] == shards
-    assert weights == run.corpus.weights == (0.75, 0.25)
-    assert named == {
-        "batch_size": 4,
-        "seq_len": SEQ_LEN,
-        "vocab_size": 512,
-        "seed": 7,
-        "rank": 0,
-        "world_size": 1,
-        "workers": 2,
-        "lanes": 3,
-        "max_passes": None,
-        "on_bad": "skip",
-        "data_key": "json",
-        "allow_commands": True,
-    }
+    [((reading,), named)] = opened
+    batching = Batching(4, RowFormat(SEQ_LEN, 512), on_bad="skip", data_key="json", allow_commands=True)
+    sources = [each.shards for each in run.corpus.sources]
+    assert reading == Reading(sources, batching, seed=7, weights=(0.75, 0.25), lanes=3, max_passes=None)
+    assert run.corpus.weights == (0.75, 0.25)
+    assert named == {"workers": 2}
     set_up(settings_of("--steps", "1", "--no-multiple-data-passes"), one_process(), SILENT)
-    named = opened[-1][1]
-    assert (named["max_passes"], named["on_bad"], named["allow_commands"], named["workers"]) == (1, "raise", False, 0)
+    ((reading,), named) = opened[-1]
+    assert (reading.max_passes, named) == (1, {"workers": 0})
+    assert reading.batching == Batching(4, RowFormat(SEQ_LEN, 512), on_bad="raise", allow_commands=False)
 
 
 def test_data_that_do_not_last_are_refused_before_a_model_is_made(settings_of, monkeypatch):
@@ -94,9 +85,8 @@ def test_a_run_that_another_launch_made_meanwhile_is_refused_and_its_folder_let_
         patched.setattr(FolderLock, "take", late)
         with pytest.raises(FileExistsError, match="holds a run already"), claimed(settings, one_process()):
             pytest.fail("two runs in one folder")
-    lock = FolderLock(settings.run.logs / "a")
-    lock.take()
-    lock.let_go()
+    with FolderLock(settings.run.logs / "a", flag="--name"):
+        pass
 
 
 def test_a_folder_with_a_run_is_for_those_that_go_on_with_it(settings_of, tmp_path, monkeypatch):
