@@ -229,7 +229,7 @@ def _do_all(settings: AblationSettings, jobs: Sequence[Job], console: Console, s
     held: list[Held] = []
     gone = results.take_out(partial(is_gone, folder=settings.folder))
     if gone:
-        console.print(f"{results.path}: {gone} of its lines went with the folders of their runs", soft_wrap=True)
+        print_lines(console, f"{results.path}: {gone} of its lines went with the folders of their runs")
     logged = read_metrics(results.path)
     for number, job in enumerate(jobs, start=1):
         place, new = f"[{number}/{len(jobs)}]", not job.results.exists()

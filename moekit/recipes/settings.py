@@ -201,7 +201,7 @@ class RunSettings:
     """A file of `moekit tune --write`, by which the experts' kernels are cut into tiles on CUDA; by default what comes
     with the package."""
     torchcompile: bool = False
-    """Compile the model."""
+    """Compile the model, and in training its cross-entropy with it."""
     deterministic: bool = False
     """On CUDA, take kernels that give the same bits every time, so that a resumed run equals an unbroken one there too.
     On a CPU it is always so."""
