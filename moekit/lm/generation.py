@@ -83,7 +83,7 @@ def generate(
     ids = prompt
     with evaluation_mode(model), torch.no_grad():
         for _ in range(max_new_tokens):
-            logits = model(ids[None, -model.config.seq_len :]).logits[0, -1]
+            logits = model(ids[None, -model.config.seq_len :], num_logits=1).logits[0, 0]
             token = next_token(logits, temperature=temperature, top_k=top_k, generator=generator)
             ids = torch.cat([ids, token.to(ids.dtype)])
     return ids

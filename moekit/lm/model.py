@@ -23,7 +23,7 @@ class ModelOutput(NamedTuple):
     """What the language model returns. Letters beside the axis legend: B batch, L sequence length, V vocabulary.
 
     Attributes:
-        logits: (B, L, V) float32 (float64 from a float64 model).
+        logits: (B, L, V) float32 (float64 from a float64 model); of fewer positions if so asked.
         layers: one per block, in order: what its feed-forward returned, with ``y`` replaced by the residual stream
             (B, L, D) after the block, which costs no memory in training.
     """
@@ -125,8 +125,8 @@ class LanguageModel(nn.Module):
             self.tok_embeddings.weight = self.output.weight
         init_weights(self)
 
-    def forward(self, ids: Tensor, *, token_mask: Tensor | None = None) -> ModelOutput:
-        """Predict the next token at every position.
+    def forward(self, ids: Tensor, *, token_mask: Tensor | None = None, num_logits: int | None = None) -> ModelOutput:
+        """Predict the next token at every position, or at the last ones.
 
         Attention is causal and does not read ``token_mask``: padding at the end cannot reach the tokens before it, but
         padding at the start would. L may exceed ``config.seq_len``; quality past the trained length is not promised.
@@ -134,20 +134,24 @@ class LanguageModel(nn.Module):
         Args:
             ids: (B, L) int64 or int32 in [0, V).
             token_mask: (B, L) bool, True for real tokens; MoE layers leave the others out of losses and loads.
+            num_logits: at how many of the last positions, 0 to L; None is all. With a large vocabulary the head is much
+                of a small model's work.
 
         Returns:
             Logits and what each layer returned.
 
         Raises:
             TypeError: if ``ids`` are not int64 or int32, or ``token_mask`` is not bool.
-            ValueError: if ``ids`` is not (B, L), or ``token_mask`` has another shape.
+            ValueError: if ``ids`` is not (B, L), ``token_mask`` has another shape, or ``num_logits`` is out of range.
         """
-        _check_inputs(ids, token_mask)
+        _check_inputs(ids, token_mask, num_logits)
         x = self.post_embed_norm(self.tok_embeddings(ids))
         outputs = []
         for block in self.layers:
             outputs.append(block(x, token_ids=ids, token_mask=token_mask))
             x = outputs[-1].y
+        if num_logits is not None:
+            x = x[:, x.shape[1] - num_logits :]
         logits = self.output(self.norm(x))
         return ModelOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(outputs))
 
@@ -218,10 +222,14 @@ def _dense(config: ModelConfig) -> Callable[[int], nn.Module]:
     return lambda _: make(config.hidden_dim)
 
 
-def _check_inputs(ids: Tensor, token_mask: Tensor | None) -> None:
+def _check_inputs(ids: Tensor, token_mask: Tensor | None, num_logits: int | None) -> None:
     if ids.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"ids are {ids.dtype}, expected int64 or int32 token ids; convert with ids.long()")
     if ids.dim() != 2:
         raise ValueError(f"ids have shape {tuple(ids.shape)}, expected (B, L); one sequence needs ids[None]")
     if token_mask is not None:
         check_token_mask(token_mask, ids.shape, "as ids")
+    if num_logits is not None and not 0 <= num_logits <= ids.shape[1]:
+        raise ValueError(
+            f"num_logits is {num_logits}, expected 0 to {ids.shape[1]}, the length of the sequences, or None"
+        )

@@ -203,7 +203,7 @@ def experts_per_token(run: Run) -> float:
         ids = next(_batches(run, each, run.budget.tokens_per_step)).batch.ids.to(run.world.device)
         inputs, _, mask = split_ids(ids)
         with evaluating(run.model, run.evaluation_recipe), autocast(run.settings.optimizer.precision, run.world.device):
-            layers = run.model(inputs, token_mask=mask).layers
+            layers = run.model(inputs, token_mask=mask, num_logits=0).layers
             sums = all_routing_sums(run.model, layers, token_mask=mask).cpu()
         found = found + assignments_per_token(sums)
     return round(float(found) / len(run.corpus.validation), 3)

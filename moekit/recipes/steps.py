@@ -299,7 +299,7 @@ def _count_ahead(
         for ids in batches:
             inputs, _, mask = split_ids(ids)
             with rules.precision():
-                layers = model(inputs, token_mask=mask if masked else None).layers
+                layers = model(inputs, token_mask=mask if masked else None, num_logits=0).layers
             counts.append(_choice_counts(layers))
     return _sum_of_each(world, counts)
 

@@ -177,6 +177,23 @@ def test_longer_than_seq_len_is_allowed():
     assert LanguageModel(TINY)(torch.zeros(1, TINY.seq_len + 3, dtype=torch.int64)).logits.shape[1] == TINY.seq_len + 3
 
 
+@pytest.mark.parametrize("num_logits", [0, 1, 5])
+def test_logits_of_the_last_positions_are_those_of_all(num_logits):
+    torch.manual_seed(0)
+    model = LanguageModel(load_config("moekit_tiny")).double()
+    ids = torch.randint(512, (2, 5))
+    everything, some = model(ids), model(ids, num_logits=num_logits)
+    assert some.logits.shape == (2, num_logits, 512)
+    torch.testing.assert_close(some.logits, everything.logits[:, 5 - num_logits :])
+    assert torch.equal(some.layers[-1].y, everything.layers[-1].y)
+
+
+@pytest.mark.parametrize("num_logits", [-1, 6])
+def test_more_logits_than_positions_are_refused(num_logits):
+    with pytest.raises(ValueError, match=f"num_logits is {num_logits}, expected 0 to 5"):
+        LanguageModel(load_config("moekit_tiny"))(torch.randint(512, (2, 5)), num_logits=num_logits)
+
+
 def test_int32_ids_give_the_same():
     model = LanguageModel(TINY)
     ids = torch.randint(31, (2, 5))

@@ -334,6 +334,13 @@ def test_the_load_is_counted_ahead_only_where_it_matters(coefficient, whole_step
     assert calls == expected
 
 
+def test_the_counting_pass_computes_no_logits():
+    model, lengths = make(mixtral()), []
+    model.register_forward_hook(lambda module, inputs, output: lengths.append(output.logits.shape[1]))
+    take_gradient(model, torch.randint(512, (4, 9)).chunk(2))
+    assert lengths == [0, 0, 8, 8]
+
+
 def test_a_random_router_decides_the_same_in_the_counting_pass_and_the_real_one():
     decisions = []
     recipe = gshard(capacity_factor=0)
