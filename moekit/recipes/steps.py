@@ -90,6 +90,14 @@ def run_forward(
 
     Returns:
         Forward.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> model = LanguageModel(load_config("moekit_tiny"))
+        >>> inputs, targets, mask = split_ids(torch.tensor([[5, 6, 7, -1]]))
+        >>> found = run_forward(model, inputs, targets, mask, z=False, logit_mean=False)
+        >>> len(found.layers), bool(found.cross_entropy > 0), found.z
+        (2, True, tensor(0.))
     """
     logits, layers = model(inputs, token_mask=token_mask)
     cross_entropy = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
