@@ -40,7 +40,7 @@ class JsonLines:
         self.place = str(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        self._keep(lambda line: from_step is None or _step(line, self.path) < from_step)
+        self._keep(lambda line: from_step is None or _step(line, self.path) < from_step, mends=True)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Append one line.
@@ -74,14 +74,15 @@ class JsonLines:
         Raises:
             ValueError: if a line of the file is not a JSON object.
         """
-        return self._keep(lambda line: not gone(line.metrics))
+        return self._keep(lambda line: not gone(line.metrics), mends=False)
 
-    def _keep(self, stays: Callable[["_Line"], bool]) -> int:
+    def _keep(self, stays: Callable[["_Line"], bool], *, mends: bool) -> int:
+        """Keep some lines; without any that goes, the file is written only if it is to be mended, and has to be."""
         text = self.path.read_bytes()
         lines = list(_whole_lines(text, self.path))
         kept = [line for line in lines if stays(line)]
         new = b"".join(line.text + b"\n" for line in kept)
-        if new != text:
+        if len(kept) < len(lines) or (mends and new != text):
             write_whole(self.path, new)
         return len(lines) - len(kept)
 

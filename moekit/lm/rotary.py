@@ -62,10 +62,16 @@ def _like_cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]
 _compiled_cos_and_sin = operator("rotary_cos_and_sin", _like_cos_and_sin)(_cos_and_sin)
 
 
+def _is_compiled_for(device: torch.device) -> bool:
+    """Say whether code is being made for here: what is exported should run where moekit is not."""
+    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return compiles and device.type in ("cpu", "cuda")  # those that operators are registered for
+
+
 def _rotation(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return cos and sin of the angles of x (B, L, H, Dh), each (L, 1, Dh/2), in at least float32."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    compute = _compiled_cos_and_sin if torch.compiler.is_compiling() else _cos_and_sin
+    compute = _compiled_cos_and_sin if _is_compiled_for(x.device) else _cos_and_sin
     cos, sin = compute(torch.arange(x.shape[1], dtype=wide, device=x.device), x.shape[3])
     return cos, sin
 

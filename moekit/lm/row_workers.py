@@ -235,10 +235,11 @@ def _merged(parts: Sequence[Batch], owners: Sequence[int]) -> Batch:
     """Put the rows of each worker in their places, of which ``owners`` names the worker."""
     if len(parts) == 1:
         return parts[0]
-    rows = [iter(part.ids) for part in parts]
     ids = torch.empty(len(owners), parts[0].ids.shape[1], dtype=torch.int64)
-    for place, owner in zip(ids, owners, strict=True):  # one by one: too few numbers for torch to wake its threads
-        place.copy_(next(rows[owner]))
+    for worker, part in enumerate(parts):
+        places = [place for place, owner in zip(ids, owners, strict=True) if owner == worker]
+        for place, row in zip(places, part.ids, strict=True):  # one by one: so few numbers wake no threads of torch
+            place.copy_(row)
     _, inputs, targets, padded = zip(*parts, strict=True)
     return Batch(ids, sum(inputs), sum(targets), any(padded))
 

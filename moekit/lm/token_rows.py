@@ -1,4 +1,4 @@
-"""From the members of a shard to rows of token ids, and what is done about those that cannot become one."""
+"""From the members of a shard to rows of token ids and batches of them, and what is done about bad ones."""
 
 from array import array
 from collections import Counter

@@ -41,7 +41,7 @@ def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
         world: all ranks.
 
     Returns:
-        Scalar float64, the same on every rank.
+        Scalar float64 where the gradients are, the same on every rank; 0 on the ranks' device without any.
 
     Example:
         >>> from moekit.parallel import one_process

@@ -57,7 +57,7 @@ class Evaluation(NamedTuple):
 
 
 class _Sequences(NamedTuple):
-    """Sums over each sequence of one batch, on the model's device, which nobody waits for, and its place among all."""
+    """Sums over each sequence of one batch, left on the model's device, so that nobody waits; its place among all."""
 
     indices: Tensor  # (b,) int64, on the CPU
     sums: Tensor  # (b, 3) float64: nats, targets, bytes
@@ -84,7 +84,7 @@ def evaluate(
     Args:
         model: to score.
         batches: this rank's, see ``moekit.lm.batches.read_validation``; equally many on every rank.
-        token_bytes: (V,) bytes of each id, for bits per byte.
+        token_bytes: bytes of each id, for bits per byte; of fewer than V ids, the others have none.
         precision: makes the context of a forward, for example autocast.
         recipe: that the MoE layers run meanwhile; None leaves them their own.
         world: the ranks; None is one process.
@@ -98,7 +98,9 @@ def evaluate(
     """
     world = world or one_process()
     device = model.output.weight.device
-    token_bytes = None if token_bytes is None else token_bytes.to(device)
+    if token_bytes is not None:  # the vocabulary may have ids without a token
+        missing = max(model.config.vocab_size - len(token_bytes), 0)
+        token_bytes = F.pad(token_bytes, (0, missing)).to(device)
     parts, skipped = [], Counter[str]()
     routing = torch.zeros((), dtype=torch.float64, device=device)
     with evaluating(model, recipe):

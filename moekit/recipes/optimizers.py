@@ -54,7 +54,7 @@ def gradient_norm(model: nn.Module, world: World | None = None) -> Tensor:
         world: all ranks; None is one process.
 
     Returns:
-        Scalar float64 on the ranks' device, the same on every rank; 0 without gradients.
+        Scalar float64 where the gradients are, the same on every rank; 0 on the ranks' device without any.
 
     Example:
         >>> layer = nn.Linear(1, 1, bias=False)

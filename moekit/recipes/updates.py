@@ -33,8 +33,8 @@ class StepResult(NamedTuple):
         finite: whether loss and gradient were finite, as far as that is not the gradient scaler's business.
         taken: whether anything was updated.
         seconds: name of a part of the step to its seconds on this rank's clock: ``forward_time``, ``backward_time``,
-            ``sync_time`` (the wait for a GPU, of which the others are the host's part; gradients over ranks, and
-            clipping), ``optim_step_time``.
+            ``sync_time`` (gradients over ranks, and clipping), ``optim_step_time``. With a GPU ``sync_time`` has the
+            wait for it, and the others are what the host takes to queue.
         targets: tokens that the global batch predicts; holes of bad data and padding are none.
     """
 

@@ -1,4 +1,4 @@
-"""Balancing: losses that are returned, and the selection bias. Each docstring gives the value at perfect balance."""
+"""Balancing losses, which are returned. Each docstring gives the value at perfect balance."""
 
 import torch
 from torch import Tensor

@@ -55,6 +55,10 @@ def test_lines_are_taken_out_and_the_others_stay_as_they_are(path):
     before = path.stat()
     assert tracker.take_out(lambda line: line["step"] > 30) == 0
     assert path.stat().st_ino == before.st_ino  # no new file was put in its place
+    path.write_text(text + '{"step": 35, "lo')  # another process is about to append it
+    assert tracker.take_out(lambda line: line["step"] > 30) == 0
+    assert path.read_text() == text + '{"step": 35, "lo'
+    path.write_text(text)
     assert tracker.take_out(lambda line: line["step"] == 20) == 1
     assert path.read_text().splitlines() == text.splitlines()[::2]
     tracker.log({"step": 40})

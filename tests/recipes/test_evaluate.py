@@ -284,7 +284,7 @@ def test_no_batch_waits_for_the_device(sequences, monkeypatch):
     """On a GPU each of these would: the next batch is read while this one is scored."""
     model, batches = make(mixtral()), list(batches_of(sequences, 4))
     read, early = [], []
-    for name in ("cpu", "item"):
+    for name in ("cpu", "item", "__bool__", "__int__"):
         method = getattr(torch.Tensor, name)
 
         def noted(self, *args, name=name, method=method):
@@ -301,6 +301,17 @@ def test_no_batch_waits_for_the_device(sequences, monkeypatch):
 
     evaluate(model, watched(), token_bytes=torch.arange(512))
     assert (len(read), early) == (4, [])
+
+
+def test_ids_that_no_token_has_are_of_no_bytes(sequences):
+    """A vocabulary is often rounded up, and OpenLM's mark of a document's end becomes an id near its end."""
+    model, few = make(mixtral()), torch.ones(400, dtype=torch.int64)
+    found = evaluate(model, batches_of(sequences, 4), token_bytes=few)
+    padded = evaluate(
+        model, batches_of(sequences, 4), token_bytes=torch.cat([few, torch.zeros(112, dtype=torch.int64)])
+    )
+    assert int(sequences.max()) >= 400
+    assert found.bits_per_byte == padded.bits_per_byte
 
 
 @pytest.mark.parametrize("rows", [0, 3])
