@@ -52,14 +52,9 @@ def _cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
     return angles.cos(), angles.sin()
 
 
-def _like_cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
-    shape = (positions.shape[0], 1, head_dim // 2)
-    return positions.new_empty(shape), positions.new_empty(shape)
-
-
 # Compilers do not look into an operator. Else they put powers, sines and cosines into every kernel that rotates, and
-# compute those of a position and channel anew for each sequence and head.
-_compiled_cos_and_sin = operator("rotary_cos_and_sin", _like_cos_and_sin)(_cos_and_sin)
+# compute those of a position and channel anew for each sequence and head. Of fake tensors it makes fake ones itself.
+_compiled_cos_and_sin = operator("rotary_cos_and_sin", _cos_and_sin)(_cos_and_sin)
 
 
 def _is_compiled_for(device: torch.device) -> bool:

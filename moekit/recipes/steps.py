@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.lm.model import LanguageModel
+from moekit.lm.token_rows import batch_of
 from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe, weighted_sum
@@ -158,7 +159,8 @@ def count_tokens(ids: Tensor) -> Tokens:
         >>> count_tokens(torch.tensor([[5, 6, -1]]))
         Tokens(inputs=2, targets=1)
     """
-    return Tokens(int((ids[:, :-1] >= 0).sum()), int((ids[:, 1:] >= 0).sum()))
+    batch = batch_of(ids)
+    return Tokens(batch.num_inputs, batch.num_targets)
 
 
 def take_gradient(
