@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from moekit.lookup import look_up
-from moekit.operators import operator
+from moekit.operators import constant_in_graphs, operator
 
 
 def rotary_angles(positions: Tensor, head_dim: int, *, base: float = 10_000.0) -> Tensor:
@@ -57,9 +57,15 @@ def _cos_and_sin(positions: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:
 _compiled_cos_and_sin = operator("rotary_cos_and_sin", _cos_and_sin)(_cos_and_sin)
 
 
+@constant_in_graphs
+def _is_exporting() -> bool:
+    """Say whether code is made for elsewhere. Asked from traced code, torch 2.11 says so of all that is compiled."""
+    return torch.compiler.is_exporting()
+
+
 def _is_compiled_for(device: torch.device) -> bool:
     """Say whether code is being made for here: what is exported should run where moekit is not."""
-    compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    compiles = torch.compiler.is_compiling() and not _is_exporting()
     return compiles and device.type in ("cpu", "cuda")  # those that operators are registered for
 
 
