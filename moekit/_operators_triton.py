@@ -54,9 +54,10 @@ def matrix(shape: tuple[int, int], block: tuple[int, int], tma: bool) -> Pointer
 class Launch:
     """A kernel with its grid and all of its arguments but the tensors.
 
-    The first call with tensors of some dtypes on a device is an ordinary launch, which compiles the kernel; later ones
-    hand the addresses of their tensors to what was compiled. Tensors that do not begin at 16 bytes are always launched
-    the ordinary way, since other code is compiled for them.
+    The first two calls with tensors of some dtypes on a device are ordinary launches, the first of which compiles the
+    kernel; later ones hand the addresses of their tensors to what was compiled. It is the second that writes the
+    parameters down for them, for some sizes come once, as the number of rows that an exchange brings. Tensors that do
+    not begin at 16 bytes are always launched the ordinary way, since other code is compiled for them.
 
     Attributes:
         kernel: a function of ``triton.jit``.
@@ -71,6 +72,7 @@ class Launch:
         self.arguments, self.constants = arguments, constants
         self._num_tensors = sum(isinstance(each, Pointer | Blocks) for each in arguments)
         self._prepared: dict[tuple[Any, ...], Prepared | None] = {}
+        self._launched: set[tuple[Any, ...]] = set()
 
     def __call__(self, *tensors: Tensor) -> None:
         """Launch the kernel on the current stream of the tensors' device.
@@ -100,8 +102,11 @@ class Launch:
         prepared = self._prepared.get(key)
         if prepared is None or not prepared(addresses, driver.active.get_current_stream(device)):
             compiled = self._launch(tensors)
-            if compiled is not None and key not in self._prepared:  # the interpreter compiles nothing
+            if compiled is None or key in self._prepared:  # the interpreter compiles nothing
+                return
+            if key in self._launched:
                 self._prepared[key] = self._prepare(compiled, addresses)
+            self._launched.add(key)
 
     def _launch(self, tensors: Sequence[Tensor]) -> Any:
         if len(tensors) != self._num_tensors:

@@ -64,6 +64,8 @@ class Routing(NamedTuple):
             all ranks times this rank's share of their experts, which need not be whole.
         positions: (*A) int64, the place of each assignment among all that compete, which decides who is dropped; None
             is the order of the list.
+        most: so many assignments exist at most, as far as the host knows; None for N. Behind an exchange most choices
+            of a row are other ranks', and experts need memory for no more rows than this.
 
     Example:
         >>> import torch
@@ -80,6 +82,26 @@ class Routing(NamedTuple):
     num_experts: int
     pool: int | Ratio
     positions: Tensor | None = None
+    most: int | None = None
+
+
+def existing_at_most(routing: Routing) -> int:
+    """Return how many assignments of a routing exist at most, without reading them.
+
+    Args:
+        routing: any routing.
+
+    Returns:
+        N, or less where ``most`` says so.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> routing = round_robin(torch.zeros(3, 4), k=2)
+        >>> existing_at_most(routing), existing_at_most(routing._replace(most=4))
+        (6, 4)
+    """
+    number = routing.expert_indices.numel()
+    return number if routing.most is None else min(number, routing.most)
 
 
 class SoftRouting(NamedTuple):

@@ -146,7 +146,7 @@ def float32() -> None:
 def plans() -> None:
     for tokens, k, experts, height, align in PLANS:
         chosen = torch.randint(-1, experts, (tokens, k), device=CUDA)
-        make_plan(chosen, experts, height=height, align=align)
+        make_plan(chosen, experts, height=height, align=align, most=chosen.numel())
         counting_sort(chosen.view(-1), experts)
         torch.cuda.synchronize()
         print("plan", tokens, k, experts, flush=True)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from strategy_cases import Case, D, E, F, inner_layer, layout_of, route, wrapped
 from torch import Tensor, nn
 
+from moekit.dispatch import dropless_plan
 from moekit.experts import init_biased_gated, init_gated
 from moekit.parallel import (
     Grid,
@@ -30,7 +31,7 @@ from moekit.parallel import (
 from moekit.recipes import MoE, mixtral
 from moekit.recipes.expert_parameters import draw_experts, hidden_axes
 from moekit.routing import top_k
-from moekit.types import ExpertLayer, Routing
+from moekit.types import ExpertLayer, Routing, existing_at_most
 
 T = 5
 STRATEGIES: dict[str, Callable[..., ExpertLayer]] = {
@@ -48,6 +49,7 @@ def edges(world: World) -> None:
     mismatches_are_refused(world)
     output_biases_are_refused(world)
     tokens_without_choices(world)
+    hosts_know_how_many_choices_arrive(world)
     experts_are_drawn_anew(world)
 
 
@@ -136,6 +138,35 @@ def tokens_without_choices(world: World) -> None:
             assert not y.any()
             y.sum().backward()
             assert not x.grad.any()
+
+
+def hosts_know_how_many_choices_arrive(world: World) -> None:
+    """Choices of other ranks' experts take no memory; where nobody asks, any of them may exist."""
+    arrived: list[Routing] = []
+
+    def layer(x: Tensor, routing: Routing, params: Any) -> Tensor:
+        arrived.append(routing)
+        return torch.zeros_like(x)
+
+    generator = torch.Generator().manual_seed(world.rank)
+    routing = top_k(torch.randn(T + world.rank, E, generator=generator), k=3)  # ranks have unlike numbers of tokens
+    x, params = torch.ones(routing.num_tokens, D), init_gated(1, D, F)
+    for name, strategy in STRATEGIES.items():
+        if name == "static_all_to_all":
+            continue
+        arrived.clear()
+        strategy(layer, group=dist.group.WORLD)(x, routing, params)
+        for each in arrived:
+            real = int((each.expert_indices >= 0).sum())
+            assert existing_at_most(each) == real, name
+            assert dropless_plan(each).assignments.shape == (real,)
+        assert arrived
+    slices = all_to_all(tensor_parallel(layer, group=dist.group.WORLD), group=dist.group.WORLD)
+    slices(x, routing, params)
+    total = torch.tensor(routing.expert_indices.numel())
+    dist.all_reduce(total)
+    assert existing_at_most(arrived[-1]) == int(total)
+    assert arrived[-1].expert_indices.numel() > int(total)
 
 
 def experts_are_drawn_anew(world: World) -> None:

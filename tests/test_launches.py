@@ -245,8 +245,10 @@ def test_tensors_on_several_devices_are_launched_the_ordinary_way(monkeypatch: p
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 class TestOnCuda:
-    def test_only_the_first_call_of_its_kind_asks_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_only_the_first_two_calls_of_their_kind_ask_triton(self, monkeypatch: pytest.MonkeyPatch) -> None:
         launch, x, out = decided(), drawn(LENGTH + 4), torch.zeros(LENGTH + 4, device=DEVICE)
+        launch(x, out)
+        assert not launch._prepared, "parameters are written down for a call that may never come again"
         launch(x, out)
         monkeypatch.setattr(launch, "kernel", None)
         launch(x[4:], out[4:])
@@ -274,7 +276,8 @@ class TestOnCuda:
     def test_it_runs_on_the_current_stream(self) -> None:
         launch, x, side = decided(), drawn(), torch.cuda.Stream()
         out = torch.zeros(2, LENGTH, device=DEVICE)
-        launch(x, torch.empty_like(x))
+        for _ in range(2):
+            launch(x, torch.empty_like(x))
         torch.cuda.synchronize()
         torch.cuda._sleep(500_000_000)  # what runs on the usual stream now runs long after
         with torch.cuda.stream(side):
@@ -286,7 +289,8 @@ class TestOnCuda:
 
     def test_it_is_captured_in_a_graph(self) -> None:
         launch, x, out = decided(), drawn(), torch.zeros(LENGTH, device=DEVICE)
-        launch(x, out)
+        for _ in range(2):
+            launch(x, out)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             launch(x, out)

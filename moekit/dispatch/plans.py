@@ -14,7 +14,7 @@ Priority = Callable[[Routing], Tensor]
 
 
 def dropless_plan(routing: Routing) -> DispatchPlan:
-    """Give every assignment a row, grouped by expert; R = N.
+    """Give every assignment a row, grouped by expert; R = N, or ``routing.most``, whichever is less.
 
     Within an expert, rows keep the order of the flattened routing. Assignments that do not exist (-1) leave padding
     rows at the end, past the last group.
@@ -25,7 +25,7 @@ def dropless_plan(routing: Routing) -> DispatchPlan:
         routing: any routing.
 
     Returns:
-        DispatchPlan of N rows; ``groups.capacity`` is None.
+        DispatchPlan of R rows; ``groups.capacity`` is None.
 
     Raises:
         ValueError: if the parts of the routing do not fit each other.
@@ -42,6 +42,7 @@ def dropless_plan(routing: Routing) -> DispatchPlan:
     check_routing("dropless_plan", routing)
     experts = routing.expert_indices.flatten()
     order, sizes = sort_by_expert(experts, routing.num_experts)
+    order = order[: routing.most]  # what does not exist comes last
     rows = torch.arange(order.shape[0], device=order.device)
     assignments = torch.where(rows < sizes.sum(), order, -1)
     return DispatchPlan(assignments, Groups(sizes.to(torch.int32), capacity=None))

@@ -63,9 +63,9 @@ def settings_of(text: str) -> Settings:
 
 
 class Fused(torch.autograd.Function):
-    """(settings, constants, keep_rows, keep_pre, height, align, x, weights, experts, tokens, *parameters) -> y.
+    """(settings, constants, keep_rows, keep_pre, height, align, most, x, weights, experts, tokens, *parameters) -> y.
 
-    ``height`` is of the plan's tiles, and ``align`` of its groups.
+    ``height`` is of the plan's tiles, ``align`` of its groups, and so many assignments exist at ``most``.
     """
 
     @staticmethod
@@ -74,9 +74,9 @@ class Fused(torch.autograd.Function):
 
         One name for all that is given: without gradients Dynamo leaves ``ctx`` out where as many are given as named.
         """
-        settings, constants, keep_rows, keep_pre, height, align, *tensors = given
+        settings, constants, keep_rows, keep_pre, height, align, most, *tensors = given
         x, weights, experts, tokens, *projections = tensors
-        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
+        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align, most)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         _save(ctx, (settings, constants), (x, weights, rows, pre), plan, projections)
         return y
@@ -94,7 +94,7 @@ class Fused(torch.autograd.Function):
             if grad_biases:
                 grad_biases = [*grad_biases[0].unbind(0), grad_biases[1]]
             parameters = [*grad_ups.unbind(0), grad_down, *grad_biases]
-        none = (None,) * 6
+        none = (None,) * 7
         inputs = (grad, x, weights, *projections)
         return differentiated_once("fused_layer", inputs, *none, grad_x, grad_weights, None, None, *parameters)
 
@@ -104,18 +104,25 @@ class FusedOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        settings: str, constants: list[float], keep_rows: bool, keep_pre: bool, height: int, align: int, *rest: Tensor
+        settings: str,
+        constants: list[float],
+        keep_rows: bool,
+        keep_pre: bool,
+        height: int,
+        align: int,
+        most: int,
+        *rest: Tensor,
     ) -> tuple[Tensor, ...]:
         """Run the layer."""
         x, weights, experts, tokens, *projections = rest
-        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align)
+        plan = plan_routing(experts, tokens, x.shape[0], projections[0].shape[0], height, align, most)
         y, rows, pre = _forward(x, weights, plan, projections, settings, constants, keep_rows, keep_pre)
         return y, rows, pre, *plan
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:  # type: ignore[no-untyped-def]
         """Keep what is to be kept."""
-        settings, constants, _, _, _, _, x, weights, _, _, *projections = inputs
+        settings, constants, _, _, _, _, _, x, weights, _, _, *projections = inputs
         _, rows, pre, *plan = output
         ctx.mark_non_differentiable(rows, pre, *plan)
         ctx.set_materialize_grads(False)

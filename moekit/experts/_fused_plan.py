@@ -10,34 +10,34 @@ from moekit.operators import operator
 
 
 def plan_routing(
-    experts: Tensor, tokens: Tensor, num_tokens: int, num_experts: int, height: int, align: int
+    experts: Tensor, tokens: Tensor, num_tokens: int, num_experts: int, height: int, align: int, most: int
 ) -> list[Tensor]:
     """Plan a routing: ``plan_layer``, and the lists of each token's assignments if they are no (T, K)."""
-    plan = plan_layer(experts, num_experts, height, align)
+    plan = plan_layer(experts, num_experts, height, align, most)
     if experts.ndim != 2 and experts.numel():
         plan = [*plan, *_lists_of_tokens(experts, tokens, num_tokens)]
     return plan
 
 
-def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
+def _plan_fake(experts: Tensor, num_experts: int, height: int, align: int, most: int) -> list[Tensor]:
     from moekit.experts.kernels import _tiles_triton
 
     if experts.numel() == 0:
         return [experts.new_empty(experts.shape)]
-    num_rows = _tiles_triton.aligned_rows(experts.numel(), num_experts, align)
+    num_rows = _tiles_triton.aligned_rows(most, num_experts, align)
     length = 3 * num_experts + 1 + _tiles_triton.most_tiles(num_rows, num_experts, height)
     return [experts.new_empty(experts.shape), experts.new_empty(num_rows), experts.new_empty(length, dtype=torch.int32)]
 
 
 @operator("fused_plan", _plan_fake)
-def plan_layer(experts: Tensor, num_experts: int, height: int, align: int) -> list[Tensor]:
-    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist."""
+def plan_layer(experts: Tensor, num_experts: int, height: int, align: int, most: int) -> list[Tensor]:
+    """Make the plan of expert numbers (*A), -1 for an assignment that does not exist; at most so many do."""
     from moekit.experts.kernels import _plan_triton
 
     check_num_experts(num_experts, experts.device)
     if experts.numel() == 0:
         return [experts.new_empty(experts.shape)]
-    rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align)
+    rows, assignments, schedule = _plan_triton.make_plan(experts, num_experts, height=height, align=align, most=most)
     return [rows, assignments, schedule.table]
 
 

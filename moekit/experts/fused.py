@@ -31,7 +31,7 @@ from moekit.experts.param_checks import check_params
 from moekit.experts.tile_files import layer_tiles
 from moekit.experts.tiles import LayerSize, LayerTiles, capability_of, check_tiles, is_narrow
 from moekit.operators import is_transformed, refuse_tangents, wants_gradient
-from moekit.types import ExpertLayer, Routing
+from moekit.types import ExpertLayer, Routing, existing_at_most
 
 _GATED = (GatedParams, BiasedGatedParams, PackedGatedParams)
 _PLAIN = (MlpParams, BiasedMlpParams)
@@ -122,8 +122,9 @@ def _fused_layer(
     if experts.ndim != 2:
         experts, tokens, weights = experts.flatten(), tokens.flatten(), weights.flatten()
     hidden = params.down.shape[2 if layout.packed else 1]
+    most = existing_at_most(routing)
     size = LayerSize(
-        x.dtype, experts.numel(), routing.num_experts, x.shape[1], hidden, activation.gated,
+        x.dtype, most, routing.num_experts, x.shape[1], hidden, activation.gated,
         capability_of(x.device), is_narrow(x.device), precision,
     )  # fmt: skip
     chosen = tiles(size)
@@ -131,7 +132,7 @@ def _fused_layer(
     settings = write(chosen, layout, activation.function, activation.gated, precision)
     kept = keep if wants_gradient(x, weights, *parameters) else INPUTS
     given = (
-        settings, [activation.alpha, activation.limit], *kept, chosen.up.m, chosen.grad_up.k,
+        settings, [activation.alpha, activation.limit], *kept, chosen.up.m, chosen.grad_up.k, max(most, 1),
         x, weights.to(torch.float32), experts, tokens, *parameters,
     )  # fmt: skip
     if not is_transformed():

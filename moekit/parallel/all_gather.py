@@ -13,7 +13,8 @@ from moekit.checks import check_tokens
 from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
 from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, multiplied, total
-from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing
+from moekit.segments import tokens_per_expert
+from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing, existing_at_most
 
 
 def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
@@ -128,7 +129,7 @@ def plan_together(
 def _plan_together(
     routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup, equal: bool
 ) -> DispatchPlan:
-    together = _gathered(routing, _sizes(routing, group, equal), group)
+    together = _gathered(routing, _sizes(routing, group, equal, _existing(routing)), group)
     made = plan(together)
     num_own = routing.expert_indices.numel()
     own = made.assignments - group.rank() * (together.expert_indices.numel() // group.size())
@@ -136,20 +137,26 @@ def _plan_together(
 
 
 class _Sizes(NamedTuple):
-    """The longest of all ranks' lists, and what competes for the capacity of the experts at hand."""
+    """The longest of all ranks' lists, and what competes for the capacity of the experts at hand.
+
+    ``most`` is as in ``Routing``, for the experts of this rank.
+    """
 
     tokens: int
     assignments: int
     pool: int | Ratio
+    most: int | None
 
 
 def _all_gather(
     x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, group: ProcessGroup, equal: bool
 ) -> Tensor:
     check_tokens("all_gather", x, routing)
-    experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
-    sizes = _sizes(routing, group, equal)
-    return _share(x, _of_own_experts(_gathered(routing, sizes, group), group), params, sizes, layer=layer, group=group)
+    per_rank = experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
+    owners = routing.expert_indices.flatten().div(per_rank, rounding_mode="floor")
+    sizes = _sizes(routing, group, equal, tokens_per_expert(owners, group.size()))
+    arrived = _of_own_experts(_gathered(routing, sizes, group), group)._replace(most=sizes.most)
+    return _share(x, arrived, params, sizes, layer=layer, group=group)
 
 
 def _tensor_parallel(
@@ -158,8 +165,9 @@ def _tensor_parallel(
     check_tokens("tensor_parallel", x, routing)
     if group.size() > 1 and getattr(params, "down_bias", None) is not None:
         raise ValueError(_BIASED.format(kind=type(params).__name__, ranks=group.size()))
-    sizes = _sizes(routing, group, equal)
-    return _share(x, _gathered(routing, sizes, group), params, sizes, layer=layer, group=group)
+    sizes = _sizes(routing, group, equal, _existing(routing))
+    arrived = _gathered(routing, sizes, group)._replace(most=sizes.most)
+    return _share(x, arrived, params, sizes, layer=layer, group=group)
 
 
 def _share(
@@ -172,14 +180,21 @@ def _share(
     return y if y.shape[0] == x.shape[0] else y[: x.shape[0]].clone()  # FSDP wants no view of its modules
 
 
-def _sizes(routing: Routing, group: ProcessGroup, equal: bool) -> _Sizes:
-    num_ranks = group.size()
+def _existing(routing: Routing) -> Tensor:
+    """Return how many assignments exist at most, (1,), for ranks that all run all experts."""
+    return torch.tensor([existing_at_most(routing)], device=routing.weights.device)
+
+
+def _sizes(routing: Routing, group: ProcessGroup, equal: bool, existing: Tensor) -> _Sizes:
+    """Tell every rank of this one's lists, and of the assignments (P,) for each rank's experts, or (1,) for all."""
+    own, pool = (routing.num_tokens, routing.expert_indices.numel()), routing.pool
     if equal:
-        return _Sizes(routing.num_tokens, routing.expert_indices.numel(), multiplied(routing.pool, Ratio(num_ranks)))
-    own = [routing.num_tokens, routing.expert_indices.numel(), *as_ratio(routing.pool)]
-    all_sizes = gather(torch.tensor([own], device=routing.weights.device), group=group).tolist()
-    tokens, assignments, *pools = zip(*all_sizes, strict=True)
-    return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))))
+        return _Sizes(*own, multiplied(pool, Ratio(group.size())), None)
+    told = torch.cat([torch.tensor([*own, *as_ratio(pool)], device=existing.device), existing])
+    columns = gather(told.unsqueeze(0), group=group).t().tolist()
+    (tokens, assignments, *pools), of_ranks = columns[:4], columns[4:]
+    mine = of_ranks[group.rank() if len(of_ranks) > 1 else 0]
+    return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))), sum(mine))
 
 
 def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
@@ -198,7 +213,7 @@ def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:
         rank = torch.arange(experts.shape[0], device=experts.device).unsqueeze(1) // max(length, 1)
         tokens = rank * sizes.tokens + of_rank.clamp_min(0)
         tokens, experts, weights, *placed = (each.squeeze(1) for each in (tokens, experts, weights, *placed))
-    return Routing(tokens, experts, weights, num_tokens, routing.num_experts, sizes.pool, *placed)
+    return Routing(tokens, experts, weights, num_tokens, routing.num_experts, sizes.pool, placed[0] if placed else None)
 
 
 def _columns(parts: Sequence[Tensor], length: int, group: ProcessGroup) -> tuple[Tensor, ...]:

@@ -1,5 +1,6 @@
 """Expert parallelism by all-to-all: tokens travel to the ranks of their experts, and partial sums travel back."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,11 +9,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.checks import check_tokens
-from moekit.parallel.arrivals import ExchangeSizes, added, arrived_choices, arrived_list, taken
+from moekit.parallel.arrivals import (
+    Departing,
+    ExchangeSizes,
+    added,
+    arrived_choices,
+    arrived_list,
+    departing,
+    taken,
+)
 from moekit.parallel.collectives import connect, exchange, narrowed
 from moekit.parallel.exchange_plans import (
     ExchangePlan,
-    exchange_links,
     limit_exchange,
     plan_exchange,
     tokens_of_rows,
@@ -179,9 +187,14 @@ def _all_to_all(
 ) -> Tensor:
     check_tokens("all_to_all", x, routing)
     _check_part("all_to_all", params, routing, group)
-    plan = plan_exchange(routing, group.size())
+    plan, choices, num_ranks = plan_exchange(routing, group.size()), routing.expert_indices, group.size()
+    run = partial(_run, layer=layer, params=params, return_group=return_group)
+    if choices.ndim != 2:
+        return _travel_as_list(x, routing, plan, _agree(plan, routing, group), group, run)
+    most_rows = routing.num_tokens * min(choices.shape[1], num_ranks)
+    leaving = departing(plan, routing, most_rows)  # before sizes are read, for behind that the device has nothing to do
     sizes = _agree(plan, routing, group)
-    return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
+    return _travel(x, routing, leaving.of(sum(sizes.sent)), sizes, group, run)
 
 
 def _static_all_to_all(
@@ -201,7 +214,10 @@ def _static_all_to_all(
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
     row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
     sizes = ExchangeSizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
-    return _travel(x, routing, params, plan=plan, sizes=sizes, layer=layer, group=group, return_group=return_group)
+    run = partial(_run, layer=layer, params=params, return_group=return_group)
+    if routing.expert_indices.ndim != 2:
+        return _travel_as_list(x, routing, plan, sizes, group, run)
+    return _travel(x, routing, departing(plan, routing, rows * num_ranks), sizes, group, run)
 
 
 def _check_group(name: str, group: Any) -> None:
@@ -227,28 +243,38 @@ def _check_part(name: str, params: Any, routing: Routing, group: ProcessGroup) -
 def _travel(
     x: Tensor,
     routing: Routing,
-    params: Any,
-    *,
+    leaving: Departing,
+    sizes: ExchangeSizes,
+    group: ProcessGroup,
+    run: Callable[[Tensor, Routing, ExchangeSizes], Tensor],
+) -> Tensor:
+    """Send tokens with their choices (T, K), and add up what comes back."""
+    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group)
+    rows = send(copy_rows(narrowed(x), leaving.links))
+    weights, numbers = send(copy_rows(routing.weights, leaving.links)), send(leaving.numbers)
+    return sum_rows(run(rows, arrived_choices(weights, numbers, routing, sizes), sizes), leaving.links)
+
+
+def _travel_as_list(
+    x: Tensor,
+    routing: Routing,
     plan: ExchangePlan,
     sizes: ExchangeSizes,
-    layer: ExpertLayer,
     group: ProcessGroup,
-    return_group: ProcessGroup,
+    run: Callable[[Tensor, Routing, ExchangeSizes], Tensor],
 ) -> Tensor:
-    send, x = partial(exchange, sent=sizes.sent, received=sizes.received, group=group), narrowed(x)
-    num_rows = sum(sizes.sent)
-    if routing.expert_indices.ndim == 2:
-        links = exchange_links(plan, routing, num_rows)
-        rows = send(copy_rows(x, links))
-        arrived = arrived_choices(plan, links, routing, sizes, send=send)
-        add_up = partial(sum_rows, links=links)
-    else:
-        tokens = tokens_of_rows(plan, routing, num_rows)
-        rows = send(taken(x, tokens))
-        arrived = arrived_list(plan, routing, sizes, group)
-        add_up = partial(added, tokens=tokens, num_tokens=routing.num_tokens)
+    """Send tokens, and assignments of any routing as a list, and add up what comes back."""
+    tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
+    rows = exchange(taken(narrowed(x), tokens), sent=sizes.sent, received=sizes.received, group=group)
+    return added(run(rows, arrived_list(plan, routing, sizes, group), sizes), tokens, routing.num_tokens)
+
+
+def _run(
+    rows: Tensor, arrived: Routing, sizes: ExchangeSizes, *, layer: ExpertLayer, params: Any, return_group: ProcessGroup
+) -> Tensor:
+    """Run the layer on what arrived, and send back what it makes of it."""
     y = connect(layer(rows, arrived, params), rows, arrived.weights)
-    return add_up(exchange(y, sent=sizes.received, received=sizes.sent, group=return_group))
+    return exchange(y, sent=sizes.received, received=sizes.sent, group=return_group)
 
 
 def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> ExchangeSizes:

@@ -1,6 +1,5 @@
 """What arrives from the ranks of an exchange: the routing of its rows, and the sums that come back from it."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -9,8 +8,8 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.parallel.collectives import exchange
-from moekit.parallel.exchange_plans import ExchangePlan, assignments_by_rank
-from moekit.rows import Links, copy_rows
+from moekit.parallel.exchange_plans import ExchangePlan, assignments_by_rank, exchange_links
+from moekit.rows import Links
 from moekit.segments import exclusive_cumsum
 from moekit.types import Ratio, Routing
 
@@ -30,31 +29,51 @@ class ExchangeSizes(NamedTuple):
     assignments_from: Tensor
 
 
-def arrived_choices(
-    plan: ExchangePlan, links: Links, routing: Routing, sizes: ExchangeSizes, *, send: Callable[[Tensor], Tensor]
-) -> Routing:
-    """Make the (R, K) routing of the rows that arrive: choices of other ranks' experts do not exist here."""
-    num_ranks, k, device = len(sizes.sent), routing.expert_indices.shape[1], plan.owners.device
-    per_rank = routing.num_experts // num_ranks
-    weights = send(copy_rows(routing.weights, links))
+class Departing(NamedTuple):
+    """What leaves with the choices of tokens, for at least as many rows as there are.
+
+    Attributes:
+        links: between T tokens and R rows; those past the last that leaves carry no token.
+        numbers: (R, K) int64, the expert of each choice by the number that it has on the row's rank, -1 for choices of
+            other ranks; or (R, 2 K), the choices' positions behind them.
+    """
+
+    links: Links
+    numbers: Tensor
+
+    def of(self, num_rows: int) -> "Departing":
+        """Return the first rows."""
+        tokens, padding, rows = self.links
+        return Departing(Links(tokens[:num_rows], padding[:num_rows], rows), self.numbers[:num_rows])
+
+
+def departing(plan: ExchangePlan, routing: Routing, num_rows: int) -> Departing:
+    """Decide what leaves with the choices of a routing (T, K); R is ``num_rows``, or more."""
+    links, num_ranks = exchange_links(plan, routing, num_rows), plan.sizes.shape[0]
     tokens = torch.where(links.padding, -1, links.tokens)
-    ranks = torch.arange(num_ranks, device=device)
-    target = torch.repeat_interleave(ranks, plan.sizes, output_size=sum(sizes.sent))
+    rows = torch.arange(num_rows, device=tokens.device)
+    target = torch.searchsorted(plan.sizes.cumsum(0), rows, right=True).unsqueeze(1)
     owners = torch.where(links.padding.unsqueeze(1), -1, taken(plan.owners.view_as(routing.expert_indices), tokens))
-    experts = taken(routing.expert_indices, tokens) - (target * per_rank).unsqueeze(1)
-    numbers = [torch.where(owners == target.unsqueeze(1), experts, -1)]
+    experts = taken(routing.expert_indices, tokens) - target * (routing.num_experts // num_ranks)
+    numbers = torch.where(owners == target, experts, -1)
     if routing.positions is not None:
-        numbers.append(taken(routing.positions, tokens))
-    arrived, *positions = send(torch.cat(numbers, dim=1)).split(k, dim=1)
-    rows = torch.arange(arrived.shape[0], device=device).unsqueeze(1)
+        numbers = torch.cat([numbers, taken(routing.positions, tokens)], dim=1)
+    return Departing(links, numbers)
+
+
+def arrived_choices(weights: Tensor, numbers: Tensor, routing: Routing, sizes: ExchangeSizes) -> Routing:
+    """Make the (R, K) routing of rows that arrived, of the weights and numbers that came with them."""
+    arrived, *positions = numbers.split(weights.shape[1], dim=1)
+    rows = torch.arange(arrived.shape[0], device=arrived.device).unsqueeze(1)
     return Routing(
-        rows.expand(-1, k),
+        rows.expand_as(arrived),
         arrived,
         weights,  # those of choices elsewhere too: a token's priority may depend on its best
         num_tokens=arrived.shape[0],
-        num_experts=per_rank,
+        num_experts=routing.num_experts // len(sizes.sent),
         pool=sizes.pool,
         positions=positions[0] if positions else None,
+        most=sum(sizes.received_assignments),
     )
 
 

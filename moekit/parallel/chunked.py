@@ -95,5 +95,5 @@ def _split(routing: Routing, num_chunks: int) -> list[Routing]:
         size = chosen.shape[0]
         tokens = torch.arange(size, device=chosen.device).unsqueeze(1).expand_as(chosen)
         pool = multiplied(routing.pool, Ratio(size, max(routing.num_tokens, 1)))
-        parts.append(Routing(tokens, chosen, weight, size, routing.num_experts, pool, position))
+        parts.append(Routing(tokens, chosen, weight, size, routing.num_experts, pool, position, routing.most))
     return parts

@@ -133,7 +133,7 @@ def all_gather(shape: Shape, layout: Layout, *, ranks_per_node: int) -> list[Sen
         One entry per collective.
     """
     group = peers(layout.expert_ranks, 1, ranks_per_node=ranks_per_node)
-    return gathered(shape, group, shape.tokens)
+    return gathered(shape, group, shape.tokens, existing=group.size)
 
 
 def tensor_parallel(shape: Shape, layout: Layout, *, ranks_per_node: int) -> list[Sent]:
@@ -148,7 +148,7 @@ def tensor_parallel(shape: Shape, layout: Layout, *, ranks_per_node: int) -> lis
         One entry per collective.
     """
     group = peers(layout.hidden, layout.expert_ranks, ranks_per_node=ranks_per_node)
-    return gathered(shape, group, shape.tokens)
+    return gathered(shape, group, shape.tokens, existing=1)
 
 
 def experts_by_hidden(shape: Shape, layout: Layout, *, ranks_per_node: int) -> list[Sent]:
@@ -166,7 +166,7 @@ def experts_by_hidden(shape: Shape, layout: Layout, *, ranks_per_node: int) -> l
     group = peers(layout.hidden, layout.expert_ranks, ranks_per_node=ranks_per_node)
     return [
         *all_to_all(shape, layout, ranks_per_node=ranks_per_node),
-        *gathered(shape, group, rows),
+        *gathered(shape, group, rows, existing=1),
     ]
 
 

@@ -146,23 +146,24 @@ def there_and_back(shape: Shape, group: Peers, rows: float, *, positions: bool) 
     return [_spread(*entry) for entry in _payload(shape, group, rows, counts, 2 if positions else 1)]
 
 
-def gathered(shape: Shape, group: Peers, rows: float) -> list[Sent]:
+def gathered(shape: Shape, group: Peers, rows: float, *, existing: int) -> list[Sent]:
     """Count rows that every rank of a group gathers, outputs that are reduce-scattered, and the same for gradients.
 
     Args:
         shape: of the layer.
         group: the ranks.
         rows: of one rank.
+        existing: how many numbers say how many assignments exist.
 
     Returns:
         One entry per collective; none in a group of one.
 
     Example:
-        >>> sent = gathered(Shape(8, 4, 8, 4, 2), Peers(4, 4), 8.0)
+        >>> sent = gathered(Shape(8, 4, 8, 4, 2), Peers(4, 4), 8.0, existing=1)
         >>> [(s.own, s.node) for s in sent if s.name == "tokens"]
         [(64.0, 192.0)]
     """
-    return [ring(*entry) for entry in _payload(shape, group, rows, {"counts": _COUNTS * _INT64}, 1)]
+    return [ring(*entry) for entry in _payload(shape, group, rows, {"counts": (_COUNTS + existing) * _INT64}, 1)]
 
 
 def _payload(

@@ -172,6 +172,36 @@ def test_any_list_of_assignments_equals_the_loop(keep: Keep) -> None:
 
 @runs_kernels
 @pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("choices", [True, False], ids=["of tokens", "a list"])
+@pytest.mark.parametrize("real", [0, 1, 7, 60])
+def test_assignments_that_the_host_knows_not_to_exist_take_no_memory(real: int, choices: bool) -> None:
+    """As behind an exchange, where most choices are other ranks'."""
+    x, routing, params = draw((20, 16, 24, 4, 3), SWIGLU)
+    experts = torch.full_like(routing.expert_indices, -1)
+    there = torch.randperm(60)[:real]
+    experts.view(-1)[there] = routing.expert_indices.flatten()[there].clamp_min(0)
+    routing = routing._replace(expert_indices=experts)
+    if not choices:
+        routing = Routing(*(part.flatten() for part in routing[:3]), *routing[3:])
+    expected = run(reference(swiglu), (x, routing, params), torch.float64)
+    tight = routing._replace(most=real)
+    compare(run(reference(swiglu), (x, tight, params), torch.float64), expected, 1e-12)
+    for keep in (PREACTIVATION, INPUTS):
+        compare(run(fused(keep=keep), (x, tight, params), device=DEVICE), expected, TOLERANCE[torch.float32])
+    rows = []
+    for given in (routing, tight):
+        on = Routing(*(part.to(DEVICE) for part in given[:3]), *given[3:])
+        with Calls() as seen:
+            fused(keep=EVERYTHING)(x.to(DEVICE), on, type(params)(*(w.to(DEVICE).requires_grad_() for w in params)))
+        [args] = [args for function, args in seen.calls if function.name() == "moekit::fused_experts"]
+        rows.append(args[2][1].shape[0])  # of the plan
+    least = max(real, 1)
+    assert rows[1] - least <= 5 * LOW.grad_up.k  # rows of nobody, in each of four groups and behind them
+    assert rows[0] >= 60
+
+
+@runs_kernels
+@pytest.mark.usefixtures("poison")
 def test_an_empty_list_of_assignments_gives_zero() -> None:
     x, _, params = draw((3, 16, 24, 4, 1), SWIGLU)
     for size, missing in ((0, 0), (5, -1)):
@@ -406,7 +436,7 @@ def test_a_plan_is_a_stable_sort_into_aligned_groups(
 
     experts = torch.randint(-1, num_experts, (num_assignments,), device=DEVICE)
     experts[::3] = min(2, num_experts - 1)
-    rows, assignments, schedule = make_plan(experts, num_experts, height=height, align=align)
+    rows, assignments, schedule = make_plan(experts, num_experts, height=height, align=align, most=experts.numel())
     lengths = [num_experts, num_experts, num_experts + 1]
     starts, sizes, firsts, owners = schedule.table.split([*lengths, len(schedule.table) - sum(lengths)])
     assert torch.equal(schedule.sizes, sizes)

@@ -62,7 +62,9 @@ def _plan_kernel(  # type: ignore[no-untyped-def]
             tl.store(schedule + 2 * num_experts + bins, last_tiles - tiles, mask=bins <= num_experts)
 
 
-def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> tuple[Tensor, Tensor, Schedule]:
+def make_plan(
+    experts: Tensor, num_experts: int, *, height: int, align: int, most: int
+) -> tuple[Tensor, Tensor, Schedule]:
     """Sort assignments by expert, stably, into rows whose groups begin at multiples of ``align``.
 
     No host synchronisation. Deterministic.
@@ -72,6 +74,7 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
         num_experts: E.
         height: of tiles.
         align: of groups.
+        most: assignments that exist at most; more than these would get rows that there are not.
 
     Returns:
         The row of each assignment (*A) int64, -1 for one that does not exist; the assignment of each row (R,)
@@ -79,7 +82,7 @@ def make_plan(experts: Tensor, num_experts: int, *, height: int, align: int) -> 
     """
     experts = experts.contiguous()
     num_assignments = experts.numel()
-    num_rows = aligned_rows(num_assignments, num_experts, align)  # at most, for sizes are not read
+    num_rows = aligned_rows(most, num_experts, align)  # at most, for sizes are not read
     num_owners = most_tiles(num_rows, num_experts, height)
     rows, assignments = torch.empty_like(experts), experts.new_empty(num_rows)
     earlier, totals = counted_blocks(experts.view(-1), num_experts, unowned=assignments)

@@ -56,7 +56,7 @@ def _experts_stages(case: Case, indices: Tensor, weights: Tensor) -> dict[str, W
     ups, device = (gate, up), x.device
     precision, card = float32_products(), (capability_of(device), is_narrow(device))
     tiles = case.tiles(LayerSize(x.dtype, indices.numel(), num_experts, dim, width, True, *card, precision))
-    make_plan = partial(plan_layer, indices, num_experts, tiles.up.m, tiles.grad_up.k)
+    make_plan = partial(plan_layer, indices, num_experts, tiles.up.m, tiles.grad_up.k, indices.numel())
     rows_of, assignments, table = make_plan()
     schedule = Schedule(table, num_experts)
     plan = Plan(rows_of, assignments, schedule)
