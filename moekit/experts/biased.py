@@ -73,7 +73,7 @@ def clamped_swiglu(
     """Apply gpt-oss's experts: (a sigmoid(alpha a) * (u + 1)) W_down + b_down, with both projections clamped.
 
     a = min(x W_gate + b_gate, limit) and u = clamp(x W_up + b_up, -limit, limit). With alpha 1.702 the gate is the
-    sigmoid form of GELU. No gradient passes where a clamp holds.
+    sigmoid form of GELU. Gradients pass up to the limit, itself included, and none past it.
 
     The biases of D outputs are one for all ranks, so ranks that share an expert's hidden dimension cannot run it.
 
@@ -102,8 +102,11 @@ def clamped_swiglu(
             SwiGLU), https://arxiv.org/abs/2508.10925
         OpenAI, gpt-oss, ``gpt_oss/torch/model.py`` (the constants), https://github.com/openai/gpt-oss
     """
-    gate = affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul).clamp(max=limit)
-    up = affine(rows, groups, (params.up, params.up_bias), matmul=matmul).clamp(min=-limit, max=limit)
+    gate = affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul)
+    up = affine(rows, groups, (params.up, params.up_bias), matmul=matmul)
+    # On a limit the gradient of torch.clamp is 1 up to torch 2.13, and 0 later.
+    gate, up = gate.masked_fill(gate > limit, limit), up.masked_fill(up > limit, limit)
+    up = up.masked_fill(up < -limit, -limit)
     hidden = gate * torch.sigmoid(alpha * gate) * (up + 1)
     return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
 

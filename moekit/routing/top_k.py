@@ -90,8 +90,9 @@ def sqrt_softplus(logits: Tensor) -> Tensor:
         tensor([[ 0.8326, 10.0000]])
     """
     tiny = torch.finfo(logits.dtype).tiny  # at zero the gradient of the root would be infinite
-    root = F.softplus(logits.clamp_min(_FAR)).clamp_min(tiny).sqrt()
-    return torch.where(logits < _FAR, torch.exp(logits.clamp_max(_FAR) / 2).clamp_min(tiny), root)
+    far = logits < _FAR  # torch.clamp would do, but its gradient at the limit is 1 or 0 by the version of torch
+    root = F.softplus(logits.masked_fill(far, _FAR)).clamp_min(tiny).sqrt()
+    return torch.where(far, torch.exp(logits.masked_fill(~far, _FAR) / 2).clamp_min(tiny), root)
 
 
 def top_k(
