@@ -1,7 +1,8 @@
 """Gradients over ranks: summed where several hold the same parameters, and their norm, each element once."""
 
 from collections.abc import Iterable, Sequence
-from functools import reduce
+from functools import lru_cache, reduce
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
     _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
 
 
+@torch.no_grad()
 def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     """Add up the squares of all gradients, each element of the model once, over every rank's part.
 
@@ -76,11 +78,13 @@ def holders(tensor: Tensor, world_size: int) -> int:
         >>> holders(torch.ones(2), 4)
         4
     """
-    if not is_spread(tensor):
-        return world_size
-    mesh = tensor.device_mesh
-    cut = [mesh.size(axis) for axis, placement in enumerate(tensor.placements) if not placement.is_replicate()]
-    return world_size // torch.Size(cut).numel()
+    return world_size // _pieces(tensor.device_mesh, tensor.placements) if is_spread(tensor) else world_size
+
+
+@lru_cache(maxsize=512)  # every step asks it of every parameter
+def _pieces(mesh: Any, placements: tuple[Any, ...]) -> int:
+    cut = [mesh.size(axis) for axis, placement in enumerate(placements) if not placement.is_replicate()]
+    return torch.Size(cut).numel()
 
 
 def is_part(tensor: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """AdamW over a model's parameters, the clipping of their gradients, and the learning rate of a step."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,13 +38,24 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     for name, parameter in model.named_parameters():
         decays = settings.wd_on == "all" or not _is_spared(name, parameter)
         groups.setdefault((not decays, mesh_names(parameter)), []).append(parameter)  # one kind a kernel
-    return torch.optim.AdamW(
+    return _AdamW(
         [{"params": groups[key], "weight_decay": 0.0 if key[0] else settings.wd} for key in sorted(groups)],
         lr=settings.lr,
         betas=(settings.beta1, settings.beta2),
         eps=settings.eps,
         fused=True,
     )
+
+
+class _AdamW(torch.optim.AdamW):
+    """AdamW that updates what this rank holds: of sharded tensors, torch prepares each one anew in every step."""
+
+    def _init_group(self, group: dict[str, Any], *lists: list[Tensor]) -> bool:
+        """Fill the lists of tensors that a step works on."""
+        has_complex = super()._init_group(group, *lists)
+        for each in lists:
+            each[:] = map(local, each)
+        return has_complex
 
 
 def gradient_norm(model: nn.Module, world: World | None = None) -> Tensor:
@@ -65,6 +77,7 @@ def gradient_norm(model: nn.Module, world: World | None = None) -> Tensor:
     return squared_norm(model.parameters(), world or one_process()).sqrt()
 
 
+@torch.no_grad()
 def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
     """Scale all gradients so that their global norm is at most a limit, as ``torch.nn.utils.clip_grad_norm_``.
 
@@ -80,9 +93,10 @@ def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
         >>> round(layer.weight.grad.item(), 3)
         1.0
     """
-    mine = [local(p.grad) for p in model.parameters() if p.grad is not None]
-    if mine and limit and norm > limit:
-        torch._foreach_mul_(mine, limit / (norm + 1e-6))
+    if limit and norm > limit:
+        mine = [local(p.grad) for p in model.parameters() if p.grad is not None]
+        if mine:
+            torch._foreach_mul_(mine, limit / (norm + 1e-6))
 
 
 def _is_spared(name: str, parameter: Tensor) -> bool:

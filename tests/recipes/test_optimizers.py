@@ -3,10 +3,15 @@ import math
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.overrides import TorchFunctionMode
 
 from moekit.lm.configs import load_config
-from moekit.parallel import one_process
+from moekit.parallel import one_process, whole
 from moekit.recipes import deepseek_moe
 from moekit.recipes.language_models import language_model
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate, make_optimizer
@@ -62,6 +67,47 @@ def test_a_step_is_adamw_by_its_formula():
     make_optimizer(layer, settings).step()
     expected = before * (1 - 0.01 * 0.5) - 0.01 * gradient / (gradient.abs() + 1e-3)
     torch.testing.assert_close(layer.weight.detach(), expected, rtol=1e-5, atol=1e-7)
+
+
+class _Given(TorchFunctionMode):
+    """Takes down of what classes the tensors are that a step of AdamW works on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: set[type] = set()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "") == "_fused_adamw_":
+            self.kinds |= {type(tensor) for tensors in args[:4] for tensor in tensors}
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_of_sharded_parameters_is_one_of_what_this_rank_holds():
+    """Their state is sharded as they are, for checkpoints."""
+    plain = make()
+    sharded = copy.deepcopy(plain)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(sharded, mesh=init_device_mesh("cpu", (1,)))
+        optimizers = [make_optimizer(model, OptimizerSettings(lr=0.1)) for model in (plain, sharded)]
+        for step in range(3):
+            for model, optimizer in zip((plain, sharded), optimizers, strict=True):
+                for number, parameter in enumerate(model.parameters()):
+                    values = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(100 * step + number))
+                    parameter.grad = values
+                    if model is sharded:
+                        mesh = parameter.device_mesh
+                        parameter.grad = distribute_tensor(values, mesh, parameter.placements)
+                with _Given() as given:
+                    optimizer.step()
+                assert given.kinds == {nn.Parameter, torch.Tensor} or given.kinds == {torch.Tensor}
+        state = optimizers[1].state
+        for mine, theirs in zip(sharded.parameters(), plain.parameters(), strict=True):
+            assert torch.equal(whole(mine.detach()), theirs.detach())
+            assert isinstance(state[mine]["exp_avg"], DTensor)
+            assert torch.equal(whole(state[mine]["exp_avg"]), optimizers[0].state[theirs]["exp_avg"])
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("limit", [0.01, 0.5, 1e6])
