@@ -95,6 +95,7 @@ def existing_at_most(routing: Routing) -> int:
         N, or less where ``most`` says so.
 
     Example:
+        >>> import torch
         >>> from moekit.routing import round_robin
         >>> routing = round_robin(torch.zeros(3, 4), k=2)
         >>> existing_at_most(routing), existing_at_most(routing._replace(most=4))

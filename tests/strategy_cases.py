@@ -29,6 +29,7 @@ from moekit.parallel import (
     tensor_parallel,
     whole,
 )
+from moekit.parallel.collectives import room_for
 from moekit.recipes import MoE, Recipe, expert_layer
 from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, make_optimizer
@@ -320,7 +321,10 @@ def rows_sent(world: World) -> tuple[int, int, int]:
     seen = []
 
     def layer(x, routing, params):
-        seen.append(x.shape[0])
+        real = (routing.expert_indices >= 0).any(1)
+        assert x.shape[0] == room_for(int(real.sum()))
+        assert not x[~real].any()
+        seen.append(int(real.sum()))
         return x
 
     experts = 1024  # many, so that choices without repetition are nearly independent

@@ -28,6 +28,7 @@ from moekit.parallel import (
     tensor_parallel,
     whole,
 )
+from moekit.parallel.collectives import room_for
 from moekit.recipes import MoE, mixtral
 from moekit.recipes.expert_parameters import draw_experts, hidden_axes
 from moekit.routing import top_k
@@ -157,16 +158,16 @@ def hosts_know_how_many_choices_arrive(world: World) -> None:
         arrived.clear()
         strategy(layer, group=dist.group.WORLD)(x, routing, params)
         for each in arrived:
-            real = int((each.expert_indices >= 0).sum())
-            assert existing_at_most(each) == real, name
-            assert dropless_plan(each).assignments.shape == (real,)
+            room = room_for(int((each.expert_indices >= 0).sum()))
+            assert existing_at_most(each) == min(room, each.expert_indices.numel()), name
+            assert dropless_plan(each).assignments.shape == (existing_at_most(each),)
         assert arrived
     slices = all_to_all(tensor_parallel(layer, group=dist.group.WORLD), group=dist.group.WORLD)
     slices(x, routing, params)
     total = torch.tensor(routing.expert_indices.numel())
     dist.all_reduce(total)
-    assert existing_at_most(arrived[-1]) == int(total)
-    assert arrived[-1].expert_indices.numel() > int(total)
+    assert existing_at_most(arrived[-1]) < arrived[-1].expert_indices.numel()
+    assert int(total) <= arrived[-1].most <= int(total) + 16 * world.size
 
 
 def experts_are_drawn_anew(world: World) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.checks import check_tokens
-from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter
+from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatter, room_for
 from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, multiplied, total
 from moekit.segments import tokens_per_expert
@@ -194,7 +194,7 @@ def _sizes(routing: Routing, group: ProcessGroup, equal: bool, existing: Tensor)
     columns = gather(told.unsqueeze(0), group=group).t().tolist()
     (tokens, assignments, *pools), of_ranks = columns[:4], columns[4:]
     mine = of_ranks[group.rank() if len(of_ranks) > 1 else 0]
-    return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))), sum(mine))
+    return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))), room_for(sum(mine)))
 
 
 def _gathered(routing: Routing, sizes: _Sizes, group: ProcessGroup) -> Routing:

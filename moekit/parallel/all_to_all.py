@@ -18,7 +18,7 @@ from moekit.parallel.arrivals import (
     departing,
     taken,
 )
-from moekit.parallel.collectives import connect, exchange, narrowed
+from moekit.parallel.collectives import connect, exchange, narrowed, room_for
 from moekit.parallel.exchange_plans import (
     ExchangePlan,
     limit_exchange,
@@ -213,7 +213,10 @@ def _static_all_to_all(
     rows, assignments = static_limits(routing, num_ranks, capacity_factor=capacity_factor)
     plan = limit_exchange(plan_exchange(routing, num_ranks), rows=rows, assignments=assignments)
     row_sizes, list_sizes = [rows] * num_ranks, [assignments] * num_ranks
-    sizes = ExchangeSizes(row_sizes, row_sizes, list_sizes, list_sizes, routing.pool, plan.sizes, plan.counts)
+    sizes = ExchangeSizes(
+        row_sizes, row_sizes, list_sizes, list_sizes, rows * num_ranks, assignments * num_ranks,
+        routing.pool, plan.sizes, plan.counts,
+    )  # fmt: skip
     run = partial(_run, layer=layer, params=params, return_group=return_group)
     if routing.expert_indices.ndim != 2:
         return _travel_as_list(x, routing, plan, sizes, group, run)
@@ -249,9 +252,9 @@ def _travel(
     run: Callable[[Tensor, Routing, ExchangeSizes], Tensor],
 ) -> Tensor:
     """Send tokens with their choices (T, K), and add up what comes back."""
-    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group)
+    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group, room=sizes.room)
     rows = send(copy_rows(narrowed(x), leaving.links))
-    weights, numbers = send(copy_rows(routing.weights, leaving.links)), send(leaving.numbers)
+    weights, numbers = send(copy_rows(routing.weights, leaving.links)), send(leaving.numbers, fill=-1)
     return sum_rows(run(rows, arrived_choices(weights, numbers, routing, sizes), sizes), leaving.links)
 
 
@@ -265,7 +268,8 @@ def _travel_as_list(
 ) -> Tensor:
     """Send tokens, and assignments of any routing as a list, and add up what comes back."""
     tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
-    rows = exchange(taken(narrowed(x), tokens), sent=sizes.sent, received=sizes.received, group=group)
+    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group, room=sizes.room)
+    rows = send(taken(narrowed(x), tokens))
     return added(run(rows, arrived_list(plan, routing, sizes, group), sizes), tokens, routing.num_tokens)
 
 
@@ -285,4 +289,5 @@ def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> Exchang
     received = exchange(sent, group=group)
     (rows, counts, _, _), (their_rows, their_counts, *pools) = torch.stack([sent, received]).transpose(1, 2).tolist()
     pool = multiplied(total(zip(*pools, strict=True)), Ratio(1, num_ranks))
-    return ExchangeSizes(rows, their_rows, counts, their_counts, pool, received[:, 0], received[:, 1])
+    room, most = room_for(sum(their_rows)), room_for(sum(their_counts))
+    return ExchangeSizes(rows, their_rows, counts, their_counts, room, most, pool, received[:, 0], received[:, 1])

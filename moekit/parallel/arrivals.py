@@ -17,13 +17,16 @@ from moekit.types import Ratio, Routing
 class ExchangeSizes(NamedTuple):
     """Numbers that both ends of an exchange must know: rows and assignments, to and from each rank.
 
-    The last two say what arrives once more, (P,) on the device, where a copy from the host would wait for it.
+    ``room`` is for the rows that arrive, those past the last of which are no token's, and so many choices exist at
+    ``most``. The last two say what arrives once more, (P,) on the device, where a copy from the host would wait for it.
     """
 
     sent: list[int]
     received: list[int]
     sent_assignments: list[int]
     received_assignments: list[int]
+    room: int
+    most: int
     pool: int | Ratio
     rows_from: Tensor
     assignments_from: Tensor
@@ -73,7 +76,7 @@ def arrived_choices(weights: Tensor, numbers: Tensor, routing: Routing, sizes: E
         num_experts=routing.num_experts // len(sizes.sent),
         pool=sizes.pool,
         positions=positions[0] if positions else None,
-        most=sum(sizes.received_assignments),
+        most=sizes.most,
     )
 
 
@@ -94,7 +97,7 @@ def arrived_list(plan: ExchangePlan, routing: Routing, sizes: ExchangeSizes, gro
         torch.where(rows < 0, 0, source + rows),
         experts,
         weights.masked_fill(experts < 0, 0.0),
-        num_tokens=sum(sizes.received),
+        num_tokens=sizes.room,
         num_experts=per_rank,
         pool=sizes.pool,
         positions=positions[0] if positions else None,

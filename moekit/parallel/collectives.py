@@ -9,29 +9,59 @@ NCCL carries tensors on GPUs, gloo those on CPUs.
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.autocast import in_autocast
-from moekit.operators import wants_gradient
+from moekit.operators import power_of_two, wants_gradient
 from moekit.rows import differentiable
 
 
 def exchange(
-    x: Tensor, *, group: ProcessGroup, sent: Sequence[int] | None = None, received: Sequence[int] | None = None
+    x: Tensor,
+    *,
+    group: ProcessGroup,
+    sent: Sequence[int] | None = None,
+    received: Sequence[int] | None = None,
+    room: int | None = None,
+    fill: int = 0,
 ) -> Tensor:
     """Send consecutive blocks of rows to the ranks of a group, and receive theirs in rank order (all-to-all).
 
     Args:
-        x: (R, ...), the rows for rank 0 first.
+        x: (R, ...), the rows for rank 0 first; rows past the sum of ``sent`` stay here, and have a gradient of zero.
         group: of P ranks.
         sent: P numbers of rows; None means equal blocks, and then R must be a multiple of P.
         received: P numbers of rows; None like ``sent``.
+        room: R', not less than the sum of ``received``; None is that sum.
+        fill: what rows past that sum are filled with.
 
     Returns:
-        (R', ...), R' the sum of ``received``. The gradient goes back the way that the rows came.
+        (R', ...). The gradient goes back the way that the rows came.
     """
-    return _Exchange.apply(x, sent, received, group)
+    return _Exchange.apply(x, sent, received, group, room, fill)
+
+
+def room_for(number: int) -> int:
+    """Round a number of rows up, by a thirty-second at most where there are many, so that few numbers occur.
+
+    What another rank sends is another number in every step. Memory that was freed fits one of the same size again, and
+    kernels whose arguments are known are launched without looking at them (``moekit._operators_triton``).
+
+    Args:
+        number: of rows.
+
+    Returns:
+        A multiple of 16.
+
+    Example:
+        >>> room_for(5), room_for(60_000), room_for(61_440), room_for(0)
+        (16, 60416, 61440, 0)
+    """
+    step = max(16, power_of_two(max(number, 1)) // 64)
+    return -(-number // step) * step
 
 
 def gather(x: Tensor, *, group: ProcessGroup) -> Tensor:
@@ -103,17 +133,17 @@ def connect(y: Tensor, *inputs: Tensor) -> Tensor:
 
 class _Exchange(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, sent, received, group: ProcessGroup) -> Tensor:  # type: ignore[no-untyped-def]
-        ctx.sent, ctx.received, ctx.group = sent, received, group
-        return _all_to_all(x, sent, received, group)
+    def forward(ctx, x: Tensor, sent, received, group: ProcessGroup, room, fill) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.sent, ctx.received, ctx.group, ctx.num_rows = sent, received, group, x.shape[0]
+        return _all_to_all(x, sent, received, group, room, fill)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[no-untyped-def]
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
         if differentiable():
-            back = exchange(grad, group=ctx.group, sent=ctx.received, received=ctx.sent)
+            back = exchange(grad, group=ctx.group, sent=ctx.received, received=ctx.sent, room=ctx.num_rows)
         else:
-            back = _all_to_all(grad, ctx.received, ctx.sent, ctx.group)
-        return back, None, None, None
+            back = _all_to_all(grad, ctx.received, ctx.sent, ctx.group, ctx.num_rows, 0)
+        return back, *[None] * 5
 
 
 class _Gather(torch.autograd.Function):
@@ -170,11 +200,27 @@ class _Tail(torch.autograd.Function):
 # The operators behind ``torch.distributed``'s functional collectives: they return new tensors, and compile.
 
 
-def _all_to_all(x: Tensor, sent: Sequence[int] | None, received: Sequence[int] | None, group: ProcessGroup) -> Tensor:
+def _all_to_all(
+    x: Tensor,
+    sent: Sequence[int] | None,
+    received: Sequence[int] | None,
+    group: ProcessGroup,
+    room: int | None,
+    fill: int,
+) -> Tensor:
     equal = [x.shape[0] // group.size()] * group.size()
     leaving, arriving = (equal if sizes is None else list(sizes) for sizes in (sent, received))
+    leaves, arrives = sum(leaving), sum(arriving)
+    x = (x if leaves == x.shape[0] else x[:leaves]).contiguous()
+    spare = 0 if room is None else room - arrives
+    if spare and not torch.compiler.is_compiling():
+        out = x.new_empty(arrives + spare, *x.shape[1:])
+        out[arrives:] = fill
+        dist.all_to_all_single(out[:arrives], x, arriving, leaving, group=group)
+        return out
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_to_all_single(x.contiguous(), arriving, leaving, group.group_name))
+    arrived = ops.wait_tensor(ops.all_to_all_single(x, arriving, leaving, group.group_name))
+    return F.pad(arrived, (*[0] * (2 * x.ndim - 1), spare), value=fill) if spare else arrived
 
 
 def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:

@@ -56,7 +56,9 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = operator.name().partition(".")[0]
         if name == "_c10d_functional::all_to_all_single":
-            self._to_each(args[0], args[2], args[3])
+            self._to_each(args[0], args[2], dist.distributed_c10d._resolve_process_group(str(args[3])))
+        elif name == "c10d::alltoall_base_":
+            self._to_each(args[1], args[4], dist.ProcessGroup.unbox(args[2]))
         elif name in ("_c10d_functional::all_gather_into_tensor", "_c10d_functional::reduce_scatter_tensor"):
             pieces = args[2] if "reduce" in name else 1
             self._to_all(args[0].numel() * args[0].element_size() // pieces, args[-2])
@@ -67,11 +69,10 @@ class Counter(TorchDispatchMode):
             raise NotImplementedError(f"{name} is not counted")
         return operator(*args, **(kwargs or {}))
 
-    def _to_each(self, x: Tensor, rows: list[int], group: Any) -> None:
+    def _to_each(self, x: Tensor, rows: list[int], group: dist.ProcessGroup) -> None:
         self.calls += 1
         row = x[:1].numel() * x.element_size() if x.shape[0] else 0
-        ranks = dist.get_process_group_ranks(dist.distributed_c10d._resolve_process_group(str(group)))
-        for rank, number in zip(ranks, rows, strict=True):
+        for rank, number in zip(dist.get_process_group_ranks(group), rows, strict=True):
             place = 0 if rank == self.rank else 1 if rank // NODE == self.rank // NODE else 2
             self.bytes[place] += number * row
         if x.shape[1:] == (SHAPE.width,):

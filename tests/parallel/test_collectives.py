@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moekit.parallel.collectives import connect, exchange, gather, narrowed, reduce_scatter
+from moekit.parallel.collectives import connect, exchange, gather, narrowed, reduce_scatter, room_for
 
 
 @pytest.fixture
@@ -52,13 +52,59 @@ def test_a_gradient_has_a_gradient(group, move):
     torch.testing.assert_close(second, 12 * x**2)
 
 
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(5, 3), (5,), (0, 2)])
+def test_there_may_be_room_for_more_rows_and_rows_that_stay(group, shape, compiled):
+    """Rows past those that arrive are filled, and what their gradient is goes nowhere."""
+    real, room = min(3, shape[0]), 16
+
+    def move(x):
+        return exchange(x, group=group, sent=[real], received=[real], room=room, fill=-1)
+
+    moved = torch.compile(move, backend="aot_eager", fullgraph=True) if compiled else move
+    x = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    y = moved(x)
+    assert y.shape == (room, *shape[1:])
+    assert torch.equal(y[:real], x[:real])
+    assert (y[real:] == -1).all()
+    factors = torch.randn(y.shape, dtype=torch.float64)
+    factors[real:] = torch.nan
+    [grad] = torch.autograd.grad(y, x, factors)
+    assert torch.equal(grad[:real], factors[:real])
+    assert grad.shape == shape
+    assert not grad[real:].any()
+
+
+def test_a_gradient_has_a_gradient_where_there_is_room(group):
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    y = exchange(x * x, group=group, sent=[3], received=[3], room=16)
+    [first] = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+    torch.testing.assert_close(first[:3], 4 * x[:3] ** 3)
+    [second] = torch.autograd.grad(first.sum(), x)
+    torch.testing.assert_close(second[:3], 12 * x[:3] ** 2)
+    assert not second[3].any()
+
+
+@pytest.mark.parametrize("number", [0, 1, 15, 16, 17, 511, 512, 513, 1000, 32_768, 32_769, 1_000_003])
+def test_room_is_a_little_more_than_rows(number):
+    room = room_for(number)
+    assert number <= room <= max(number + number // 32, number + 15)
+    assert room % 16 == 0
+    assert room_for(room) == room
+
+
+def test_few_numbers_of_rows_occur():
+    assert len({room_for(number) for number in range(2**15, 2**16)}) <= 65
+
+
 def test_exchanges_in_both_directions_take_sizes_the_other_way_round(group, monkeypatch):
     """The backward receives what the forward sent, and its own backward sends it again."""
     from moekit.parallel import collectives
 
     asked = []
 
-    def all_to_all(x, sent, received, group):
+    def all_to_all(x, sent, received, group, room, fill):
         asked.append((sent, received))
         return x.new_ones(sum(received), 2)
 
