@@ -5,8 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 LOWEST := $(VENV)/lowest/bin/python
 NEWEST := $(VENV)/newest/bin/python
+OTHER := $(VENV)/torch/bin/python
+TORCH ?= 2.11.0
 
-.PHONY: train test test-distributed test-lowest test-newest setup lint check bench clean
+.PHONY: train test test-distributed test-lowest test-newest test-torch setup lint check bench clean
 
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
@@ -33,6 +35,14 @@ test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, 
 	$(LOWEST) -m pip uninstall --quiet --yes transformers
 	grep -E '^(tokenizers|safetensors)==' $(VENV)/lowest/versions.txt | $(LOWEST) -m pip install --quiet -r /dev/stdin
 	$(LOWEST) -m pytest -W ignore::DeprecationWarning tests/lm tests/recipes/test_export.py
+
+# Tests also pass with another torch, and with the Triton that it asks for: several gigabytes of CUDA. Triton's interpreter
+# up to 3.6, that of torch 2.11, wants a NumPy below 2.4.
+test-torch:  ## all tests with another torch: make test-torch TORCH=2.11.0 WITH='numpy<2.4'
+	$(PYTHON) -m venv --clear $(VENV)/torch
+	$(OTHER) -m pip install --quiet --upgrade pip
+	grep -vE '^(torch|triton|numpy)==' constraints.txt | $(OTHER) -m pip install --quiet -c /dev/stdin -e '.[test]' 'torch==$(TORCH)' $(if $(WITH),'$(WITH)')
+	OMP_WAIT_POLICY=passive $(OTHER) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 
 test-newest:  ## all tests with the newest versions there are, torch and Triton apart
 	$(PYTHON) -m venv --clear $(VENV)/newest
