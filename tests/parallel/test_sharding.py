@@ -1,3 +1,4 @@
+import copy
 from typing import NamedTuple
 
 import pytest
@@ -203,3 +204,52 @@ def test_gathered_parameters_are_freed_after_the_forward_unless_they_are_to_be_k
 
 def test_whole_modules_have_nothing_to_hold_back():
     gradient_sync(nn.Linear(2, 2), last=False)
+
+
+class Block(nn.Module):
+    """A linear map, and experts (E, ., .) of a module of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense, self.experts = nn.Linear(4, 4), nn.Module()
+        self.experts.up = nn.Parameter(torch.randn(3, 4, 4))
+
+    def forward(self, x):
+        return self.dense(x) @ self.experts.up.sum(0)
+
+
+def blocks() -> nn.Sequential:
+    return nn.Sequential(*[Block() for _ in range(3)])
+
+
+def test_experts_are_gathered_with_their_block_where_no_token_travels(grid):
+    model = blocks()
+    expected, x = copy.deepcopy(model), torch.randn(2, 4)
+    together = grid._replace(layout=replicated(2, 3))
+    shard_model(model, model, together, experts=[block.experts for block in model])
+    assert [isinstance(block.experts, FSDPModule) for block in model] == [False] * 3
+    assert all(isinstance(module, FSDPModule) for module in (model, *model))
+    assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+    assert torch.equal(model(x), expected(x))
+
+
+@pytest.mark.parametrize("cut", [True, False], ids=["sharded experts", "whole experts"])
+def test_where_tokens_travel_parameters_are_gathered_one_unit_ahead(grid, monkeypatch, cut):
+    """Behind an exchange the host is not ahead of the device, as FSDP takes it to be."""
+    asked = {}
+    ahead = FSDPModule.set_modules_to_forward_prefetch
+
+    def look(module, modules):
+        asked[module] = modules
+        ahead(module, modules)
+
+    monkeypatch.setattr(FSDPModule, "set_modules_to_forward_prefetch", look)
+    model = blocks()
+    expected, x = copy.deepcopy(model), torch.randn(2, 4)
+    experts = [block.experts for block in model]
+    layout = Layout(3, replicas=2 if cut else 1, experts=2)
+    shard_model(model, model, grid._replace(layout=layout), experts=experts)
+    units = [[block, block.experts] if cut else [block] for block in model]
+    assert asked == {model: units[0], model[0]: units[1], model[1]: units[2]}
+    if not cut:  # else the module of experts has no forward that would gather them
+        assert torch.equal(model(x), expected(x))
