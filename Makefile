@@ -7,6 +7,7 @@ LOWEST := $(VENV)/lowest/bin/python
 NEWEST := $(VENV)/newest/bin/python
 OTHER := $(VENV)/torch/bin/python
 TORCH ?= 2.11.0
+WITH ?= $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 
 .PHONY: train test test-distributed test-lowest test-newest test-torch setup lint check bench clean
 
@@ -38,7 +39,7 @@ test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, 
 
 # Tests also pass with another torch, and with the Triton that it asks for: several gigabytes of CUDA. Triton's interpreter
 # up to 3.6, that of torch 2.11, wants a NumPy below 2.4.
-test-torch:  ## all tests with another torch: make test-torch TORCH=2.11.0 WITH='numpy<2.4'
+test-torch:  ## all tests with another torch: make test-torch TORCH=2.11.0
 	$(PYTHON) -m venv --clear $(VENV)/torch
 	$(OTHER) -m pip install --quiet --upgrade pip
 	grep -vE '^(torch|triton|numpy)==' constraints.txt | $(OTHER) -m pip install --quiet -c /dev/stdin -e '.[test]' 'torch==$(TORCH)' $(if $(WITH),'$(WITH)')

@@ -18,8 +18,8 @@ def check_routing(name: str, routing: Any) -> None:
 
     Raises:
         ValueError: if it is no ``Routing``; if weights, experts, tokens and positions are not of one shape; if experts,
-            tokens or positions are not int64; if it has two axes, and the first is not T. What is in them is not read:
-            that would wait for the device.
+            tokens or positions are not int64; if it has two axes, and the first is not T; if ``most`` is below 0. What
+            is in them is not read: that would wait for the device.
 
     Example:
         >>> from moekit.routing import top_k
@@ -46,6 +46,8 @@ Give every assignment a weight, an expert and a token.
             f"{name}: the routing has experts of {experts.dtype} and tokens of {tokens.dtype}; expected torch.int64. "
             f"Convert them by .long()."
         )
+    if routing.most is not None and routing.most < 0:
+        raise ValueError(f"{name}: the routing has most = {routing.most}; expected None, or a number not below 0.")
     positions = routing.positions
     if positions is not None and (positions.shape != shape or positions.dtype != torch.int64):
         raise ValueError(

@@ -64,8 +64,9 @@ class Routing(NamedTuple):
             all ranks times this rank's share of their experts, which need not be whole.
         positions: (*A) int64, the place of each assignment among all that compete, which decides who is dropped; None
             is the order of the list.
-        most: so many assignments exist at most, as far as the host knows; None for N. Behind an exchange most choices
-            of a row are other ranks', and experts need memory for no more rows than this.
+        most: no more assignments exist than these; None for N. Exchanges set it, behind which most choices of a row are
+            other ranks' and the host knows how many are not: experts then take memory for no more rows. Whoever adds
+            assignments to such a routing has to reset it.
 
     Example:
         >>> import torch

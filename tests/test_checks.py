@@ -38,6 +38,8 @@ def test_a_routing_that_does_not_fit_is_refused(layer: ExpertLayer) -> None:
         with pytest.raises(ValueError, match=r"positions \(.*\) of .*, and weights \(4, 2\); expected one shape, and"):
             layer(x, routing._replace(positions=positions), params)
     check_routing("a layer", routing._replace(positions=torch.arange(2 * T).view(T, 2)))
+    with pytest.raises(ValueError, match=r"the routing has most = -1; expected None, or a number not below 0"):
+        layer(x, routing._replace(most=-1), params)
     by_expert = expert_choice(torch.randn(T, E), capacity_factor=2.0)
     two_axes = by_expert._replace(**{name: getattr(by_expert, name)[0] for name in Routing._fields[:3]})
     assert two_axes.weights.shape == (E, 1)

@@ -24,7 +24,7 @@ def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) 
     more traffic than ``all_to_all`` unless most tokens go to most ranks, but its shapes never depend on the routing.
     The inner layer sees E / P experts, and the tokens of all ranks in rank order.
 
-    Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
+    Causal if ``layer`` is. Reads the device once, for what each rank has, unless ``equal``.
     Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
 
     Args:
@@ -66,7 +66,7 @@ def tensor_parallel(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = Fa
     Exact for feed-forwards that treat every hidden unit alone and add nothing to their sum, as those of
     ``moekit.experts`` without biases do. A bias of the D outputs (``down_bias``) would be added once by every rank.
 
-    Causal if ``layer`` is. Reads the device once, for the number of tokens of each rank, unless ``equal``.
+    Causal if ``layer`` is. Reads the device once, for what each rank has, unless ``equal``.
     Deterministic on CUDA if ``layer`` is. Sums over ranks are taken in the dtype of the layer's output.
 
     Args:
@@ -129,7 +129,7 @@ def plan_together(
 def _plan_together(
     routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup, equal: bool
 ) -> DispatchPlan:
-    together = _gathered(routing, _sizes(routing, group, equal, _existing(routing)), group)
+    together = _gathered(routing, _sizes(routing, group, equal, _existing), group)
     made = plan(together)
     num_own = routing.expert_indices.numel()
     own = made.assignments - group.rank() * (together.expert_indices.numel() // group.size())
@@ -152,9 +152,8 @@ def _all_gather(
     x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer, group: ProcessGroup, equal: bool
 ) -> Tensor:
     check_tokens("all_gather", x, routing)
-    per_rank = experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
-    owners = routing.expert_indices.flatten().div(per_rank, rounding_mode="floor")
-    sizes = _sizes(routing, group, equal, tokens_per_expert(owners, group.size()))
+    experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
+    sizes = _sizes(routing, group, equal, partial(_existing_of_ranks, num_ranks=group.size()))
     arrived = _of_own_experts(_gathered(routing, sizes, group), group)._replace(most=sizes.most)
     return _share(x, arrived, params, sizes, layer=layer, group=group)
 
@@ -165,7 +164,7 @@ def _tensor_parallel(
     check_tokens("tensor_parallel", x, routing)
     if group.size() > 1 and getattr(params, "down_bias", None) is not None:
         raise ValueError(_BIASED.format(kind=type(params).__name__, ranks=group.size()))
-    sizes = _sizes(routing, group, equal, _existing(routing))
+    sizes = _sizes(routing, group, equal, _existing)
     arrived = _gathered(routing, sizes, group)._replace(most=sizes.most)
     return _share(x, arrived, params, sizes, layer=layer, group=group)
 
@@ -185,11 +184,18 @@ def _existing(routing: Routing) -> Tensor:
     return torch.tensor([existing_at_most(routing)], device=routing.weights.device)
 
 
-def _sizes(routing: Routing, group: ProcessGroup, equal: bool, existing: Tensor) -> _Sizes:
+def _existing_of_ranks(routing: Routing, *, num_ranks: int) -> Tensor:
+    """Count the assignments for the experts of each rank, (P,)."""
+    per_rank = experts_per_rank(routing.num_experts, num_ranks)
+    return tokens_per_expert(routing.expert_indices.flatten().div(per_rank, rounding_mode="floor"), num_ranks)
+
+
+def _sizes(routing: Routing, group: ProcessGroup, equal: bool, count_existing: Callable[[Routing], Tensor]) -> _Sizes:
     """Tell every rank of this one's lists, and of the assignments (P,) for each rank's experts, or (1,) for all."""
     own, pool = (routing.num_tokens, routing.expert_indices.numel()), routing.pool
     if equal:
         return _Sizes(*own, multiplied(pool, Ratio(group.size())), None)
+    existing = count_existing(routing)
     told = torch.cat([torch.tensor([*own, *as_ratio(pool)], device=existing.device), existing])
     columns = gather(told.unsqueeze(0), group=group).t().tolist()
     (tokens, assignments, *pools), of_ranks = columns[:4], columns[4:]

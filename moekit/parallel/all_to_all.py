@@ -36,8 +36,9 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
 
     With a token travel its choices on that rank; there ``layer`` runs on what arrived, and the weighted sum over those
     choices travels back, where a token's sums are added. The inner layer sees E / P experts, and the tokens of all
-    ranks in the order of the ranks; it may drop by capacity, be a strategy itself, or anything else. What an ordinary
-    layer on one process would give for the tokens of all ranks, in rank order, is what comes out.
+    ranks in the order of the ranks, behind them a few rows of zeros without choices (so that few sizes occur); it may
+    drop by capacity, be a strategy itself, or anything else. What an ordinary layer on one process would give for the
+    tokens of all ranks, in rank order, is what comes out.
 
     Causal if ``layer`` is. Reads the device once, for the number of rows. Deterministic on CUDA for token choice.
 

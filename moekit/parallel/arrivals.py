@@ -33,7 +33,7 @@ class ExchangeSizes(NamedTuple):
 
 
 class Departing(NamedTuple):
-    """What leaves with the choices of tokens, for at least as many rows as there are.
+    """What leaves with the choices of tokens.
 
     Attributes:
         links: between T tokens and R rows; those past the last that leaves carry no token.
@@ -51,7 +51,7 @@ class Departing(NamedTuple):
 
 
 def departing(plan: ExchangePlan, routing: Routing, num_rows: int) -> Departing:
-    """Decide what leaves with the choices of a routing (T, K); R is ``num_rows``, or more."""
+    """Decide what leaves with the choices of a routing (T, K); R is ``num_rows``, not less than leave."""
     links, num_ranks = exchange_links(plan, routing, num_rows), plan.sizes.shape[0]
     tokens = torch.where(links.padding, -1, links.tokens)
     rows = torch.arange(num_rows, device=tokens.device)

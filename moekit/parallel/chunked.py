@@ -20,7 +20,8 @@ def chunked(layer: ExpertLayer, *, num_chunks: int) -> ExpertLayer:
     other in the order in which they were asked for, and the second slice's tokens would wait for the first's results.
     So: ``chunked(all_to_all(layer, group=a, return_group=b), num_chunks=2)`` with two groups of the same ranks.
 
-    A capacity limit counts within a slice. Causal if ``layer`` is.
+    A capacity limit counts within a slice. It goes outside of an exchange: what arrives behind one ends in rows of
+    nobody, which would be shared out among the slices like tokens. Causal if ``layer`` is.
 
     Args:
         layer: a parallel strategy, or any other.

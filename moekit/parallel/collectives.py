@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from moekit.autocast import in_autocast
-from moekit.operators import power_of_two, wants_gradient
+from moekit.operators import wants_gradient
 from moekit.rows import differentiable
 
 
@@ -60,7 +60,9 @@ def room_for(number: int) -> int:
         >>> room_for(5), room_for(60_000), room_for(61_440), room_for(0)
         (16, 60416, 61440, 0)
     """
-    step = max(16, power_of_two(max(number, 1)) // 64)
+    step = 16
+    while 64 * step < number:  # by comparisons, which a compiler can keep for other numbers
+        step *= 2
     return -(-number // step) * step
 
 
@@ -197,7 +199,8 @@ class _Tail(torch.autograd.Function):
         return connect(grad.new_zeros(ctx.shape), grad) if differentiable() else None
 
 
-# The operators behind ``torch.distributed``'s functional collectives: they return new tensors, and compile.
+# The operators behind ``torch.distributed``'s functional collectives: they return new tensors, and compile. What is to
+# arrive in a part of a tensor goes there by another, where nothing is compiled.
 
 
 def _all_to_all(

@@ -106,7 +106,7 @@ def exchange_links(plan: ExchangePlan, routing: Routing, num_rows: int) -> Links
     Args:
         plan: of the exchange.
         routing: (T, K).
-        num_rows: R, the sum of ``plan.sizes``.
+        num_rows: R, not less than the sum of ``plan.sizes``; the rows past that carry no token.
 
     Returns:
         Links between T tokens and R rows.
@@ -122,7 +122,7 @@ def tokens_of_rows(plan: ExchangePlan, routing: Routing, num_rows: int) -> Tenso
     Args:
         plan: of the exchange.
         routing: any.
-        num_rows: R, the sum of ``plan.sizes``.
+        num_rows: R, not less than the sum of ``plan.sizes``; the rows past that carry no token.
 
     Returns:
         (R,) int64; -1 for a padding row.

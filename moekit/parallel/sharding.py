@@ -12,7 +12,6 @@ References:
 
 import sys
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
@@ -68,7 +67,7 @@ def shard_model(
 
     Args:
         model: changed in place; what no unit holds is gathered by the model itself.
-        units: submodules, for example the blocks, in the order in which they run.
+        units: submodules, for example the blocks.
         grid: of all ranks; nothing happens on one process.
         experts: submodules of the units that hold parameters of experts.
         reduce_dtype: None computes in the parameters' own dtype. A dtype computes in bf16 and reduces gradients in
@@ -86,15 +85,12 @@ def shard_model(
     """
     if grid.dense is None:
         return
-    travels, left = grid.layout.exchanges, set()
-    if travels:
+    left: set[nn.Parameter] = set()
+    if grid.layout.exchanges:
         shard_experts(experts, grid, reduce_dtype=reduce_dtype, keep_gathered=keep_gathered)
         left = {p for module in experts if not _is_sharded(module) for p in module.parameters()}
-    modules = [*units, model]
-    for module in modules:
+    for module in (*units, model):
         _shard(module, grid.dense, _policy(reduce_dtype), keep_gathered, ignored=left)
-    if travels:
-        _gather_ahead([model, *modules[:-1]], experts)
 
 
 def shard_experts(
@@ -163,19 +159,6 @@ def gradient_sync(model: nn.Module, *, last: bool) -> None:
 def _is_sharded(module: nn.Module) -> "TypeGuard[FSDPModule]":
     kind = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     return kind is not None and isinstance(module, kind)
-
-
-def _gather_ahead(modules: Sequence[nn.Module], experts: Sequence[nn.Module]) -> None:
-    """Let each module gather the parameters of the one after it before it runs itself.
-
-    FSDP takes it for granted that the host is ahead of the device, and the next gathering queued in time. An exchange
-    reads the device, and behind it the device would wait for each of them.
-    """
-    apart = set(experts)
-    for module, following in pairwise(modules):
-        inside = [each for each in following.modules() if each is following or each in apart]
-        assert _is_sharded(module)
-        module.set_modules_to_forward_prefetch([each for each in inside if _is_sharded(each)])
 
 
 def _axis(parameter: Tensor, shards: int) -> int | None:

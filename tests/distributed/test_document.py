@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,8 @@ def bucket():
 
 def run(words: list[str], folder: Path) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline", "COLUMNS": "120"}
+    with socket.create_server(("", 0)) as free:  # torchrun up to 2.11 always takes one, which others may have
+        environment["PET_MASTER_PORT"] = str(free.getsockname()[1])
     done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

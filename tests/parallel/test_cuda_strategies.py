@@ -30,6 +30,7 @@ STRATEGIES = {
     "static": lambda layer, a, b: static_all_to_all(layer, group=a, capacity_factor=1.0, return_group=b),
     "all_gather": lambda layer, a, b: all_gather(layer, group=a),
     "all_gather, equal": lambda layer, a, b: all_gather(layer, group=a, equal=True),
+    "tensor_parallel, equal": lambda layer, a, b: tensor_parallel(layer, group=a, equal=True),
     "ep_tp": lambda layer, a, b: all_to_all(tensor_parallel(layer, group=b), group=a),
     "chunked": lambda layer, a, b: chunked(all_to_all(layer, group=a, return_group=b), num_chunks=2),
     "chunked in 5": lambda layer, a, b: chunked(all_to_all(layer, group=a, return_group=b), num_chunks=5),
@@ -68,7 +69,7 @@ def test_strategies_equal_the_plain_layer(groups, name, dtype):
             torch.empty(4096, 4096, device="cuda").fill_(torch.nan)
 
 
-@pytest.mark.parametrize("name", ["static", "all_gather, equal"])
+@pytest.mark.parametrize("name", ["static", "all_gather, equal", "tensor_parallel, equal"])
 @pytest.mark.parametrize("recipe", [mixtral(k=K), openlm(k=K)], ids=["dropless", "capacity"])
 def test_nothing_reads_the_device(groups, name, recipe):
     layer, tensors = STRATEGIES[name](recipe.layer, *groups), leaves(torch.bfloat16)

@@ -233,23 +233,11 @@ def test_experts_are_gathered_with_their_block_where_no_token_travels(grid):
     assert torch.equal(model(x), expected(x))
 
 
-@pytest.mark.parametrize("cut", [True, False], ids=["sharded experts", "whole experts"])
-def test_where_tokens_travel_parameters_are_gathered_one_unit_ahead(grid, monkeypatch, cut):
-    """Behind an exchange the host is not ahead of the device, as FSDP takes it to be."""
-    asked = {}
-    ahead = FSDPModule.set_modules_to_forward_prefetch
-
-    def look(module, modules):
-        asked[module] = modules
-        ahead(module, modules)
-
-    monkeypatch.setattr(FSDPModule, "set_modules_to_forward_prefetch", look)
+@pytest.mark.parametrize("replicas", [1, 2])
+def test_where_tokens_travel_experts_are_gathered_by_themselves_if_others_hold_them(grid, replicas):
     model = blocks()
-    expected, x = copy.deepcopy(model), torch.randn(2, 4)
-    experts = [block.experts for block in model]
-    layout = Layout(3, replicas=2 if cut else 1, experts=2)
-    shard_model(model, model, grid._replace(layout=layout), experts=experts)
-    units = [[block, block.experts] if cut else [block] for block in model]
-    assert asked == {model: units[0], model[0]: units[1], model[1]: units[2]}
-    if not cut:  # else the module of experts has no forward that would gather them
-        assert torch.equal(model(x), expected(x))
+    layout = Layout(3, replicas=replicas, experts=2)
+    shard_model(model, model, grid._replace(layout=layout), experts=[block.experts for block in model])
+    assert [isinstance(block.experts, FSDPModule) for block in model] == [replicas > 1] * 3
+    assert all(isinstance(module, FSDPModule) for module in (model, *model))
+    assert [isinstance(block.experts.up, DTensor) for block in model] == [replicas > 1] * 3
