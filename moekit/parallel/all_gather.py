@@ -14,7 +14,7 @@ from moekit.parallel.collectives import connect, gather, narrowed, reduce_scatte
 from moekit.parallel.layouts import experts_per_rank
 from moekit.ratios import as_ratio, multiplied, total
 from moekit.segments import tokens_per_expert
-from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing, existing_at_most
+from moekit.types import DispatchPlan, ExpertLayer, Ratio, Routing
 
 
 def all_gather(layer: ExpertLayer, *, group: ProcessGroup, equal: bool = False) -> ExpertLayer:
@@ -129,7 +129,7 @@ def plan_together(
 def _plan_together(
     routing: Routing, *, plan: Callable[[Routing], DispatchPlan], group: ProcessGroup, equal: bool
 ) -> DispatchPlan:
-    together = _gathered(routing, _sizes(routing, group, equal, _existing), group)
+    together = _gathered(routing, _sizes(routing, group, equal, parts=1), group)
     made = plan(together)
     num_own = routing.expert_indices.numel()
     own = made.assignments - group.rank() * (together.expert_indices.numel() // group.size())
@@ -153,7 +153,7 @@ def _all_gather(
 ) -> Tensor:
     check_tokens("all_gather", x, routing)
     experts_per_rank(routing.num_experts, group.size())  # refuses before anything is sent
-    sizes = _sizes(routing, group, equal, partial(_existing_of_ranks, num_ranks=group.size()))
+    sizes = _sizes(routing, group, equal, parts=group.size())
     arrived = _of_own_experts(_gathered(routing, sizes, group), group)._replace(most=sizes.most)
     return _share(x, arrived, params, sizes, layer=layer, group=group)
 
@@ -164,7 +164,7 @@ def _tensor_parallel(
     check_tokens("tensor_parallel", x, routing)
     if group.size() > 1 and getattr(params, "down_bias", None) is not None:
         raise ValueError(_BIASED.format(kind=type(params).__name__, ranks=group.size()))
-    sizes = _sizes(routing, group, equal, _existing)
+    sizes = _sizes(routing, group, equal, parts=1)
     arrived = _gathered(routing, sizes, group)._replace(most=sizes.most)
     return _share(x, arrived, params, sizes, layer=layer, group=group)
 
@@ -179,27 +179,20 @@ def _share(
     return y if y.shape[0] == x.shape[0] else y[: x.shape[0]].clone()  # FSDP wants no view of its modules
 
 
-def _existing(routing: Routing) -> Tensor:
-    """Return how many assignments exist at most, (1,), for ranks that all run all experts."""
-    return torch.tensor([existing_at_most(routing)], device=routing.weights.device)
+def _sizes(routing: Routing, group: ProcessGroup, equal: bool, *, parts: int) -> _Sizes:
+    """Tell every rank of this one's lists, and how many assignments each of as many parts of the experts has.
 
-
-def _existing_of_ranks(routing: Routing, *, num_ranks: int) -> Tensor:
-    """Count the assignments for the experts of each rank, (P,)."""
-    per_rank = experts_per_rank(routing.num_experts, num_ranks)
-    return tokens_per_expert(routing.expert_indices.flatten().div(per_rank, rounding_mode="floor"), num_ranks)
-
-
-def _sizes(routing: Routing, group: ProcessGroup, equal: bool, count_existing: Callable[[Routing], Tensor]) -> _Sizes:
-    """Tell every rank of this one's lists, and of the assignments (P,) for each rank's experts, or (1,) for all."""
+    There is a part for each rank, or one that all ranks run.
+    """
     own, pool = (routing.num_tokens, routing.expert_indices.numel()), routing.pool
     if equal:
         return _Sizes(*own, multiplied(pool, Ratio(group.size())), None)
-    existing = count_existing(routing)
+    owners = routing.expert_indices.flatten().div(routing.num_experts // parts, rounding_mode="floor")
+    existing = tokens_per_expert(owners, parts)
     told = torch.cat([torch.tensor([*own, *as_ratio(pool)], device=existing.device), existing])
     columns = gather(told.unsqueeze(0), group=group).t().tolist()
-    (tokens, assignments, *pools), of_ranks = columns[:4], columns[4:]
-    mine = of_ranks[group.rank() if len(of_ranks) > 1 else 0]
+    (tokens, assignments, *pools), of_parts = columns[:4], columns[4:]
+    mine = of_parts[group.rank() % parts]
     return _Sizes(max(tokens), max(assignments), multiplied(1, total(zip(*pools, strict=True))), room_for(sum(mine)))
 
 
