@@ -7,6 +7,9 @@ LOWEST := $(VENV)/lowest/bin/python
 NEWEST := $(VENV)/newest/bin/python
 OTHER := $(VENV)/torch/bin/python
 TORCH ?= 2.11.0
+# Two files at a time. Threads that have nothing to do sleep: by default they look out for work, and keep a core from the
+# other file's tests.
+TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 WITH ?= $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 
 .PHONY: train test test-distributed test-lowest test-newest test-torch setup lint check bench clean
@@ -14,11 +17,10 @@ WITH ?= $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 train: setup  ## environment, then the main job on the embedded data
 	$(BIN)/python examples/train_moe.py $(FLAGS)
 
-# Types are checked by one core while tests wait for processes to start; what was found comes after the tests. Threads
-# that have nothing to do sleep: by default they look out for work, and keep a core from the other file's tests.
+# Types are checked by one core while tests wait for processes to start; what was found comes after the tests.
 test: setup lint  ## environment, checks, and all tests, two files at a time: about ten minutes on two cores
 	@$(BIN)/mypy > $(VENV)/types.txt 2>&1 & types=$$!; trap "kill $$types" INT TERM; \
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS); tests=$$?; \
+	OMP_WAIT_POLICY=passive $(BIN)/python $(TESTS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
 test-distributed: setup  ## all cases of the matrices over ranks and of compilation, about fifteen minutes
@@ -32,7 +34,7 @@ test-lowest:  ## all tests with the lowest versions that pyproject.toml allows, 
 	$(PYTHON) tests/lowest_versions.py > $(VENV)/lowest/versions.txt
 	grep -vE '^(tokenizers|safetensors)==' $(VENV)/lowest/versions.txt | $(LOWEST) -m pip install --quiet -r /dev/stdin -e .
 	$(LOWEST) -m ruff format --check . && $(LOWEST) -m ruff check . && $(LOWEST) -m mypy
-	$(LOWEST) -m pytest -W ignore::DeprecationWarning $(FLAGS)
+	OMP_WAIT_POLICY=passive $(LOWEST) $(TESTS) -W ignore::DeprecationWarning
 	$(LOWEST) -m pip uninstall --quiet --yes transformers
 	grep -E '^(tokenizers|safetensors)==' $(VENV)/lowest/versions.txt | $(LOWEST) -m pip install --quiet -r /dev/stdin
 	$(LOWEST) -m pytest -W ignore::DeprecationWarning tests/lm tests/recipes/test_export.py
@@ -43,14 +45,14 @@ test-torch:  ## all tests with another torch: make test-torch TORCH=2.11.0
 	$(PYTHON) -m venv --clear $(VENV)/torch
 	$(OTHER) -m pip install --quiet --upgrade pip
 	grep -vE '^(torch|triton|numpy)==' constraints.txt | $(OTHER) -m pip install --quiet -c /dev/stdin -e '.[test]' 'torch==$(TORCH)' $(if $(WITH),'$(WITH)')
-	OMP_WAIT_POLICY=passive $(OTHER) -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
+	OMP_WAIT_POLICY=passive $(OTHER) $(TESTS)
 
 test-newest:  ## all tests with the newest versions there are, torch and Triton apart
 	$(PYTHON) -m venv --clear $(VENV)/newest
 	$(NEWEST) -m pip install --quiet --upgrade pip
 	grep -E '^(torch|triton)==' constraints.txt | $(NEWEST) -m pip install --quiet -c /dev/stdin -e '.[test]'
 	$(NEWEST) -m ruff format --check . && $(NEWEST) -m ruff check . && $(NEWEST) -m mypy
-	$(NEWEST) -m pytest $(FLAGS)
+	OMP_WAIT_POLICY=passive $(NEWEST) $(TESTS)
 
 setup: $(STAMP)  ## the environment
 

@@ -75,7 +75,7 @@ def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
 
     Raises:
         ValueError: if there is no process group yet, and only some of the launcher's variables are set, or SLURM
-            started several tasks without them.
+            started several tasks without them; or if a rank has no GPU where others have one.
 
     Example:
         >>> with start_processes() as world:
@@ -195,6 +195,7 @@ def _join(patience: timedelta, *, joined: bool) -> torch.device:
         device, backend, bound = torch.device("cpu"), "gloo", None
     else:
         local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+        _check_gpus(local)
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
         bound = device  # NCCL then connects here, where its errors are understood, and not in the first step
@@ -209,6 +210,16 @@ def _check_launcher() -> None:
         raise ValueError(
             f"this is one of {os.environ.get('WORLD_SIZE', '?')} processes by WORLD_SIZE, but {', '.join(missing)} "
             "is not set. Start them with torchrun, which sets all of them, or unset WORLD_SIZE for a single process"
+        )
+
+
+def _check_gpus(local: int) -> None:
+    gpus = torch.cuda.device_count()
+    if local >= gpus:
+        raise ValueError(
+            f"LOCAL_RANK is {local}, but this process sees {gpus} GPU(s), and a rank takes that of its number. Start "
+            f"at most {gpus} a node (torchrun --nproc-per-node {gpus}), or let each see all GPUs of its node; or hide "
+            "them with CUDA_VISIBLE_DEVICES= and compute on the CPU"
         )
 
 

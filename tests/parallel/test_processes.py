@@ -75,6 +75,7 @@ def test_a_group_that_exists_needs_no_launcher(monkeypatch, tasks):
         chosen = []
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
         monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
         with start_processes() as world:
             assert world.device == torch.device("cuda", 3)
@@ -114,9 +115,11 @@ def test_several_processes_talk(monkeypatch):
 
 
 class _Joined:
-    """Stands in for a process group of two, and writes down how it was made and left."""
+    """Stands in for a process group of two, beside so many GPUs, and writes down how it was made and left."""
 
-    def __init__(self, monkeypatch):
+    def __init__(self, monkeypatch, gpus=0):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         self.made, self.left = {}, 0
         for name, value in zip(LAUNCHER, ("1", "2", "1", "127.0.0.1", "1"), strict=True):
             monkeypatch.setenv(name, value)
@@ -131,8 +134,7 @@ class _Joined:
 
 @pytest.mark.parametrize("gpus", [0, 2])
 def test_a_rank_has_its_own_device_and_limited_patience(monkeypatch, gpus):
-    joined, chosen = _Joined(monkeypatch), []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    joined, chosen = _Joined(monkeypatch, gpus), []
     monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     with start_processes(patience=timedelta(seconds=7)) as world:
         device = torch.device("cuda", 1) if gpus else torch.device("cpu")
@@ -144,10 +146,18 @@ def test_a_rank_has_its_own_device_and_limited_patience(monkeypatch, gpus):
     assert joined.left == 1
 
 
+def test_a_rank_without_a_gpu_beside_ranks_that_have_one_is_explained(monkeypatch):
+    joined = _Joined(monkeypatch, gpus=1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda local: pytest.fail("no such device"))
+    message = r"LOCAL_RANK is 1, but this process sees 1 GPU\(s\).* --nproc-per-node 1\)"
+    with pytest.raises(ValueError, match=message), start_processes():
+        pass
+    assert joined.made == {}
+
+
 def test_the_launcher_says_how_many_ranks_a_node_has(monkeypatch):
     _Joined(monkeypatch)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with start_processes() as world:
         assert (world.size, world.ranks_per_node) == (2, 1)
 

@@ -9,7 +9,7 @@ from small_runs import SEQ_LEN, words
 
 from moekit.lm.batches import Batching, Reading, RowFormat
 from moekit.lm.folder_locks import FolderLock
-from moekit.parallel import one_process
+from moekit.parallel import World, one_process
 from moekit.recipes import runs
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.language_models import moe_layers
@@ -17,6 +17,7 @@ from moekit.recipes.runs import claimed, resolved, run_folder, set_up
 
 pytestmark = pytest.mark.usefixtures("quick")
 SILENT = Console(quiet=True)
+ON_CPU = World(0, 1, torch.device("cpu"))  # beside a GPU too
 
 
 @pytest.fixture
@@ -35,14 +36,14 @@ def opened(monkeypatch):
 
 def test_the_stream_is_opened_as_the_settings_say(settings_of, opened):
     flags = "--seed 7 --data-lanes 3 --workers 2 --on-bad-data skip --data-key json --allow-pipe-commands"
-    run = set_up(settings_of(*flags.split()), one_process(), SILENT)
+    run = set_up(settings_of(*flags.split()), ON_CPU, SILENT)
     [((reading,), named)] = opened
     batching = Batching(4, RowFormat(SEQ_LEN, 512), on_bad="skip", data_key="json", allow_commands=True)
     sources = [each.shards for each in run.corpus.sources]
     assert reading == Reading(sources, batching, seed=7, weights=(0.75, 0.25), lanes=3, max_passes=None)
     assert run.corpus.weights == (0.75, 0.25)
     assert named == {"workers": 2}
-    set_up(settings_of("--steps", "1", "--no-multiple-data-passes"), one_process(), SILENT)
+    set_up(settings_of("--steps", "1", "--no-multiple-data-passes"), ON_CPU, SILENT)
     ((reading,), named) = opened[-1]
     assert (reading.max_passes, named) == (1, {"workers": 0})
     assert reading.batching == Batching(4, RowFormat(SEQ_LEN, 512), on_bad="raise", allow_commands=False)
@@ -56,7 +57,7 @@ def test_data_that_do_not_last_are_refused_before_a_model_is_made(settings_of, m
 
 def test_what_was_left_to_defaults_is_filled_in(settings_of, opened):
     settings = settings_of("--steps", "40", "--precision", "auto")
-    run = set_up(settings, one_process(), SILENT)
+    run = set_up(settings, ON_CPU, SILENT)
     found = resolved(run)
     assert (found.optimizer.steps, found.optimizer.batch_size, found.optimizer.global_batch_size) == (40, None, 4)
     assert (found.optimizer.warmup, found.optimizer.lr_cooldown_end) == (4, 1e-2 / 50)
