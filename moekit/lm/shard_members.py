@@ -138,7 +138,9 @@ def _all_members(path: str, *, allow_commands: bool) -> Iterator[tuple[str, byte
         with open_url(url, allow_commands=allow_commands) as stream:
             blocks = _Blocks(stream)
             with tarfile.TarFile(fileobj=blocks) as tar:  # type: ignore[arg-type]  # it calls no other method
-                while (member := tar.next()) is not None:
+                # Asked again, it would read on behind a first header that is damaged.
+                nothing = tar.firstmember is None  # type: ignore[attr-defined]
+                while not nothing and (member := tar.next()) is not None:
                     _check_size(member)
                     if not member.isdir():
                         yield member.name, _content(path, tar, member)
