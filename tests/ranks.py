@@ -73,6 +73,8 @@ def _rank(
     from moekit.parallel import World
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(size))
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # programs would each take the GPU of its rank
     os.environ.update(MASTER_ADDR="127.0.0.1", COLUMNS="160", MOEKIT_CACHE=f"{folder}/cache")
     torch.set_num_threads(1)
     warnings.simplefilter("error")

@@ -74,7 +74,8 @@ def test_peak_memory_of_experts_falls_as_one_over_the_ranks():
 
     Beyond what is held at a time, 3 to 8 MB were measured: activations, and what a product of one expert's matrices, of
     4 MB each, takes for itself. The room for one expert does not hold that and another copy of a rank's parameters,
-    which on eight ranks are one expert.
+    which on eight ranks are one expert. Kernels count each core's pages apart and add them up now and then: on 32 cores
+    1 MB of 192 was missing.
     """
     hidden = 4096
     slack = 3 * 4 * D * hidden
@@ -82,7 +83,7 @@ def test_peak_memory_of_experts_falls_as_one_over_the_ranks():
     for ranks in (1, 2, 4, 8):
         peaks = run_ranks("holding_cases:peak", ranks, hidden, limit=60)
         least = 4 * experts // ranks
-        assert all(least <= peak <= least + slack for peak in peaks), (
+        assert all(0.98 * least <= peak <= least + slack for peak in peaks), (
             f"{ranks} ranks: {[round(peak / 2**20, 1) for peak in peaks]} MiB at most; expected "
             f"{least / 2**20:.1f} to {(least + slack) / 2**20:.1f}"
         )

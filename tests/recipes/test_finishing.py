@@ -7,6 +7,7 @@ import pytest
 from small_runs import SEQ_LEN
 
 from moekit.lm.trackers import read_metrics
+from moekit.parallel import one_process
 from moekit.recipes import finishing, recording, report
 from moekit.recipes.finishing import Trained, _counted_words
 from moekit.recipes.saving import Progress
@@ -45,7 +46,7 @@ def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
 
     before = Progress(step=3, seconds=1000.0, trained_tokens=None)
     monkeypatch.setattr("moekit.recipes.train.restore", lambda *_: before)
-    monkeypatch.setattr(recording, "_PEAK", {"cpu": 1e12})
+    monkeypatch.setattr(recording, "_PEAK", {recording.device_name(one_process().device): 1e12})
     monkeypatch.setattr(report, "simple_scores", missing)
     monkeypatch.setattr(report, "draw", undrawn)
     folder = program("--steps", "5", "--recipe", "switch", "--moe-loss-scope", "micro-batch")

@@ -62,6 +62,7 @@ def loss_of(checkpoint, rows):
     """Compute the loss of some rows one after the other, without the program."""
     model, recipe = model_of(checkpoint)
     model.eval()
+    rows = rows.to(next(model.parameters()).device)
     for module in model.modules():
         if hasattr(module, "recipe"):
             module.recipe = recipe
