@@ -4,11 +4,14 @@ import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 import torch
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "WANDB_MODE": "offline"}
 os.environ["COLUMNS"] = "160"  # of what programs print, so that the path of a temporary folder is not broken
+hypothesis.settings.register_profile("moekit", deadline=None)  # a machine that is busy elsewhere finds no fault
+hypothesis.settings.load_profile("moekit")
 torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # two workers share two cores
 
 

@@ -18,7 +18,7 @@ from moekit.routing.top_k import token_choice
 from moekit.types import DispatchPlan, Routing
 
 D, F = 4, 3
-few = settings(max_examples=40, deadline=None, derandomize=True, database=None)
+few = settings(max_examples=40, derandomize=True, database=None)
 seeds = st.integers(0, 2**32 - 1)
 
 

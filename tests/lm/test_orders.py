@@ -18,7 +18,7 @@ def draw(order, number, batch_size=8):
     return [order.next(index % batch_size) for index in range(number)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=SHARDS, lanes=LANES, batch_size=st.integers(1, 20), seed=st.integers(0, 2**40))
 def test_every_pass_has_every_sequence_once_before_the_next_begins(counts, lanes, batch_size, seed):
     order, total = Order([counts], seed=seed, lanes=lanes), sum(counts)
@@ -32,7 +32,7 @@ def test_every_pass_has_every_sequence_once_before_the_next_begins(counts, lanes
     assert order.taken == (3 * total,)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(counts=SHARDS, lanes=LANES, batch_size=st.integers(1, 20), seed=st.integers(0, 99))
 def test_a_lane_serves_its_slots_until_no_shard_is_left_and_then_the_fullest_helps(counts, lanes, batch_size, seed):
     unclaimed, left, read = sum(map(bool, counts)), [0] * lanes, {}
@@ -48,7 +48,7 @@ def test_a_lane_serves_its_slots_until_no_shard_is_left_and_then_the_fullest_hel
         read[expected], left[expected] = (shard, position + 1), left[expected] - 1
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     counts=st.lists(SHARDS, min_size=1, max_size=4),
     lanes=LANES,
@@ -258,7 +258,7 @@ def test_bad_arguments(arguments, message):
         Order(**{"counts": [[3]], "seed": 0} | arguments)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(number=st.integers(0, 400), weights=st.lists(st.floats(0.01, 9), min_size=1, max_size=5))
 def test_needs_are_what_the_order_takes(number, weights):
     order = Order([[1]] * len(weights), weights, seed=0)

@@ -29,7 +29,7 @@ both = pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=lambda tokenizer: to
 
 
 @both
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=ANY_TEXT)
 def test_any_text_comes_back(tokenizer, text):
     ids = tokenizer.encode(text)

@@ -237,7 +237,7 @@ def test_every_setting_survives_the_way_into_a_file_and_back(tmp_path, group, na
     assert dataclasses.replace(parsed, run=dataclasses.replace(parsed.run, config=None)) == settings
 
 
-@hypothesis_settings(max_examples=25, deadline=None)
+@hypothesis_settings(max_examples=25)
 @given(
     lr=st.floats(1e-12, 10),
     weights=st.lists(st.floats(1e-9, 1e9), min_size=1, max_size=3),
