@@ -150,6 +150,6 @@ def test_bigram_needs_two_sequences():
 
 def test_a_million_tokens_are_fast():
     train = torch.randint(0, 1024, (8000, 129), generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
+    start = time.process_time()
     bigram_loss(train, train[:400], vocab_size=1024)
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
