@@ -14,7 +14,8 @@ import io
 import json
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import Literal, get_args
 
 from moekit.lm.urls import ByteStream, is_remote, open_url, resolve_url
@@ -49,7 +50,7 @@ class ShardError(ValueError):
 
 def shard_members(
     path: str, *, data_key: str | None = None, allow_commands: bool = False
-) -> Iterator[tuple[str, bytes]]:
+) -> Generator[tuple[str, bytes]]:
     """Stream the members of a shard in file order, holding one at a time.
 
     Args:
@@ -59,7 +60,7 @@ def shard_members(
         allow_commands: run ``pipe:COMMAND`` in a shell.
 
     Yields:
-        Name and content of each member.
+        Name and content of each member. What is open is closed with the generator.
 
     Raises:
         ShardError: "broken shard" if it is missing, unreadable, no tar, damaged, cut short, even between two members,
@@ -71,12 +72,13 @@ def shard_members(
     if data_key is not None and data_key not in DATA_KEYS:
         raise ValueError(f"data_key is {data_key!r}; expected one of {', '.join(DATA_KEYS)}")
     found, others = False, set[str]()
-    for name, content in _all_members(path, allow_commands=allow_commands):
-        if data_key is None or name.endswith(f".{data_key}"):
-            found = True
-            yield name, content
-        else:
-            others.add(name.rpartition("/")[2].partition(".")[2])
+    with closing(_all_members(path, allow_commands=allow_commands)) as members:
+        for name, content in members:
+            if data_key is None or name.endswith(f".{data_key}"):
+                found = True
+                yield name, content
+            else:
+                others.add(name.rpartition("/")[2].partition(".")[2])
     if others and not found:
         raise ShardError(
             f"no member of shard {path} ends in .{data_key}; found {', '.join(sorted(others))}. Set --data-key, or "
@@ -132,7 +134,7 @@ def _json_text(name: str, content: bytes) -> bytes:
     raise ValueError("its name ends in none of .json, .json.gz, .txt")
 
 
-def _all_members(path: str, *, allow_commands: bool) -> Iterator[tuple[str, bytes]]:
+def _all_members(path: str, *, allow_commands: bool) -> Generator[tuple[str, bytes]]:
     url = resolve_url(path, allow_commands=allow_commands)
     try:
         with open_url(url, allow_commands=allow_commands) as stream:

@@ -13,7 +13,8 @@ References:
 import json
 import os
 import posixpath
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from typing import NamedTuple
 
 from moekit.lm.shard_members import DATA_KEYS, Reason, ShardError, parse_member, shard_members
@@ -91,7 +92,7 @@ def read_manifest(path: str | os.PathLike[str], *, allow_commands: bool = False)
 
 def read_shard(
     path: str | os.PathLike[str], *, data_key: str | None = None, allow_commands: bool = False
-) -> Iterator[list[int]]:
+) -> Generator[list[int]]:
     """Read a shard from front to end, one sequence at a time.
 
     Args:
@@ -106,12 +107,13 @@ def read_shard(
         ShardError: if the shard is missing, no tar or cut short, or a member is no list of ints; it names shard and
             member.
     """
-    for name, content in shard_members(os.fspath(path), data_key=data_key, allow_commands=allow_commands):
-        try:
-            tokens = parse_member(name, content)
-        except ShardError as error:
-            raise ShardError(f"shard {path}: {error}", error.reason) from error
-        yield tokens
+    with closing(shard_members(os.fspath(path), data_key=data_key, allow_commands=allow_commands)) as members:
+        for name, content in members:
+            try:
+                tokens = parse_member(name, content)
+            except ShardError as error:
+                raise ShardError(f"shard {path}: {error}", error.reason) from error
+            yield tokens
 
 
 def _manifest_line(manifest: str, number: int, line: str) -> Shard:

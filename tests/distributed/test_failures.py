@@ -25,6 +25,7 @@ MARK = "MOEKIT_TEST_LAUNCH"  # all processes of a launch inherit it
 STEPS, SAVE_EVERY, RANKS = 20, 2, 2
 FAULT = "the injected fault"
 PATIENCE = 8  # seconds that a rank waits for one that has fallen silent, or that a busy machine starts later
+ONE_MACHINE = ["--standalone", "--nproc-per-node", str(RANKS)]  # a free port: torchrun up to 2.11 has one of its own
 ELASTIC = "--nnodes 1:2 --nproc-per-node 1 --max-restarts 3 --rdzv-backend c10d --rdzv-id lost"
 QUICKLY = "last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=3"  # a lost node is missed after 3 seconds
 
@@ -119,7 +120,7 @@ def flags(tmp_path_factory):
 def unbroken(flags, tmp_path_factory):
     """The folder of a run of two ranks that nothing happened to."""
     logs = tmp_path_factory.mktemp("unbroken")
-    status, said = ended(launch(["--nproc-per-node", str(RANKS)], PROGRAM, *flags(logs), mark=logs))
+    status, said = ended(launch(ONE_MACHINE, PROGRAM, *flags(logs), mark=logs))
     assert status == 0, said
     return logs / "a"
 
@@ -150,7 +151,7 @@ FOR_FULL = ("signal", "raise")  # else tested by signals to a job (test_slurm.py
 
 @pytest.mark.slow
 def test_a_run_that_fails_in_every_way_equals_the_unbroken_one(flags, unbroken, faulty, tmp_path, mark, full):
-    torchrun, step = ["--nproc-per-node", str(RANKS)], 0
+    torchrun, step = ONE_MACHINE, 0
     for kind, (message, limit, gained) in FAULTS.items():
         if kind in FOR_FULL and not full:
             continue
@@ -209,7 +210,7 @@ def test_ranks_without_tokens_and_uneven_ends_change_nothing(flags, tmp_path, ma
     manifest = write_shards(tmp_path / "padded", rows, sequences_per_shard=7)
     line = flags(tmp_path, "--dataset-manifest", str(manifest), "--train-data-mix-weights", "1")
     line += ["--val-manifest", str(validation), "--global-batch-size", str(RANKS), "--steps", "12"]
-    process = launch(["--nproc-per-node", str(RANKS)], PROGRAM, *line, "--fsdp", "--name", "several", mark=mark)
+    process = launch(ONE_MACHINE, PROGRAM, *line, "--fsdp", "--name", "several", mark=mark)
     main([*line, "--name", "one"])
     status, said = ended(process)
     assert status == 0, said

@@ -31,10 +31,9 @@ RECIPES = ["mixtral", "deepseek_moe"]  # a balancing loss over the whole step, a
 
 def torchrun(program: Path, *words: str, folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    start = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(ranks), "--", str(program)]
-    return subprocess.Popen(
-        [*start, *words], cwd=folder, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
+    said = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    return subprocess.Popen([*start, str(program), *words], cwd=folder, env=environment, **said)
 
 
 @pytest.fixture(scope="module")
