@@ -1,12 +1,21 @@
 """Where programs print: consoles wide enough for their tables, and lines as they are."""
 
+import codecs
+import io
 import os
+import sys
 
 from rich.console import Console
+
+_IN_ASCII = dict.fromkeys(range(0x2500, 0x2580), "+") | str.maketrans("▁▂▃▄▅▆▇█±─━═│┃║", "12345678~---|||")
+_ERRORS = "moekit.readable"
 
 
 def plain_console(*, quiet: bool = False, piped: int = 120) -> Console:
     """Return a console that prints names and paths as they are, in tables too: neither markup nor emoji codes are read.
+
+    No run ends because standard output has no bytes for what it prints. Where its encoding lacks them, blocks of bars
+    are digits from 1 to 8, lines of tables ``-``, ``|`` and ``+``, and other characters question marks.
 
     Args:
         quiet: print nothing.
@@ -16,6 +25,8 @@ def plain_console(*, quiet: bool = False, piped: int = 120) -> Console:
         >>> plain_console().print("logs/a[v2]/:car:")
         logs/a[v2]/:car:
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
+        sys.stdout.reconfigure(errors=_ERRORS)
     console = Console(quiet=quiet, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = piped
@@ -62,3 +73,19 @@ def print_warnings(console: Console, *lines: str) -> None:
         warning: as [it] is
     """
     print_lines(console, *lines, style="bold")
+
+
+def _readable(error: UnicodeError) -> tuple[bytes, int]:
+    """Replace what an encoding lacks by what all have, for ``codecs.register_error``; bytes of file names stay."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end].translate(_IN_ASCII)
+    return b"".join(_bytes(character) for character in lacking), error.end
+
+
+def _bytes(character: str) -> bytes:
+    byte = ord(character) - 0xDC00  # of a name that is in no encoding (PEP 383)
+    return bytes([byte]) if 0x80 <= byte < 0x100 else character.encode("ascii", "replace")
+
+
+codecs.register_error(_ERRORS, _readable)

@@ -1,5 +1,8 @@
 """What programs print is what users named."""
 
+import io
+import sys
+
 import pytest
 from rich.table import Table
 
@@ -25,3 +28,33 @@ def test_a_pipe_has_the_columns_that_tables_need_unless_the_user_says_how_many(m
     assert (plain_console().width, plain_console(piped=180).width) == (120, 180)
     monkeypatch.setenv("COLUMNS", "90")
     assert (plain_console(piped=180).width, wide_console().width) == (90, 120)
+
+
+@pytest.mark.parametrize(("encoding", "half"), [("ascii", "~"), ("latin-1", "\xb1"), ("utf-8", "\xb1")])
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_a_terminal_without_the_characters_ends_no_run(monkeypatch, encoding, half, errors):
+    """As an old cluster's, whose locale is C or of one byte a character; a file's name may have bytes of any."""
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding=encoding, errors=errors))
+    console, table = plain_console(), Table("a", "b", title="\u4e2d")
+    table.add_row("\u2581\u2588", "3 \xb1 1")
+    console.print(table)
+    print_lines(console, "runs/\udcff")
+    console.rule()
+    sys.stdout.flush()
+    printed = said.getvalue()
+    assert b"runs/\xff\n" in printed
+    assert f"3 {half} 1".encode(encoding) in printed
+    if encoding != "utf-8":
+        assert b" 18 " in printed
+        assert b"?" in printed
+        assert b"\n" + b"-" * 100 in printed
+        assert b"|" in printed
+    else:
+        assert "\u2581\u2588 \u2502".encode() in printed
+
+
+def test_what_a_stream_does_with_such_characters_by_itself_stays(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"))
+    plain_console()
+    assert sys.stdout.errors == "backslashreplace"
