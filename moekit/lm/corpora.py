@@ -196,12 +196,18 @@ def cache_dir() -> Path:
 
     Returns:
         The path, which need not exist: ``$MOEKIT_CACHE``, else ``$XDG_CACHE_HOME/moekit``, else ``~/.cache/moekit``.
+
+    Raises:
+        OSError: if the path begins with ``~``, and the user has no home.
     """
     if chosen := os.environ.get("MOEKIT_CACHE"):
-        return Path(chosen).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "moekit"
-    return Path.home() / ".cache" / "moekit"
+        path = Path(chosen)
+    else:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "moekit")
+    try:
+        return path.expanduser()
+    except RuntimeError as error:  # as of a user whom a container does not know
+        raise OSError(f"the cache would be {path}, but this user has no home. Set MOEKIT_CACHE to a folder") from error
 
 
 def _is_source(name: str) -> bool:

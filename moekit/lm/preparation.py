@@ -97,6 +97,7 @@ def prepare(
         ValueError: if the tokenizer's name, ``seq_len``, the names of the domains, or the weights make no sense, or a
             domain has fewer than two documents.
         ModuleNotFoundError: if a package of the extra ``moekit[data]`` is needed and not installed.
+        OSError: if the cache cannot be made or written to, or there is no room in it.
     """
     vocab_size = _vocab_size(tokenizer_name)
     if seq_len < 1:
@@ -112,7 +113,7 @@ def prepare(
     if fault is not None:
         if folder.exists():
             warnings.warn(f"the cache {folder} is damaged: {fault}. It is made again.", stacklevel=2)
-        cache.mkdir(parents=True, exist_ok=True)
+        _make(cache)
         _sweep(cache)
         with _temporary(folder) as built:
             say("reading the documents")
@@ -217,6 +218,17 @@ def _fault(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes, not {size}"
     return None
+
+
+def _make(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=cache):
+            pass
+    except OSError as error:
+        raise type(error)(
+            f"cannot write into the cache {cache} ({error.strerror}). Set MOEKIT_CACHE to another folder"
+        ) from error
 
 
 @contextlib.contextmanager

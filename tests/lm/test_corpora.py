@@ -138,3 +138,13 @@ def test_cache_dir(monkeypatch):
     assert cache_dir() == Path("/var/cache/moekit")
     monkeypatch.setenv("MOEKIT_CACHE", "~/here")
     assert cache_dir() == Path("/home/ada/here")
+
+
+def test_a_user_without_a_home_hears_where_a_cache_can_be(monkeypatch):
+    for name in ("HOME", "MOEKIT_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    with pytest.raises(OSError, match=r"would be ~/\.cache/moekit, but this user has no home\. Set MOEKIT_CACHE"):
+        cache_dir()
+    monkeypatch.setenv("MOEKIT_CACHE", "/var/cache/moekit")
+    assert cache_dir() == Path("/var/cache/moekit")

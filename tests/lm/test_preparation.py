@@ -2,6 +2,7 @@ import contextlib
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from stored_rows import stored_rows
@@ -203,3 +204,11 @@ def test_a_slice_of_the_real_text(tmp_path):
     assert "Senate and House of Representatives" in prepared.tokenizer.decode(train)
     record = json.loads((prepared.folder / "prepared.json").read_text())
     assert "speeches/train/manifest.jsonl" in record["files"]
+
+
+@pytest.mark.parametrize("nothing", ["folder", "file"])
+def test_a_cache_that_cannot_be_written_to_is_told_with_what_to_do(tmp_path, nothing):
+    cache = Path("/proc/cache") if nothing == "folder" else tmp_path / "file" / "cache"
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match=rf"cannot write into the cache {cache} \(.*\)\. Set MOEKIT_CACHE"):
+        prepare(**SMALL, cache=cache, progress=lambda line: pytest.fail(line))
