@@ -1,20 +1,11 @@
 import pytest
 import torch
-import torch.distributed as dist
 
 from moekit.dispatch import dropless_plan
 from moekit.experts import init_gated
 from moekit.parallel import all_gather, plan_together, tensor_parallel
 from moekit.recipes import mixtral
 from moekit.routing import top_k
-
-
-@pytest.fixture
-def group():
-    """Start a process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("equal", [True, False])

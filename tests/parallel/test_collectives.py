@@ -1,18 +1,8 @@
 import pytest
 import torch
-import torch.distributed as dist
 from torch._dynamo.testing import CompileCounter
 
 from moekit.parallel.collectives import connect, exchange, gather, narrowed, reduce_scatter, room_for
-
-
-@pytest.fixture
-def group():
-    """Start a process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
-
 
 EXCHANGES = {
     "equal": exchange,

@@ -126,14 +126,10 @@ def test_experts_are_sharded_over_the_replicas_within_a_shard(layout, shards, ex
     assert shards_of_experts(layout, shards) == expected
 
 
-def test_the_group_along_an_axis():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("nodes", "experts"))
-        assert group_of(mesh, "nodes") is mesh.get_group("nodes")
-        assert group_of(mesh, "experts") is mesh.get_group("experts")
-    finally:
-        dist.destroy_process_group()
+def test_the_group_along_an_axis(group):
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("nodes", "experts"))
+    assert group_of(mesh, "nodes") is mesh.get_group("nodes")
+    assert group_of(mesh, "experts") is mesh.get_group("experts")
 
 
 def test_a_group_where_no_tokens_travel_is_refused():

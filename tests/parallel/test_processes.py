@@ -49,40 +49,32 @@ def test_half_a_launcher_is_explained(monkeypatch, missing):
     assert not dist.is_initialized()
 
 
-def test_a_group_that_exists_is_used_and_left_alone():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            for name, value in zip(LAUNCHER, ("0", "1", "0", "127.0.0.1", "1"), strict=True):
-                patch.setenv(name, value)
-            with start_processes() as world:
-                assert (world.rank, world.size) == (0, 1)
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
+def test_a_group_that_exists_is_used_and_left_alone(group):
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in zip(LAUNCHER, ("0", "1", "0", "127.0.0.1", "1"), strict=True):
+            patch.setenv(name, value)
+        with start_processes() as world:
+            assert (world.rank, world.size) == (0, 1)
+    assert dist.is_initialized()
 
 
 @pytest.mark.parametrize("tasks", [None, "2"])
-def test_a_group_that_exists_needs_no_launcher(monkeypatch, tasks):
+def test_a_group_that_exists_needs_no_launcher(monkeypatch, tasks, group):
     """As processes that a program spawned, or srun started, have one."""
     if tasks is not None:
         monkeypatch.setenv("SLURM_STEP_NUM_TASKS", tasks)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        with start_processes() as world:
-            assert world == World(0, 1, torch.device("cpu"))
-        chosen = []
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-        monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-        with start_processes() as world:
-            assert world.device == torch.device("cuda", 3)
-        assert chosen == [3]
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with start_processes() as world:
+        assert world == World(0, 1, torch.device("cpu"))
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    with start_processes() as world:
+        assert world.device == torch.device("cuda", 3)
+    assert chosen == [3]
+    assert dist.is_initialized()
 
 
 def test_one_process_asks_nobody():
@@ -96,22 +88,18 @@ def test_one_process_asks_nobody():
     assert not dist.is_initialized()
 
 
-def test_several_processes_talk(monkeypatch):
+def test_several_processes_talk(monkeypatch, group):
     """A group of one process, taken for two: sums and votes go through it, and the argument stays as it is."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        world = World(0, 2, torch.device("cpu"))
-        reduced = []
-        monkeypatch.setattr(dist, "all_reduce", lambda tensor: reduced.append(tensor.add_(1)))
-        tensor = torch.zeros(2)
-        assert all_sum(world, tensor).tolist() == [1.0, 1.0]
-        assert tensor.tolist() == [0.0, 0.0]
-        assert any_true(world, False) is True  # the other's vote
-        wait(world)
-        assert len(reduced) == 3
-        assert share(world, {"a": [1, None]}) == {"a": [1, None]}
-    finally:
-        dist.destroy_process_group()
+    world = World(0, 2, torch.device("cpu"))
+    reduced = []
+    monkeypatch.setattr(dist, "all_reduce", lambda tensor: reduced.append(tensor.add_(1)))
+    tensor = torch.zeros(2)
+    assert all_sum(world, tensor).tolist() == [1.0, 1.0]
+    assert tensor.tolist() == [0.0, 0.0]
+    assert any_true(world, False) is True  # the other's vote
+    wait(world)
+    assert len(reduced) == 3
+    assert share(world, {"a": [1, None]}) == {"a": [1, None]}
 
 
 class _Joined:

@@ -32,11 +32,9 @@ ALONE = make_grid(one_process(), replicated(1, 1))
 
 
 @pytest.fixture
-def group():
-    """Start a process group of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield init_device_mesh("cpu", (1,))
-    dist.destroy_process_group()
+def mesh(group):
+    """Return a mesh of this process alone."""
+    return init_device_mesh("cpu", (1,))
 
 
 @pytest.fixture
@@ -139,9 +137,9 @@ def test_parts_of_experts_are_summed_over_all_ranks_that_hold_them_and_sharded_o
     assert (local(sharded.grad) == 1).all()
 
 
-def test_the_axes_of_a_mesh_without_names_are_numbered(group):
+def test_the_axes_of_a_mesh_without_names_are_numbered(mesh):
     """As ``fully_shard`` makes one that is given none."""
-    assert mesh_names(distribute_tensor(torch.zeros(4), group, [Shard(0)])) == ("axis 0 1",)
+    assert mesh_names(distribute_tensor(torch.zeros(4), mesh, [Shard(0)])) == ("axis 0 1",)
 
 
 @pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.bfloat16)])
@@ -167,8 +165,8 @@ def test_fill_copies_values_into_whole_tensors():
 
 
 @pytest.mark.parametrize("placement", [Shard(0), Replicate()])
-def test_sharded_tensors_are_gathered_and_filled(group, placement):
-    sharded = distribute_tensor(torch.zeros(4, 3), group, [placement])
+def test_sharded_tensors_are_gathered_and_filled(mesh, placement):
+    sharded = distribute_tensor(torch.zeros(4, 3), mesh, [placement])
     value = torch.arange(12.0, dtype=torch.float64).view(4, 3)
     fill(sharded, value)
     assert isinstance(sharded, DTensor)
@@ -178,9 +176,9 @@ def test_sharded_tensors_are_gathered_and_filled(group, placement):
     assert torch.equal(gathered.double(), value)
 
 
-def test_gradients_of_sharded_modules_are_held_back_until_the_last_micro_batch(group):
+def test_gradients_of_sharded_modules_are_held_back_until_the_last_micro_batch(mesh):
     model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
-    fully_shard(model[0], mesh=group)
+    fully_shard(model[0], mesh=mesh)
     asked = []
     model[0].set_requires_gradient_sync = lambda last, recurse: asked.append((last, recurse))
     gradient_sync(model, last=False)
