@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moekit.recipes.layers import Recipe
 from moekit.routing import clean
+from moekit.routing.token_rounding import rounding_of
 from moekit.types import Logits, Routing, SoftRouting
 
 
@@ -60,7 +61,8 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
         sequence_length: tokens to ask it about, which matters where experts or slots choose; None takes 1,024.
 
     Returns:
-        Assignments per token, at most, simple experts included; for a soft router, slots per token.
+        Assignments per token, simple experts included: at most, where a router chooses their number; in the mean, where
+        loads are rounded to tiles. For a soft router, slots per token.
 
     Raises:
         ValueError: if the router returns no routing, one to experts that there are not, or rows in another order than
@@ -94,6 +96,9 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
     for each in (routing, decided):
         if isinstance(each, Routing):
             check_order(recipe, each)
+    rounding = rounding_of(recipe.route)
+    if rounding is not None:  # so few tokens, of one mind, would be rounded to none or to many
+        return experts_per_token(recipe._replace(route=rounding[0]), num_experts, sequence_length=sequence_length)
     chosen = routing.expert_indices
     # A list is made longer than what it holds.
     return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens

@@ -93,7 +93,8 @@ class ParameterCount(NamedTuple):
     Attributes:
         part: its name.
         total: parameters.
-        active: parameters that one token uses.
+        active: parameters that one token uses: at most, where a router chooses how many experts it gets, or some of
+            them are simple ones.
     """
 
     part: str

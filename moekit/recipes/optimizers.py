@@ -14,7 +14,8 @@ def make_optimizer(model: nn.Module, settings: OptimizerSettings) -> torch.optim
     """Make AdamW.
 
     OpenLM decays every parameter: norm gains, embeddings, head, routers and experts. The usual exclusion
-    (``--wd-on matrices``) spares vectors (norm gains, biases) and the embedding.
+    (``--wd-on matrices``) spares vectors (norm gains, biases, those of MoE++'s constant experts), the
+    experts' stacked ones too, and the embedding.
 
     Args:
         model: whose parameters it updates, sharded or whole.
@@ -100,7 +101,8 @@ def clip_gradients(model: nn.Module, norm: float, limit: float) -> None:
 
 
 def _is_spared(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim < 2 or name.startswith("tok_embeddings")
+    stacked = name.endswith(("bias", ".simple.vectors"))  # vectors, one an expert
+    return parameter.ndim < 2 or stacked or name.startswith("tok_embeddings")
 
 
 def learning_rate(

@@ -243,7 +243,8 @@ def utilization(run: Run, tokens_per_second: float) -> float | None:
         tokens_per_second: targets, over all ranks.
 
     Returns:
-        A share of the peak of all ranks' devices; None where the peak of the device is not known.
+        A share of the peak of all ranks' devices, at most where the active parameters are ``parameter_table``'s bound;
+        None where the peak of the device is not known.
 
     References:
         Chowdhery et al., PaLM, 2022, appendix B (there with attention, which is left out here),

@@ -314,9 +314,9 @@ def rounding_notes(run: Run) -> list[str]:
     rounding = None if layer is None else rounding_of(layer.recipe.route)
     if layer is None or rounding is None:
         return []
-    route, tile = rounding
+    _, tile = rounding
     tokens = run.budget.tokens_per_step // (run.world.size * run.settings.optimizer.accum_freq)
-    load = experts_per_token(layer.recipe._replace(route=route), layer.num_experts) * tokens / layer.num_experts
+    load = experts_per_token(layer.recipe, layer.num_experts) * tokens / layer.num_experts
     if 2 * load >= tile:
         return []
     return [

@@ -165,6 +165,7 @@ def _squared_variation(
 ) -> Tensor:
     sums = sums_of_pools(values, token_mask, scope=scope, sequence_length=sequence_length)  # (pools, E)
     real = real_tokens(values, token_mask, scope=scope, sequence_length=sequence_length)
-    mean = sums.mean(-1)
-    variance = (sums - mean.unsqueeze(-1)).square().mean(-1)
-    return mean_of_pools(variance / mean.square().clamp_min(torch.finfo(sums.dtype).tiny), real)
+    mean = sums.mean(-1, keepdim=True)
+    nothing = mean == 0
+    relative = sums / mean.masked_fill(nothing, 1.0)  # before squares, which underflow first
+    return mean_of_pools((relative - 1).square().mean(-1).masked_fill(nothing.squeeze(-1), 0.0), real)

@@ -59,6 +59,8 @@ def test_every_recipe_is_found_by_its_name(name):
     # Rooms of tokens whose number of experts varies; and a slot for each expert and sequence.
     expected = {"switch": 1, "dynamic_k": 64, "remoe": 64, "soft_moe": 64 / 256}.get(name, 2)
     assert experts_per_token(recipe, 64, sequence_length=256) == expected
+    if name not in ("soft_moe", "expert_choice"):  # however few or many tokens it is asked about
+        assert {experts_per_token(recipe, 64, sequence_length=length) for length in (16, 64, 320)} == {expected}
 
 
 def test_options_reach_the_recipe():

@@ -14,6 +14,7 @@ from moekit.lm.configs import load_config
 from moekit.parallel import one_process, whole
 from moekit.recipes import deepseek_moe
 from moekit.recipes.language_models import language_model
+from moekit.recipes.names import find_recipe
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate, make_optimizer
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.steps import take_gradient
@@ -56,6 +57,15 @@ def test_matrices_decay_and_gains_biases_and_the_embedding_do_not():
     assert {"tok_embeddings.weight", "norm.weight", "norm.bias", "layers.0.attention_norm.weight"} <= spared
     assert {"layers.1.ffn_norm.bias", "layers.0.attention.q_norm.weight"} <= spared
     assert {name.split(".")[-2].split("_")[-1] for name in spared} == {"embeddings", "norm"}
+
+
+@pytest.mark.parametrize(("recipe", "vectors"), [("gpt_oss", "_bias"), ("moe_plus_plus", "simple.vectors")])
+def test_stacked_vectors_of_experts_do_not_decay(recipe, vectors):
+    model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=4), find_recipe(recipe, k=2))
+    stacked = {name for name, _ in model.named_parameters() if name.endswith(vectors)}
+    assert stacked
+    assert not stacked & decaying(model, OptimizerSettings(wd=0.1, wd_on="matrices"))
+    assert stacked <= decaying(model, OptimizerSettings(wd=0.1))
 
 
 def test_a_step_is_adamw_by_its_formula():

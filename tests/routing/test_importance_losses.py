@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.routing import round_robin, softmax, top_k
+from moekit.routing import round_robin, sigmoid, softmax, top_k
 from moekit.routing.importance_losses import importance_loss, load_loss
 from moekit.routing.scopes import each_sequence
 from moekit.types import NoisyLogits, Routing
@@ -153,6 +153,19 @@ def test_both_are_zero_at_balance_and_e_less_one_at_collapse() -> None:
     assert load_loss(NoisyLogits(one, one, torch.ones(20, E)), top_k(one, k=1)).item() == pytest.approx(E - 1)
     balanced = 50.0 * torch.eye(E).repeat(4, 1)
     assert load_loss(NoisyLogits(balanced, balanced, torch.ones(20, E)), top_k(balanced, k=1)).item() < 1e-9
+
+
+@pytest.mark.parametrize("shift", [-60.0, -80.0])
+def test_scores_however_small_are_as_uneven(shift) -> None:
+    logits = torch.full((64, 4), shift)
+    logits[:, 0] += 2
+    logits.requires_grad_()
+    routing = top_k(logits, k=1)
+    loss, exact = (importance_loss(z, routing, score=sigmoid) for z in (logits, logits.double()))
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-3)
+    assert exact.item() > 1
+    gradients = (torch.autograd.grad(each, logits)[0] for each in (loss, exact))
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.parametrize("score", [None, softmax])
