@@ -1,6 +1,7 @@
 """Where programs print: consoles wide enough for their tables, and lines as they are."""
 
 import codecs
+import contextlib
 import io
 import os
 import sys
@@ -14,8 +15,9 @@ _ERRORS = "moekit.readable"
 def plain_console(*, quiet: bool = False, piped: int = 120) -> Console:
     """Return a console that prints names and paths as they are, in tables too: neither markup nor emoji codes are read.
 
-    No run ends because standard output has no bytes for what it prints. Where its encoding lacks them, blocks of bars
-    are digits from 1 to 8, lines of tables ``-``, ``|`` and ``+``, and other characters question marks.
+    No run ends because of what it prints. If whoever reads it goes away, as ``head`` does, the console is quiet from
+    there on, and standard error says so. Where the encoding of standard output lacks characters, blocks of bars are
+    digits from 1 to 8, lines of tables ``-``, ``|`` and ``+``, and other characters question marks.
 
     Args:
         quiet: print nothing.
@@ -27,7 +29,7 @@ def plain_console(*, quiet: bool = False, piped: int = 120) -> Console:
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors=_ERRORS)
-    console = Console(quiet=quiet, markup=False, emoji=False)
+    console = _Console(quiet=quiet, markup=False, emoji=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = piped
     return console
@@ -73,6 +75,15 @@ def print_warnings(console: Console, *lines: str) -> None:
         warning: as [it] is
     """
     print_lines(console, *lines, style="bold")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on, where rich would end the process: a run has more to do than to print."""
+        self.quiet = True
+        print("nobody reads standard output any more; nothing is printed from here on", file=sys.stderr)
+        with open(os.devnull, "wb") as nowhere, contextlib.suppress(OSError):  # what is in buffers would fail again
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
 
 
 def _readable(error: UnicodeError) -> tuple[bytes, int]:

@@ -117,8 +117,10 @@ def prepare(
         _sweep(cache)
         with _temporary(folder) as built:
             say("reading the documents")
-            _build(built, corpora.embedded() if domains is None else domains, weights, vocab_size, seq_len, say)
-            _install(built, folder)
+            documents = corpora.embedded() if domains is None else domains
+            with _naming(cache):
+                _build(built, documents, weights, vocab_size, seq_len, say)
+                _install(built, folder)
         say(f"prepared {folder}")
     return _open(folder, names)
 
@@ -221,13 +223,20 @@ def _fault(folder: Path) -> str | None:
 
 
 def _make(cache: Path) -> None:
-    try:
+    with _naming(cache):
         cache.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=cache):
             pass
+
+
+@contextlib.contextmanager
+def _naming(cache: Path) -> Iterator[None]:
+    """Say of an error which folder it is about, and what helps."""
+    try:
+        yield
     except OSError as error:
         raise type(error)(
-            f"cannot write into the cache {cache} ({error.strerror}). Set MOEKIT_CACHE to another folder"
+            f"cannot write into the cache {cache} ({error.strerror or error}). Set MOEKIT_CACHE to another folder"
         ) from error
 
 

@@ -10,6 +10,7 @@ and ends in the same bytes. Until its end the folder also holds the tokens at 4 
 A document, hence a text file, must fit into memory; larger texts go into JSON lines.
 """
 
+import errno
 import functools
 import json
 import shutil
@@ -96,7 +97,9 @@ def main(arguments: list[str] | None = None, *, prog: str = "python -m moekit.lm
             f"{prog}: a worker was killed, perhaps for want of memory. {again}; try fewer --workers"
         ) from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise SystemExit(f"{prog}: {error}") from None
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+        hint = f". It was writing to {command.output}. {again} once there is room" if full else ""
+        raise SystemExit(f"{prog}: {error}{hint}") from None
     seconds = max(time.monotonic() - start, 1e-9)
     print_lines(console, f"{command.output / MANIFEST} is done")
     print_lines(console, *summary.lines(length=command.seq_len + 1, seconds=seconds))

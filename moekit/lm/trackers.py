@@ -154,10 +154,13 @@ def open_trackers(
         "tensorboard": lambda: TensorBoard(folder / "tensorboard", from_step=from_step),
     }
     names = _tracker_names(report_to)
-    trackers: list[Tracker] = [JsonLines(folder / "metrics.jsonl", from_step=from_step)]
+    folder.mkdir(parents=True, exist_ok=True)
+    trackers: list[Tracker] = []
     try:
         for tracker in names:
             trackers.append(openers[tracker]())
+        # last, for it takes lines out of the file, and nothing may fail behind that
+        trackers.insert(0, JsonLines(folder / "metrics.jsonl", from_step=from_step))
     except BaseException:
         Trackers(trackers).close(failed=True)
         raise

@@ -274,12 +274,12 @@ def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: C
     if not lines:
         return
     rows = summaries(lines)
-    console.print(printed(rows))
     write_whole(settings.folder / "table.md", markdown(rows))
     try:
         picture: Any = draw(settings.folder / "ablation.png", rows)
     except ModuleNotFoundError as error:
         picture = f"none: {error}"
+    console.print(printed(rows))
     print_lines(console, f"table: {settings.folder / 'table.md'}", f"picture: {picture}")
 
 

@@ -250,8 +250,14 @@ def _words(values: dict[str, Any]) -> list[str]:
         if isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         else:
-            words += [flag, *map(str, value)] if isinstance(value, list) else [f"{flag}={value}"]  # it may begin with -
+            # a value may begin with -
+            words += [flag, *map(_word, value)] if isinstance(value, list) else [f"{flag}={value}"]
     return words
+
+
+def _word(value: Any) -> str:
+    """Write one of several values: a path that begins with - would be read as a flag."""
+    return f"./{value}" if isinstance(value, str) and value.startswith("-") else str(value)
 
 
 def _plain(value: Any) -> Any:

@@ -49,17 +49,17 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     checkpoint = checkpoint_folder(run.folder, run.budget.steps)
     summary = summary_of(run, progress)
     simple = _simple_scores(run, console, scores) if run.world.rank == 0 else {}
+    picture = None
+    if run.world.rank == 0:  # before anything is printed, which may fail
+        steps, tokens = run.budget.steps, progress.trained_tokens
+        append_results(checkpoint, run.settings, run.corpus, scores, step=steps, train_tokens=tokens)
+        report.write_results(run.folder / "results.json", summary, scores, simple)
+        picture = _picture(run, scores, simple)
     console.print()
     report.print_scores(console, scores, simple)
     speed = f"{_counted_words(summary['tokens'], progress.seconds, trained)}{_mfu_words(run, trained)}"
     sizes = f"{summary['parameters']:,} parameters, {summary['active_parameters']:,} active per token"
     print_lines(console, f"{sizes}; {speed}")
-    picture = None
-    if run.world.rank == 0:
-        steps, tokens = run.budget.steps, summary["tokens"]
-        append_results(checkpoint, run.settings, run.corpus, scores, step=steps, train_tokens=tokens)
-        report.write_results(run.folder / "results.json", summary, scores, simple)
-        picture = _picture(run, scores, simple)
     if run.corpus.tokenizer is not None:
         with evaluating(run.model, run.evaluation_recipe):
             report.print_samples(console, run.model, run.corpus.tokenizer, PROMPTS)

@@ -128,8 +128,8 @@ def moe_layer(
         LayerOutput: y (..., D), the routing of the T flattened tokens, the losses and the logits (T, E).
 
     Raises:
-        ValueError: if the router needs something that was not given, a shape does not fit, or the gate's logits are in
-            half precision.
+        ValueError: if the router needs something that was not given, a shape does not fit, the gate's logits are in
+            half precision, or shared experts have a gate and the recipe's have none, or the other way round.
         TypeError: if ``token_mask`` is not bool.
 
     Example:
@@ -158,6 +158,7 @@ def moe_layer(
             f"expert network map D to D, and combine return a row for each token."
         )
     if recipe.shared is not None:
+        _check_shared_gate(recipe.shared, params.shared_gate)
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared.network, gate=params.shared_gate)
     options: dict[str, Any] = {"token_mask": mask, "sequence_length": length}
     losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
@@ -180,6 +181,15 @@ def _check_given(
             f"the recipe's router remembers {recipe.state.name!r} between steps, and no state is given; hand on state= "
             "(MoE.state of a trained layer, recipe.state.init(E) to begin with), or take "
             "recipe._replace(state=None)."
+        )
+
+
+def _check_shared_gate(shared: SharedExperts, gate: Tensor | None) -> None:
+    if shared.gated == (gate is None):
+        raise ValueError(
+            f"the recipe's shared experts have gated={shared.gated}, and the parameters {'no' if gate is None else 'a'}"
+            " shared_gate, which weighs them token by token. Give the recipe the parameters that were made for it, or "
+            f"take recipe._replace(shared=recipe.shared._replace(gated={not shared.gated}))."
         )
 
 

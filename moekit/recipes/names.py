@@ -1,5 +1,7 @@
 """From a name on the command line to a recipe; the only place where a name becomes a function."""
 
+import functools
+import hashlib
 import importlib.util
 import inspect
 import os
@@ -7,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from moekit.lookup import look_up
@@ -180,13 +183,9 @@ def _from_file(name: str) -> Callable[..., Recipe]:
         raise ValueError(f"recipe {name!r}: expected path/to/file.py:name, where the name is a recipe in that file.")
     if not Path(path).is_file():
         raise FileNotFoundError(f"recipe {name!r}: there is no file {path}. Give its path from the current folder.")
-    spec = importlib.util.spec_from_file_location(f"moekit_recipe_{Path(path).stem}", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    file = os.stat(path)
     try:
-        spec.loader.exec_module(module)
+        module = _module(os.path.abspath(path), file.st_mtime_ns, file.st_size)
     except (Exception, SystemExit) as error:  # whatever the user's code raises, or sys.exit, which ends without a word
         raise ValueError(f"recipe {name!r}: importing {path} raised {_told(error, path)}. Mend the file") from error
     found = getattr(module, attribute, None)
@@ -194,6 +193,19 @@ def _from_file(name: str) -> Callable[..., Recipe]:
         names = [key for key in vars(module) if not key.startswith("_")]
         raise ValueError(f"recipe {name!r}: {path} defines no recipe {attribute!r}; it defines {', '.join(names)}.")
     return found
+
+
+@functools.cache
+def _module(path: str, _changed: int, _size: int) -> ModuleType:
+    """Run a file, once unless it changes: what it makes at random, and its classes, are the same for all who ask."""
+    name = f"moekit_recipe_{Path(path).stem}_{hashlib.blake2b(path.encode(), digest_size=4).hexdigest()}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look a class's module up there
+    spec.loader.exec_module(module)
+    return module
 
 
 def _told(error: BaseException, path: str) -> str:

@@ -162,12 +162,24 @@ def restore(run: Run, console: Console) -> Progress:
     if path.is_file():
         return _restore_weights(run, path, console)
     progress, warnings = _restore_all(run, path)
-    if run.world.rank == 0:
-        for left in set_aside(run.folder, after=progress.step):
-            print_lines(console, f"{left.name} was set aside: the run goes back to step {progress.step}")
     print_lines(console, f"resumed {path}: step {progress.step}")
     print_warnings(console, *warnings)
     return progress
+
+
+def go_back(run: Run, console: Console, progress: Progress) -> None:
+    """Set aside what the run's folder holds of later steps than it goes on from; all that may fail is done before.
+
+    Args:
+        run: the run.
+        console: where to say so.
+        progress: of ``restore``.
+    """
+    resume = run.settings.run.resume
+    if run.world.rank or resume is None or (resume != "latest" and find_checkpoint(resume).is_file()):
+        return
+    for left in set_aside(run.folder, after=progress.step):
+        print_lines(console, f"{left.name} was set aside: the run goes back to step {progress.step}")
 
 
 def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:

@@ -62,7 +62,6 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     )
     print_warnings(console, *model_warnings(settings.model, state, training=False))
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
-    report.print_scores(console, scores, {})
     beside, own = checkpoint.parent / "results.jsonl", folder / "results.json"
 
     def write_own() -> None:
@@ -70,10 +69,12 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
         report.write_results(own, {"parameters": total, "active_parameters": active}, scores, {})
 
     writers: dict[Path, Callable[[], None]]
-    writers = {beside: partial(append_results, checkpoint, settings, corpus, scores, step=state.get("step"))}
+    known = {"step": state.get("step"), "train_tokens": state.get("trained_tokens")}
+    writers = {beside: partial(append_results, checkpoint, settings, corpus, scores, **known)}
     if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
         writers[own] = write_own
     written = _write_all(writers, console) if world.rank == 0 else list(writers)
+    report.print_scores(console, scores, {})
     print_lines(console, f"results: {written[0]}")
     return written[0]
 

@@ -29,7 +29,7 @@ from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import make_deterministic, precision_words
 from moekit.recipes.recording import recording
 from moekit.recipes.runs import Run, claimed, resolved, set_up
-from moekit.recipes.saving import Progress, restore, save
+from moekit.recipes.saving import Progress, go_back, restore, save
 from moekit.recipes.scoring import score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
@@ -212,7 +212,13 @@ def _launched(
             raise SystemExit(1)
         return Launch(run.folder, ended.by)
     own = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
-    (finishing or finish)(run, console, progress=ended.progress, trained=own)
+    try:
+        (finishing or finish)(run, console, progress=ended.progress, trained=own)
+    except KeyboardInterrupt:
+        if not ends_process:
+            raise
+        _print_stop(run, console, ended._replace(by="SIGINT"), command=command)
+        return Launch(run.folder, "SIGINT")
     return Launch(run.folder, None)
 
 
@@ -220,6 +226,7 @@ def _train_and_save(run: Run, console: Console, started: Progress, *, command: s
     """Train to the end or to a stop, and save what no checkpoint holds yet."""
     world = run.world
     with recording(run, console, started) as recorder, stop_on_signals() as stop:
+        go_back(run, console, started)
         ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
         progress = ended.progress
         # all ranks save or none: each knows of its own trouble alone, and may see an older state of the folder

@@ -54,6 +54,18 @@ def test_a_terminal_without_the_characters_ends_no_run(monkeypatch, encoding, ha
         assert "\u2581\u2588 \u2502".encode() in printed
 
 
+def test_a_reader_that_goes_away_ends_no_run(monkeypatch, capsys):
+    class Closed(io.StringIO):
+        def write(self, text):
+            raise BrokenPipeError
+
+    console = plain_console()
+    monkeypatch.setattr(sys, "stdout", Closed())
+    for _ in range(3):
+        print_lines(console, "for nobody")
+    assert capsys.readouterr().err.count("nobody reads standard output any more") == 1
+
+
 def test_what_a_stream_does_with_such_characters_by_itself_stays(monkeypatch):
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace"))
     plain_console()

@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 from stored_rows import stored_rows
 
-from moekit.lm import corpora
+from moekit.lm import corpora, preparation
 from moekit.lm.corpora import Document, split
 from moekit.lm.preparation import prepare
 from moekit.lm.shards import pack
@@ -204,6 +205,16 @@ def test_a_slice_of_the_real_text(tmp_path):
     assert "Senate and House of Representatives" in prepared.tokenizer.decode(train)
     record = json.loads((prepared.folder / "prepared.json").read_text())
     assert "speeches/train/manifest.jsonl" in record["files"]
+
+
+def test_a_full_disk_is_told_with_its_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(preparation, "save_tokenizer", full)
+    with pytest.raises(OSError, match=rf"into the cache {tmp_path} \(No space left on device\)\. Set MOEKIT_CACHE"):
+        prepare(**SMALL, cache=tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize("nothing", ["folder", "file"])

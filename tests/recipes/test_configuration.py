@@ -257,6 +257,11 @@ def test_numbers_and_texts_come_back_exactly(lr, weights, seed, text):
     assert unflatten(json.loads(json.dumps(flat_settings(settings)))) == settings
 
 
+def test_listed_paths_may_begin_with_a_dash(tmp_path):
+    path = write_config(tmp_path, parse_settings(["--dataset-manifest=-d/manifest.jsonl"]))
+    assert parse_settings(["--config", str(path)]).data.dataset_manifest == ("./-d/manifest.jsonl",)
+
+
 def test_a_name_may_begin_with_a_dash(tmp_path):
     path = write_config(tmp_path, parse_settings(["--name=-x", "--wandb-project-name=--y"]))
     settings = parse_settings(["--config", str(path)])

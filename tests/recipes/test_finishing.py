@@ -58,7 +58,7 @@ def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
     assert method["plan"] != method["evaluation"]["plan"]  # a limit in training alone
 
     lines = read_metrics(folder / "checkpoints" / "results.jsonl")
-    assert {(line["step"], line["train_tokens"]) for line in lines} == {(5, tokens)}
+    assert {(line["step"], line["train_tokens"]) for line in lines} == {(5, None)}  # not what steps come to
     assert {line["name"] for line in lines} == results["validation"].keys()
 
     said = " ".join(capsys.readouterr().out.split())

@@ -19,7 +19,18 @@ from moekit.experts import (
     relu_mlp,
     swiglu,
 )
-from moekit.recipes import MoEParams, Recipe, expert_layer, limited, moe_layer, recompute, shared_experts, weighted_sum
+from moekit.recipes import (
+    MoE,
+    MoEParams,
+    Recipe,
+    deepseek_moe,
+    expert_layer,
+    limited,
+    moe_layer,
+    recompute,
+    shared_experts,
+    weighted_sum,
+)
 from moekit.routing import (
     expert_choice,
     hash_choice,
@@ -262,6 +273,15 @@ def test_router_and_losses_get_a_mask_and_ids_of_flat_tokens() -> None:
     expected = [ids.flatten(), mask.flatten(), mask.flatten()]
     assert len(seen) == len(expected)
     assert all(map(torch.equal, seen, expected))
+
+
+def test_shared_experts_are_gated_as_the_recipe_says_or_not_at_all() -> None:
+    plain = deepseek_moe()._replace(state=None)
+    gated = plain._replace(shared=plain.shared._replace(gated=True))
+    for recipe, other in ((gated, plain), (plain, gated)):
+        params = MoE(D, 8, recipe, hidden=F).params()
+        with pytest.raises(ValueError, match=rf"shared experts have gated={other.shared.gated}, and the parameters"):
+            moe_layer(torch.randn(3, D), params, other)
 
 
 def test_a_network_alone_is_no_shared_experts() -> None:

@@ -1,10 +1,11 @@
 import functools
+import pickle
 from functools import partial
 
 import pytest
 import torch
 
-from moekit.recipes import MoE, Recipe, mixtral, moe_layer, moe_plus_plus
+from moekit.recipes import MoE, Recipe, mixtral, moe_layer, moe_plus_plus, names
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
@@ -50,6 +51,23 @@ def file(tmp_path):
     path = tmp_path / "mine.py"
     path.write_text(FILE)
     return path
+
+
+def test_a_file_runs_once_until_it_changes(tmp_path):
+    """Who trains and who scores get the same classes, and what was drawn at random."""
+    path = tmp_path / "drawn.py"
+    text = "from moekit.recipes import mixtral\ndef mine(): return mixtral()\n"
+    path.write_text(text)
+    first, second = (names._maker(f"{path}:mine") for _ in range(2))
+    assert first is second
+    assert pickle.loads(pickle.dumps(first)) is first
+    other = tmp_path / "other" / "drawn.py"
+    other.parent.mkdir()
+    other.write_text(text)
+    assert names._maker(f"{other}:mine") is not first
+    assert pickle.loads(pickle.dumps(first)) is first
+    path.write_text(text + "\n")
+    assert names._maker(f"{path}:mine") is not first
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -203,6 +203,7 @@ def test_lines_of_results_add_up(program, score, tmp_path):
     assert [(line["step"], line["train_tokens"]) for line in lines] == [(2, 512)] * 2
     [own] = score(checkpoint, "--val-manifest", lines[0]["val_data"])
     assert own["loss"] == lines[0]["loss"], "the same whether by the run or alone"
+    assert own["train_tokens"] == lines[0]["train_tokens"]
     results = json.loads((folder / "results.json").read_text())["validation"]
     assert results["prose"]["loss"] == own["loss"]
     assert len((folder / "checkpoints" / "results.jsonl").read_text().splitlines()) == 3

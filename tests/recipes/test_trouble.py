@@ -140,6 +140,40 @@ def test_after_going_back_the_latest_is_of_the_new_branch(program, interrupt_aft
     assert [line["step"] for line in numbers(folder)] == list(range(1, 9))
 
 
+def test_a_reader_of_what_is_printed_may_go_away(shards, tmp_path):
+    command = [sys.executable, str(ROOT / "examples/train_moe.py"), *words(shards, tmp_path, "--steps", "12")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as run:
+        run.stdout.readline()
+        run.stdout.close()
+        assert "nobody reads standard output any more" in run.stderr.read()
+    assert run.returncode == 0
+    assert checkpoint_folder(tmp_path / "a", 12).exists()
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["validation"]
+
+
+def test_a_tracker_that_cannot_open_leaves_the_run_as_it_was(program, monkeypatch):
+    folder = program("--save-every-n-steps", "4")
+    before = numbers(folder)
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="needs the package wandb"):
+        program("--save-every-n-steps", "4", "--resume", str(checkpoint_folder(folder, 4)), "--report-to", "wandb")
+    assert numbers(folder) == before
+    assert checkpoint_folder(folder, 8).exists()
+    assert not [*folder.glob("checkpoints/abandoned*")]
+
+
+def test_ctrl_c_while_a_run_is_scored_says_how_to_go_on(program, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "finish", lambda *given, **named: signal.raise_signal(signal.SIGINT))
+        folder = program()
+    assert not (folder / "results.json").exists()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "stopped by SIGINT after step 8; checkpoint" in said
+    assert "--resume latest" in said
+    assert (program("--resume", "latest") / "results.json").exists()
+
+
 def test_several_sigterms_still_leave_a_checkpoint(shards, tmp_path):
     start = words(shards, tmp_path, "--steps", "2000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
