@@ -237,6 +237,12 @@ def _check_exchange(settings: "TrainSettings") -> None:
         raise ValueError("--moe-exchange static would limit each slice by itself; leave out --moe-exchange-chunks")
     if parallel.moe_exchange == "static" and parallel.moe_hierarchical_exchange:
         raise ValueError("--moe-exchange static sends to every rank at once; leave out --moe-hierarchical-exchange")
+    compiled = settings.run.torchcompile and settings.run.grad_checkpointing
+    if parallel.moe_exchange == "static" and compiled:
+        raise ValueError(
+            "--moe-exchange static leaves no break in what is compiled, and torch cannot compile --grad-checkpointing "
+            "of spread experts then; leave out --torchcompile or --grad-checkpointing, or take another --moe-exchange"
+        )
 
 
 def _check_dense(model: "ModelSettings") -> None:

@@ -1,6 +1,7 @@
 import copy
 import threading
 from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -148,6 +149,24 @@ def test_shards_are_drawn_as_the_whole() -> None:
             assert torch.equal(moe.state_dict()[name].full_tensor(), tensor), name
     finally:
         dist.destroy_process_group()
+
+
+class _Odd(NamedTuple):
+    weight: Any
+    keys: Any
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (lambda *_, **given: _Odd(torch.ones(8, 4), None), "parameters are a _Odd with keys = None; expected a tensor"),
+        (lambda *_, **given: (torch.ones(8, 4),), "parameters are a tuple; expected a tensor, a NamedTuple of tensors"),
+        (lambda *_, **given: _Odd(torch.ones(8, 4), torch.ones(3)), "parameters cannot be called 'keys'"),
+    ],
+)
+def test_parameters_that_a_module_cannot_hold_are_named(made, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        MoE(4, 8, mixtral()._replace(init_gate=made))
 
 
 def test_scale_of_the_gate() -> None:

@@ -166,6 +166,9 @@ def test_exchanges_that_contradict_themselves():
     refuses(message, moe_exchange="static", moe_hierarchical_exchange=True, **spread)
     message = "--moe-exchange static would limit each slice by itself; leave out --moe-exchange-chunks"
     refuses(message, moe_exchange="static", moe_exchange_chunks=2, **spread)
+    message = "leave out --torchcompile or --grad-checkpointing, or take another --moe-exchange"
+    refuses(message, moe_exchange="static", torchcompile=True, grad_checkpointing=True, **spread)
+    settings_of(moe_exchange="all_gather", torchcompile=True, grad_checkpointing=True, **spread)
     refuses("--moe-exchange-chunks is 0; expected a positive number", moe_exchange_chunks=0, **spread)
 
 
