@@ -164,8 +164,11 @@ def test_a_tracker_that_cannot_open_leaves_the_run_as_it_was(program, monkeypatc
 
 
 def test_ctrl_c_while_a_run_is_scored_says_how_to_go_on(program, monkeypatch, capsys):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
     with monkeypatch.context() as patch:
-        patch.setattr(train, "finish", lambda *given, **named: signal.raise_signal(signal.SIGINT))
+        patch.setattr(train, "finish", interrupted)
         folder = program()
     assert not (folder / "results.json").exists()
     said = " ".join(capsys.readouterr().out.split())
