@@ -198,17 +198,27 @@ def _held(tensors: Any) -> tuple[Any, type | None]:
         return nn.ParameterDict(), None
     if isinstance(tensors, Tensor):
         return nn.Parameter(tensors), Tensor
-    fields = tensors._asdict() if hasattr(tensors, "_asdict") else None
-    wrong = [] if fields is None else [name for name, each in fields.items() if not isinstance(each, Tensor)]
-    if fields is None or wrong:
-        given = f"{type(tensors).__name__}" + (f" with {wrong[0]} = {fields[wrong[0]]!r}" if fields and wrong else "")
-        raise ValueError(
-            f"MoE: the recipe's parameters are a {given}; expected a tensor, a NamedTuple of tensors, or None. What is "
-            "no parameter belongs in the function that takes them, by functools.partial."
-        )
-    if taken := [name for name in fields if hasattr(nn.ParameterDict, name)]:
-        raise ValueError(f"MoE: parameters cannot be called {taken[0]!r}, as torch's dictionaries have it; rename it.")
-    return nn.ParameterDict({name: nn.Parameter(each) for name, each in tensors._asdict().items()}), type(tensors)
+    return nn.ParameterDict({name: nn.Parameter(each) for name, each in _fields(tensors).items()}), type(tensors)
+
+
+def _fields(tensors: Any) -> dict[str, Tensor]:
+    """Return the fields of a NamedTuple; refuse what a module cannot hold as parameters."""
+    kind = type(tensors).__name__
+    if not hasattr(tensors, "_asdict"):
+        raise ValueError(_NOT_HELD.format(given=kind))
+    fields: dict[str, Any] = tensors._asdict()
+    for name, each in fields.items():
+        if not isinstance(each, Tensor):
+            raise ValueError(_NOT_HELD.format(given=f"{kind} with {name} = {each!r}"))
+        if hasattr(nn.ParameterDict, name):
+            raise ValueError(f"MoE: parameters cannot be called {name!r}, as torch's dictionaries have it; rename it.")
+    return fields
+
+
+_NOT_HELD = (
+    "MoE: the recipe's parameters are a {given}; expected a tensor, a NamedTuple of tensors, or None. What is no "
+    "parameter belongs in the function that takes them, by functools.partial."
+)
 
 
 def _taken(held: Any, kind: type | None) -> Any:

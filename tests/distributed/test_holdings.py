@@ -1,6 +1,7 @@
 """What a rank holds is what the plan says, and its memory falls as one over the number of ranks."""
 
 import json
+import os
 import shlex
 
 import pytest
@@ -74,16 +75,18 @@ def test_peak_memory_of_experts_falls_as_one_over_the_ranks():
 
     Beyond what is held at a time, 3 to 8 MB were measured: activations, and what a product of one expert's matrices, of
     4 MB each, takes for itself. The room for one expert does not hold that and another copy of a rank's parameters,
-    which on eight ranks are one expert. Kernels count each core's pages apart and add them up now and then: on 32 cores
-    1 MB of 192 was missing.
+    which on eight ranks are one expert. What is counted lacks what the kernel has not added up yet: each core keeps as
+    many as 32 pages, or two for each core, to itself. On 32 cores 1 MB of 192 was missing.
     """
     hidden = 4096
     slack = 3 * 4 * D * hidden
     experts = E * slack
+    cores = os.cpu_count()
+    uncounted = cores * max(32, 2 * cores) * os.sysconf("SC_PAGE_SIZE")
     for ranks in (1, 2, 4, 8):
         peaks = run_ranks("holding_cases:peak", ranks, hidden, limit=60)
         least = 4 * experts // ranks
-        assert all(0.98 * least <= peak <= least + slack for peak in peaks), (
+        assert all(least - uncounted <= peak <= least + slack for peak in peaks), (
             f"{ranks} ranks: {[round(peak / 2**20, 1) for peak in peaks]} MiB at most; expected "
             f"{least / 2**20:.1f} to {(least + slack) / 2**20:.1f}"
         )

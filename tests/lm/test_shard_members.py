@@ -147,7 +147,7 @@ def test_an_empty_archive_has_no_members(tmp_path):
 
 
 @pytest.fixture(params=["this Python's", "strict"])
-def blocks_of_tarfile(request, monkeypatch):
+def refuses_below_zero(request, monkeypatch):
     """Newer Pythons refuse sizes below 0 (CVE-2025-8194), by an exception that ``tarfile`` may take for an end."""
     own = tarfile.TarInfo._block
 
@@ -158,34 +158,39 @@ def blocks_of_tarfile(request, monkeypatch):
 
     if request.param == "strict":
         monkeypatch.setattr(tarfile.TarInfo, "_block", strict)
+    try:
+        tarfile.TarInfo()._block(-1)
+    except tarfile.InvalidHeaderError:
+        return True
+    return False
 
 
-@pytest.mark.usefixtures("blocks_of_tarfile")
 @pytest.mark.parametrize("size", [64 * 2**20 + 1, 2**40, -1])
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.DIRTYPE])
-def test_no_absurd_size_is_believed(tmp_path, size, kind):
+def test_no_absurd_size_is_believed(tmp_path, size, kind, refuses_below_zero):
     member, _ = entry("a.json")
     member.size, member.type = size, kind
     members, error = members_of(tmp_path, member.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     assert not members
     assert error.reason == "broken shard"
-    if kind in (tarfile.REGTYPE, tarfile.DIRTYPE):
-        claim = f"member 'a.json' claims {size} bytes; expected at most 64 MiB"
+    if size < 0 and refuses_below_zero and kind != tarfile.DIRTYPE:  # which has no blocks to count
+        assert "cannot be read as a whole tar: invalid offset" in str(error)
+    elif kind in (tarfile.REGTYPE, tarfile.DIRTYPE):
+        assert f"member 'a.json' claims {size} bytes; expected at most 64 MiB" in str(error)
+    elif size > 0:
+        assert re.search(r"a header claims \d+ bytes; expected at most 64 MiB", str(error))
     else:
-        claim = r"a header claims \d+ bytes; expected at most 64 MiB"
-    below_zero = "|cannot be read as a whole tar: (end of file header|invalid offset)" if size < 0 else ""
-    assert re.search(claim + below_zero, str(error))
+        assert "cannot be read as a whole tar: end of file header" in str(error)
 
 
-@pytest.mark.usefixtures("blocks_of_tarfile")
 @pytest.mark.parametrize("before", [0, 2])
-def test_no_absurd_size_of_an_extended_header_is_believed(tmp_path, before):
+def test_no_absurd_size_of_an_extended_header_is_believed(tmp_path, before, refuses_below_zero):
     for size in ("99999999999", "-512"):
         member, content = entry("a.json", pax_headers={"size": size})
         members, error = members_of(tmp_path, tar_of(*(entry(f"{i}.json") for i in range(before)), (member, content)))
         assert len(members) == before
-        below_zero = "|a header is damaged" if size.startswith("-") else ""
-        assert re.search(f"claims {size} bytes{below_zero}", str(error))
+        refused = refuses_below_zero and size.startswith("-")
+        assert ("a header is damaged" if refused else f"claims {size} bytes") in str(error)
 
 
 def test_endless_extended_headers_are_an_error(tmp_path):

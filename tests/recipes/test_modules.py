@@ -151,6 +151,11 @@ def test_shards_are_drawn_as_the_whole() -> None:
         dist.destroy_process_group()
 
 
+class _Other(NamedTuple):
+    weight: Any
+    bias: Any
+
+
 class _Odd(NamedTuple):
     weight: Any
     keys: Any
@@ -159,7 +164,10 @@ class _Odd(NamedTuple):
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (lambda *_, **given: _Odd(torch.ones(8, 4), None), "parameters are a _Odd with keys = None; expected a tensor"),
+        (
+            lambda *_, **given: _Other(torch.ones(8, 4), None),
+            "parameters are a _Other with bias = None; expected",
+        ),
         (lambda *_, **given: (torch.ones(8, 4),), "parameters are a tuple; expected a tensor, a NamedTuple of tensors"),
         (lambda *_, **given: _Odd(torch.ones(8, 4), torch.ones(3)), "parameters cannot be called 'keys'"),
     ],
