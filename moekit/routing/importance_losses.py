@@ -11,6 +11,7 @@ from moekit.checks import flat_mask
 from moekit.routing.gates import check_precision
 from moekit.routing.scopes import (
     Scope,
+    check_decision,
     hidden,
     hidden_logits,
     mean_of_pools,
@@ -54,7 +55,8 @@ def importance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: from the scope; if ``score`` is given logits in half precision.
+        ValueError: from the scope; if the routing is not of the logits' tokens and experts, or ``score`` is given
+            logits in half precision.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -66,6 +68,7 @@ def importance_loss(
         Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, appendix A.2,
         https://arxiv.org/abs/2106.05974
     """
+    check_decision("importance_loss", logits, routing)
     if score is None:
         values = weights_by_expert(routing)
     else:
@@ -107,7 +110,8 @@ def load_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the logits are without noise or in half precision, or the routing is not (T, K).
+        ValueError: if the logits are without noise or in half precision, or the routing is not (T, K), or not of their
+            tokens and experts.
 
     Example:
         >>> from moekit.routing import top_k
@@ -127,6 +131,7 @@ def load_loss(
             f"loss is about the noise. Use a noisy gate, or importance_loss or load_balance_loss without one."
         )
     check_precision("load_loss", logits.logits)
+    check_decision("load_loss", logits, routing)
     shape = routing.expert_indices.shape
     if len(shape) != 2:
         raise ValueError(

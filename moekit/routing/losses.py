@@ -3,7 +3,14 @@
 import torch
 from torch import Tensor
 
-from moekit.routing.scopes import counts_of_pools, hidden_logits, mean_of_pools, real_tokens, sums_of_pools
+from moekit.routing.scopes import (
+    check_decision,
+    counts_of_pools,
+    hidden_logits,
+    mean_of_pools,
+    real_tokens,
+    sums_of_pools,
+)
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -46,8 +53,9 @@ def load_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if ``choices`` is given for a routing that is not (T, K), or with counts that are not by choice; if
-            the logits are in half precision, or the mask is not of T elements.
+        ValueError: if the routing is not of the logits' tokens and experts; if ``choices`` is given for a routing that
+            is not (T, K), or with counts that are not by choice; if the logits are in half precision, or the mask is
+            not of T elements.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -59,6 +67,7 @@ def load_balance_loss(
         Lepikhin et al., GShard, 2020, Algorithm 1, https://arxiv.org/abs/2006.16668
         Qiu et al., Demons in the Detail, 2025 (global-batch statistics), https://arxiv.org/abs/2501.11873
     """
+    check_decision("load_balance_loss", logits, routing)
     counts = counts_of_batch(routing, token_mask, tokens_per_expert, choices=choices)
     scores = shares(hidden_logits("load_balance_loss", logits, token_mask), score)
     sums, real = sums_of_pools(scores, token_mask), real_tokens(scores, token_mask)

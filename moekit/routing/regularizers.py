@@ -8,6 +8,7 @@ from moekit.routing.gates import clean
 from moekit.routing.losses import counts_of_batch, shares
 from moekit.routing.scopes import (
     Scope,
+    check_decision,
     hidden_logits,
     mean_of_pools,
     real_tokens,
@@ -50,7 +51,7 @@ def weighted_l1_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if k is not positive.
+        ValueError: if k is not positive, or the routing is not of the logits' tokens and experts.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -63,6 +64,7 @@ def weighted_l1_loss(
     """
     if not k > 0:
         raise ValueError(f"weighted_l1_loss: k = {k} experts per token are wanted; expected a positive number.")
+    check_decision("weighted_l1_loss", logits, routing)
     weights = routing.weights
     if token_mask is not None:
         weights = weights.masked_fill(~flat_mask(token_mask, routing.num_tokens)[routing.token_indices], 0.0)

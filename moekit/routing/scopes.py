@@ -124,6 +124,33 @@ def hidden_logits(name: str, logits: Logits, token_mask: Tensor | None) -> Tenso
     return hidden(plain, token_mask)
 
 
+def check_decision(name: str, logits: Logits, routing: Routing) -> None:
+    """Refuse a routing that was not made from these logits: of other tokens, other experts, or slots.
+
+    Args:
+        name: of the loss, for the message.
+        logits: (T, E), with or without noise.
+        routing: the decision.
+
+    Raises:
+        ValueError: if the routing is not one of T tokens over E experts.
+
+    Example:
+        >>> from moekit.routing import round_robin
+        >>> check_decision("a loss", torch.zeros(4, 3), round_robin(torch.zeros(4, 3), k=1))
+        >>> check_decision("a loss", torch.zeros(4, 6), round_robin(torch.zeros(4, 3), k=1))
+        Traceback (most recent call last):
+        ValueError: a loss: the logits have shape (4, 6), and the routing (T, E) = (4, 3); expected one shape. Pass \
+the routing that was made from these logits; slots of soft routing are equally loaded, and take no such loss.
+    """
+    shape, routed = tuple(clean(logits).shape), (routing.num_tokens, routing.num_experts)
+    if shape != routed:
+        raise ValueError(
+            f"{name}: the logits have shape {shape}, and the routing (T, E) = {routed}; expected one shape. Pass the "
+            f"routing that was made from these logits; slots of soft routing are equally loaded, and take no such loss."
+        )
+
+
 def real_tokens(
     values: Tensor, token_mask: Tensor | None, *, scope: Scope = whole_batch, sequence_length: int | None = None
 ) -> Tensor:

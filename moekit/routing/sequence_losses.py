@@ -3,7 +3,15 @@
 from torch import Tensor
 
 from moekit.routing.losses import balance_of_pools, shares
-from moekit.routing.scopes import Scope, counts_of_pools, each_sequence, hidden_logits, real_tokens, sums_of_pools
+from moekit.routing.scopes import (
+    Scope,
+    check_decision,
+    counts_of_pools,
+    each_sequence,
+    hidden_logits,
+    real_tokens,
+    sums_of_pools,
+)
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -46,7 +54,8 @@ def sequence_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the length was not given, T is not a multiple of it, or the logits are in half precision.
+        ValueError: if the length was not given, T is not a multiple of it, or the logits are in half precision; if the
+            routing is not of their tokens and experts.
 
     Example:
         >>> import torch
@@ -59,6 +68,7 @@ def sequence_balance_loss(
     References:
         DeepSeek-AI, DeepSeek-V3 Technical Report, 2024, equations 17 to 20, https://arxiv.org/abs/2412.19437
     """
+    check_decision("sequence_balance_loss", logits, routing)
     counts = counts_of_pools(routing, token_mask, choices=choices, scope=scope, sequence_length=sequence_length)
     scores = shares(hidden_logits("sequence_balance_loss", logits, token_mask), score)
     sums = sums_of_pools(scores, token_mask, scope=scope, sequence_length=sequence_length)  # (pools, E)

@@ -8,6 +8,7 @@ from moekit import recipes
 from moekit.dispatch import dropless, padded
 from moekit.dispatch.soft import mix_tokens, slot_routing, spread_slots
 from moekit.experts import MlpParams, batched, gelu_mlp, grouped, init_mlp, loop
+from moekit.routing import load_balance_loss
 from moekit.types import Dispatcher, SoftRouting
 
 G, L, D, F, E, S = 2, 3, 4, 5, 3, 2
@@ -133,6 +134,14 @@ def test_a_layer_gives_real_tokens_the_same_whatever_padding_holds() -> None:
     for bad in (torch.nan, torch.inf, 1e30):
         spoiled = x.masked_fill(~real.unsqueeze(-1), bad)
         assert torch.equal(recipes.moe_layer(spoiled, params, recipe, token_mask=real).y[real], expected)
+
+
+@pytest.mark.parametrize("slots", [S, 3])
+def test_a_loss_over_loads_is_refused_where_slots_are_equally_loaded(slots: int) -> None:
+    recipe = recipes.soft_moe(slots=slots)._replace(losses={"load_balance": load_balance_loss})
+    params = recipes.MoEParams(recipe.init_gate(D, E), recipe.init(E, D, F))
+    with pytest.raises(ValueError, match=r"load_balance_loss: .* slots of soft routing are equally loaded"):
+        recipes.moe_layer(torch.randn(G, L, D), params, recipe)
 
 
 def test_sums_are_in_float32_and_results_have_the_dtype_of_rows() -> None:

@@ -150,7 +150,7 @@ def test_a_dense_model_is_scored(program, score, tmp_path, capsys):
     assert line["layers"] == []
     model, _ = model_of(checkpoint)
     with torch.no_grad():
-        expected = F.cross_entropy(model(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
+        expected = F.cross_entropy(model.cpu()(rows[:, :-1]).logits.flatten(0, 1), rows[:, 1:].flatten())
     assert line["loss"] == pytest.approx(expected.item(), rel=1e-5)
     assert "expert load" not in capsys.readouterr().out
 

@@ -63,6 +63,15 @@ def test_half_precision_is_refused_by_whatever_reads_logits(name: str, dtype: to
         LOSSES[name](half, routing, sequence_length=L)
 
 
+@pytest.mark.parametrize("shape", [(T, E + 1), (T - L, E)], ids=["experts", "tokens"])
+@pytest.mark.parametrize("name", sorted(LOSSES.keys() - {"z", "entropy", "entropy by token"}))  # which read no routing
+def test_a_routing_of_other_tokens_or_experts_is_refused(name: str, shape: tuple[int, int]) -> None:
+    """Numbers of another width would be spread over each other, or fail in words that name neither."""
+    routing = top_k(torch.randn(shape), k=K)
+    with pytest.raises(ValueError, match=rf"shape \({T}, {E}\), .* \(T, E\) = \({shape[0]}, {shape[1]}\); expected"):
+        LOSSES[name](noisy_logits(torch.float32), routing, sequence_length=L)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("already", [False, True], ids=["mask alone", "routing masked too"])
 def test_padding_sequences_change_nothing(name: str, already: bool) -> None:
