@@ -11,7 +11,7 @@ from moekit.autocast import in_autocast
 from moekit.experts import _grouped_cpu
 from moekit.experts.checks import check_product
 from moekit.experts.tiles import compute_capability
-from moekit.operators import is_transformed, refuse_tangents
+from moekit.operators import is_transformed, operator, refuse_tangents
 from moekit.types import Groups
 
 
@@ -88,7 +88,10 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     On the CPU each group's product is written straight into its place in the output, in the forward and in both
     backward products, which nothing between PyTorch operators can do.
 
-    No host synchronisation on CUDA. Deterministic.
+    On CUDA torch has a kernel for bfloat16; in float32 and float16 it loops over the groups, whose sizes the host waits
+    for. One group that is known to have all rows, as shared experts are, is one product, of any dtype and widths.
+
+    No host synchronisation on CUDA in bfloat16, or of such a group. Deterministic.
 
     Args:
         rows: (R, D); on CUDA float32, bfloat16 or float16, with D and F multiples of 16 bytes.
@@ -115,6 +118,8 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
     check_product(rows, groups, w)
     rows, w = in_autocast(rows, w)
     if rows.is_cuda:
+        if w.shape[0] == 1 and groups.capacity == rows.shape[0]:
+            return rows @ w.squeeze(0)
         _check_kernel(rows, w)
         return _grouped_mm(rows, groups.sizes, w)
     refuse_tangents("grouped", rows, w)
@@ -125,9 +130,41 @@ _MOST_GROUPS = 1023  # of torch 2.11's kernel, for bfloat16 from Hopper on; the 
 
 
 def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
-    # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
-    product = F.grouped_mm(rows, w, offs=sizes.cumsum(0).to(torch.int32))
+    compiled = torch.compiler.is_compiling() and rows.dtype != torch.bfloat16  # which compilers know alone
+    product = _Opaque.apply(rows, sizes, w) if compiled else _torchs_product(rows, w, sizes)
     return _ContiguousGradient.apply(product, torch.compiler.is_compiling() or is_transformed())
+
+
+def _torchs_product(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
+    # Cast last: Inductor replaces the running sum of equal sizes by a range, and forgets its dtype.
+    return F.grouped_mm(a, b, offs=sizes.cumsum(0).to(torch.int32))
+
+
+def _product_fake(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
+    return a.new_empty(a.shape[0], b.shape[2]) if b.ndim == 3 else a.new_empty(len(sizes), a.shape[0], b.shape[1])
+
+
+@operator("grouped_mm", _product_fake)
+def _opaque_product(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:
+    """Multiply groups of rows, (R, D) by (E, D, F), or of columns, (D, R) by (R, F), to (E, D, F)."""
+    return _torchs_product(a, b, sizes).contiguous()
+
+
+class _Opaque(torch.autograd.Function):
+    """torch's product of a dtype that compilers refuse, as an operator into which they do not look."""
+
+    @staticmethod
+    def forward(ctx, rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(rows, sizes, w)
+        product: Tensor = _opaque_product(rows, w, sizes)
+        return product
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+        rows, sizes, w = ctx.saved_tensors
+        of_rows = _opaque_product(grad, w.transpose(1, 2), sizes) if ctx.needs_input_grad[0] else None
+        of_w = _opaque_product(rows.T, grad, sizes) if ctx.needs_input_grad[2] else None
+        return of_rows, None, of_w
 
 
 class _ContiguousGradient(torch.autograd.Function):

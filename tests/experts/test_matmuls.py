@@ -102,6 +102,24 @@ def test_torchs_product_takes_the_gradient_of_a_sum() -> None:
         torch.testing.assert_close(found, expected, rtol=TOLERANCE[rows.dtype], atol=TOLERANCE[rows.dtype])
 
 
+@pytest.mark.parametrize("wanted", [(0, 1), (0,), (1,), ()], ids=["both", "rows", "w", "none"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_torchs_product_compiles_whole_in_every_dtype(dtype: torch.dtype, wanted: tuple[int, ...]) -> None:
+    """torch's rules for tensors without memory know bfloat16 alone."""
+    groups = Groups(torch.tensor([2, 0, 3]), None)
+    rows, w = torch.randn(7, 8, dtype=dtype), torch.randn(3, 16, 8, dtype=dtype).transpose(1, 2)  # two rows of nobody
+    leaves = [(rows, w)[i].requires_grad_() for i in wanted]
+    torch._dynamo.reset()
+    out = torch.compile(_grouped_mm, fullgraph=True)(rows, groups.sizes, w)
+    expected = loop(rows, groups, w)
+    torch.testing.assert_close(out[:5], expected[:5])
+    cotangent = torch.randn_like(expected)
+    if leaves:
+        found = torch.autograd.grad(out, leaves, cotangent)
+        for each, other in zip(found, torch.autograd.grad(expected, leaves, cotangent), strict=True):
+            torch.testing.assert_close(each[:5], other[:5])
+
+
 def test_what_torchs_product_returns_may_be_changed_in_place() -> None:
     sizes = torch.tensor([2, 0, 3])
     rows, w = (torch.randn(shape, requires_grad=True) for shape in ((5, 8), (3, 8, 16)))
