@@ -47,6 +47,7 @@ def router_cases(*, k: int, experts: int, vocab_size: int = 10, tile: int = 4) -
     return {
         "softmax": Case(partial(r.top_k, k=k)),
         "softmax of top k": Case(partial(r.softmax_of_top_k, k=k)),
+        "sigmoid of top k": Case(partial(r.sigmoid_of_top_k, k=k)),
         "sigmoid with bias": Case(partial(r.top_k, k=k, score=r.sigmoid, normalize=True, scale=2.5), state=BIASED),
         "root of softplus": Case(partial(r.top_k, k=k, score=r.sqrt_softplus, normalize=True), state=BIASED),
         "noisy": Case(partial(r.noisy_top_k, k=k), r.noisy_gate, partial(r.init_noisy_gate, std=0.5)),

@@ -137,7 +137,7 @@ _GRANITE_SHARED = Layout(
     ),
 )
 
-FAMILIES: Mapping[str, Family] = {
+_FAMILIES = {
     "afmoe": family(
         read.of_afmoe,
         Layout(
@@ -242,4 +242,7 @@ FAMILIES: Mapping[str, Family] = {
         ),
     ),
 }
-"""Families by the name that transformers gives their model."""
+_WITH_TEXT = ("aria", "glm4v_moe", "llama4", "qwen3_5_moe", "qwen3_vl_moe")  # the text part has a model_type of its own
+
+FAMILIES: Mapping[str, Family] = _FAMILIES | {f"{name}_text": _FAMILIES[name] for name in _WITH_TEXT}
+"""Families by the ``model_type`` of transformers' configuration, of the whole model and of its text part."""

@@ -164,6 +164,7 @@ def of_nemotron(config: Any) -> Recipe:
     expect(config, "mlp_hidden_act", ("relu2",))
     expect(config, "mlp_bias", (False,))
     expect(config, "moe_latent_size", (None,))
+    _expect_shared(config, "moe_shared_expert_intermediate_size")
     return s.nemotron_moe(
         k=config.num_experts_per_tok,
         num_groups=config.n_group,
@@ -197,6 +198,7 @@ def of_hy_v3(config: Any) -> Recipe:
     """Read ``deepseek_moe``: Hunyuan V3."""
     expect(config, "hidden_act", ("silu", "swish"))
     expect(config, "mlp_bias", (False,))
+    _expect_shared(config, "num_shared_experts")
     return deepseek_moe(
         k=config.num_experts_per_tok, num_shared=config.num_shared_experts, scale=config.router_scaling_factor
     )
@@ -212,6 +214,7 @@ def of_ernie(config: Any) -> Recipe:
     """Read ``ernie_moe``."""
     expect(config, "hidden_act", ("silu", "swish"))
     expect(config, "use_bias", (False,))
+    expect(config, "moe_norm_min", (1e-12,))
     return s.ernie_moe(k=config.moe_k, num_shared=config.moe_num_shared_experts)
 
 
@@ -230,6 +233,16 @@ def expect(config: Any, name: str, known: tuple[Any, ...]) -> None:
         raise ValueError(
             f"this configuration has {name} = {value!r}; the family's recipe does {' or '.join(map(repr, known))}. "
             f"Compose a recipe of your own, and take this one's other stages with _replace."
+        )
+
+
+def _expect_shared(config: Any, name: str) -> None:
+    """Raise a ValueError for 0, which transformers' block takes for the width of a dense layer."""
+    if not getattr(config, name):
+        raise ValueError(
+            f"this configuration has {name} = {getattr(config, name)!r}, by which transformers makes one shared expert "
+            f"as wide as config.intermediate_size; the family's recipe has multiples of the routed width. Compose a "
+            f"recipe of your own, and take this one's other stages with _replace."
         )
 
 

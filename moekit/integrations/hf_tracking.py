@@ -127,8 +127,8 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
         RoutingRecorder, which stays readable afterwards.
 
     Raises:
-        ValueError: if the model has no experts modules, or, from the call, if the experts see other tokens than those
-            of the mask.
+        ValueError: if the model has no experts modules, or, from the call, if its ``attention_mask`` has not two axes,
+            or the experts see other tokens than those of the mask.
 
     Example:
         >>> from transformers import MixtralConfig, MixtralForCausalLM
@@ -194,8 +194,15 @@ def _token_mask(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     arguments = {**inspect.signature(model.forward).bind_partial(*args).arguments, **kwargs}
     mask, ids, embeds = (arguments.get(name) for name in ("attention_mask", "input_ids", "inputs_embeds"))
     tokens = embeds if ids is None else ids
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or tokens is None:
+    if mask is None or tokens is None:
         return None
+    if not isinstance(mask, Tensor) or mask.ndim != 2:
+        given = f"shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else f"a {type(mask).__name__}"
+        raise ValueError(
+            f"track_routing: the model was called with an attention_mask of {given}, which does not say what is "
+            f"padding; expected (batch, tokens). `generate` makes such a mask for a static cache: take another cache, "
+            f"or pass mask_padding=False to count all tokens."
+        )
     return mask[:, -tokens.shape[1] :].flatten().bool()  # behind a cache the mask is longer than the input
 
 

@@ -11,7 +11,14 @@ from moekit.recipes.expert_layers import expert_layer
 from moekit.recipes.families import qwen3_moe
 from moekit.recipes.layers import Recipe
 from moekit.recipes.published import deepseek_moe, mixtral, shared
-from moekit.routing import group_limited, selection_bias, sequence_balance_loss, sigmoid, top_k
+from moekit.routing import (
+    group_limited,
+    selection_bias,
+    sequence_balance_loss,
+    sigmoid,
+    sigmoid_of_top_k,
+    top_k,
+)
 from moekit.types import GroupedMatmul
 
 
@@ -126,7 +133,7 @@ def llama4(*, k: int = 1, num_shared: int = 1, matmul: GroupedMatmul = grouped) 
     """
     experts = partial(swiglu, matmul=matmul)
     return qwen3_moe(matmul=matmul)._replace(
-        route=partial(top_k, k=k, score=sigmoid),
+        route=partial(sigmoid_of_top_k, k=k),
         layer=expert_layer(dispatcher=weigh_inputs(dropless()), experts=experts),
         shared=shared(experts, num_shared),
     )

@@ -39,6 +39,7 @@ from moekit.routing.stats import RoutingStats, routing_stats
 from moekit.routing.token_rounding import round_tokens, token_rounding
 from moekit.routing.top_k import (
     sigmoid,
+    sigmoid_of_top_k,
     softmax,
     softmax_of_top_k,
     softmax_over_tokens,
@@ -74,6 +75,7 @@ __all__ = [
     # token choice
     "top_k",
     "softmax_of_top_k",
+    "sigmoid_of_top_k",
     "fused_top_k",
     "fused_top_k_and_load",
     "noisy_top_k",

@@ -27,8 +27,9 @@ def group_limited(
     the ``groups_kept`` best groups get the value ``masked``; S = topK of that; g = scale * s_S, optionally over its
     sum. With one group this is ``top_k``. The published forms:
 
-    - DeepSeek-V3's report and TorchTitan: sigmoid, bias, ``group_top=2``, ``masked=-inf``, ``normalize=True``.
-    - Hugging Face transformers and NeMo AutoModel: the same with ``masked=0``. With a negative bias an expert of a kept
+    - DeepSeek-V3's report, TorchTitan and transformers 5.24: sigmoid, bias, ``group_top=2``, ``masked=-inf``,
+      ``normalize=True``.
+    - NeMo AutoModel, and transformers before: the same with ``masked=0``. With a negative bias an expert of a kept
       group can then lose to a masked one, so that more groups are used than are kept.
     - Megatron-LM: ``group_top=k // groups_kept``, ``masked=-inf``.
     - DeepSeek-V2: softmax, no bias, ``group_top=1``, ``masked=0``, ``normalize=False``.

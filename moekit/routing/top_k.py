@@ -177,6 +177,39 @@ def softmax_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> R
     return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
 
 
+def sigmoid_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> Routing:
+    """Choose the k largest logits and take the sigmoid of those: S = topK(z + b), g = sigmoid(z_S).
+
+    In exact arithmetic and without a bias this equals ``top_k(..., score=sigmoid)``; in float32 the scores of logits
+    from about 17 on are all one, and ``top_k`` then chooses among equals.
+
+    Causal. No host synchronisation. Deterministic on CUDA; ties are broken as ``torch.topk`` breaks them.
+
+    Args:
+        logits: (T, E) float32, with or without noise.
+        k: experts per token, 1 <= k <= E.
+        bias: (E,) added to the logits for the selection only.
+
+    Returns:
+        Routing of shape (T, k).
+
+    Raises:
+        ValueError: if k is not between 1 and E, or a shape or dtype does not fit.
+
+    Example:
+        >>> routing = sigmoid_of_top_k(torch.tensor([[20.0, 30.0, 0.0]]), k=1)
+        >>> routing.expert_indices, routing.weights
+        (tensor([[1]]), tensor([[1.]]))
+
+    References:
+        Meta, Llama 4, 2025, its released code, ``models/llama4/moe.py`` of https://github.com/meta-llama/llama-models
+    """
+    logits = noisy(logits)
+    check_choice(logits, k, name="sigmoid_of_top_k")
+    expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
+    return token_choice(expert_indices, torch.sigmoid(logits.gather(-1, expert_indices)), logits)
+
+
 def weights_at(
     scores: Tensor, expert_indices: Tensor, *, normalize: bool = False, order: float = 1.0, scale: float = 1.0
 ) -> Tensor:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from moekit.integrations.blocks import FAMILIES
 from moekit.recipes import Recipe, moe_layer, switch
+from moekit.routing import linear_gate
 from moekit.types import LayerOutput
 
 pytest.importorskip("transformers")
@@ -81,7 +82,7 @@ def inputs() -> tuple[Tensor, Tensor]:
 
 
 def test_every_family_is_compared() -> None:
-    assert set(CASES) == set(FAMILIES)
+    assert set(CASES) == {name.removesuffix("_text") for name in FAMILIES}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -94,6 +95,20 @@ def test_output_logits_and_every_gradient_are_those_of_transformers(name: str) -
     assert_equal(ours, theirs, rtol=case.rtol)
     used = output.routing.expert_indices.unique().numel()
     assert used == output.routing.num_experts, "an expert that no token takes is not compared; draw other inputs"
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama4", "mixtral", "qwen3_moe"])
+def test_the_largest_of_large_logits_is_chosen(name: str) -> None:
+    """Sigmoids of logits from about 17 on are one; Llama 4 chooses by logits."""
+    case = CASES[name]
+    block, config = build(case, name)
+    with torch.no_grad():
+        block.get_submodule(case.router).weight.mul_(80)
+    x, cotangent = inputs()
+    theirs = run_theirs(block, case, x, cotangent)
+    assert theirs["logits"].amax(1).median() > 20
+    ours, _ = run_ours(name, block, config, x, cotangent)
+    torch.testing.assert_close(ours["y"], theirs["y"])
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -184,6 +199,19 @@ def test_mixtral_sees_float32_logits_where_transformers_rounds_them() -> None:
     assert not torch.equal(logits, rounded.float())
 
 
+def test_narrow_logits_give_a_few_tokens_other_experts() -> None:
+    """What docs/transformers.md says of random tokens in an OLMoE block."""
+    modeling = importlib.import_module("transformers.models.olmoe.modeling_olmoe")
+    sizes = {"hidden_size": 256, "intermediate_size": 8, "num_experts": 64, "num_experts_per_tok": 8}
+    config = modeling.OlmoeConfig(**sizes)
+    gate = modeling.OlmoeTopKRouter(config).bfloat16()
+    torch.nn.init.normal_(gate.weight, std=1 / 16)
+    x = torch.randn(4000, 256, dtype=torch.bfloat16)
+    theirs = gate(x)[2].sort(-1).values
+    ours = FAMILIES["olmoe"].recipe(config).route(linear_gate(x, gate.weight.T)).expert_indices.sort(-1).values
+    assert 0.01 < (theirs != ours).any(-1).float().mean() < 0.03
+
+
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "jamba", "dbrx"])
 def test_balancing_loss_of_one_layer_is_that_of_transformers(name: str) -> None:
     """And its coefficient is that of the configuration."""
@@ -232,12 +260,16 @@ def test_parts_that_a_configuration_leaves_out(name: str) -> None:
     assert {key: value.shape for key, value in back.items()} == {key: value.shape for key, value in entries.items()}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", CASES)
-def test_the_module_that_the_page_makes_of_a_block_computes_the_same_and_goes_back(name: str) -> None:
+def test_the_module_that_the_page_makes_of_a_block_computes_the_same_and_goes_back(
+    name: str, dtype: torch.dtype
+) -> None:
     page = (Path(__file__).parents[2] / "docs" / "transformers.md").read_text(encoding="utf-8")
     [code] = re.findall(r"As a module, .*?```python\n(.*?)```", page, flags=re.DOTALL)
     block, config = build(CASES[name], name)
-    family, model, x = FAMILIES[name], SimpleNamespace(config=config), torch.randn(2, 5, D)
+    block.to(dtype)
+    family, model, x = FAMILIES[name], SimpleNamespace(config=config), torch.randn(2, 5, D, dtype=dtype)
     held = family.to_params({key: each.clone() for key, each in block.state_dict().items()}, config)
     recipe = family.recipe(config)
     expected = moe_layer(x, held.params, recipe, state=held.state).y
@@ -248,6 +280,7 @@ def test_the_module_that_the_page_makes_of_a_block_computes_the_same_and_goes_ba
         "recipe": recipe,
         "block": block,
         "model": model,
+        "dtype": held.params.experts.down.dtype,
     }
     exec(compile(code, "transformers.md", "exec"), scope)
     moe = scope["moe"]
@@ -256,5 +289,6 @@ def test_the_module_that_the_page_makes_of_a_block_computes_the_same_and_goes_ba
     if held.state is not None:
         output = moe(x)
         moe.update_state(moe.recipe.state.observe(output.logits, output.routing, moe.state))  # rate 0.0 moves nothing
-        torch.testing.assert_close(torch.stack([back.state, moe.state]), held.state.expand(2, -1), rtol=0, atol=0)
+        for state in (back.state, moe.state):
+            torch.testing.assert_close(state.float(), held.state.float(), rtol=0, atol=0)
     torch.testing.assert_close(moe_layer(x, back.params, recipe, state=back.state).y, expected, rtol=0, atol=0)

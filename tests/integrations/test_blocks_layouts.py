@@ -164,6 +164,21 @@ def test_parts_without_a_place_are_refused() -> None:
         ("qwen2_moe", {"shared_expert_intermediate_size": 20}, "_size = 20 and moe_intermediate_size = 13; expected a"),
         ("dbrx", {"ffn_config": SimpleNamespace(moe_normalize_expert_weights=2.0)}, "_weights = 2.0; the family's"),
         ("ernie4_5_moe", {"use_bias": True}, "use_bias = True; the family's recipe does False"),
+        (
+            "ernie4_5_moe",
+            {"use_bias": False, "moe_norm_min": 0.9},
+            "moe_norm_min = 0.9; the family's recipe does 1e-12",
+        ),
+        (
+            "hy_v3",
+            {"num_shared_experts": 0},
+            "num_shared_experts = 0, by which transformers makes one shared expert as",
+        ),
+        (
+            "nemotron_h",
+            {"moe_latent_size": None, "moe_shared_expert_intermediate_size": 0},
+            "moe_shared_expert_intermediate_size = 0, by which transformers makes one shared expert",
+        ),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, "topk_method = 'noaux_tc'; the family's recipe does 'greedy'"),
         ("lfm2_moe", {"norm_topk_prob": False}, "norm_topk_prob = False; the family's recipe does True"),
     ],

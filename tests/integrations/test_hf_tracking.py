@@ -193,6 +193,19 @@ def test_a_model_without_experts_is_refused() -> None:
         pass
 
 
+def test_a_mask_that_does_not_say_what_is_padding_is_an_error(model) -> None:
+    """As generate makes it of two axes for a static cache: padding would be counted."""
+    ids, mask = tokens(2, 4), torch.tensor([[0, 0, 0, 1], [1, 1, 1, 1]])
+    options = {"attention_mask": mask, "max_new_tokens": 1, "cache_implementation": "static", "use_cache": True}
+    with track_routing(model), pytest.raises(ValueError, match=r"attention_mask of .*; expected \(batch, tokens\)"):
+        model.generate(ids, **options)
+    with track_routing(model), pytest.raises(ValueError, match=r"of shape \(2, 1, 4, 4\), which does not say what is"):
+        model(input_ids=ids, attention_mask=torch.zeros(2, 1, 4, 4))
+    with track_routing(model, mask_padding=False) as recorder:
+        model.generate(ids, **options)
+    assert recorder.stats()[recorder.layers[0]].tokens_per_expert.sum() == 8 * K
+
+
 def test_experts_that_see_other_tokens_than_the_mask_are_an_error(model) -> None:
     block = model.model.layers[1].mlp
     whole = block.forward

@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.routing import sigmoid, softmax, softmax_of_top_k, top_k, weights_at
+from moekit.routing import sigmoid, sigmoid_of_top_k, softmax, softmax_of_top_k, top_k, weights_at
 
 T, E, K = 11, 6, 3
 ROUTERS = {
@@ -12,6 +12,7 @@ ROUTERS = {
     "sigmoid": partial(top_k, k=K, score=sigmoid),
     "sigmoid normalized": partial(top_k, k=K, score=sigmoid, normalize=True),
     "softmax of top k": partial(softmax_of_top_k, k=K),
+    "sigmoid of top k": partial(sigmoid_of_top_k, k=K),
 }
 every_router = pytest.mark.parametrize("router", ROUTERS.values(), ids=ROUTERS)
 
@@ -67,7 +68,18 @@ def test_one_normalized_choice_is_constant_and_trains_no_router() -> None:
     assert grad.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("router", [top_k, partial(top_k, score=sigmoid, normalize=True), softmax_of_top_k])
+def test_sigmoid_of_top_k_equals_top_k_of_sigmoid_where_scores_differ() -> None:
+    logits = torch.randn(T, E, dtype=torch.float64)
+    before, after = top_k(logits, k=K, score=sigmoid), sigmoid_of_top_k(logits, k=K)
+    assert torch.equal(before.expert_indices, after.expert_indices)
+    torch.testing.assert_close(before.weights, after.weights)
+    large = torch.tensor([[30.0, 50.0, 40.0], [-120.0, -110.0, -130.0]])
+    assert sigmoid_of_top_k(large, k=2).expert_indices.tolist() == [[1, 2], [1, 0]]
+
+
+@pytest.mark.parametrize(
+    "router", [top_k, partial(top_k, score=sigmoid, normalize=True), softmax_of_top_k, sigmoid_of_top_k]
+)
 def test_bias_shifts_the_selection_and_never_the_weights(router) -> None:
     logits = torch.randn(T, E, dtype=torch.float64, requires_grad=True)
     bias = torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 100.0], dtype=torch.float64, requires_grad=True)
@@ -154,7 +166,10 @@ def test_weights_at_reads_off_any_choice() -> None:
     torch.testing.assert_close(weights_at(scores, experts, normalize=True, scale=3.0).sum(-1), torch.full((T,), 3.0))
 
 
-@pytest.mark.parametrize(("router", "name"), [(top_k, "top_k"), (softmax_of_top_k, "softmax_of_top_k")])
+@pytest.mark.parametrize(
+    ("router", "name"),
+    [(top_k, "top_k"), (softmax_of_top_k, "softmax_of_top_k"), (sigmoid_of_top_k, "sigmoid_of_top_k")],
+)
 @pytest.mark.parametrize("k", [0, -1, E + 1])
 def test_a_bad_k_says_so(router, name: str, k: int) -> None:
     message = rf"{name}: k = {k} experts per token were asked of E = {E} experts; expected 1 <= k <= E.*--moe-top-k"
@@ -162,7 +177,7 @@ def test_a_bad_k_says_so(router, name: str, k: int) -> None:
         router(torch.zeros(T, E), k=k)
 
 
-@pytest.mark.parametrize("router", [top_k, softmax_of_top_k])
+@pytest.mark.parametrize("router", [top_k, softmax_of_top_k, sigmoid_of_top_k])
 def test_shapes_that_do_not_fit(router) -> None:
     with pytest.raises(ValueError, match=r"logits have shape \(2, 3, 4\); expected \(T, E\).*Flatten"):
         router(torch.zeros(2, 3, 4), k=1)
