@@ -77,8 +77,9 @@ class Stream:
         for key, value in self._origin.items():
             if origin.get(key) != value:
                 raise ValueError(
-                    f"the saved position is for {key} {origin.get(key)}; this stream has {value}. "
-                    "Resume with the same data, weights and seed, or start without the saved position"
+                    f"the saved position is for {key} {origin.get(key)}; this stream has {value}. Resume with the same "
+                    "data, sequence length, weights (--train-data-mix-weights), seed (--seed) and lanes "
+                    "(--data-lanes), or start without the saved position"
                 )
         self._batches.reset(dict(position))
 

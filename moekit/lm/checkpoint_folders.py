@@ -113,7 +113,7 @@ def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(
             f"there is no checkpoint at {folder}: expected a folder step_NNNNNNNN with {STATE} in it. Checkpoints lie "
-            f"in the run folder, under checkpoints/; `latest` takes the newest."
+            f"in the run folder, under checkpoints/; where a run's folder is taken, it means the newest in it."
         )
     try:
         state = json.loads(path.read_text(encoding="utf-8"))

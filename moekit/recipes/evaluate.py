@@ -76,8 +76,8 @@ def evaluate(
     """Score sequences, each once, over all ranks.
 
     Every sequence is summed up by itself, in float64, and the sums are added in the order of the data: batch size and
-    number of ranks do not matter, but for the rounding of the model's own products, and unless a capacity limit drops
-    or the router draws random numbers (`gshard`).
+    number of ranks do not matter, but for the rounding of the model's own products, and unless a capacity limit drops,
+    or the router draws random numbers (`gshard`) or chooses by the whole batch (`expert_choice`).
 
     Training mode and torch's random state are as before afterwards.
 

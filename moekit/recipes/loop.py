@@ -110,10 +110,12 @@ def _report(
 ) -> None:
     run, recorder, clock, _ = training
     if due.report:  # first what all ranks do together, then what may fail on one
-        scores = validate(run, tokens=_SHORT_VALIDATION) if due.validate else {}
-        losses = {name: each.loss for name, each in scores.items()}
+        scores, trouble = _attempt(partial(validate, run, tokens=_SHORT_VALIDATION)) if due.validate else ({}, None)
+        losses = {name: each.loss for name, each in (scores or {}).items()}
         total = progress._replace(skipped_data=skipped_data(run, progress, at))
         recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
+        if trouble is not None:
+            raise trouble
     recorder.data(progress.step)
 
 
@@ -126,14 +128,16 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:
 
 
 def _counted(training: _Training, progress: Progress, result: StepResult, at: Position) -> Progress:
-    """Count a step; one that was not finite is counted apart, or ends the run with a checkpoint from before it."""
+    """Count a step; one that changed nothing is counted apart, or ends the run with a checkpoint from before it."""
     run, recorder, clock, command = training
     counted = progress._replace(step=progress.step + 1, seconds=clock.seconds)
     if result.taken:
         before = progress.trained_tokens
         return counted._replace(trained_tokens=None if before is None else before + result.targets)
     what = f"the loss or its gradient is not finite at step {counted.step}"
-    if not result.finite:
+    if not result.targets:
+        recorder.say(f"step {counted.step} has no token to train on, all of its data are bad or padding: left out")
+    elif not result.finite:
         if run.settings.optimizer.on_nonfinite == "stop":
             folder = save(run, progress, at)
             raise FloatingPointError(

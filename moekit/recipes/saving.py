@@ -37,7 +37,7 @@ class Progress(NamedTuple):
     Attributes:
         step: optimizer steps done.
         seconds: of training so far.
-        skipped_steps: steps left out because their loss or gradient was not finite.
+        skipped_steps: steps left out because their loss or gradient was not finite, or they had no token to train on.
         skipped_data: sequences left out as bad data before this launch, over all ranks, by reason.
         trained_tokens: targets trained on so far, over all ranks: no holes, no padding, no step that was left out; None
             if it is not known, of steps of another program or of an older version.
@@ -247,7 +247,7 @@ def _restore_random(run: Run, saved: Mapping[str, Tensor], *, step: int) -> None
 
 def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
     """Start from weights of another program; what it knew of its data means nothing here."""
-    load_weights(run.model, path, run.world)
+    known = load_weights(run.model, path, run.world)
     tensors = training_tensors(run.model, run.optimizer)
     shapes = {name.removeprefix("model."): t.shape for name, t in tensors.items() if name.startswith("model.")}
     moments = None
@@ -261,4 +261,5 @@ def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
     _check_step(run, step, f"{path} is, by its optimizer's state, of")
     start = f"with its optimizer's state, at step {step}" if moments else "the optimizer and the schedule start anew"
     print_lines(console, f"loaded the weights of {path}; {start}; the data start at their beginning")
+    print_warnings(console, *model_warnings(run.settings.model, known, training=True))
     return Progress(step=step, trained_tokens=None if step else 0)

@@ -111,14 +111,14 @@ def score_sets(
         corpus: with the validation sets.
         recipe: that the MoE layers run meanwhile; None leaves them their own.
         world: the ranks.
-        tokens: score the first so many tokens of each set, rounded up to whole sequences; None scores what
-            ``--val-num-samples`` says, or all.
+        tokens: score the first so many tokens of each set, rounded up to whole sequences, or what
+            ``--val-num-samples`` says if that is less; None scores what that says, or all.
 
     Returns:
         Name to scores, the same on every rank.
     """
     data, given, config = settings.data, settings.optimizer, model.config
-    limit = data.val_num_samples if tokens is None else tokens
+    limit = min((each for each in (data.val_num_samples, tokens) if each is not None), default=None)
     per_rank = given.batch_size or (given.global_batch_size or world.size * DEFAULT_BATCH) // world.size
     scores = {}
     for each in corpus.validation:

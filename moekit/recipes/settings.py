@@ -124,8 +124,9 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ParallelSettings:
-    """How several ranks share the work. Every mix gives the same loss curve, up to rounding and what a capacity limit
-    drops, which counts within the ranks that exchange tokens."""
+    """How several ranks share the work. Every mix gives the same loss curve, up to rounding, what a capacity limit
+    drops, which counts within the ranks that exchange tokens, and what a router does that looks at a whole batch, a
+    rank's own: docs/balancing.md."""
 
     fsdp: bool = False
     """Shard parameters, gradients and optimizer state over all ranks (FSDP2)."""

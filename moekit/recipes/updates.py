@@ -64,7 +64,9 @@ def agree(run: Run, batch: Batch | None, *, stop: bool) -> tuple[Tokens, bool]:
 
 
 def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics: bool) -> StepResult:
-    """Take one optimizer step; a step whose loss or gradient is not finite changes nothing.
+    """Take one optimizer step; a step whose loss or gradient is not finite changes nothing, nor one without a target.
+
+    The means over targets of a step without any are NaN, whose data are bad or padding on every rank.
 
     With a gradient scaler, a gradient that is not finite under a finite loss is the scaler's business: it leaves the
     step out and takes a smaller scale.
@@ -106,11 +108,12 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     clip_gradients(run.model, norm, given.grad_clip_norm)
     synced = time.perf_counter()
     finite = math.isfinite(total) and (math.isfinite(norm) or run.scaler.is_enabled())
+    wanted = finite and bool(tokens.targets)  # decay and momentum would move parameters without data
     scale = run.scaler.get_scale()
-    if finite:
+    if wanted:
         run.scaler.step(run.optimizer)
     run.scaler.update()
-    taken = finite and run.scaler.get_scale() >= scale  # a scaler that left the step out lowers its scale
+    taken = wanted and run.scaler.get_scale() >= scale  # a scaler that left the step out lowers its scale
     if taken:
         update_router_states(run.model, loss.observed)
     seconds = {
@@ -119,7 +122,14 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         "sync_time": synced - computed,
         "optim_step_time": time.perf_counter() - synced,
     }
-    return StepResult(loss, norm, rate, finite, taken, seconds, int(tokens.targets))
+    return StepResult(_of_targets(loss, tokens), norm, rate, finite, taken, seconds, int(tokens.targets))
+
+
+def _of_targets(loss: StepLoss, tokens: Tokens) -> StepLoss:
+    if tokens.targets:
+        return loss
+    nan = torch.full_like(loss.cross_entropy, math.nan)
+    return loss._replace(cross_entropy=nan, z=nan, logit_mean=nan)
 
 
 def _read(run: Run, loss: StepLoss, norm: Tensor, *, step: int) -> tuple[float, float]:

@@ -157,7 +157,7 @@ def test_an_old_checkpoint_is_replaced_as_a_whole(saved):
 
 
 def test_a_missing_or_unfinished_checkpoint_is_explained(saved, tmp_path):
-    message = r"there is no checkpoint at .*expected a folder step_NNNNNNNN with state\.json.*`latest` takes the newest"
+    message = r"there is no checkpoint at .*expected a folder step_NNNNNNNN with state\.json.*it means the newest in it"
     with pytest.raises(FileNotFoundError, match=message):
         load_checkpoint(tmp_path / "absent", {})
     (saved / "state.json").unlink()

@@ -3,6 +3,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,8 +30,10 @@ from moekit.parallel import one_process
 from moekit.recipes import saving, train
 from moekit.recipes.configuration import parse_settings, unflatten
 from moekit.recipes.construction import make_model
+from moekit.recipes.export import export
 from moekit.recipes.runs import set_up
 from moekit.recipes.saving import Progress, _check_progress, find_checkpoint, load_weights
+from moekit.recipes.settings import ModelSettings
 from moekit.recipes.train import main
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -312,10 +315,14 @@ def test_how_far_another_program_was_is_what_its_optimizer_has_counted(monkeypat
         names = ("optimizer.step.weight", "optimizer.step.bias")
         return counts and {name: torch.tensor(count) for name, count in zip(names, counts, strict=True)}
 
-    monkeypatch.setattr(saving, "load_weights", lambda *given: asked.append(given))
+    def loaded(*given):
+        asked.append(given)
+        return {}
+
+    monkeypatch.setattr(saving, "load_weights", loaded)
     monkeypatch.setattr(saving, "read_openlm_optimizer", moments)
     run, path = SimpleNamespace(model=model, world=one_process(), optimizer=optimizer), Path(f"epoch_1.{suffix}")
-    run.budget = SimpleNamespace(steps=5)
+    run.budget, run.settings = SimpleNamespace(steps=5), SimpleNamespace(model=ModelSettings())
     progress = saving._restore_weights(run, path, Console(quiet=True))
     reads = [(path.name, {"weight": (2, 1), "bias": (2,)}, tied)] if suffix == "pt" else []
     assert asked == [(model, path, run.world), *reads]
@@ -332,6 +339,15 @@ def test_training_goes_on_from_safetensors(program, trained, tmp_path, capsys):
     assert "weights.safetensors; the optimizer and the schedule start anew" in " ".join(capsys.readouterr().out.split())
     from_openlm = program("--resume", str(as_openlm(tmp_path / "epoch_1.pt", model)), *DROPLESS, name="c")
     assert numbers(folder) == numbers(from_openlm), "the same weights in two formats"
+
+
+def test_weights_that_were_trained_by_another_method_are_warned_of_from_safetensors(program, tmp_path, capsys):
+    path = export(latest_checkpoint(program("--steps", "2", "--recipe", "mixtral")), tmp_path / "a.safetensors")
+    program("--resume", str(path), "--steps", "2", "--recipe", "mixtral", name="b")
+    assert "warning: these weights" not in capsys.readouterr().out
+    program("--resume", str(path), "--steps", "2", "--recipe", "olmoe", name="c")
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.search(r"warning: these weights were trained with .*--recipe mixtral.* launch has .*--recipe olmoe", said)
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "folder"])

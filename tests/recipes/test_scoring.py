@@ -14,6 +14,7 @@ from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
 from moekit.lm.shards import shard_bytes, write_shards
 from moekit.lm.tensor_files import write_safetensors
 from moekit.lm.tokenizers import ByteTokenizer, save_tokenizer
+from moekit.lm.trackers import read_metrics
 from moekit.parallel import one_process
 from moekit.recipes import runs, scoring
 from moekit.recipes.configuration import unflatten
@@ -171,6 +172,14 @@ def test_a_part_of_the_data_can_be_scored(trained, score, tmp_path):
     [line] = score(trained, "--val-data", tar(tmp_path / "a.tar", rows), "--val-num-samples", str(3 * SEQ_LEN - 5))
     assert line["sequences"] == 3, "tokens, rounded up to whole sequences"
     assert line["loss"] == pytest.approx(loss_of(trained, rows[:3]), rel=1e-5)
+
+
+def test_validations_on_the_way_score_no_more_than_was_asked(program):
+    folder = program("--steps", "2", "--val-num-samples", str(3 * SEQ_LEN))
+    last = read_metrics(folder / "metrics.jsonl")[-1]["validation"]
+    results = json.loads((folder / "results.json").read_text())["validation"]
+    assert [scores["sequences"] for scores in results.values()] == [3, 3]
+    assert last == {name: scores["loss"] for name, scores in results.items()}
 
 
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "run", "latest"])

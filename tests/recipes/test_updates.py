@@ -5,9 +5,11 @@ import shlex
 
 import pytest
 import torch
-from small_runs import differing, losses, numbers, tensors_of
+from small_runs import differing, losses, markov_sequences, numbers, tensors_of
 
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.shards import write_shards
+from moekit.lm.trackers import read_metrics
 from moekit.recipes import loop, train
 from moekit.recipes.train import main
 
@@ -102,6 +104,42 @@ def test_counts_of_left_out_steps_go_on_over_a_resume(program, spoil, interrupt_
     folder = program("--on-nonfinite", "skip")
     program("--on-nonfinite", "skip", "--resume", "latest")
     assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
+
+
+def test_a_step_without_a_token_to_train_on_is_left_out(program, tmp_path, capsys):
+    """All its data are padding, or one token each that nothing follows; decay and momentum would move parameters."""
+    rows = markov_sequences(6, first=0, seed=1)
+    rows[2:4, 1:] = -1
+    manifest = write_shards(tmp_path / "train", rows, sequences_per_shard=6)
+    held_out = write_shards(tmp_path / "val", rows[:1])
+    flags = ["--dataset-manifest", str(manifest), "--val-manifest", str(held_out), "--steps", "6", "--batch-size", "1"]
+    flags += ["--data-lanes", "1", "--recipe", "deepseek_moe", "--wd", "0.5", "--log-every-n-steps", "1"]
+    flags += ["--save-every-n-steps", "1", "--model", "moekit_tiny", "--precision", "fp32", "--workers", "0"]
+    main([*flags, "--logs", str(tmp_path / "logs"), "--name", "a"])
+    folder = tmp_path / "logs" / "a"
+    lines = read_metrics(folder / "metrics.jsonl")
+    empty = [line["step"] for line in lines if not line["step_tokens"]]
+    assert len(empty) == 2
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    for step in empty:
+        assert f"step {step} has no token to train on, all of its data are bad or padding: left out" in said
+        if step > 1:
+            before, after = (tensors_of(checkpoint_folder(folder, each)) for each in (step - 1, step))
+            assert all(name.startswith("rng") for name in differing(before, after)), "the step changed nothing else"
+    assert max(empty) > 1
+    assert [line["loss"] is None for line in lines] == [line["step"] in empty for line in lines]
+    assert [line["skipped_steps"] for line in lines] == [sum(step <= line["step"] for step in empty) for line in lines]
+    assert json.loads((folder / "results.json").read_text())["trained_tokens"] == 4 * 64
+
+
+def test_the_last_step_is_recorded_where_its_validation_fails(program, monkeypatch, tmp_path):
+    def failing(*arguments, **options):
+        raise FloatingPointError("the validation loss is nan")
+
+    monkeypatch.setattr(loop, "score_sets", failing)
+    with pytest.raises(SystemExit, match="the validation loss is nan"):
+        program("--steps", "3")
+    assert [line["step"] for line in numbers(tmp_path / "logs" / "a")] == [1, 2, 3]
 
 
 def test_infinite_weights_stop_the_run_at_the_first_step(program, tmp_path, monkeypatch):
