@@ -55,7 +55,8 @@ class Routing(NamedTuple):
 
     Attributes:
         token_indices: (*A) int64 in [0, T).
-        expert_indices: (*A) int64 in [0, E), or -1: this assignment does not exist.
+        expert_indices: (*A) int64 in [0, E), or -1: this assignment does not exist. Nobody looks for other numbers,
+            which would wait for the device: what they do is undefined.
         weights: (*A) float32. The only path of gradient from the layer's output to the router. That of an assignment
             that does not exist is zero, or, behind an exchange, that of a choice which lives on another rank.
         num_tokens: T, the rows of the ``x`` that ``token_indices`` points into.

@@ -4,7 +4,7 @@ import re
 from functools import partial
 from pathlib import Path
 
-from moekit import routing
+from moekit import dispatch, experts, parallel, routing
 from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
 
@@ -35,6 +35,25 @@ def test_its_names_exist_and_no_router_is_missing():
     start, end = routing.__all__.index("top_k"), routing.__all__.index("load_balance_loss")
     scores = {"softmax", "sigmoid", "sqrt_softplus", "softmax_over_tokens", "mask_tokens", "mask_soft"}
     assert set(routing.__all__[start:end]) - named <= scores | HELPERS
+
+
+def test_every_stage_says_whether_it_is_causal_waits_and_is_deterministic():
+    """Contract 12 of the design: of routers, plans, dispatchers, matmuls, expert layers and strategies."""
+    rows = {name for row in ROWS for name in re.findall(r"`(\w+)`", row[0])}
+    of_routing = [getattr(routing, name) for name in sorted(rows | {"mask_tokens", "mask_soft"})]
+    plans = [dispatch.by_position, dispatch.by_choice, dispatch.by_weight, dispatch.padded_plan, dispatch.dropless_plan]
+    strategies = [parallel.all_to_all, parallel.static_all_to_all, parallel.all_gather, parallel.tensor_parallel]
+    strategies += [parallel.chunked, parallel.in_order, parallel.plan_together, parallel.static_routing]
+    silent = [
+        (stage.__name__, word)
+        for stage in [*of_routing, *plans, experts.fused_layer, *strategies]
+        for word in ("ausal", "ynchronis|waits|Reads the device", "eterministic")
+        if not re.search(word, stage.__doc__ or "")
+    ]
+    assert not silent
+    knowing_no_tokens = (experts.loop, experts.batched, experts.grouped, experts.triton)
+    for each in (*knowing_no_tokens, dispatch.gather_rows, dispatch.scatter_rows):
+        assert re.search(r"ynchronis.*eterministic", each.__doc__ or "", re.DOTALL), each.__name__
 
 
 def test_its_word_on_causality_is_what_interventions_find():

@@ -51,6 +51,8 @@ def dropless_plan(routing: Routing) -> DispatchPlan:
 def by_position(routing: Routing) -> Tensor:
     """Let earlier assignments keep their place: token-major order, as MegaBlocks and OpenLM. Causal.
 
+    No host synchronisation. Deterministic on CUDA.
+
     Args:
         routing: any routing; its ``positions``, if it has any, say what is earlier.
 
@@ -70,7 +72,8 @@ def by_position(routing: Routing) -> Tensor:
 def by_choice(routing: Routing) -> Tensor:
     """Let every token's first choice come before any second choice, as GShard.
 
-    Not causal: a later token's first choice can push out an earlier token's second.
+    Not causal: a later token's first choice can push out an earlier token's second. No host synchronisation.
+    Deterministic on CUDA.
 
     Args:
         routing: of shape (T, K), choices in falling order.
@@ -95,7 +98,7 @@ def by_choice(routing: Routing) -> Tensor:
 def by_weight(routing: Routing) -> Tensor:
     """Let tokens with the largest router weight keep their place, first choices before second ones, as V-MoE.
 
-    Not causal: a later token can push out an earlier one.
+    Not causal: a later token can push out an earlier one. No host synchronisation. Deterministic on CUDA.
 
     Args:
         routing: of shape (T, K), choices in falling order.

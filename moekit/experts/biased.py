@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.experts.checks import PASS_TURNED, turned
-from moekit.experts.ffns import init_gated, init_mlp
+from moekit.experts.ffns import check_network_params, init_gated, init_mlp
 from moekit.types import GroupedMatmul, Groups
 
 _COLUMNS = 8  # of the product that adds biases: 16 bytes in the narrowest dtype, which CUDA's grouped_mm asks for
@@ -89,7 +89,7 @@ def clamped_swiglu(
         (R, D); rows past the last group are undefined.
 
     Raises:
-        ValueError: if a bias is not (E, 1, .) of the width it is added to.
+        ValueError: if the parameters are of another kind, or a bias is not (E, 1, .) of the width it is added to.
 
     Example:
         >>> from moekit.experts import loop
@@ -102,6 +102,7 @@ def clamped_swiglu(
             SwiGLU), https://arxiv.org/abs/2508.10925
         OpenAI, gpt-oss, ``gpt_oss/torch/model.py`` (the constants), https://github.com/openai/gpt-oss
     """
+    check_network_params("clamped_swiglu", params, BiasedGatedParams)
     gate = affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul)
     up = affine(rows, groups, (params.up, params.up_bias), matmul=matmul)
     # On a limit the gradient of torch.clamp is 1 up to torch 2.13, and 0 later.
@@ -134,7 +135,7 @@ def biased_gated(
         (R, D); rows past the last group are undefined.
 
     Raises:
-        ValueError: if a bias is not (E, 1, .) of the width it is added to.
+        ValueError: if the parameters are of another kind, or a bias is not (E, 1, .) of the width it is added to.
 
     Example:
         >>> from moekit.experts import loop
@@ -146,6 +147,7 @@ def biased_gated(
         Shazeer, GLU Variants Improve Transformer, 2020, equation 5 (the gated units with biases),
             https://arxiv.org/abs/2002.05202
     """
+    check_network_params("biased_gated", params, BiasedGatedParams)
     gate = activation(affine(rows, groups, (params.gate, params.gate_bias), matmul=matmul))
     hidden = gate * affine(rows, groups, (params.up, params.up_bias), matmul=matmul)
     return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
@@ -174,7 +176,7 @@ def biased_mlp(
         (R, D); rows past the last group are undefined.
 
     Raises:
-        ValueError: if a bias is not (E, 1, .) of the width it is added to.
+        ValueError: if the parameters are of another kind, or a bias is not (E, 1, .) of the width it is added to.
 
     Example:
         >>> from moekit.experts import loop
@@ -185,6 +187,7 @@ def biased_mlp(
     References:
         Vaswani et al., Attention Is All You Need, 2017, equation 2, https://arxiv.org/abs/1706.03762
     """
+    check_network_params("biased_mlp", params, BiasedMlpParams)
     hidden = activation(affine(rows, groups, (params.up, params.up_bias), matmul=matmul))
     return affine(hidden, groups, (params.down, params.down_bias), matmul=matmul)
 

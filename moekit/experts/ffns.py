@@ -72,7 +72,7 @@ def swiglu(rows: Tensor, groups: Groups, params: GatedParams, *, matmul: Grouped
     References:
         Shazeer, GLU Variants Improve Transformer, 2020, equation 6, https://arxiv.org/abs/2002.05202
     """
-    _check_params("swiglu", params, GatedParams)
+    check_network_params("swiglu", params, GatedParams)
     hidden = F.silu(matmul(rows, groups, params.gate)) * matmul(rows, groups, params.up)
     return matmul(hidden, groups, params.down)
 
@@ -104,7 +104,7 @@ def geglu(
     References:
         Shazeer, GLU Variants Improve Transformer, 2020, equation 6, https://arxiv.org/abs/2002.05202
     """
-    _check_params("geglu", params, GatedParams)
+    check_network_params("geglu", params, GatedParams)
     hidden = F.gelu(matmul(rows, groups, params.gate), approximate=approximate) * matmul(rows, groups, params.up)
     return matmul(hidden, groups, params.down)
 
@@ -136,7 +136,7 @@ def gelu_mlp(
     References:
         Hendrycks and Gimpel, Gaussian Error Linear Units, 2016, https://arxiv.org/abs/1606.08415
     """
-    _check_params("gelu_mlp", params, MlpParams)
+    check_network_params("gelu_mlp", params, MlpParams)
     return matmul(F.gelu(matmul(rows, groups, params.up), approximate=approximate), groups, params.down)
 
 
@@ -164,7 +164,7 @@ def relu_mlp(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: Grouped
     References:
         Vaswani et al., Attention Is All You Need, 2017, equation 2, https://arxiv.org/abs/1706.03762
     """
-    _check_params("relu_mlp", params, MlpParams)
+    check_network_params("relu_mlp", params, MlpParams)
     return matmul(F.relu(matmul(rows, groups, params.up)), groups, params.down)
 
 
@@ -192,7 +192,7 @@ def relu2(rows: Tensor, groups: Groups, params: MlpParams, *, matmul: GroupedMat
     References:
         So et al., Primer, 2021, section 3 (squared ReLU), https://arxiv.org/abs/2109.08668
     """
-    _check_params("relu2", params, MlpParams)
+    check_network_params("relu2", params, MlpParams)
     return matmul(F.relu(matmul(rows, groups, params.up)).square(), groups, params.down)
 
 
@@ -265,18 +265,35 @@ def init_mlp(
 _PARTS = ("gate", "up", "down", "gate_bias", "up_bias", "down_bias")
 
 
-def _check_params(name: str, params: Any, kind: type[GatedParams] | type[MlpParams]) -> None:
-    """Refuse parameters that lack some that are needed, or have more: what is left out would be no error, but wrong."""
+def check_network_params(name: str, params: Any, kind: type[Any]) -> None:
+    """Refuse parameters that lack some that are needed, or have more: what is left out would be no error, but wrong.
+
+    Args:
+        name: of the expert network, for the message.
+        params: that it was given.
+        kind: the NamedTuple that it takes; anything with its fields, and no other that experts have, will do.
+
+    Raises:
+        ValueError: if a field is not there, or one is that the network does not use.
+
+    Example:
+        >>> check_network_params("gelu_mlp", init_gated(2, 4, 8), MlpParams)
+        Traceback (most recent call last):
+        ValueError: gelu_mlp: the experts' parameters are GatedParams, whose gate it would not use; expected \
+MlpParams. Use swiglu or geglu for a gate, gelu_mlp, relu_mlp or relu2 without, biased_gated or biased_mlp for biases; \
+or draw the parameters with init_mlp, or unpack them with unpack_gated.
+    """
     found = [part for part in _PARTS if hasattr(params, part)]
     if found == [part for part in _PARTS if part in kind._fields]:
         return
     lacking = [part for part in kind._fields if part not in found]
     unused = [part for part in found if part not in kind._fields]
     what = f"which lack {', '.join(lacking)}" if lacking else f"whose {', '.join(unused)} it would not use"
+    draws = f"{'biased_' if 'up_bias' in kind._fields else ''}{'gated' if 'gate' in kind._fields else 'mlp'}"
     raise ValueError(
         f"{name}: the experts' parameters are {type(params).__name__}, {what}; expected {kind.__name__}. Use swiglu or "
         f"geglu for a gate, gelu_mlp, relu_mlp or relu2 without, biased_gated or biased_mlp for biases; or draw the "
-        f"parameters with {'init_gated' if kind is GatedParams else 'init_mlp'}, or unpack them with unpack_gated."
+        f"parameters with init_{draws}, or unpack them with unpack_gated."
     )
 
 

@@ -1,6 +1,7 @@
 """Tables of tiles that were measured, and the choice of the nearest entry."""
 
 import math
+import reprlib
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -110,6 +111,9 @@ def from_table(
     Returns:
         A function LayerSize -> LayerTiles, for ``fused_layer(tiles=...)``.
 
+    Raises:
+        ValueError: if the table holds anything but entries, as the path of a file does.
+
     Example:
         >>> import torch
         >>> size = LayerSize(torch.bfloat16, 131072, 64, 2048, 1024, gated=True, capability=9)
@@ -118,6 +122,12 @@ def from_table(
         >>> tiles(size._replace(dim=1536)).up.m, tiles(size._replace(dim=256)).up.m
         (64, 128)
     """
+    for entry in table:
+        if not isinstance(entry, TileEntry):
+            raise ValueError(
+                f"from_table: the table holds {reprlib.repr(entry)}; expected entries, TileEntry. Read a file of "
+                f"`moekit tune --write` with read_tiles."
+            )
     return partial(remembered, partial(choose, tuple(table), otherwise))
 
 

@@ -44,7 +44,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode  # of a new file of this process; a library may give it to its owner alone
         yield unfinished
+        unfinished.chmod(mode)
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)

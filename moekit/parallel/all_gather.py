@@ -105,6 +105,9 @@ def plan_together(
 ) -> Callable[[Routing], DispatchPlan]:
     """Let a plan see the routing of all ranks, as it does behind an exchange, to learn what is dropped here.
 
+    Causal if the plan is. The host waits for the sizes of the others, unless they are ``equal``, and for no other
+    synchronisation. Deterministic on CUDA.
+
     Args:
         plan: makes a plan of any routing.
         group: of ranks whose tokens compete.

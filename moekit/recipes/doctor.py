@@ -51,6 +51,7 @@ PACKAGES = (
     Package("tensorboard", "--report-to tensorboard", "'moekit[trackers]'"),
     Package("safetensors", "moekit export to .safetensors", "'moekit[export]'"),
     Package("triton", "moekit's kernels and torch.compile on CUDA devices", "triton"),
+    Package("transformers", "its models on moekit's expert layers", "'moekit[transformers]'"),
     Package("tensordict", "routing traces of transformers' models", "tensordict"),
 )
 BACKENDS: dict[str, GroupedMatmul] = {"loop": loop, "batched": batched, "grouped": grouped}

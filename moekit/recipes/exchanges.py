@@ -121,11 +121,7 @@ def spread_recipe(
     static = settings.moe_exchange == "static"
     layer = spread_layer(recipe.layer, grid, make_exchange(settings), equal=static)
     if settings.moe_exchange_chunks > 1:
-        if limited:
-            raise ValueError(
-                f"--moe-exchange-chunks {settings.moe_exchange_chunks}: a capacity limit would count within each "
-                "slice, and drop other tokens than one process does. Give --moe-capacity-factor 0, or leave it out"
-            )
+        check_slices(recipe, layout, settings)
         layer = chunked(layer, num_chunks=settings.moe_exchange_chunks)
     plan = recipe.plan
     if limited:
@@ -138,6 +134,24 @@ def spread_recipe(
         factor, ranks = settings.moe_exchange_capacity_factor, layout.experts
         plan = partial(_after, edit=partial(static_routing, num_ranks=ranks, capacity_factor=factor), plan=plan)
     return recipe._replace(layer=layer, plan=plan)
+
+
+def check_slices(recipe: Recipe, layout: Layout, settings: ParallelSettings) -> None:
+    """Refuse slices of the tokens under a capacity limit.
+
+    Args:
+        recipe: the method.
+        layout: of all ranks.
+        settings: of the launch.
+
+    Raises:
+        ValueError: if a limit would count within a slice.
+    """
+    if layout.exchanges and settings.moe_exchange_chunks > 1 and recipe.plan is not dropless_plan:
+        raise ValueError(
+            f"--moe-exchange-chunks {settings.moe_exchange_chunks}: a capacity limit would count within each "
+            "slice, and drop other tokens than one process does. Give --moe-capacity-factor 0, or leave it out"
+        )
 
 
 def spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange, *, equal: bool = False) -> ExpertLayer:

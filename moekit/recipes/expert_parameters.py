@@ -142,7 +142,8 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
         if len(differing) != 1:
             raise ValueError(
                 f"experts' parameter {name!r} has shape {tuple(shapes[0])} for hidden = {width} and {tuple(shapes[1])} "
-                f"for {2 * width}; expected exactly one axis to follow the hidden dimension, which ranks can share"
+                f"for {2 * width}; expected exactly one axis to follow the hidden dimension, which ranks can share. "
+                f"Keep the experts whole (--moe-hidden-ranks 1): ranks that are left hold replicas."
             )
         axes[name] = differing[0]
     sizes = {name: getattr(small, name).shape[axis] for name, axis in axes.items()}

@@ -8,6 +8,7 @@ import torch
 from moekit.lm.model import LanguageModel
 from moekit.parallel import Layout, part_of, shard_axis, shards_of_experts
 from moekit.recipes.construction import ranks_per_shard, run_layout
+from moekit.recipes.exchanges import check_slices
 from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.precisions import parameter_dtype
@@ -55,9 +56,11 @@ def plan_holdings(
         A row for what is outside experts, one for experts, and their sum.
 
     Raises:
-        ValueError: if the experts cannot be spread as the settings want.
+        ValueError: if the experts cannot be spread as the settings want, which a launch would refuse, too.
     """
     given, layout = settings.parallel, run_layout(settings, world_size, ranks_per_node=ranks_per_node)
+    for _, layer in moe_layers(model):
+        check_slices(layer.recipe, layout, given)
     together = ranks_per_shard(given, world_size, ranks_per_node=ranks_per_node)
     size = torch.empty((), dtype=parameter_dtype(settings.optimizer.precision)).element_size()
     experts = [pair for _, layer in moe_layers(model) for pair in layer.experts.named_parameters()]

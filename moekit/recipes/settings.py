@@ -196,8 +196,8 @@ class RunSettings:
     grad_checkpointing: bool = False
     """Compute activations again in the backward, to save memory. The routing decision is kept."""
     moe_keep: Literal["preactivation", "inputs", "everything"] = "preactivation"
-    """What the experts' kernels keep for the backward on CUDA: pre-activations; nothing, to save memory, and compute
-    them again; or the rows of tokens too. Other backends keep what they do."""
+    """What the experts' kernels keep for the backward on CUDA: `preactivation`; `inputs`: nothing but the layer's own
+    inputs, to compute those again; `everything`: the rows of tokens too. Other backends keep what they do."""
     moe_tiles: Path | None = None
     """A file of `moekit tune --write`, by which the experts' kernels are cut into tiles on CUDA; by default what comes
     with the package."""

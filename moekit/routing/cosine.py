@@ -102,7 +102,7 @@ def init_cosine_gate(
         >>> params.projection.shape, params.experts.shape
         (torch.Size([64, 16]), torch.Size([32, 16]))
     """
-    if temperature <= 0:
+    if not temperature > 0:
         raise ValueError(f"init_cosine_gate: temperature = {temperature}; expected a positive number, such as 0.3.")
     width = max(num_experts // 2, 2) if projected is None else projected
     projection = torch.empty(dim, width, device=device, dtype=dtype).normal_(std=dim**-0.5, generator=generator)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.scopes import (
+    check_choices,
     check_decision,
     counts_of_pools,
     hidden_logits,
@@ -53,9 +54,10 @@ def load_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if the routing is not of the logits' tokens and experts; if ``choices`` is given for a routing that
-            is not (T, K), or with counts that are not by choice; if the logits are in half precision, or the mask is
-            not of T elements.
+        ValueError: if the routing is not of the logits' tokens and experts, or the counts not of its experts and
+            choices; if ``choices`` is given for a routing that is not (T, K), or with counts that are not by choice; if
+            it is no positive number, or ``per_token`` is not; if the logits are in half precision, or the mask is not
+            of T elements.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -116,6 +118,14 @@ def counts_of_batch(
     """Return (E,), the assignments of the first ``choices``: those given, (K, E) or (E,), or else this routing's."""
     if counts is None:
         return counts_of_pools(routing, token_mask, choices=choices)[0]
+    check_choices(choices)
+    shape = routing.expert_indices.shape
+    by_choice = counts.ndim == 2 and (len(shape) != 2 or len(counts) == shape[1])  # of a list nobody knows K
+    if counts.shape[-1:] != (routing.num_experts,) or not (counts.ndim == 1 or by_choice):
+        raise ValueError(
+            f"tokens_per_expert has shape {tuple(counts.shape)}, and the routing {tuple(shape)} over "
+            f"{routing.num_experts} experts; expected (E,), or (K, E) by choice."
+        )
     if counts.ndim == 2:
         return counts[:choices].sum(0)
     if choices is not None:
@@ -158,11 +168,16 @@ def balance_of_pools(counts: Tensor, score_sums: Tensor, real: Tensor, *, per_to
     Returns:
         Scalar, the dtype of the scores.
 
+    Raises:
+        ValueError: if ``per_token`` is not positive.
+
     Example:
         >>> ones = torch.ones(1, 4)
         >>> balance_of_pools(4 * ones, 2 * ones, torch.tensor([8]), per_token=1.0)
         tensor(2.)
     """
+    if per_token is not None and not per_token > 0:
+        raise ValueError(f"per_token = {per_token} assignments count as one; expected a positive number, as 1 or K.")
     tokens = real.to(score_sums.dtype).clamp_min(1)
     load = counts.to(score_sums.dtype)
     load = load / load.sum(-1, keepdim=True).clamp_min(torch.finfo(load.dtype).tiny)  # counts may be fractions

@@ -11,7 +11,8 @@ def mask_tokens(routing: Routing, token_mask: Tensor) -> Routing:
     """Take the assignments of padding tokens out of a routing: they reach no expert and take nobody's place.
 
     The capacity itself follows ``routing.pool``, a number known without reading the device, and stays as it is: padding
-    counts in it, so that appending masked tokens makes room under a capacity limit.
+    counts in it, so that appending masked tokens makes room under a capacity limit. Causal. No host synchronisation.
+    Deterministic on CUDA.
 
     Args:
         routing: any routing.
@@ -35,7 +36,8 @@ def mask_tokens(routing: Routing, token_mask: Tensor) -> Routing:
 def random_second(routing: Routing) -> Routing:
     """Keep a token's second expert with probability min(1, 2 g_2), GShard's random routing.
 
-    Draws from torch's global generator. The weights of what is kept are unchanged.
+    Draws from torch's global generator. The weights of what is kept are unchanged. Causal. No host synchronisation.
+    Deterministic for a given seed.
 
     Args:
         routing: of shape (T, 2), a token's weights summing to one.

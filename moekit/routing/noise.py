@@ -181,7 +181,7 @@ def logit_noise(gate: Gate, *, std: float = 1.0) -> Gate:
         Riquelme et al., Scaling Vision with Sparse Mixture of Experts, 2021, section 2.1,
         https://arxiv.org/abs/2106.05974
     """
-    if std < 0:
+    if not std >= 0:
         raise ValueError(f"logit_noise: std = {std}; expected a number >= 0. V-MoE's is 1, which is divided by E.")
     return partial(_with_noise, gate=_told(gate), noise=partial(_normal, std=std))
 

@@ -75,7 +75,7 @@ def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str
     References:
         Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
     """
-    if k <= 0 or rate <= 1 or initial <= 0:
+    if not (k > 0 and rate > 1 and initial > 0):
         raise ValueError(
             f"adaptive_l1: k = {k}, rate = {rate}, initial = {initial}; expected k > 0, rate > 1 and initial > 0, such "
             f"as the paper's rate of 1.2 and initial coefficient of 1e-8."

@@ -194,6 +194,26 @@ def sums_of_pools(
     return scope(hidden(values, token_mask), sequence_length).sum(1)
 
 
+def check_choices(choices: int | None) -> None:
+    """Refuse a number of first choices that would count none, or leave out the last.
+
+    Args:
+        choices: of each token; None is all.
+
+    Raises:
+        ValueError: if it is no positive number.
+
+    Example:
+        >>> check_choices(0)
+        Traceback (most recent call last):
+        ValueError: choices = 0 first choices of a token are to count; expected at least 1, or None for all.
+    """
+    if choices is not None and choices < 1:
+        raise ValueError(
+            f"choices = {choices} first choices of a token are to count; expected at least 1, or None for all."
+        )
+
+
 def counts_of_pools(
     routing: Routing,
     token_mask: Tensor | None,
@@ -215,7 +235,7 @@ def counts_of_pools(
         (pools, E) int64, without gradient.
 
     Raises:
-        ValueError: if ``choices`` is given for a routing that is not (T, K).
+        ValueError: if ``choices`` is given for a routing that is not (T, K), or is no positive number.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -224,6 +244,7 @@ def counts_of_pools(
         tensor([[1, 1, 0],
                 [1, 0, 1]])
     """
+    check_choices(choices)
     experts, tokens = routing.expert_indices, routing.token_indices
     if choices is not None:
         if experts.ndim != 2:

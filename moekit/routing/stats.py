@@ -18,7 +18,8 @@ class RoutingStats(NamedTuple):
         tokens_per_expert: (E,) int64, assignments before any drop.
         load: (E,) float32, their shares; 1/E each at perfect balance.
         max_violation: scalar, max_e c_e / mean(c) - 1 (MaxVio); 0 at perfect balance.
-        entropy: scalar, mean entropy in nats of a token's softmax over experts; ln E when undecided.
+        entropy: scalar, mean entropy in nats of a token's softmax over its logits; ln E when undecided between E
+            experts, and of Soft MoE's slots ln (E S).
         load_entropy: scalar, entropy in nats of the load; ln E at perfect balance.
         dead_experts: scalar int64, experts without a single assignment.
         drop_rate: scalar, share of assignments that the plan dropped.

@@ -7,6 +7,9 @@ import torch
 
 from moekit.experts import (
     batched,
+    biased_gated,
+    biased_mlp,
+    clamped_swiglu,
     geglu,
     gelu_mlp,
     grouped,
@@ -138,3 +141,21 @@ def test_experts_with_a_gate_refuse_parameters_without_one(ffn) -> None:
     ):
         with pytest.raises(ValueError, match=rf"the experts' parameters are {words}"):
             ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), given, matmul=loop)
+
+
+@pytest.mark.parametrize(
+    ("ffn", "init", "words"),
+    [
+        (
+            biased_mlp,
+            init_biased_gated,
+            "BiasedGatedParams, whose gate, gate_bias it would not use; expected BiasedMlp",
+        ),
+        (biased_mlp, init_mlp, "MlpParams, which lack up_bias, down_bias; expected .*init_biased_mlp"),
+        (biased_gated, init_gated, "GatedParams, which lack gate_bias, up_bias, down_bias; .*init_biased_gated"),
+        (clamped_swiglu, init_biased_mlp, "BiasedMlpParams, which lack gate, gate_bias; expected BiasedGatedParams"),
+    ],
+)
+def test_experts_with_biases_refuse_parameters_of_another_kind(ffn, init, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"{ffn.__name__}: the experts' parameters are {words}"):
+        ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init(2, 4, 8), matmul=loop)

@@ -90,6 +90,11 @@ def test_a_table_comes_back_from_its_text(tmp_path) -> None:
     assert max(map(len, table_text(table).splitlines())) < 200  # to be read
 
 
+def test_a_table_of_anything_but_entries_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"from_table: the table holds 't'; expected entries, .* with read_tiles"):
+        from_table("tiles.json")
+
+
 def test_a_table_is_looked_through_once_for_each_size() -> None:
     asked = []
     tiles = from_table([], lambda size: (asked.append(size), ruled_tiles(size))[1])

@@ -6,6 +6,7 @@ import torch
 from moekit.experts import init_gated
 from moekit.parallel import all_to_all, static_all_to_all
 from moekit.parallel.all_to_all import static_limits
+from moekit.parallel.arrivals import taken
 from moekit.parallel.exchange_plans import (
     assignments_by_rank,
     exchange_links,
@@ -191,3 +192,13 @@ def test_a_rank_with_all_experts_is_told_of_its_part(spread):
         layer(torch.ones(3, 4), routing, init_gated(8, 4, 8))
     with pytest.raises(ValueError, match=r"all_to_all: group = None; expected a ProcessGroup, such as"):
         spread(len, group=None)
+
+
+def test_rows_that_are_missing_read_different_rows() -> None:
+    """Those that all read row 0 would be added to it one after the other in the backward (contract 3 of the design)."""
+    x = torch.randn(5, 2, requires_grad=True)
+    found = taken(x, torch.tensor([3, -1, -1, -1, -1, -1, -1, 0, -1, -1]))
+    assert torch.equal(found[[0, 7]], x[[3, 0]])
+    assert (found[[1, 2, 3, 4, 5, 6, 8, 9]] == 0).all()
+    reads = found.grad_fn.next_functions[0][0]  # behind the mask
+    assert reads._saved_index.bincount(minlength=5).max() <= 3

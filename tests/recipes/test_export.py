@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import stat
 import sys
 from pathlib import Path
 
@@ -64,6 +66,17 @@ def test_a_safetensors_file_loads_into_the_same_model(recipe, tied, tmp_path):
     again.load_state_dict(found)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert (found["tok_embeddings.weight"] is found["output.weight"]) == tied
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_others_may_read_a_file_as_the_process_lets_them(name, tmp_path):
+    folder, _ = make_run(tmp_path)
+    before = os.umask(0o027)
+    try:
+        path = export(folder, tmp_path / name)
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
 
 def test_the_metadata_say_what_model_it_is(tmp_path):

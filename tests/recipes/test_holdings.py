@@ -250,3 +250,13 @@ def test_a_launch_plans_for_no_other_number_of_ranks(capsys):
 def test_the_table_has_a_row_per_group():
     row = Holding("experts", 10, 40, 40, 80, "nothing")
     assert holding_table([row], replicated(2, 8)).row_count == 1
+
+
+def test_what_a_launch_would_refuse_is_refused_of_a_plan():
+    flags = f"{SPREAD} --moe-exchange-chunks 2 --moe-capacity-factor"
+    with pytest.raises(ValueError, match="--moe-exchange-chunks 2: a capacity limit would count within each slice"):
+        plan(f"{flags} 1.25", 4)
+    assert plan(f"{flags} 0", 4)
+    with pytest.raises(ValueError, match=r"'down_bias' .*Keep the experts whole \(--moe-hidden-ranks 1\)"):
+        plan(f"{SPREAD} --recipe gpt_oss", 16)
+    assert plan(f"{SPREAD} --recipe gpt_oss --moe-hidden-ranks 1", 16)

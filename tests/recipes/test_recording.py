@@ -10,6 +10,8 @@ from moekit.lm.checkpoints import checkpoint_folder, read_state
 from moekit.lm.ngrams import unigram_loss
 from moekit.lm.shards import write_shards
 from moekit.lm.trackers import read_metrics
+from moekit.parallel import one_process
+from moekit.recipes import recording
 from moekit.recipes.recording import Clock
 from moekit.recipes.train import main
 
@@ -187,6 +189,27 @@ def test_data_that_do_not_last_are_refused_before_step_0(shards, tmp_path):
     assert not (tmp_path / "logs").exists()
     main([*flags, "--steps", "16"])
     assert len(numbers(tmp_path / "logs" / "a")) == 16
+
+
+def test_numbers_of_a_device_are_those_of_all_ranks_over_their_number(program, monkeypatch):
+    seen = []
+    record = recording.Recorder.step
+
+    def keeping(self, result, progress, **options):
+        seen.append((self._run, result, progress, options["speed"]))
+        record(self, result, progress, **options)
+
+    monkeypatch.setattr(recording.Recorder, "step", keeping)
+    monkeypatch.setattr(recording, "_PEAK", {recording.device_name(one_process().device): 1e12})
+    program("--steps", "1")
+    run, result, progress, speed = seen[-1]
+    four = run._replace(world=run.world._replace(size=4))
+    alone, together = (
+        recording.step_metrics(each, result, progress, speed=speed, data_time=0.0) for each in (run, four)
+    )
+    for name, share in (("tokens_per_second", 1), ("samples_per_second_per_gpu", 0.25), ("mfu", 0.25)):
+        assert together[name] == pytest.approx(share * alone[name], rel=1e-3)
+    assert together["mfu"] == recording.utilization(four, speed.tokens)
 
 
 @pytest.fixture

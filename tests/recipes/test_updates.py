@@ -84,6 +84,7 @@ def test_a_step_that_is_not_finite_can_be_left_out(program, spoil, capsys, what,
     assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
     results = json.loads((folder / "results.json").read_text())
     assert (results["tokens"], results["trained_tokens"]) == (8 * 256, 7 * 256)
+    assert f"{8 * 256:,} tokens by its steps, {7 * 256:,} of them trained on" in said
     assert [read_state(checkpoint_folder(folder, step))["skipped_steps"] for step in (2, 3, 8)] == [0, 1, 1]
     assert all(math.isfinite(loss) for loss in losses(numbers(folder)) if loss is not None)
 

@@ -103,5 +103,8 @@ def test_errors_say_what_was_given() -> None:
         cosine_gate(torch.randn(T, D), params._replace(experts=torch.zeros(E, 2)))
     with pytest.raises(ValueError, match=r"x has shape \(6, 4\) and w \(5, 3\); expected"):
         cosine_gate(torch.randn(T, 4), params)
-    with pytest.raises(ValueError, match="init_cosine_gate: temperature = 0; expected a positive number"):
-        init_cosine_gate(D, E, temperature=0)
+    for temperature in (0, math.nan):
+        with pytest.raises(
+            ValueError, match=f"init_cosine_gate: temperature = {temperature}; expected a positive number"
+        ):
+            init_cosine_gate(D, E, temperature=temperature)

@@ -6,6 +6,7 @@ import reference
 import torch
 
 from moekit.routing import load_balance_loss, round_robin, sigmoid, top_k, z_loss
+from moekit.routing.regularizers import weighted_l1_loss
 from moekit.segments import tokens_per_expert
 from moekit.types import NoisyLogits, Routing
 
@@ -222,3 +223,28 @@ def test_choices_need_choices() -> None:
     routing = Routing(indices, indices, torch.ones(5), num_tokens=5, num_experts=E, pool=5)
     with pytest.raises(ValueError, match=r"choices=1 counts first choices.*shape \(5,\), not \(T, K\). Leave choices"):
         load_balance_loss(torch.zeros(5, E), routing, choices=1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (E - 1,), (E + 1,), (K + 1, E), (K, 1), (1, K, E)])
+@pytest.mark.parametrize("loss", [load_balance_loss, partial(weighted_l1_loss, k=K)])
+def test_counts_of_other_experts_or_choices_are_refused(loss, shape: tuple[int, ...]) -> None:
+    """A number alone would be spread over all experts, and a loss without balance train in silence."""
+    logits, routing = routed()
+    with pytest.raises(ValueError, match=r"tokens_per_expert has shape .*, and the routing .*; expected \(E,\), or"):
+        loss(logits, routing, tokens_per_expert=torch.ones(shape))
+
+
+@pytest.mark.parametrize("choices", [0, -1])
+@pytest.mark.parametrize("counted", [False, True])
+def test_at_least_one_choice_counts(choices: int, counted: bool) -> None:
+    logits, routing = routed()
+    counts = {"tokens_per_expert": torch.ones(K, E)} if counted else {}
+    with pytest.raises(ValueError, match=rf"choices = {choices} first choices of a token are to count; expected at"):
+        load_balance_loss(logits, routing, choices=choices, **counts)
+
+
+@pytest.mark.parametrize("per_token", [0.0, -1.0, float("nan")])
+def test_assignments_that_count_as_one_are_a_positive_number(per_token: float) -> None:
+    logits, routing = routed()
+    with pytest.raises(ValueError, match=rf"per_token = {per_token} assignments count as one; expected a positive"):
+        load_balance_loss(logits, routing, per_token=per_token)

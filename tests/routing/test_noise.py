@@ -223,6 +223,7 @@ def test_one_graph(gate, params) -> None:
         (partial(input_jitter, eps=1.0), "input_jitter: eps = 1.0; expected 0 <= eps < 1. Switch's is 0.01"),
         (partial(input_jitter, eps=-0.1), "input_jitter: eps = -0.1; expected 0 <= eps < 1"),
         (partial(logit_noise, std=-1.0), "logit_noise: std = -1.0; expected a number >= 0"),
+        (partial(logit_noise, std=math.nan), "logit_noise: std = nan; expected a number >= 0"),
     ],
 )
 def test_errors_say_what_was_given(wrap, words: str) -> None:
@@ -234,6 +235,7 @@ IDS, TABLE = torch.tensor([3, 0, 3, 2, 1, 0, 4]), r.hash_table(5, E, k=2)
 BY_NOISE = {
     "top_k": partial(r.top_k, k=2),
     "softmax_of_top_k": partial(r.softmax_of_top_k, k=2),
+    "sigmoid_of_top_k": partial(r.sigmoid_of_top_k, k=2),
     "fused_top_k": partial(r.fused_top_k, k=2),
     "fused_top_k_and_load": lambda z: r.fused_top_k_and_load(z, k=2)[0],
     "auto_top_k": partial(auto_top_k, k=2),

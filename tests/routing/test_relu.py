@@ -151,7 +151,7 @@ def test_the_state_reaches_its_target() -> None:
     assert sum(active[-20:]) / 20 == pytest.approx(2, abs=0.15)
 
 
-@pytest.mark.parametrize("options", [{"k": 0}, {"k": 2, "rate": 1.0}, {"k": 2, "initial": 0.0}])
+@pytest.mark.parametrize("options", [{"k": 0}, {"k": float("nan")}, {"k": 2, "rate": 1.0}, {"k": 2, "initial": 0.0}])
 def test_a_state_out_of_range_says_so(options: dict) -> None:
     with pytest.raises(ValueError, match=r"adaptive_l1: k = .*, rate = .*, initial = .*; expected k > 0, rate > 1"):
         adaptive_l1(**options)
