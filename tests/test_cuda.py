@@ -9,7 +9,8 @@ from waiting import nothing_waits
 
 from moekit import MoE
 from moekit.experts import batched, grouped, loop
-from moekit.recipes import Recipe, deepseek_moe, mixtral, olmoe, openlm, switch
+from moekit.recipes import Recipe, deepseek_moe, mixtral, names, olmoe, openlm, switch
+from moekit.recipes.automatic import automatic
 from moekit.types import GroupedMatmul, Groups
 
 pytestmark = [
@@ -127,6 +128,29 @@ def test_compiles_into_one_graph_with_the_same_gradients(name: str, backend: str
         error = (found[key].double() - value.double()).norm() / value.double().norm().clamp_min(1e-9)
         bound = {torch.bfloat16: 4e-2, torch.float16: 5e-3, torch.float32: 1e-3}[dtype]
         assert error < bound, f"{key}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", names.RECIPES)
+def test_the_forward_of_every_recipe_is_captured_in_a_graph(name: str, dtype: torch.dtype) -> None:
+    known = names.recipe_options(name)
+    options = {key: value for key, value in {"training": False, "vocab_size": 50}.items() if key in known}
+    moe = MoE(128, 16, automatic(names.find_recipe(name, **options)), hidden=96).to("cuda", dtype)
+    x, ids = torch.randn(2, 3, 64, 128, device="cuda", dtype=dtype), torch.arange(192, device="cuda").view(3, 64) % 50
+    with torch.no_grad():
+        static, stream = x[0].clone(), torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                moe(static, token_ids=ids)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            y = moe(static, token_ids=ids).y
+        for each in x:
+            static.copy_(each)
+            graph.replay()
+            assert torch.equal(y, moe(each, token_ids=ids).y)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

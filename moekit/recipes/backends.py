@@ -21,6 +21,7 @@ from moekit.experts import (
     fused_layer,
     grouped,
     loop,
+    triton,
 )
 from moekit.experts.checks import KERNEL_DTYPES, check_activation, check_chooser, check_keep
 from moekit.experts.keep import PREACTIVATION, Keep
@@ -341,7 +342,11 @@ def _matmul_for(
 ) -> tuple[str, GroupedMatmul, str]:
     padded = _pads(dispatcher)
     aligned = widths is None or all(width * dtype.itemsize % 16 == 0 for width in widths)
-    if device.type == "cuda" and dtype in KERNEL_DTYPES and aligned:
+    if device.type == "cuda" and aligned and dtype == torch.bfloat16:
+        return "grouped", grouped, "cuda in bfloat16: torch's grouped_mm"
+    if device.type == "cuda" and not padded and not why_not_fused(device, dtype):  # torch's waits for the sizes
+        return "triton", _triton(dtype), f"cuda in {_word(dtype)}, widths {widths}: a product in Triton"
+    if device.type == "cuda" and not padded and aligned and dtype in KERNEL_DTYPES:
         return "grouped", grouped, f"cuda in {_word(dtype)}: torch's grouped_mm"
     if device.type == "meta" and not padded:
         return "grouped", grouped, "meta, which has shapes alone: sizes cannot be read"
@@ -350,6 +355,11 @@ def _matmul_for(
     if padded:
         return "batched", batched, f"{device.type} in {_word(dtype)}, groups of equal size: one batched product"
     return "loop", loop, f"{device.type} in {_word(dtype)}, widths {widths}: no grouped product takes them"
+
+
+def _triton(dtype: torch.dtype) -> GroupedMatmul:
+    precision = float32_products() if dtype == torch.float32 else "ieee"
+    return triton if precision == "ieee" else partial(triton, precision=precision)
 
 
 def _what_is_kept(keep: Keep) -> str:

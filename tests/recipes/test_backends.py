@@ -34,6 +34,7 @@ from moekit.experts import (
     relu2,
     relu_mlp,
     swiglu,
+    triton,
 )
 from moekit.recipes import MoEParams, Recipe, backends, expert_layer, limited, moe_layer
 from moekit.recipes.backends import auto, choose_backend, experts_of, why_not_fused
@@ -237,7 +238,24 @@ def test_a_dispatcher_that_does_more_than_move_rows_keeps_its_place(hopper, devi
     said = "it copies rows and adds them up by weight, and the dispatcher has ways of its own"
     assert choice.reason.endswith(f"; not {fused}: {said}")
     odd = choose_backend("cuda", BF16, dispatcher=weighing, widths=(12, 64))
-    assert odd.name == ("loop" if dispatcher.plan is dropless().plan else "batched")
+    assert odd.name == ("triton" if dispatcher.plan is dropless().plan else "batched")
+    full = choose_backend("cuda", BF16, dispatcher=weighing)
+    assert full.name == "grouped"
+    hopper(triton=False)
+    assert choose_backend("cuda", BF16, dispatcher=weighing, widths=(12, 64)).name == (
+        "loop" if dispatcher.plan is dropless().plan else "batched"
+    )
+
+
+@pytest.mark.parametrize(("setting", "precision"), [("highest", "ieee"), ("high", "tf32")])
+def test_a_product_in_triton_has_the_precision_that_torch_was_told(hopper, monkeypatch, setting, precision) -> None:
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: setting)
+    choice = choose_backend("cuda", torch.float32, dispatcher=weigh_inputs(dropless()))
+    matmul = choice.layer.keywords["experts"].keywords["matmul"]
+    assert choice.name == "triton"
+    assert (matmul.keywords["precision"] if isinstance(matmul, partial) else "ieee") == precision
+    half = choose_backend("cuda", torch.float16, dispatcher=weigh_inputs(dropless()))
+    assert half.layer.keywords["experts"].keywords["matmul"] is triton
 
 
 def test_an_old_gpu_and_a_missing_triton(hopper) -> None:
