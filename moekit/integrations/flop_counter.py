@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.utils import flop_counter
 
-from moekit.experts import _fused_cpu, _grouped_cpu, triton_matmul  # noqa: F401 - whose operators these are
+from moekit.experts import _fused_cpu, _grouped_cpu, matmuls, triton_matmul  # noqa: F401 - whose operators these are
 from moekit.experts._fused_operators import matrices_of, settings_of
 from moekit.routing import _half_gates  # noqa: F401
 
@@ -162,6 +162,7 @@ _FORMULAS: dict[str, Callable[..., int]] = {
     "fused_experts_backward": _of_fused_backward,
     "fused_cpu": _of_fused_cpu,
     "fused_cpu_backward": _of_fused_cpu_backward,
+    "grouped_mm": _of_grouped_mm,
     "grouped_mm_cpu": _of_product,
     "grouped_mm_cpu_grad_w": _of_grad_w,
     "grouped_mm_triton": _of_product,

@@ -60,6 +60,11 @@ def test_torchs_grouped_product_is_counted_too() -> None:
         with FlopCounterMode(display=False) as counter:
             torch._grouped_mm(left, right, offs=ends)
         assert counter.get_total_flops() == 2 * 16 * 32 * 24
+    sizes = torch.tensor([4, 4, 8])  # as compiled in dtypes that compilers refuse
+    for left, right in ((rows.float(), w.float()), (rows.float().T, out.float())):
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.moekit.grouped_mm(left, right, sizes)
+        assert counter.get_total_flops() == 2 * 16 * 32 * 24
 
 
 def test_a_whole_layer_counts_what_the_loop_does() -> None:

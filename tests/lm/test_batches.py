@@ -227,7 +227,7 @@ def test_a_pass_is_whole_whatever_batch_sizes_it_was_read_in(tmp_path, batch_siz
         ({"lanes": 2}, "is for lanes 4; this stream has 2"),
         ({"seq_len": 2}, "is for seq_len 3; this stream has 2"),
         ({"swap": True}, r"is for num_sequences \[50, 7\]; this stream has \[7, 50\]"),
-        ({"rename": True}, "is for shards .* Resume with the same data, weights and seed"),
+        ({"rename": True}, "is for shards .* Resume with the same data, sequence length, weights"),
     ],
 )
 def test_a_position_of_other_data_is_refused(sources, change, message):
