@@ -1,6 +1,7 @@
 """Plans: which assignment each row of the experts' input carries. Integers only."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -140,8 +141,8 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
         DispatchPlan of E * C rows; ``groups.capacity`` is C.
 
     Raises:
-        ValueError: if the capacity factor is not a positive, finite number, or the parts of the routing do not fit each
-            other.
+        ValueError: if the capacity factor is not a positive, finite number, the parts of the routing do not fit each
+            other, or the priority returns no (N,) int64. That it names each assignment once is not looked at.
 
     Example:
         >>> from moekit.routing import top_k
@@ -159,10 +160,22 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
         order, sizes = sort_by_expert(experts, num_experts)
     else:
         preferred = priority(routing)
+        _check_order(preferred, experts.numel())
         order, sizes = sort_by_expert(experts[preferred], num_experts)
         order = preferred[order]
     groups = Groups(torch.full_like(sizes, rows_each, dtype=torch.int32), rows_each)
     return DispatchPlan(first_of_groups(order, sizes, rows_each), groups)
+
+
+def _check_order(preferred: Any, num_assignments: int) -> None:
+    fits = isinstance(preferred, Tensor) and preferred.dtype == torch.int64 and preferred.shape == (num_assignments,)
+    if not fits:
+        given = f"{tuple(preferred.shape)} of {preferred.dtype}" if isinstance(preferred, Tensor) else repr(preferred)
+        raise ValueError(
+            f"padded_plan: the priority returned {given}; expected ({num_assignments},) of torch.int64, the numbers of "
+            f"all assignments in the flattened routing, those that keep their place first: of scores (T, K), "
+            f"scores.flatten().argsort(descending=True, stable=True)."
+        )
 
 
 def without_dropped(routing: Routing, plan: DispatchPlan) -> Routing:

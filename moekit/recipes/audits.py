@@ -1,5 +1,6 @@
 """The causality audit of whole recipes: router, plan, and what the router remembers."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
         Causality.
 
     Raises:
-        ValueError: if the recipe's plan is not its layer's, or its router's rows are not those of the tokens in order.
+        ValueError: if the recipe's plan is not its layer's, or carries an assignment out twice, or its router's rows
+            are not those of the tokens in order.
 
     Example:
         >>> from moekit.recipes import gshard, mixtral
@@ -47,11 +49,21 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
     torch.set_num_threads(1)  # tensors are tiny: more threads only wait for each other
     try:
         reaches = {name: value for name, value in inputs.items() if name == "bias" or name in needs}
-        return causality(recipe.route, dispatcher, num_experts=width, needs=needs, inputs=reaches, **options)
+        route: Callable[..., Any] = recipe.route
+        if "token_mask" in recipe.needs:
+            route = partial(route, token_mask=None)
+        return causality(route, dispatcher, num_experts=width, needs=needs, inputs=reaches, **options)
     finally:
         torch.set_num_threads(threads)
 
 
 def _plan(routing: Routing, *, recipe: Recipe) -> DispatchPlan:
     check_order(recipe, routing)
-    return recipe.plan(routing_of_networks(routing, recipe))
+    plan = recipe.plan(routing_of_networks(routing, recipe))
+    carried = plan.assignments[plan.assignments >= 0]
+    if len(carried.unique()) < len(carried):
+        raise ValueError(
+            "the recipe's plan carries an assignment out more than once; expected each once at most. A priority has to "
+            "return the number of every assignment of the flattened routing, in another order."
+        )
+    return plan

@@ -104,6 +104,7 @@ def draw_experts(
                 f"the experts' init returned a {type(drawn).__name__}; expected a NamedTuple of tensors, such as "
                 f"GatedParams: by its names parameters are stored."
             )
+        _check_drawn(drawn)
         pieces = {name: _slice(name, tensor, axes, part) for name, tensor in drawn._asdict().items()}
         if not tensors:
             tensors = [piece.new_empty(len(own), *piece.shape[1:]) for piece in pieces.values()]
@@ -161,8 +162,11 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
 def hidden_size(init: Callable[..., Any], dim: int, hidden: int | None) -> int:
     """Say what F is.
 
+    Where nobody gave one it is read off the parameters that ``init`` makes then, by the axes that follow F: of how many
+    rows or columns is told by asking for two other F. An ``init`` that takes no others has F last in its first field.
+
     Args:
-        init: of the parameters, whose first is (E, D, F).
+        init: of the parameters.
         dim: D.
         hidden: F; None takes what ``init`` takes.
 
@@ -174,7 +178,35 @@ def hidden_size(init: Callable[..., Any], dim: int, hidden: int | None) -> int:
         >>> hidden_size(init_mlp, 8, None)
         32
     """
-    return init(1, dim, None, device="meta")[0].shape[-1] if hidden is None else hidden
+    if hidden is not None:
+        return hidden
+    own, small, large = (init(1, dim, width, device="meta") for width in (None, _WIDTH, 2 * _WIDTH))
+    for mine, low, high in zip(own, small, large, strict=True):
+        if not isinstance(mine, Tensor):  # which a module cannot hold, and says so
+            continue
+        for size, few, many in zip(mine.shape, low.shape, high.shape, strict=True):
+            if many > few and size * _WIDTH % (many - few) == 0:
+                return int(size * _WIDTH // (many - few))
+    return int(own[0].shape[-1])
+
+
+_WIDTH = 64
+
+
+def _check_drawn(params: Any) -> None:
+    """Refuse parameters that the module cannot hold, or cannot stack expert by expert."""
+    for name, each in params._asdict().items():
+        what = f"the experts' init returned {type(params).__name__} with {name} ="
+        if not isinstance(each, Tensor) or not each.is_floating_point():
+            given = each.dtype if isinstance(each, Tensor) else type(each).__name__
+            raise ValueError(
+                f"{what} {given}; expected a tensor of floating point numbers for each field. What is no parameter "
+                f"belongs in the expert network, by functools.partial."
+            )
+        if each.ndim < 1 or each.shape[0] != 1:
+            raise ValueError(f"{what} a tensor {tuple(each.shape)} for one expert; expected (1, ...), experts first.")
+        if hasattr(RoutedExperts, name) or name in ("compute_dtype", "training"):
+            raise ValueError(f"the experts' parameters cannot be called {name!r}, as a module has it; rename it.")
 
 
 def _check_part(part: Part) -> None:

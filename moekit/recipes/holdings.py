@@ -179,8 +179,9 @@ def _expert_elements(parameter: torch.Tensor, layout: Layout, shards: int, taken
 
 
 def _fullest(parameter: torch.Tensor, elements: int, axis: int | None, shards: int) -> int:
-    """Count the elements that the fullest rank keeps, of those that FSDP cuts along an axis."""
-    assert axis is not None
+    """Count the elements that the fullest rank keeps, of those that FSDP cuts along an axis, if there is any."""
+    if shards == 1 or axis is None or not parameter.ndim:
+        return elements
     size = parameter.shape[axis]
     return elements // size * -(-size // shards)
 

@@ -72,7 +72,7 @@ class MoE(nn.Module):
                 raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         if not isinstance(recipe, Recipe):
-            raise TypeError(f"MoE: recipe = {recipe!r}; expected a Recipe. A method is called: mixtral(), not mixtral.")
+            raise TypeError(_NO_RECIPE.format(recipe))
         check_stages(recipe)
         check_shared("MoE", recipe.shared)
         choices = num_choices(recipe, num_experts)
@@ -97,6 +97,8 @@ class MoE(nn.Module):
     @property
     def state(self) -> Tensor | None:
         """What the router remembers, or None."""
+        if not isinstance(self.recipe, Recipe):
+            raise TypeError(_NO_RECIPE.format(self.recipe))
         if self.recipe.state is None:
             return None
         if self.recipe.state.name not in self._buffers:
@@ -199,6 +201,9 @@ def _held(tensors: Any) -> tuple[Any, type | None]:
     if isinstance(tensors, Tensor):
         return nn.Parameter(tensors), Tensor
     return nn.ParameterDict({name: nn.Parameter(each) for name, each in _fields(tensors).items()}), type(tensors)
+
+
+_NO_RECIPE = "MoE: recipe = {!r}; expected a Recipe. A method is called: mixtral(), not mixtral."
 
 
 def _fields(tensors: Any) -> dict[str, Tensor]:

@@ -112,7 +112,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     scale = run.scaler.get_scale()
     if wanted:
         run.scaler.step(run.optimizer)
-    run.scaler.update()
+    run.scaler.update(None if tokens.targets else scale)  # a step without targets counts towards no larger scale
     taken = wanted and run.scaler.get_scale() >= scale  # a scaler that left the step out lowers its scale
     if taken:
         update_router_states(run.model, loss.observed)

@@ -91,8 +91,9 @@ def _check_groups(num_experts: int, k: int, *, num_groups: int, groups_kept: int
         )
     size = num_experts // num_groups
     if not 1 <= group_top <= size or k > groups_kept * size:
+        most = max(group_top, -(-k // groups_kept))
         raise ValueError(
             f"group_limited: group_top = {group_top} and k = {k}, but a group has {size} experts and {groups_kept} "
             f"groups are kept; expected 1 <= group_top <= {size} and k <= {groups_kept * size}. Lower them, keep more "
-            f"groups, or raise the number of experts (--moe-num-experts) to {num_groups * group_top} or more."
+            f"groups, or raise the number of experts (--moe-num-experts) to {num_groups * most} or more."
         )

@@ -104,6 +104,23 @@ def test_drop_order_by_choice() -> None:
     assert blocks(routing, capacity_factor=0.6, priority=by_choice) == [[0, 4], [2, 8], [5, -1]]
 
 
+@pytest.mark.parametrize(
+    ("priority", "given"),
+    [
+        (lambda routing: torch.arange(3), r"\(3,\) of torch.int64"),
+        (lambda routing: routing.weights.argsort(descending=True), r"\(4, 2\) of torch.int64"),
+        (lambda routing: routing.weights.flatten(), r"\(8,\) of torch.float32"),
+        (lambda routing: [0, 1], r"\[0, 1\]"),
+    ],
+)
+def test_a_priority_that_is_no_order_of_the_assignments_is_refused(priority, given) -> None:
+    routing = choices([[0, 1]] * 4, num_experts=2)
+    with pytest.raises(
+        ValueError, match=rf"padded_plan: the priority returned {given}; expected \(8,\) of torch.int64"
+    ):
+        padded_plan(routing, capacity_factor=1.0, priority=priority)
+
+
 def test_drop_order_by_weight() -> None:
     routing = choices(EXPERTS, num_experts=3, weights=WEIGHTS)
     # Tokens by their largest weight: 1, 3, 2, 0, 4; then first choices in that order, then second ones.

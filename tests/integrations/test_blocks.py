@@ -209,7 +209,7 @@ def test_narrow_logits_give_a_few_tokens_other_experts() -> None:
     x = torch.randn(4000, 256, dtype=torch.bfloat16)
     theirs = gate(x)[2].sort(-1).values
     ours = FAMILIES["olmoe"].recipe(config).route(linear_gate(x, gate.weight.T)).expert_indices.sort(-1).values
-    assert 0.01 < (theirs != ours).any(-1).float().mean() < 0.03
+    assert 0.01 < (theirs != ours).any(-1).float().mean() < 0.04
 
 
 @pytest.mark.parametrize("name", ["qwen2_moe", "qwen3_moe", "gpt_oss", "granitemoe", "phimoe", "jamba", "dbrx"])

@@ -13,6 +13,7 @@ from moekit.recipes.configuration import parse_settings
 from moekit.recipes.expert_layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
 from moekit.recipes.train import causality_notes
+from moekit.routing import top_k
 
 E = 16
 LEAKS = {"gshard", "st_moe", "expert_choice", "base_sinkhorn", "soft_moe", "sonic_token_rounding"}
@@ -95,3 +96,19 @@ def test_the_trainer_warns_of_a_leak():
     assert "changed by" in witness
     assert notes("--recipe", "openlm") == []
     assert notes("--recipe", "expert_choice", "--moe-freq", "0") == []
+
+
+def test_a_plan_that_carries_an_assignment_out_twice_is_refused():
+    """As by an argsort of each token's weights: places within a row, not in the list."""
+    tight = padded(capacity_factor=4.0, priority=lambda routing: routing.weights.detach().argsort().flatten())
+    layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
+    with pytest.raises(ValueError, match="the recipe's plan carries an assignment out more than once; expected each"):
+        audit(mixtral()._replace(layer=layer, plan=tight.plan), E)
+
+
+def test_a_router_that_wants_the_mask_gets_none():
+    def route(logits, *, token_mask, bias=None):
+        assert token_mask is None
+        return top_k(logits, k=2)
+
+    assert not audit(mixtral()._replace(route=route, needs=("token_mask",)), E).leaks

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from moekit.experts import GatedParams, MlpParams, init_gated, init_mlp, pack_gated
 from moekit.parallel import Part
-from moekit.recipes import MoE, mixtral
+from moekit.recipes import MoE, deepseek_moe, mixtral
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_axes, hidden_size
 
 E, D, F = 12, 6, 24
@@ -238,3 +238,54 @@ def test_routed_experts_hand_the_layer_what_they_hold():
     assert {tensor.dtype for tensor in experts.params()} == {torch.bfloat16}
     assert experts.up.dtype == torch.float32
     assert f"gate=(2, {D}, {F}), up=(2, {D}, {F}), down=(2, {F}, {D})" in repr(experts)
+
+
+class Turned(NamedTuple):
+    """Parameters of which the first does not end with the hidden dimension."""
+
+    scale: Tensor
+    down: Tensor
+    up: Tensor
+
+
+def turned(num_experts, dim, hidden=None, **options):
+    hidden = 4 * dim if hidden is None else hidden
+    drawn = init_mlp(num_experts, dim, hidden, **{"generator": None, **options})
+    return Turned(drawn.up.new_ones(num_experts, 1), drawn.down, drawn.up)
+
+
+def test_the_hidden_size_is_that_of_any_order_of_parameters():
+    assert hidden_size(turned, 8, None) == 32
+    assert hidden_size(lambda *given, **options: pack_gated(init_gated(*given, **options)), 24, None) == 64
+    assert hidden_size(lambda e, dim, hidden=None, **options: init_mlp(e, dim, hidden or 40, **options), 8, None) == 40
+    moe = MoE(8, 2, deepseek_moe(num_shared=3)._replace(init=turned))
+    assert moe.shared["up"].shape == (1, 8, 3 * 32)
+
+
+class Odd(NamedTuple):
+    """Parameters with something else among them."""
+
+    up: Tensor
+    other: object
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (None, r"returned Odd with other = NoneType; expected a tensor of floating point numbers for each field"),
+        (init_mlp(1, 2), r"returned Odd with other = MlpParams; expected a tensor of floating point"),
+        (torch.ones(1, 2, dtype=torch.int64), r"returned Odd with other = torch.int64; expected a tensor of floating"),
+        (torch.tensor(1.0), r"with other = a tensor \(\) for one expert; expected \(1, ...\), experts first"),
+        (torch.ones(3, 2), r"with other = a tensor \(3, 2\) for one expert; expected \(1, ...\), experts first"),
+    ],
+)
+def test_parameters_that_a_module_cannot_hold_are_named(other, message):
+    with pytest.raises(ValueError, match=message):
+        draw_experts(lambda *_, **__: Odd(torch.ones(1, 2, 3), other), 2, 2, 3)
+
+
+@pytest.mark.parametrize("name", ["type", "params", "compute_dtype", "training"])
+def test_names_that_a_module_has_are_refused(name):
+    kind = NamedTuple("Named", [(name, Tensor)])
+    with pytest.raises(ValueError, match=f"the experts' parameters cannot be called '{name}', as a module has it"):
+        draw_experts(lambda *_, **__: kind(torch.ones(1, 2, 3)), 2, 2, 3)

@@ -409,6 +409,10 @@ def test_a_recipe_with_other_parameters_cannot_be_put_into_a_module(first, secon
 def test_a_method_that_is_not_called_is_no_recipe() -> None:
     with pytest.raises(TypeError, match=r"expected a Recipe. A method is called: mixtral\(\), not mixtral"):
         MoE(D, E, mixtral)
+    moe = MoE(D, E, mixtral())
+    moe.recipe = mixtral
+    with pytest.raises(TypeError, match=r"expected a Recipe. A method is called: mixtral\(\), not mixtral"):
+        moe(torch.randn(3, D))
 
 
 def test_a_copy_shares_what_cannot_be_copied() -> None:

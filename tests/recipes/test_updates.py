@@ -107,7 +107,8 @@ def test_counts_of_left_out_steps_go_on_over_a_resume(program, spoil, interrupt_
     assert [line["skipped_steps"] for line in numbers(folder)] == [0, 0, 1, 1, 1, 1, 1, 1]
 
 
-def test_a_step_without_a_token_to_train_on_is_left_out(program, tmp_path, capsys):
+@pytest.mark.parametrize("precision", ["fp32", "amp"])
+def test_a_step_without_a_token_to_train_on_is_left_out(quick, tmp_path, capsys, precision):
     """All its data are padding, or one token each that nothing follows; decay and momentum would move parameters."""
     rows = markov_sequences(6, first=0, seed=1)
     rows[2:4, 1:] = -1
@@ -115,7 +116,7 @@ def test_a_step_without_a_token_to_train_on_is_left_out(program, tmp_path, capsy
     held_out = write_shards(tmp_path / "val", rows[:1])
     flags = ["--dataset-manifest", str(manifest), "--val-manifest", str(held_out), "--steps", "6", "--batch-size", "1"]
     flags += ["--data-lanes", "1", "--recipe", "deepseek_moe", "--wd", "0.5", "--log-every-n-steps", "1"]
-    flags += ["--save-every-n-steps", "1", "--model", "moekit_tiny", "--precision", "fp32", "--workers", "0"]
+    flags += ["--save-every-n-steps", "1", "--model", "moekit_tiny", "--precision", precision, "--workers", "0"]
     main([*flags, "--logs", str(tmp_path / "logs"), "--name", "a"])
     folder = tmp_path / "logs" / "a"
     lines = read_metrics(folder / "metrics.jsonl")
@@ -127,6 +128,7 @@ def test_a_step_without_a_token_to_train_on_is_left_out(program, tmp_path, capsy
         if step > 1:
             before, after = (tensors_of(checkpoint_folder(folder, each)) for each in (step - 1, step))
             assert all(name.startswith("rng") for name in differing(before, after)), "the step changed nothing else"
+            assert len({str(read_state(checkpoint_folder(folder, each))["scaler"]) for each in (step - 1, step)}) == 1
     assert max(empty) > 1
     assert [line["loss"] is None for line in lines] == [line["step"] in empty for line in lines]
     assert [line["skipped_steps"] for line in lines] == [sum(step <= line["step"] for step in empty) for line in lines]
