@@ -140,3 +140,9 @@ def test_errors_say_what_was_given() -> None:
         simple_experts(x, flat, init_simple(D, constants=2), num_experts=E)
     with pytest.raises(ValueError, match="simple: null = 1, copy = -1, constants = 2; expected numbers >= 0"):
         simple(copy=-1)
+
+
+def test_constant_experts_begin_with_vectors_of_unit_numbers_and_shares_about_equal() -> None:
+    drawn = init_simple(1024, constants=4, generator=torch.Generator().manual_seed(0))
+    assert drawn.vectors.std().item() == pytest.approx(1, rel=0.05)
+    assert drawn.mix.std().item() == pytest.approx(1024**-0.5, rel=0.05)

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib import image
 
-from moekit.lm.ablation_plots import Dots, plot_ablation, shown_range
+from moekit.lm.ablation_plots import Dots, _mean, plot_ablation, shown_range
 
 
 def test_it_draws_a_picture_that_depends_on_the_numbers(tmp_path):
@@ -45,3 +45,7 @@ def test_a_row_is_shown_with_all_its_seeds():
     low, high = shown_range([[4.0, 5.0], [4.5, 4.5], [4.4, 4.6], [2.0, 7.0]])
     assert low < 2.0
     assert high > 7.0
+
+
+def test_routers_are_in_the_order_of_their_losses_over_all_sets():
+    assert _mean(Dots("a", {"x": [1.0, 2.0], "y": [3.0]}), ["x", "y"]) == 4.5

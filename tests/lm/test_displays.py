@@ -5,7 +5,7 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from moekit.lm.displays import LayerLoad, StepReport, load_bar, show_training
+from moekit.lm.displays import LayerLoad, StepReport, _worst, load_bar, show_training
 
 LAYERS = [LayerLoad(0, [0.5, 0.25, 0.25, 0.0], 1.0, 0.125, 1.25, 1), LayerLoad(2, [0.25] * 4, 0.0, 0.0, 1.39, 0)]
 
@@ -145,3 +145,8 @@ def test_the_cursor_comes_back_after_an_error():
         raise ValueError("mine")
     raw = console.file.getvalue()
     assert raw.rindex("\x1b[?25h") > raw.rindex("\x1b[?25l")
+
+
+def test_dead_experts_of_all_layers_are_told():
+    one = LayerLoad(0, [1.0, 0.0], 1.0, 0.0, 0.0, 1)
+    assert _worst([one, one._replace(layer=1)]).endswith("dead 2")

@@ -153,3 +153,10 @@ def test_a_million_tokens_are_fast():
     start = time.process_time()
     bigram_loss(train, train[:400], vocab_size=1024)
     assert time.process_time() - start < 5
+
+
+def test_what_is_added_to_counts_of_contexts_is_alpha_too():
+    """A pair that nobody saw: the lower order decides, which is Kneser-Ney's here."""
+    train = torch.tensor([[-1, 0], [-1, 0], [-1, 1], [0, 1]] * 20)
+    loss = bigram_loss(train, torch.tensor([[3, 2]]), vocab_size=4, alpha=0.5)
+    assert loss == pytest.approx(math.log(6), abs=1e-5)

@@ -1,9 +1,10 @@
 import builtins
+import math
 import sys
 
 import pytest
 
-from moekit.lm.plots import Curve, plot_run, smooth
+from moekit.lm.plots import Curve, _losses, matplotlib_parts, plot_run, smooth
 
 pytest.importorskip("matplotlib", reason="the picture of a run is an extra")
 TRAIN = Curve(list(range(1, 61)), [6.0 - 0.05 * step for step in range(60)])
@@ -97,3 +98,14 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ModuleNotFoundError, match=r"needs matplotlib: pip install 'moekit\[plots\]'"):
         plot_run(tmp_path / "run.png", **OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("losses", "top"),
+    [([math.nan, 3.0, 2.0], 3.0), ([100.0, 50.0, 5.0] + [2.0] * 37, 5.0)],
+    ids=["a step that was left out", "the first twentieth"],
+)
+def test_the_frame_holds_all_losses_but_the_first(losses, top):
+    axis = matplotlib_parts()[0]().subplots()
+    _losses(axis, Curve(list(range(len(losses))), losses), {}, {})
+    assert axis.get_ylim()[1] == pytest.approx(1.05 * top)

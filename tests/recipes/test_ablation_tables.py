@@ -119,3 +119,24 @@ def test_a_table_of_failures_alone_is_a_table(tmp_path):
     rows = summaries([{"router": "a", "seed": 0, "failed": "x"}])
     assert "| a | - |" in markdown(rows)
     assert draw(tmp_path / "a.png", rows).stat().st_size > 0
+
+
+def test_columns_are_means_over_seeds_of_the_worst_layer_and_tell_of_any_leak():
+    uneven = {"prose": scores(1.0, [0.5, 0.5], [0.75, 0.25])}
+    leaky = {"training": True, "evaluation": True}
+    other = {"drop_rate": 0.5, "experts_per_token": 3.0, "leaks": leaky}
+    lines = [line("a", seed, 1.0, 1.0, validation=uneven, seconds=0.5, **(other if seed else {})) for seed in (0, 1)]
+    [row] = summaries(lines)
+    assert (row.max_violation, row.drop_rate, row.experts_per_token) == (0.5, 0.25, 2.5)
+    assert (row.leaks_training, row.leaks_evaluation, row.tokens_per_second) == (True, True, 2000)
+
+
+def test_a_seed_that_failed_in_the_first_router_is_not_compared():
+    lost = {"router": "a", "seed": 1, "failed": "not finite"}
+    lines = [line("a", 0, 4.0, 4.0), lost, line("b", 0, 4.5, 4.5), line("b", 1, 5.0, 5.0)]
+    assert summaries(lines)[1].against == spread([0.5])
+
+
+def test_notes_tell_the_most_seeds_of_any_router():
+    rows = summaries([line("a", 0, 4.0, 4.0), line("a", 1, 4.0, 4.0), line("b", 0, 4.0, 4.0)])
+    assert "over 2 seeds" in " ".join(notes(rows))

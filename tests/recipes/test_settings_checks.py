@@ -207,3 +207,15 @@ def test_one_checkpoint_is_kept_or_several():
     message = "--delete-previous-checkpoint keeps one checkpoint and --keep-checkpoints 3 more; give one of the two"
     refuses(message, delete_previous_checkpoint=True, keep_checkpoints=3)
     settings_of(delete_previous_checkpoint=True, keep_checkpoints=1)
+
+
+def test_the_rate_may_end_where_it_is_and_not_above():
+    TrainSettings(optimizer=OptimizerSettings(lr=1e-3, lr_cooldown_end=1e-3))
+    with pytest.raises(ValueError, match=r"--lr-cooldown-end 0.002 is above --lr 0.001, so the rate would rise"):
+        TrainSettings(optimizer=OptimizerSettings(lr=1e-3, lr_cooldown_end=2e-3))
+
+
+def test_an_eps_that_is_zero_in_half_precision_is_refused():
+    with pytest.raises(ValueError, match=r"--eps 1e-08 is zero in fp16, .* give --eps 1e-4 or so"):
+        TrainSettings(optimizer=OptimizerSettings(precision="fp16"))
+    TrainSettings(optimizer=OptimizerSettings(precision="fp16", eps=1e-7))

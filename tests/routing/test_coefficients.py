@@ -176,6 +176,11 @@ def test_pooling_does_not_matter_with_one_layer_and_does_with_two() -> None:
         convert_coefficient(0.02, source=HUGGING_FACE, target=SWITCH, k=2, num_experts=8, num_layers=32)
 
 
+def test_two_layers_are_pooled_too() -> None:
+    with pytest.raises(ValueError, match="pools the 2 layers"):
+        convert_coefficient(0.02, source=HUGGING_FACE, target=SWITCH, k=2, num_experts=8, num_layers=2)
+
+
 def test_an_error_names_every_difference() -> None:
     with pytest.raises(ValueError) as caught:  # noqa: PT011
         convert_coefficient(1.0, source=FIRST_CHOICE, target=MEGATRON_SEQUENCE, k=2, num_experts=8, num_layers=4)
