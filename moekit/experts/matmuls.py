@@ -130,9 +130,10 @@ _MOST_GROUPS = 1023  # of torch 2.11's kernel, for bfloat16 from Hopper on; the 
 
 
 def _grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
-    compiled = torch.compiler.is_compiling() and rows.dtype != torch.bfloat16  # which compilers know alone
-    product = _Opaque.apply(rows, sizes, w) if compiled else _torchs_product(rows, w, sizes)
-    return _ContiguousGradient.apply(product, torch.compiler.is_compiling() or is_transformed())
+    compiles = torch.compiler.is_compiling()
+    opaque = compiles and rows.dtype != torch.bfloat16  # which compilers know alone
+    product = _Opaque.apply(rows, sizes, w) if opaque else _torchs_product(rows, w, sizes)
+    return _ContiguousGradient.apply(product, compiles or is_transformed())
 
 
 def _torchs_product(a: Tensor, b: Tensor, sizes: Tensor) -> Tensor:

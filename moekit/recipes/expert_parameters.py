@@ -99,11 +99,6 @@ def draw_experts(
     tensors: list[Tensor] = []
     for number, expert in enumerate(own):
         drawn = draw(generator=_generator(device, seed + expert))
-        if not hasattr(drawn, "_asdict"):
-            raise ValueError(
-                f"the experts' init returned a {type(drawn).__name__}; expected a NamedTuple of tensors, such as "
-                f"GatedParams: by its names parameters are stored."
-            )
         _check_drawn(drawn)
         pieces = {name: _slice(name, tensor, axes, part) for name, tensor in drawn._asdict().items()}
         if not tensors:
@@ -159,6 +154,9 @@ def hidden_axes(init: Callable[..., Any], dim: int, hidden: int | None) -> Mappi
     return axes
 
 
+_WIDTH = 64  # of the first of two other F
+
+
 def hidden_size(init: Callable[..., Any], dim: int, hidden: int | None) -> int:
     """Say what F is.
 
@@ -190,11 +188,13 @@ def hidden_size(init: Callable[..., Any], dim: int, hidden: int | None) -> int:
     return int(own[0].shape[-1])
 
 
-_WIDTH = 64
-
-
 def _check_drawn(params: Any) -> None:
     """Refuse parameters that the module cannot hold, or cannot stack expert by expert."""
+    if not hasattr(params, "_asdict"):
+        raise ValueError(
+            f"the experts' init returned a {type(params).__name__}; expected a NamedTuple of tensors, such as "
+            f"GatedParams: by its names parameters are stored."
+        )
     for name, each in params._asdict().items():
         what = f"the experts' init returned {type(params).__name__} with {name} ="
         if not isinstance(each, Tensor) or not each.is_floating_point():

@@ -171,10 +171,7 @@ def softmax_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> R
     References:
         Jiang et al., Mixtral of Experts, 2024, section 2.1, https://arxiv.org/abs/2401.04088
     """
-    logits = noisy(logits)
-    check_choice(logits, k, name="softmax_of_top_k")
-    expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
-    return token_choice(expert_indices, torch.softmax(logits.gather(-1, expert_indices), dim=-1), logits)
+    return _of_largest("softmax_of_top_k", softmax, logits, k=k, bias=bias)
 
 
 def sigmoid_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> Routing:
@@ -204,10 +201,15 @@ def sigmoid_of_top_k(logits: Logits, *, k: int, bias: Tensor | None = None) -> R
     References:
         Meta, Llama 4, 2025, its released code, ``models/llama4/moe.py`` of https://github.com/meta-llama/llama-models
     """
+    return _of_largest("sigmoid_of_top_k", sigmoid, logits, k=k, bias=bias)
+
+
+def _of_largest(name: str, weigh: Score, logits: Logits, *, k: int, bias: Tensor | None) -> Routing:
+    """Choose the k largest logits (T, E), and weigh the choices by a function of those logits alone, (T, K)."""
     logits = noisy(logits)
-    check_choice(logits, k, name="sigmoid_of_top_k")
+    check_choice(logits, k, name=name)
     expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
-    return token_choice(expert_indices, torch.sigmoid(logits.gather(-1, expert_indices)), logits)
+    return token_choice(expert_indices, weigh(logits.gather(-1, expert_indices)), logits)
 
 
 def weights_at(
