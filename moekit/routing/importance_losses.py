@@ -173,4 +173,5 @@ def _squared_variation(
     mean = sums.mean(-1, keepdim=True)
     nothing = mean == 0
     relative = sums / mean.masked_fill(nothing, 1.0)  # before squares, which underflow first
-    return mean_of_pools((relative - 1).square().mean(-1).masked_fill(nothing.squeeze(-1), 0.0), real)
+    losses = (relative - 1).square().mean(-1).masked_fill(nothing.squeeze(-1), 0.0)
+    return mean_of_pools(losses, real, masked=token_mask is not None)

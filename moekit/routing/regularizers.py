@@ -120,4 +120,4 @@ def entropy_loss(
     sums = sums_of_pools(scores, token_mask, scope=scope, sequence_length=sequence_length)
     mean = sums / real.clamp_min(1).unsqueeze(-1)  # (pools, E)
     logarithms = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # the slope at zero is finite, so that 0 stays 0
-    return mean_of_pools((mean * logarithms).sum(-1), real)
+    return mean_of_pools((mean * logarithms).sum(-1), real, masked=token_mask is not None)

@@ -286,12 +286,14 @@ def weights_by_expert(routing: Routing) -> Tensor:
     return table.scatter_add(0, cells, routing.weights.flatten()).view(num_tokens, num_experts + 1)[:, :num_experts]
 
 
-def mean_of_pools(losses: Tensor, real: Tensor) -> Tensor:
+def mean_of_pools(losses: Tensor, real: Tensor, *, masked: bool = True) -> Tensor:
     """Average a loss over the real tokens, each with the loss of its pool; zero if there is none.
 
     Args:
         losses: (pools,).
         real: (pools,) integers, the real tokens of each.
+        masked: whether ``real`` may differ from pool to pool. Without a mask all are one constant, whose sum over pools
+            of a size that varies Triton 3.6 does not compile.
 
     Returns:
         Scalar.
@@ -300,4 +302,7 @@ def mean_of_pools(losses: Tensor, real: Tensor) -> Tensor:
         >>> mean_of_pools(torch.tensor([1.0, 3.0, 7.0]), torch.tensor([4, 2, 0]))
         tensor(1.6667)
     """
-    return (losses.masked_fill(real == 0, 0.0) * real).sum() / real.sum().clamp_min(1)
+    losses = losses.masked_fill(real == 0, 0.0)
+    if not masked and len(losses):
+        return losses.mean()
+    return (losses * real).sum() / real.sum().clamp_min(1)

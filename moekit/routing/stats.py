@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from moekit.checks import flat_mask
 from moekit.routing.gates import clean
+from moekit.routing.scopes import real_tokens, sums_of_pools
 from moekit.segments import tokens_per_expert
 from moekit.types import DispatchPlan, Logits, Routing
 
@@ -92,8 +92,7 @@ def routing_stats(
 
 def _token_entropy(logits: Tensor, token_mask: Tensor | None) -> Tensor:
     entropy = torch.special.entr(torch.softmax(logits, dim=-1)).sum(-1)  # (T,)
-    mask = torch.ones_like(entropy, dtype=torch.bool) if token_mask is None else flat_mask(token_mask, len(entropy))
-    return entropy.masked_fill(~mask, 0.0).sum() / mask.sum().clamp_min(1)
+    return (sums_of_pools(entropy, token_mask) / real_tokens(entropy, token_mask).clamp_min(1)).sum()
 
 
 def _lost(routing: Routing, plan: DispatchPlan, counts: Tensor) -> tuple[Tensor, Tensor]:

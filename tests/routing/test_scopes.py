@@ -89,6 +89,10 @@ def test_what_is_hidden_gets_no_gradient() -> None:
 def test_pools_count_by_their_tokens() -> None:
     assert mean_of_pools(torch.tensor([torch.nan, 4.0, 2.0]), torch.tensor([0, 1, 9])).item() == pytest.approx(2.2)
     assert mean_of_pools(torch.tensor([5.0]), torch.tensor([0])).item() == 0
+    for masked in (True, False):
+        assert mean_of_pools(torch.tensor([4.0, 2.0]), torch.tensor([3, 3]), masked=masked).item() == 3
+        assert mean_of_pools(torch.tensor([torch.nan]), torch.tensor([0]), masked=masked).item() == 0
+        assert mean_of_pools(torch.empty(0), torch.empty(0, dtype=torch.int64), masked=masked).item() == 0
 
 
 @pytest.mark.parametrize("length", [None, 0, -3])
