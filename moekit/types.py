@@ -355,7 +355,10 @@ class Experts(Protocol):
     """The expert feed-forward networks, all at once, over grouped rows."""
 
     def __call__(self, rows: Tensor, groups: Groups, params: Any, /) -> Tensor:
-        """Map rows (R, D) to rows (R, D) with ``params``, a NamedTuple of (E, ., .) tensors."""
+        """Map rows (R, D) to rows (R, D) with ``params``, a NamedTuple of (E, ., .) tensors.
+
+        Behind a mask or variable k, rows of nobody follow the last group: R may be more than all sizes together.
+        """
         ...
 
 

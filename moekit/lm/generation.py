@@ -49,7 +49,8 @@ def generate(
     """Continue a prompt.
 
     The model sees the last ``config.seq_len`` tokens each time and keeps no cache: every new token costs a forward over
-    all of them. It runs in evaluation mode without gradients; every module's mode is as before afterwards.
+    all of them. It runs in evaluation mode without gradients; every module's mode is as before afterwards. Routers have
+    no mode: a recipe with a capacity limit or noise keeps it, so take one without (``trained_model`` does).
 
     Args:
         model: the language model.

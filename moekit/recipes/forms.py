@@ -25,7 +25,7 @@ def bound(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, A
         >>> bound(partial(relu_choice, normalize=True))[1]["normalize"]
         True
     """
-    function, arguments = _taken_apart(function)
+    function, arguments = taken_apart(function)
     return function, _defaults(function) | arguments
 
 
@@ -55,7 +55,7 @@ def is_same(one: Any, other: Any) -> bool:
         return len(one) == len(other) and all(map(is_same, one, other))
     if not (callable(one) and callable(other)):
         return False
-    (function, arguments), (others_function, others_arguments) = _taken_apart(one), _taken_apart(other)
+    (function, arguments), (others_function, others_arguments) = taken_apart(one), taken_apart(other)
     if function is not others_function:
         return False
     defaults = _defaults(function)
@@ -106,7 +106,20 @@ def method_of(recipe: Recipe, *, evaluation: Recipe | None = None, loss_scope: s
     return found if evaluation is None else {**found, "evaluation": _stages(evaluation)}
 
 
-def _taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, Any]]:
+def taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[Any, Any]]:
+    """Take a function bound to arguments apart; defaults do not count.
+
+    Args:
+        function: bound or not.
+
+    Returns:
+        The function itself, and name, or position, to what it was bound to.
+
+    Example:
+        >>> from moekit.routing import top_k
+        >>> taken_apart(partial(partial(top_k, k=2), k=1))[1]
+        {'k': 1}
+    """
     arguments: dict[Any, Any] = {}
     while isinstance(function, partial):
         arguments = {**dict(enumerate(function.args)), **function.keywords, **arguments}

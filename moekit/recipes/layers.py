@@ -129,8 +129,8 @@ def moe_layer(
 
     Raises:
         ValueError: if the router needs something that was not given, a shape does not fit, the gate's logits are in
-            half precision, or shared experts have a gate and the recipe's have none, or the other way round.
-        TypeError: if ``token_mask`` is not bool.
+            half precision, or the recipe's shared experts or their gate have no parameters, or its gate too many.
+        TypeError: if ``token_mask`` is not bool, or recipe or parameters are none.
 
     Example:
         >>> from moekit.experts import init_gated
@@ -140,7 +140,7 @@ def moe_layer(
         >>> output.y.shape, {name: round(loss.item(), 3) for name, loss in output.losses.items()}
         (torch.Size([2, 3, 4]), {'load_balance': 1.0})
     """
-    _check_given(x, recipe, state=state, token_ids=token_ids, token_mask=token_mask)
+    _check_given(x, params, recipe, state=state, token_ids=token_ids, token_mask=token_mask)
     tokens = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])  # (T, D); a view takes autograd's time
     length = max(x.shape[-2] if x.ndim > 2 else tokens.shape[0], 1)
     logits, tokens = score_and_pass(recipe.gate, tokens, params.gate)  # (T, E)
@@ -158,7 +158,7 @@ def moe_layer(
             f"expert network map D to D, and combine return a row for each token."
         )
     if recipe.shared is not None:
-        _check_shared_gate(recipe.shared, params.shared_gate)
+        _check_shared(recipe.shared, params)
         y = y + shared_experts(tokens, params.shared, experts=recipe.shared.network, gate=params.shared_gate)
     options: dict[str, Any] = {"token_mask": mask, "sequence_length": length}
     losses = {name: loss(logits, routing, **options) for name, loss in recipe.losses.items()}
@@ -169,8 +169,19 @@ _EACH = "one for each token of x"
 
 
 def _check_given(
-    x: Tensor, recipe: Recipe, *, state: Tensor | None, token_ids: Tensor | None, token_mask: Tensor | None
+    x: Tensor,
+    params: MoEParams,
+    recipe: Recipe,
+    *,
+    state: Tensor | None,
+    token_ids: Tensor | None,
+    token_mask: Tensor | None,
 ) -> None:
+    check_recipe("moe_layer", recipe)
+    if not isinstance(params, MoEParams):
+        raise TypeError(
+            f"moe_layer: params are a {type(params).__name__}; expected MoEParams, as MoEParams(gate, experts)."
+        )
     if token_ids is not None:
         check_shape("token_ids", token_ids, x.shape[:-1], _EACH)
     if token_mask is not None:
@@ -184,13 +195,38 @@ def _check_given(
         )
 
 
-def _check_shared_gate(shared: SharedExperts, gate: Tensor | None) -> None:
+def _check_shared(shared: SharedExperts, params: MoEParams) -> None:
+    gate = params.shared_gate
+    if params.shared is None:
+        raise ValueError(
+            "the recipe has shared experts, and the parameters none. Give the recipe the parameters that were made for "
+            "it, by a new MoE of this recipe, or take recipe._replace(shared=None)."
+        )
     if shared.gated == (gate is None):
         raise ValueError(
             f"the recipe's shared experts have gated={shared.gated}, and the parameters {'no' if gate is None else 'a'}"
             " shared_gate, which weighs them token by token. Give the recipe the parameters that were made for it, or "
             f"take recipe._replace(shared=recipe.shared._replace(gated={not shared.gated}))."
         )
+
+
+def check_recipe(name: str, recipe: Any) -> None:
+    """Refuse what is no recipe, such as the function that makes one.
+
+    Args:
+        name: of the function, for the message.
+        recipe: the method.
+
+    Raises:
+        TypeError: if it is none.
+
+    Example:
+        >>> check_recipe("a layer", 3)
+        Traceback (most recent call last):
+        TypeError: a layer: recipe = 3; expected a Recipe. A method is called: mixtral(), not mixtral.
+    """
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f"{name}: recipe = {recipe!r}; expected a Recipe. A method is called: mixtral(), not mixtral.")
 
 
 def check_shared(name: str, shared: Any) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
-from moekit.recipes.layers import MoEParams, Recipe, check_shared, moe_layer
-from moekit.recipes.recipe_checks import check_stages
+from moekit.recipes.layers import MoEParams, Recipe, check_recipe, check_shared, moe_layer
+from moekit.recipes.recipe_checks import check_plan, check_router
 from moekit.routing import init_linear_gate
 from moekit.types import LayerOutput, Routing
 
@@ -68,15 +68,11 @@ class MoE(nn.Module):
     ) -> None:
         super().__init__()
         for name, size in (("dim", dim), ("num_experts", num_experts), ("hidden", 1 if hidden is None else hidden)):
-            if size < 1:
+            if not isinstance(size, int) or size < 1:
                 raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
-        if not isinstance(recipe, Recipe):
-            raise TypeError(_NO_RECIPE.format(recipe))
-        check_stages(recipe)
-        check_shared("MoE", recipe.shared)
-        choices = num_choices(recipe, num_experts)
         self.recipe = recipe
+        choices = num_choices(recipe, num_experts)
         self.dim, self.num_experts = dim, num_experts
         self._hidden, self._part = hidden, part
         self.gate, self._gate_type = _held(recipe.init_gate(dim, choices, **options))
@@ -95,10 +91,21 @@ class MoE(nn.Module):
             self.register_buffer(recipe.state.name, recipe.state.init(choices, device=device))
 
     @property
+    def recipe(self) -> Recipe:
+        """The method, which can be replaced by another one that takes the same parameters."""
+        return self._recipe
+
+    @recipe.setter
+    def recipe(self, recipe: Recipe) -> None:
+        check_recipe("MoE", recipe)
+        check_router(recipe)
+        check_plan(recipe)
+        check_shared("MoE", recipe.shared)
+        self._recipe = recipe
+
+    @property
     def state(self) -> Tensor | None:
         """What the router remembers, or None."""
-        if not isinstance(self.recipe, Recipe):
-            raise TypeError(_NO_RECIPE.format(self.recipe))
         if self.recipe.state is None:
             return None
         if self.recipe.state.name not in self._buffers:
@@ -201,9 +208,6 @@ def _held(tensors: Any) -> tuple[Any, type | None]:
     if isinstance(tensors, Tensor):
         return nn.Parameter(tensors), Tensor
     return nn.ParameterDict({name: nn.Parameter(each) for name, each in _fields(tensors).items()}), type(tensors)
-
-
-_NO_RECIPE = "MoE: recipe = {!r}; expected a Recipe. A method is called: mixtral(), not mixtral."
 
 
 def _fields(tensors: Any) -> dict[str, Tensor]:

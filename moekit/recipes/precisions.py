@@ -1,7 +1,8 @@
 """What ``--precision`` means on this hardware."""
 
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
@@ -116,12 +117,33 @@ def precision_words(precision: str, device: torch.device) -> str:
     return names[parameter_dtype(precision)] if dtype is None else f"{names[dtype]} autocast"
 
 
-def make_deterministic() -> None:
-    """Let torch take kernels that give the same bits every time, for the rest of this process.
+@contextmanager
+def deterministic(wanted: bool) -> Iterator[None]:
+    """Let torch take kernels that give the same bits every time; afterwards it is as it was.
 
     It matters on CUDA, where sums of gradients over tokens and attention's backward otherwise add in any order. An
-    operation that has no such kernel raises an error. cuBLAS needs a fixed workspace, by a variable that it reads once.
+    operation that has no such kernel raises an error. cuBLAS needs a fixed workspace, by a variable that it reads once,
+    before the first product of the process; that one stays.
+
+    Args:
+        wanted: whether to; False leaves torch as it is.
+
+    Example:
+        >>> with deterministic(True):
+        ...     torch.are_deterministic_algorithms_enabled()
+        True
     """
+    if not wanted:
+        yield
+        return
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    fills = torch.utils.deterministic  # memory with NaN, which is slow, and for debugging
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = fills.fill_uninitialized_memory  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, for debugging
+    fills.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        fills.fill_uninitialized_memory = filled  # type: ignore[attr-defined]

@@ -1,7 +1,7 @@
 """What a recipe of a user's is refused for before anything runs: parts that do not belong together."""
 
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -11,9 +11,9 @@ from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.recipes.choices import place_of
 from moekit.recipes.expert_layers import limited
-from moekit.recipes.forms import form_of, is_same, parameters_of
+from moekit.recipes.forms import form_of, is_same, parameters_of, taken_apart
 from moekit.recipes.layers import Recipe, check_needs
-from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing
+from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing, SimpleExperts
 
 Plan = Callable[[Routing], DispatchPlan]
 
@@ -26,7 +26,7 @@ def check_plan(recipe: Recipe) -> None:
     """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
 
     Args:
-        recipe: before any parallel strategy. Of a layer that is none of moekit's, nothing is known.
+        recipe: the method. Of a layer that is none of moekit's, or a parallel strategy, nothing is known.
 
     Raises:
         ValueError: if it is another one.
@@ -73,8 +73,9 @@ def check_stages(recipe: Recipe) -> None:
         given = getattr(recipe, name)
         if not isinstance(given, Mapping):
             raise ValueError(f"recipe.{name} is a {type(given).__name__}; expected a mapping, by the names of losses.")
-    if not isinstance(recipe.state, RouterState | None):
-        raise ValueError(f"recipe.state is a {type(recipe.state).__name__}; expected a RouterState, or None.")
+    for name, kind in (("state", RouterState), ("simple", SimpleExperts)):
+        if not isinstance(given := getattr(recipe, name), kind | None):
+            raise ValueError(f"recipe.{name} is a {type(given).__name__}; expected {kind.__name__}, or None.")
     state = () if recipe.state is None else (recipe.state.name,)
     check_needs(recipe.needs, {"token_ids", "token_mask", "sequence_length", *state})
     for name in state:
@@ -83,6 +84,22 @@ def check_stages(recipe: Recipe) -> None:
                 f"the router {place_of(recipe.route)} needs {name!r}, what the recipe's state is called, and gets what "
                 f"recipe.needs lists; expected it there: recipe._replace(needs={(*recipe.needs, name)})."
             )
+    _check_bound("router", recipe.route, ("bias", *recipe.needs))
+    for loss in recipe.losses.values():
+        _check_bound("loss", loss, ("token_mask", "sequence_length"))
+
+
+def _check_bound(kind: str, function: Any, handed: Collection[str]) -> None:
+    """Refuse a function bound to what a layer hands it anyway, which would win in silence."""
+    if not callable(function):
+        raise ValueError(f"a {kind} of the recipe is {reprlib.repr(function)}; expected a function.")
+    lost = [name for name, value in taken_apart(function)[1].items() if name in handed and value is not None]
+    if lost:
+        raise ValueError(
+            f"the {kind} {place_of(function)} is bound to {' and '.join(lost)}, which a layer hands it in every call, "
+            f"so that what it is bound to would be lost. Hand it to the layer (token_mask=, state= of moe_layer for a "
+            f"bias, x as (B, L, D) for the sequence length), or bind it inside a function of your own."
+        )
 
 
 _OF_DISPATCHERS = {
@@ -114,7 +131,7 @@ def check_observation(observed: Any) -> None:
 
 
 def check_router(recipe: Recipe) -> None:
-    """Check that a recipe's router takes what a layer calls it with: ``bias``, and what the recipe says it needs.
+    """Check that router and losses take what a layer calls them with: of the router ``bias``, and what a recipe needs.
 
     And that its state, if it has one, observes what a trainer calls it with.
 
@@ -129,30 +146,32 @@ def check_router(recipe: Recipe) -> None:
         >>> check_router(mixtral())
     """
     check_stages(recipe)
-    _check_observe(recipe.state)
-    parameters = parameters_of(recipe.route)
-    if parameters is None:
-        return
-    taken = {each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
-    missing = [name for name in dict.fromkeys(("bias", *recipe.needs)) if name not in taken]
-    if missing and not any(each.kind is each.VAR_KEYWORD for each in parameters):
+    state = recipe.state
+    if state is not None and state.observe is not None and (missing := _not_taken(state.observe, ("token_mask",))):
         raise ValueError(
-            f"the router {place_of(recipe.route)} takes no {' and no '.join(missing)}; expected route(logits, bias=None"
-            f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
-        )
-
-
-def _check_observe(state: RouterState | None) -> None:
-    if state is None or state.observe is None:
-        return
-    parameters = parameters_of(state.observe)
-    if parameters is None:
-        return
-    if not any(each.name == "token_mask" or each.kind is each.VAR_KEYWORD for each in parameters):
-        raise ValueError(
-            f"the observe of the state {state.name!r}, {place_of(state.observe)}, takes no token_mask; expected "
+            f"the observe of the state {state.name!r}, {place_of(state.observe)}, takes no {missing}; expected "
             f"observe(logits, routing, state, token_mask=None), as a trainer calls it."
         )
+    if missing := _not_taken(recipe.route, ("bias", *recipe.needs)):
+        raise ValueError(
+            f"the router {place_of(recipe.route)} takes no {missing}; expected route(logits, bias=None"
+            f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
+        )
+    for name, loss in recipe.losses.items():
+        if missing := _not_taken(loss, ("token_mask", "sequence_length")):
+            raise ValueError(
+                f"the loss {name!r}, {place_of(loss)}, takes no {missing}; expected loss(logits, routing, "
+                f"token_mask=None, sequence_length=None), as a layer calls it."
+            )
+
+
+def _not_taken(function: Callable[..., Any], names: Collection[str]) -> str:
+    """Name the arguments that a call gives and a function does not take; none if it tells nothing of itself."""
+    parameters = parameters_of(function)
+    if parameters is None or any(each.kind is each.VAR_KEYWORD for each in parameters):
+        return ""
+    taken = {each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
+    return " and no ".join(name for name in dict.fromkeys(names) if name not in taken)
 
 
 def _required(function: Callable[..., Any]) -> set[str]:
@@ -169,5 +188,7 @@ def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
             return layer.keywords["plan"]
         if isinstance(found := layer.keywords.get("dispatcher"), Dispatcher):
             return found.plan
+        if layer.func.__module__.startswith("moekit.parallel"):  # whose plan is of several ranks
+            return None
         layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None

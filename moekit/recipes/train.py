@@ -26,7 +26,7 @@ from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import first_moe_layer, language_model, parameter_table
 from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
-from moekit.recipes.precisions import make_deterministic, precision_words
+from moekit.recipes.precisions import deterministic, precision_words
 from moekit.recipes.recording import recording
 from moekit.recipes.runs import Run, claimed, resolved, set_up
 from moekit.recipes.saving import Progress, go_back, restore, save
@@ -74,13 +74,12 @@ def main(
             print_lines(console, *overridden_flags(settings.model))
             describe(settings, console)
             return
-        if settings.run.deterministic:
-            make_deterministic()
         with start_processes() as world:
             console = plain_console(quiet=world.rank > 0)
             print_lines(console, *notes(settings, world))
             if settings.evaluates_only:
-                score(settings, world, console)
+                with deterministic(settings.run.deterministic):
+                    score(settings, world, console)
             else:
                 command = command_line(words, prog=prog, launch=launch)
                 launched = _launched(settings, console, world, command=command, derived=derived, ends_process=True)
@@ -193,7 +192,7 @@ def _launched(
 
     ``ends_process``: the process ends if a signal stops the run, and heeds no SIGTERM on its way.
     """
-    with claimed(settings, world) as folder:
+    with deterministic(settings.run.deterministic), claimed(settings, world) as folder:
         run = set_up(settings, world, console, folder=folder)
         try:
             started = restore(run, console)
@@ -205,21 +204,21 @@ def _launched(
             ended = _train_and_save(run, console, started, command=command, ends_process=ends_process)
         finally:
             run.stream.close()
-    if ended.progress.step < run.budget.steps:
-        _print_stop(run, console, ended, command=command)
-        if under_torchrun():
-            # 0 would say that the work is done, and agents on other machines would not go on with it
-            raise SystemExit(1)
-        return Launch(run.folder, ended.by)
-    own = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
-    try:
-        (finishing or finish)(run, console, progress=ended.progress, trained=own)
-    except KeyboardInterrupt:
-        if not ends_process:
-            raise
-        _print_stop(run, console, ended._replace(by="SIGINT"), command=command)
-        return Launch(run.folder, "SIGINT")
-    return Launch(run.folder, None)
+        if ended.progress.step < run.budget.steps:
+            _print_stop(run, console, ended, command=command)
+            if under_torchrun():
+                # 0 would say that the work is done, and agents on other machines would not go on with it
+                raise SystemExit(1)
+            return Launch(run.folder, ended.by)
+        own = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
+        try:
+            (finishing or finish)(run, console, progress=ended.progress, trained=own)
+        except KeyboardInterrupt:
+            if not ends_process:
+                raise
+            _print_stop(run, console, ended._replace(by="SIGINT"), command=command)
+            return Launch(run.folder, "SIGINT")
+        return Launch(run.folder, None)
 
 
 def _train_and_save(run: Run, console: Console, started: Progress, *, command: str, ends_process: bool) -> Ended:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,26 +15,36 @@ from moekit.recipes.language_models import language_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.recipes.routers import PREFIX
-from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.settings import ModelSettings
+from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe
 from moekit.recipes.weights import newest_of
 
 
 def trained_model(
-    checkpoint: str | os.PathLike[str], *, recipe: str | Recipe | None = None, device: torch.device | str = "cpu"
+    checkpoint: str | os.PathLike[str],
+    *,
+    recipe: str | Recipe | None = None,
+    training: bool = False,
+    device: torch.device | str = "cpu",
 ) -> LanguageModel:
     """Load the model that a run trained, with its weights and what its routers remember.
 
-    It has the recipe of its training. With fewer ranks than the run had, or another device, it is the same model. Its
-    parameters are float32, whatever the precision of the training: those of bf16 or fp16 come back exactly.
+    Its layers run as the program scores them: no capacity limit, under which what a token gets depends on who is in its
+    batch, and nothing that is drawn for training alone. With fewer ranks than the run had, or another device, it is the
+    same model. Its parameters are float32, whatever the precision of the training: those of bf16 or fp16 come back
+    exactly.
 
     Args:
         checkpoint: a checkpoint folder, step_NNNNNNNN, or a run folder for its newest.
         recipe: for a checkpoint whose recipe is in a file, ``path/to/file.py:name`` of that recipe on this machine; its
-            code is run. Or the recipe itself, whose layer runs on what ``automatic`` makes of it.
+            code is run. Or the recipe itself, for training and scoring alike, whose layer runs on what ``automatic``
+            makes of it.
+        training: give it the recipe of its training, with capacity limit, noise and loss weight, to train on. The mode
+            of a module, ``model.eval()``, reaches no router.
         device: of the parameters.
 
     Returns:
-        The model, in training mode, as every new module.
+        The model, in the mode of ``training``.
 
     Raises:
         FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
@@ -66,9 +77,9 @@ def trained_model(
         )
     folder = newest_of(Path(checkpoint))
     with torch.device(device):
-        model = _built(folder, recipe)
+        model = _built(folder, recipe, make_recipe if training else make_evaluation_recipe)
     load_checkpoint(folder, {f"model.{name}": tensor for name, tensor in model.state_dict().items()})
-    return model
+    return model.train(training)
 
 
 def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
@@ -86,10 +97,10 @@ def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
         ValueError: if the checkpoint holds no settings, or its recipe is in a file and ``recipe`` is None.
     """
     with torch.device("meta"):
-        return _built(checkpoint, recipe)
+        return _built(checkpoint, recipe, make_recipe)
 
 
-def _built(checkpoint: Path, recipe: str | Recipe | None) -> LanguageModel:
+def _built(checkpoint: Path, recipe: str | Recipe | None, make: Callable[[ModelSettings], Recipe]) -> LanguageModel:
     settings = read_state(checkpoint).get("settings")
     if not isinstance(settings, dict):
         raise ValueError(
@@ -105,4 +116,4 @@ def _built(checkpoint: Path, recipe: str | Recipe | None) -> LanguageModel:
             f"so with --recipe {given.recipe}, in Python recipe="
         )
     given = dataclasses.replace(given, recipe=recipe or given.recipe)
-    return language_model(make_config(given), make_recipe(given))
+    return language_model(make_config(given), make(given))

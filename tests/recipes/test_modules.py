@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moekit.dispatch import dropless
+from moekit.dispatch import dropless, padded
 from moekit.experts import grouped, init_gated, swiglu
 from moekit.parallel import Part
 from moekit.recipes import (
@@ -17,6 +17,7 @@ from moekit.recipes import (
     Recipe,
     deepseek_moe,
     gshard,
+    llama4,
     mixtral,
     moe_layer,
     olmoe,
@@ -25,7 +26,7 @@ from moekit.recipes import (
     sparsely_gated,
     switch,
 )
-from moekit.routing import top_k
+from moekit.routing import load_balance_loss, sequence_balance_loss, top_k
 from moekit.segments import tokens_per_expert
 from moekit.types import RouterState, SharedExperts
 
@@ -303,15 +304,47 @@ def _wants(logits, *, memory, bias=None):
         ({"plan": dropless()}, r"recipe\.plan is a Dispatcher; expected a function.* its plan, dispatcher\.plan"),
         ({"route": "top_k"}, r"recipe\.route is a str; expected a function"),
         ({"losses": [len]}, r"recipe\.losses is a list; expected a mapping"),
-        ({"state": RouterState}, r"recipe\.state is a type; expected a RouterState, or None"),
+        ({"state": RouterState}, r"recipe\.state is a type; expected RouterState, or None"),
         ({"coefficients": 0.1}, r"recipe\.coefficients is a float; expected a mapping"),
+        ({"simple": 2}, r"recipe\.simple is a int; expected SimpleExperts, or None"),
+        ({"losses": {"a": 0.1}}, r"a loss of the recipe is 0\.1; expected a function"),
+        (
+            {"losses": {"a": lambda logits, routing: logits.sum()}},
+            r"the loss 'a', .* takes no token_mask and no sequence_length; expected loss\(logits, routing, token_mask=",
+        ),
+        (
+            {"losses": {"a": partial(load_balance_loss, token_mask=torch.ones(3, dtype=torch.bool))}},
+            r"the loss load_balance_loss of .* is bound to token_mask, which a layer hands it in every call",
+        ),
+        (
+            {"losses": {"a": partial(sequence_balance_loss, sequence_length=8)}},
+            r"the loss sequence_balance_loss of .* is bound to sequence_length, which .* x as \(B, L, D\) for",
+        ),
+        (
+            {"route": partial(_wants, bias=torch.zeros(E))},
+            r"the router _wants of .* is bound to bias, which a layer hands it .* state= of moe_layer for a bias",
+        ),
+        (
+            {"plan": padded(capacity_factor=1.0).plan},
+            r"the recipe's layer plans by dropless_plan, and recipe\.plan is padded_plan\(.* Replace both",
+        ),
     ],
 )
 def test_stages_that_are_none_are_refused(given, words: str) -> None:
     recipe = mixtral()._replace(route=_wants, needs=("memory",), state=RouterState("memory", _rows))
-    MoE(D, E, recipe, hidden=8)
+    moe = MoE(D, E, recipe, hidden=8)
     with pytest.raises(ValueError, match=words):
         MoE(D, E, recipe._replace(**given), hidden=8)
+    with pytest.raises(ValueError, match=words):
+        moe.recipe = recipe._replace(**given)
+    assert moe.recipe is recipe
+
+
+def test_shared_experts_without_parameters_are_named() -> None:
+    moe = MoE(D, E, mixtral(), hidden=8)
+    moe.recipe = llama4()
+    with pytest.raises(ValueError, match=r"the recipe has shared experts, and the parameters none\. .* new MoE of"):
+        moe(torch.randn(3, D))
 
 
 def test_what_init_returns_has_names() -> None:
@@ -409,10 +442,14 @@ def test_a_recipe_with_other_parameters_cannot_be_put_into_a_module(first, secon
 def test_a_method_that_is_not_called_is_no_recipe() -> None:
     with pytest.raises(TypeError, match=r"expected a Recipe. A method is called: mixtral\(\), not mixtral"):
         MoE(D, E, mixtral)
-    moe = MoE(D, E, mixtral())
-    moe.recipe = mixtral
+    moe, x = MoE(D, E, mixtral()), torch.randn(3, D)
     with pytest.raises(TypeError, match=r"expected a Recipe. A method is called: mixtral\(\), not mixtral"):
-        moe(torch.randn(3, D))
+        moe.recipe = mixtral
+    moe(x)  # as it was
+    with pytest.raises(TypeError, match=r"moe_layer: recipe = <function mixtral .*A method is called: mixtral\(\)"):
+        moe_layer(x, moe.params(), mixtral)
+    with pytest.raises(TypeError, match=r"moe_layer: params are a tuple; expected MoEParams, as MoEParams\(gate"):
+        moe_layer(x, (moe.gate, moe.experts.params()), mixtral())
 
 
 def test_a_copy_shares_what_cannot_be_copied() -> None:

@@ -14,6 +14,7 @@ from moekit.recipes import runs
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.runs import claimed, resolved, run_folder, set_up
+from moekit.recipes.train import train
 
 pytestmark = pytest.mark.usefixtures("quick")
 SILENT = Console(quiet=True)
@@ -87,6 +88,23 @@ def test_a_run_that_another_launch_made_meanwhile_is_refused_and_its_folder_let_
         with pytest.raises(FileExistsError, match="holds a run already"), claimed(settings, one_process()):
             pytest.fail("two runs in one folder")
     with FolderLock(settings.run.logs / "a", flag="--name"):
+        pass
+
+
+def test_a_folder_is_kept_until_the_run_is_scored_and_its_sums_are_as_deterministic_as_asked(settings_of):
+    """A later launch would write its results, and this one older ones over them."""
+    seen = []
+
+    def finishing(run, console, **given):
+        seen.append((torch.are_deterministic_algorithms_enabled(), run.settings.run.deterministic))
+        with pytest.raises(BlockingIOError), claimed(settings_of("--resume", "latest"), one_process()):
+            pytest.fail("two launches in one folder")
+
+    for flags in (("--deterministic",), ("--resume", "latest")):
+        train(settings_of("--steps", "1", *flags), SILENT, world=one_process(), finishing=finishing)
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert seen == [(True, True), (False, False)]
+    with claimed(settings_of("--resume", "latest"), one_process()):
         pass
 
 

@@ -32,7 +32,7 @@ def test_a_model_comes_back_with_what_its_routers_remember(recipe: str, tmp_path
     checkpoint_of(tmp_path, recipe, step=2, seed=1)
     newest, model = checkpoint_of(tmp_path, recipe, step=10)
     for place in (tmp_path, str(tmp_path), newest):
-        found = trained_model(place)
+        found = trained_model(place, training=True)
         assert found.training
         assert found.state_dict().keys() == model.state_dict().keys()
         for name, tensor in model.state_dict().items():
@@ -45,6 +45,19 @@ def test_a_model_comes_back_with_what_its_routers_remember(recipe: str, tmp_path
     sum(p.sum() for p in found.parameters()).backward()  # it can be trained on
     with pytest.raises(ValueError, match="device = meta, which holds no weights; expected cpu or cuda"):
         trained_model(newest, device="meta")
+
+
+@pytest.mark.parametrize("recipe", ["openlm", "gshard", "sparsely_gated", "router:sparse_mixer"])
+def test_a_sequence_alone_is_scored_as_in_a_batch_and_alike_each_time(recipe: str, tmp_path: Path) -> None:
+    newest, _ = checkpoint_of(tmp_path, recipe)
+    model, ids = trained_model(newest), torch.arange(28).view(4, 7)
+    assert not model.training
+    whole = model(ids).logits
+    torch.testing.assert_close(model(ids[2:3]).logits[0], whole[2])
+    torch.testing.assert_close(model(ids[:, :4]).logits, whole[:, :4])
+    assert torch.equal(model(ids).logits, whole)
+    limited = trained_model(newest, training=True).eval()  # a mode reaches no router
+    assert not torch.equal(limited(ids[2:3]).logits[0], limited(ids).logits[2])
 
 
 def test_parameters_of_bf16_come_back_exactly_in_float32(tmp_path: Path) -> None:
