@@ -22,6 +22,7 @@ from moekit.dispatch import dropless, padded
 from moekit.experts import GatedParams, batched, fused_cpu, grouped, loop
 from moekit.recipes import MoE, auto
 from moekit.recipes.names import RECIPES
+from moekit.recipes.routers import ROUTERS
 from moekit.routing import _half_gates, fused_top_k, linear_gate, top_k
 from moekit.types import ExpertLayer
 
@@ -169,6 +170,30 @@ def test_modules_of_every_recipe_are_functions_of_their_parameters(name: str) ->
     wanted = torch.autograd.grad(total(leaves), [*leaves.values()], allow_unused=True, materialize_grads=True)
     for (key, gradient), expected in zip(found.items(), wanted, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.filterwarnings("ignore:Anomaly Detection has been enabled")
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_who_looks_for_nan_is_not_sent_to_rows_of_nobody(name: str, masked: bool) -> None:
+    moe, x = MoE(16, 16, RECIPES[name](), hidden=8), torch.randn(2, 12, 16, requires_grad=True)
+    ids, mask = torch.arange(24).view(2, 12), torch.arange(24).view(2, 12) % 5 != 0
+    torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
+    try:
+        with torch.autograd.detect_anomaly():
+            output = moe(x, token_ids=ids, token_mask=mask if masked else None)
+            (output.y.square().sum() + sum(output.losses.values())).backward()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore:.*(searchsorted|performance drop):UserWarning")  # of vmap
+@pytest.mark.parametrize("name", ["token_rounding", "top_k", "sinkhorn", "expert_choice"])
+def test_a_router_decides_for_each_batch_of_a_vmap(name: str) -> None:
+    route, logits = ROUTERS[name]().route, torch.randn(3, 24, 4)
+    found = torch.vmap(lambda z: route(z).weights)(logits)
+    torch.testing.assert_close(found, torch.stack([route(z).weights for z in logits]))
 
 
 @pytest.mark.gpu

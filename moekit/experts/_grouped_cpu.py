@@ -10,10 +10,11 @@ from moekit.operators import differentiated_once, transformable
 
 @torch.library.custom_op("moekit::grouped_mm_cpu", mutates_args=(), device_types="cpu")
 def grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
-    """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F) to (R, F), whose tail is undefined."""
+    """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F) to (R, F), whose tail is zero."""
     out = empty((rows.shape[0], w.shape[2]), rows.dtype)
     for start, end, w_e in zip(*_bounds(sizes), w, strict=True):
         torch.mm(rows[start:end], w_e, out=out[start:end])
+    out[int(sizes.sum()) :].zero_()  # nobody reads it but autograd's search for NaN, which old memory may hold
     return out
 
 

@@ -1,7 +1,8 @@
 """OpenLM's decoder, with any feed-forward in any block: dense, MoE, or one of your own."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -124,6 +125,24 @@ class LanguageModel(nn.Module):
         if config.weight_tying:
             self.tok_embeddings.weight = self.output.weight
         init_weights(self)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
+        """Keep tied weights one parameter, of which ``to_empty`` makes two."""
+        with self._tied():
+            super()._apply(fn, recurse)
+        return self
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Load as every module does; tied weights stay one parameter, where ``assign=True`` puts two."""
+        with self._tied():
+            return super().load_state_dict(*args, **options)
+
+    @contextmanager
+    def _tied(self) -> Iterator[None]:
+        head, embedding = (module._parameters.get("weight") for module in (self.output, self.tok_embeddings))
+        yield
+        if head is not None and head is embedding:
+            self.tok_embeddings.weight = self.output.weight
 
     def forward(self, ids: Tensor, *, token_mask: Tensor | None = None, num_logits: int | None = None) -> ModelOutput:
         """Predict the next token at every position, or at the last ones.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moekit.parallel import Part, local
 from moekit.types import ExpertLayer, Routing
@@ -233,7 +234,8 @@ def _slice(name: str, tensor: Tensor, axes: Mapping[str, int], part: Part) -> Te
 
 def _seed(generator: torch.Generator | None) -> int:
     device = "cpu" if generator is None else generator.device
-    return int(torch.randint(2**62, (), generator=generator, device=device))
+    drawn = torch.randint(2**62, (), generator=generator, device=device)
+    return 0 if isinstance(drawn, FakeTensor) else int(drawn)  # shapes alone are asked for: there is no number
 
 
 def _generator(device: torch.device | str | None, seed: int) -> torch.Generator | None:

@@ -172,6 +172,9 @@ class MoE(nn.Module):
         Args:
             generator: of the weights, on the parameters' device; None takes torch's global one.
 
+        Raises:
+            ValueError: if there are parameters of other names, as those of ``torch.nn.utils.parametrize``.
+
         Example:
             >>> from moekit.recipes import mixtral
             >>> with torch.device("meta"):
@@ -185,6 +188,11 @@ class MoE(nn.Module):
             self.dim, self.num_experts, self.recipe, hidden=self._hidden, part=self._part_to_draw(),
             generator=generator, device=like.device, dtype=like.dtype,
         ).state_dict()  # fmt: skip
+        if unknown := self.state_dict().keys() - drawn.keys():
+            raise ValueError(
+                f"MoE.reset_parameters: the module has {', '.join(sorted(unknown))}, which its recipe draws no values "
+                f"for; expected the parameters of MoE(...). Reset them before parametrizing them."
+            )
         for name, tensor in self.state_dict().items():
             fill(tensor if tensor.shape == drawn[name].shape else local(tensor), drawn[name])
 

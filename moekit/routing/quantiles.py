@@ -126,7 +126,8 @@ def quantile_bias(*, k: int) -> RouterState:
     References:
         Megatron-LM, megatron/core/transformer/moe/moe_utils.py, ``qb_dual_update``, https://github.com/NVIDIA/Megatron-LM
     """
-    return RouterState("bias", torch.zeros, partial(_observe_duals, k=k), _mean_duals)
+    zeros = partial(torch.zeros, dtype=torch.float32)  # whatever torch's default is
+    return RouterState("bias", zeros, partial(_observe_duals, k=k), _mean_duals)
 
 
 def _observe_duals(

@@ -259,7 +259,7 @@ def counts_of_pools(
     if pools.shape[0] == 1:
         return count_tokens(experts, routing.num_experts).unsqueeze(0)
     numbers = torch.arange(pools.shape[0], device=experts.device).unsqueeze(1).expand_as(pools)
-    pool_of_token = torch.empty_like(pools.flatten()).scatter_(0, pools.flatten(), numbers.flatten())
+    pool_of_token = torch.empty_like(pools.flatten()).scatter(0, pools.flatten(), numbers.flatten())
     keys = torch.where(experts < 0, -1, pool_of_token[tokens] * routing.num_experts + experts)
     return count_tokens(keys, pools.shape[0] * routing.num_experts).view(pools.shape[0], routing.num_experts)
 

@@ -78,7 +78,8 @@ def selection_bias(*, rate: float, center: bool = False, limit: float | None = N
     References:
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
-    return RouterState("bias", torch.zeros, observe_load, partial(update_bias, rate=rate, center=center, limit=limit))
+    zeros = partial(torch.zeros, dtype=torch.float32)  # whatever torch's default is
+    return RouterState("bias", zeros, observe_load, partial(update_bias, rate=rate, center=center, limit=limit))
 
 
 def observe_load(logits: Logits, routing: Routing, state: Tensor, *, token_mask: Tensor | None = None) -> Tensor:

@@ -172,7 +172,7 @@ def _heaviest(weights: Tensor, order: Tensor, sizes: Tensor, *, limits: Tensor) 
     by_expert, _ = sort_by_expert(owners[by_weight].where(owners[by_weight] < num_experts, -1), num_experts)
     firsts, ends = (torch.cat([each, each.new_zeros(1)]) for each in (exclusive_cumsum(sizes), limits))
     is_kept = places - firsts[owners] < ends[owners]
-    return torch.empty_like(is_kept).scatter_(0, order[by_weight[by_expert]], is_kept)
+    return torch.empty_like(is_kept).scatter(0, order[by_weight[by_expert]], is_kept)
 
 
 def _most_besides(tile: int, rounding: Callable[[Tensor], Tensor]) -> int:
@@ -194,7 +194,7 @@ def _besides(scores: Tensor, experts: Tensor, counts: Tensor, *, number: int) ->
     if number == 0:
         return experts.new_empty(num_experts, 0)
     chosen = torch.zeros(num_tokens, num_experts + 1, dtype=torch.bool, device=scores.device)
-    chosen = chosen.scatter_(1, experts.where(experts >= 0, num_experts), True)[:, :-1]
+    chosen = chosen.scatter(1, experts.where(experts >= 0, num_experts), True)[:, :-1]
     # Whatever its score, a token that did not choose the expert comes before one that did.
     finite = scores.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=torch.finfo(scores.dtype).min)
     preference = finite.masked_fill_(chosen, -torch.inf).T.contiguous()  # (E, T)

@@ -122,6 +122,18 @@ def test_weight_tying_shares_one_matrix():
     untied, tied = (LanguageModel(dataclasses.replace(TINY, weight_tying=tie)) for tie in (False, True))
     assert tied.tok_embeddings.weight is tied.output.weight
     assert count_parameters(untied) - count_parameters(tied) == 31 * TINY.hidden_dim
+    weights = {name: tensor.clone() for name, tensor in tied.state_dict().items()}
+    for change in (
+        lambda: tied.to_empty(device="cpu"),
+        lambda: tied.load_state_dict(weights, assign=True),
+        lambda: tied.double(),
+    ):
+        change()
+        assert tied.tok_embeddings.weight is tied.output.weight
+        assert untied.tok_embeddings.weight is not untied.output.weight
+    assert torch.equal(tied.output.weight, weights["output.weight"].double())
+    tied.output = torch.nn.Linear(TINY.hidden_dim, 7)  # another head is no tied one
+    assert tied.float().tok_embeddings.weight.shape == (31, TINY.hidden_dim)
 
 
 def test_initialization_is_openlms():

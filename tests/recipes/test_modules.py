@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -135,6 +136,22 @@ def test_a_module_of_the_meta_device_is_drawn_as_a_new_one(recipe) -> None:
         assert torch.equal(moe.state_dict()[name], tensor), name
     assert all(parameter is kept[name] for name, parameter in moe.named_parameters())
     assert all(parameter.requires_grad for parameter in moe.parameters())
+
+
+def test_a_parametrized_module_is_not_drawn_anew() -> None:
+    moe = MoE(D, E, mixtral(), hidden=8)
+    torch.nn.utils.parametrizations.weight_norm(moe.experts, "up", dim=0)
+    with pytest.raises(ValueError, match=r"the module has experts\.parametrizations\.up\.original0, .* before param"):
+        moe.reset_parameters()
+
+
+def test_shapes_alone_can_be_asked_for() -> None:
+    """As programs do that estimate memory."""
+    with FakeTensorMode():
+        moe = MoE(D, E, mixtral(), hidden=8)
+        output = moe(torch.empty(2, 3, D))
+    assert output.y.shape == (2, 3, D)
+    assert isinstance(moe.gate, FakeTensor)
 
 
 def test_shards_are_drawn_as_the_whole() -> None:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from moekit.routing import selection_bias, sigmoid, top_k, update_bias
+from moekit.routing import quantile_bias, selection_bias, sigmoid, top_k, update_bias
 from moekit.segments import tokens_per_expert
 
 T, E, K = 29, 6, 2
@@ -84,3 +84,13 @@ def test_a_limit_must_be_positive(limit: float) -> None:
 def test_bias_and_counts_must_match() -> None:
     with pytest.raises(ValueError, match=r"update_bias: bias has shape \(3,\) and tokens_per_expert \(4,\); expected"):
         update_bias(torch.zeros(3), torch.zeros(4), rate=0.1)
+
+
+@pytest.mark.parametrize("state", [selection_bias(rate=0.001), quantile_bias(k=1)], ids=["load", "quantile"])
+def test_its_steps_do_not_vanish_where_the_default_dtype_is_narrow(state) -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        bias = state.init(3)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bias.dtype is torch.float32
