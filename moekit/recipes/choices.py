@@ -104,6 +104,31 @@ def experts_per_token(recipe: Recipe, num_experts: int, *, sequence_length: int 
     return (chosen.numel() if chosen.ndim > 1 else int((chosen >= 0).sum())) / num_tokens
 
 
+def chooses_how_many(recipe: Recipe, num_experts: int) -> bool:
+    """Say whether tokens get fewer networks than ``experts_per_token`` says, some of them or all.
+
+    Args:
+        recipe: the method.
+        num_experts: E.
+
+    Returns:
+        True where a router leaves choices of 1,024 random tokens open, or has simple experts to choose.
+
+    Example:
+        >>> from moekit.recipes import dynamic_k, mixtral
+        >>> chooses_how_many(dynamic_k(), 8), chooses_how_many(mixtral(), 8)
+        (True, False)
+    """
+    if recipe.simple is not None:
+        return True
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        logits = _logits(recipe, num_experts, torch.randn(1024, 8, device="cpu"))
+        routing = _routed(recipe, logits, num_experts)
+    if not isinstance(routing, Routing) or routing.expert_indices.ndim != 2:
+        return False
+    return bool((routing.expert_indices < 0).any())
+
+
 def check_order(recipe: Recipe, routing: Routing) -> None:
     """Refuse a routing whose rows are not those of the tokens in order, which layers would compute wrongly.
 

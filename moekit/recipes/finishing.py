@@ -12,7 +12,7 @@ from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.evaluate import Evaluation, evaluating
 from moekit.recipes.forms import method_of
-from moekit.recipes.language_models import first_moe_layer, parameter_table
+from moekit.recipes.language_models import active_words, first_moe_layer, parameter_table
 from moekit.recipes.loop import validate
 from moekit.recipes.recording import device_name, utilization
 from moekit.recipes.runs import Run
@@ -58,7 +58,7 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     console.print()
     report.print_scores(console, scores, simple)
     speed = f"{_counted_words(summary['tokens'], progress.seconds, trained)}{_mfu_words(run, trained)}"
-    sizes = f"{summary['parameters']:,} parameters, {summary['active_parameters']:,} active per token"
+    sizes = f"{summary['parameters']:,} parameters, {active_words(run.model)} active per token"
     print_lines(console, f"{sizes}; {speed}")
     if run.corpus.tokenizer is not None:
         with evaluating(run.model, run.evaluation_recipe):

@@ -9,7 +9,7 @@ from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import make_feed_forward
 from moekit.lm.model import Block, LanguageModel, count_parameters
 from moekit.parallel import Part
-from moekit.recipes.choices import experts_per_token
+from moekit.recipes.choices import chooses_how_many, experts_per_token
 from moekit.recipes.expert_layers import recompute
 from moekit.recipes.layers import Recipe
 from moekit.recipes.modules import MoE
@@ -100,6 +100,26 @@ class ParameterCount(NamedTuple):
     part: str
     total: int
     active: int
+
+
+def active_words(model: LanguageModel) -> str:
+    """Say how many parameters a token uses.
+
+    Args:
+        model: on any device, the meta device included.
+
+    Returns:
+        As "1,234", or "at most 1,234" where the table has a bound.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import dynamic_k
+        >>> config = load_config("moekit_tiny", moe_freq=1, moe_num_experts=4)
+        >>> active_words(language_model(config, dynamic_k()))[:7]
+        'at most'
+    """
+    bound = any(chooses_how_many(layer.recipe, layer.num_experts) for _, layer in moe_layers(model))
+    return f"{'at most ' if bound else ''}{parameter_table(model)[-1].active:,}"
 
 
 def parameter_table(model: LanguageModel) -> list[ParameterCount]:

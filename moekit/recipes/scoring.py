@@ -19,7 +19,7 @@ from moekit.recipes.configuration import write_config
 from moekit.recipes.construction import make_model
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
-from moekit.recipes.language_models import parameter_table
+from moekit.recipes.language_models import active_words, parameter_table
 from moekit.recipes.layers import Recipe
 from moekit.recipes.precisions import autocast, precision_words
 from moekit.recipes.runs import run_folder, shared_corpus
@@ -57,7 +57,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     total, active = parameter_table(model)[-1][1:]
     print_lines(
         console,
-        f"{checkpoint}: {total:,} parameters, {active:,} active; {world.device.type}, "
+        f"{checkpoint}: {total:,} parameters, {active_words(model)} active; {world.device.type}, "
         f"{precision_words(settings.optimizer.precision, world.device)}",
     )
     print_warnings(console, *model_warnings(settings.model, state, training=False))

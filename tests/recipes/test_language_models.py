@@ -3,9 +3,28 @@ import torch
 
 from moekit.lm.configs import load_config
 from moekit.lm.model import count_parameters
-from moekit.recipes import deepseek_moe, gshard, mixtral, olmoe, openlm, switch
-from moekit.recipes.language_models import language_model, moe_layers, parameter_table, recompute_activations
+from moekit.recipes import (
+    deepseek_moe,
+    dynamic_k,
+    expert_choice,
+    gshard,
+    mixtral,
+    moe_plus_plus,
+    olmoe,
+    openlm,
+    remoe,
+    sonic_token_rounding,
+    switch,
+)
+from moekit.recipes.language_models import (
+    active_words,
+    language_model,
+    moe_layers,
+    parameter_table,
+    recompute_activations,
+)
 from moekit.recipes.modules import MoE
+from moekit.recipes.report import describe
 
 # OpenLM's own counts, with an expert bias of D in each of 6 MoE blocks that it allocates and never uses.
 TOTAL = {
@@ -53,6 +72,21 @@ def test_active_parameters_follow_k():
     experts = {k: {row.part: row for row in table}["experts"] for k, table in by_k.items()}
     assert experts[1].active * 8 == experts[2].active * 4 == experts[8].active == experts[8].total
     assert by_k[8][-1].active == by_k[8][-1].total
+
+
+@pytest.mark.parametrize(
+    ("recipe", "bound"),
+    [
+        (mixtral(), False), (openlm(), False), (expert_choice(), False), (sonic_token_rounding(), False),
+        (remoe(), True), (dynamic_k(), True), (moe_plus_plus(), True), (gshard(), True),
+        (gshard(training=False), False),
+    ],
+)  # fmt: skip
+def test_where_a_router_chooses_how_many_active_parameters_are_a_bound(recipe, bound):
+    model = tiny(recipe, moe_freq=1, moe_num_experts=8)
+    number = f"{parameter_table(model)[-1].active:,}"
+    assert active_words(model) == (f"at most {number}" if bound else number)
+    assert [column.header for column in describe(model).columns][2].endswith("at most") is bound
 
 
 def test_shared_experts_and_routers_are_active_for_every_token():
