@@ -1,11 +1,12 @@
 """What a recipe of a user's is refused for before anything runs: parts that do not belong together."""
 
+import inspect
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
@@ -131,7 +132,7 @@ def check_observation(observed: Any) -> None:
 
 
 def check_router(recipe: Recipe) -> None:
-    """Check that router and losses take what a layer calls them with: of the router ``bias``, and what a recipe needs.
+    """Check that gate, router and losses take what a layer calls them with, such as what a recipe needs.
 
     And that its state, if it has one, observes what a trainer calls it with.
 
@@ -152,6 +153,11 @@ def check_router(recipe: Recipe) -> None:
             f"the observe of the state {state.name!r}, {place_of(state.observe)}, takes no {missing}; expected "
             f"observe(logits, routing, state, token_mask=None), as a trainer calls it."
         )
+    if not _takes_two(recipe.gate):
+        raise ValueError(
+            f"the gate {place_of(recipe.gate)} does not take two arguments; expected gate(x, params), x (T, D), and "
+            f"params what recipe.init_gate returns, which the layer learns. One without is lambda x, params: gate(x)."
+        )
     if missing := _not_taken(recipe.route, ("bias", *recipe.needs)):
         raise ValueError(
             f"the router {place_of(recipe.route)} takes no {missing}; expected route(logits, bias=None"
@@ -163,6 +169,19 @@ def check_router(recipe: Recipe) -> None:
                 f"the loss {name!r}, {place_of(loss)}, takes no {missing}; expected loss(logits, routing, "
                 f"token_mask=None, sequence_length=None), as a layer calls it."
             )
+
+
+def _takes_two(function: Callable[..., Any]) -> bool:
+    """Say whether a function can be called with two arguments by position; of one that tells nothing of itself, yes."""
+    try:
+        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def _not_taken(function: Callable[..., Any], names: Collection[str]) -> str:

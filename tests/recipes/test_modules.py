@@ -324,6 +324,11 @@ def _wants(logits, *, memory, bias=None):
         ({"state": RouterState}, r"recipe\.state is a type; expected RouterState, or None"),
         ({"coefficients": 0.1}, r"recipe\.coefficients is a float; expected a mapping"),
         ({"simple": 2}, r"recipe\.simple is a int; expected SimpleExperts, or None"),
+        (
+            {"gate": torch.nn.Linear(D, E)},
+            r"the gate Linear\(.*\) does not take two arguments; expected gate\(x, params",
+        ),
+        ({"gate": lambda x: x}, r"the gate <lambda> of .* does not take two arguments"),
         ({"losses": {"a": 0.1}}, r"a loss of the recipe is 0\.1; expected a function"),
         (
             {"losses": {"a": lambda logits, routing: logits.sum()}},
