@@ -1,9 +1,13 @@
 """Routing of a Hugging Face model, recorded while it runs: statistics per layer, and traces over layers and steps."""
 
 import inspect
+import sys
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from traceback import walk_stack
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -100,7 +104,10 @@ class RoutingRecorder:
 
     def _check_steps(self) -> None:
         if not self.steps:
-            raise ValueError("traces: nothing was recorded. Call the model inside `with track_routing(model)` first.")
+            raise ValueError(
+                "traces: nothing was recorded. Call the model first, inside `with track_routing(model)`, in the thread "
+                "that opened it."
+            )
         for number, step in enumerate(self.steps):
             called = tuple(call.layer for call in step)
             if called != self.layers:
@@ -115,9 +122,10 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     """Record the routing of a Hugging Face MoE model for as long as the context is open.
 
     Hooks on the model and on its experts modules do it, whichever experts implementation runs them; they are removed at
-    the end. A call of ``model`` is a step. Layers that gradient checkpointing runs again in the backward pass are not
-    counted again, since that is outside of the call. No host synchronisation. Not for compiled models: hooks are
-    not part of a graph that was captured before.
+    the end. A call of ``model`` is a step, and a call within a call, as by a hook, is a step of its own. Layers that
+    gradient checkpointing runs again in the backward pass are not counted again, since that is outside of the call.
+    Calls of other threads are not recorded: each thread opens a context of its own. No host synchronisation. Not for
+    compiled models: hooks are not part of a graph that was captured before.
 
     Args:
         model: any module with transformers experts modules in it.
@@ -147,43 +155,80 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     """
     experts = experts_modules("track_routing", model)
     recorder = RoutingRecorder()
-    call = _ModelCall(recorder, mask_padding)
+    calls = _ModelCalls(recorder, mask_padding)
     with ExitStack() as hooks:
-        hooks.callback(model.register_forward_pre_hook(call.begin, with_kwargs=True).remove)
-        hooks.callback(model.register_forward_hook(call.end, always_call=True).remove)
+        hooks.callback(model.register_forward_pre_hook(calls.begin, with_kwargs=True).remove)
+        hooks.callback(model.register_forward_hook(calls.end, always_call=True).remove)
         for name, module in experts.items():
-            hook = partial(call.record, name)
+            hook = partial(calls.record, name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield recorder
 
 
-class _ModelCall:
-    """The call of the model that is going on, if any."""
+class _Call(NamedTuple):
+    """A call of the model that is going on."""
+
+    frame: FrameType  # torch's, which calls the hooks and the model's forward
+    step: list[LayerCall]
+    token_mask: Tensor | None
+
+
+class _ModelCalls:
+    """The calls of the model that are going on in the thread that made this, each within the one before.
+
+    Hooks take their arguments as they come: torch hands over no keywords where another thread adds or removes a hook
+    in the middle of a call.
+    """
 
     def __init__(self, recorder: RoutingRecorder, mask_padding: bool) -> None:
         self.recorder = recorder
         self.mask_padding = mask_padding
-        self.running = False
-        self.token_mask: Tensor | None = None
+        self.thread = threading.get_ident()
+        self.calls: list[_Call] = []
 
-    def begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.running = True
-        self.token_mask = _token_mask(model, args, kwargs) if self.mask_padding else None
-        self.recorder.steps.append([])
+    def begin(self, model: nn.Module, *inputs: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        token_mask = _token_mask(model, *inputs) if self.mask_padding else None
+        call = _Call(_caller(), [], token_mask)
+        self.drop_ended()
+        self.calls.append(call)
+        self.recorder.steps.append(call.step)
 
     def end(self, *_: object) -> None:
-        self.running = False
-
-    def record(self, name: str, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self.running:
+        if threading.get_ident() != self.thread:
             return
+        self.drop_ended()  # also after an error, which has ended the frame
+        if self.calls and self.calls[-1].frame is _caller():
+            self.calls.pop()
+
+    def record(self, name: str, module: Any, *inputs: Any) -> None:
+        if threading.get_ident() != self.thread:
+            return
+        self.drop_ended()
+        if not self.calls:
+            return
+        args, kwargs = inputs
         index, weights = _choices(*args, **kwargs)
         # the parameter knows of all experts, where expert parallelism leaves the module those of one rank
         routing = routing_of(index, weights.detach(), num_experts=module.down_proj.shape[0])
-        if self.token_mask is not None:
-            _check_mask(self.token_mask, routing, name)
-            routing = mask_tokens(routing, self.token_mask)
-        self.recorder.steps[-1].append(LayerCall(name, routing))
+        call = self.calls[-1]
+        if call.token_mask is not None:
+            _check_mask(call.token_mask, routing, name)
+            routing = mask_tokens(routing, call.token_mask)
+        call.step.append(LayerCall(name, routing))
+
+    def drop_ended(self) -> None:
+        """Forget calls that ended without a hook, as KeyboardInterrupt ends them."""
+        while self.calls and all(frame is not self.calls[-1].frame for frame, _ in walk_stack(sys._getframe())):
+            self.calls.pop()
+
+
+def _caller() -> FrameType:
+    """Find what called a hook: next to it, unless Dynamo has put frames between them."""
+    return next(
+        frame for frame, _ in walk_stack(sys._getframe()) if frame.f_code.co_filename == nn.modules.module.__file__
+    )
 
 
 def _choices(hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> tuple[Tensor, Tensor]:

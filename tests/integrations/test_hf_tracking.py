@@ -1,6 +1,8 @@
 """Routing recorded from a transformers model: the numbers, the padding, the steps, and that nothing stays behind."""
 
 import math
+import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -30,6 +32,42 @@ def routings_by_hand(model: nn.Module, ids: Tensor, **inputs: Tensor) -> list[tu
     """Compute each layer's experts and weights from the router logits that the model returns."""
     logits = model(input_ids=ids, output_router_logits=True, **inputs).router_logits
     return [softmax_of_top_k(layer.detach(), k=K)[1:3] for layer in logits]
+
+
+def called(recorder: RoutingRecorder) -> list[list[tuple[str, int]]]:
+    """List the layer and the tokens of each call of each step."""
+    return [[(call.layer, call.routing.num_tokens) for call in step] for step in recorder.steps]
+
+
+def both_layers(num_tokens: int) -> list[tuple[str, int]]:
+    return [(layer, num_tokens) for layer in LAYERS]
+
+
+def in_another_thread(work: Callable[[], None]) -> None:
+    """Run it to its end; an error of it is one of the test."""
+    errors: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert errors == []
+
+
+def once_behind_the_first_layer(model: nn.Module, work: Callable[[], None]) -> None:
+    """Do something in the middle of the model's next call, and in no call after it."""
+    layer: nn.Module = model.model.layers[0]
+
+    def hook(*_: object) -> None:
+        handle.remove()
+        work()
+
+    handle = layer.register_forward_hook(hook)
 
 
 def test_traces_hold_what_the_router_decided(model) -> None:
@@ -164,6 +202,102 @@ def test_a_call_that_failed_ends_its_step(model) -> None:
     assert recorder.steps == [[]]
 
 
+def test_threads_that_track_one_model_record_their_own_calls(model) -> None:
+    recorders: list[RoutingRecorder] = []
+
+    def other() -> None:
+        with track_routing(model) as recorder:
+            recorders.append(recorder)
+            for _ in range(2):
+                model(input_ids=tokens(1, 5))
+
+    once_behind_the_first_layer(model, lambda: in_another_thread(other))
+    with track_routing(model) as recorder:
+        model(input_ids=tokens(1, 3))
+    assert called(recorder) == [both_layers(3)]
+    assert called(recorders[0]) == [both_layers(5)] * 2
+
+
+def test_a_call_of_another_thread_is_neither_recorded_nor_refused(model) -> None:
+    mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    odd_mask = torch.zeros(1, 1, 7, 7)  # of which track_routing could not tell what is padding
+
+    def other() -> None:
+        model(input_ids=tokens(1, 7))
+        model(input_ids=tokens(1, 7), attention_mask=odd_mask)
+
+    once_behind_the_first_layer(model, lambda: in_another_thread(other))
+    with track_routing(model) as recorder:
+        model(input_ids=tokens(2, 4), attention_mask=mask)
+    assert called(recorder) == [both_layers(8)]
+    assert [stats.tokens_per_expert.sum() for stats in recorder.stats().values()] == [7 * K] * 2
+
+
+def test_hooks_that_are_half_removed_do_not_fail_in_another_thread(model) -> None:
+    """Between the two steps of a removal, torch hands no keywords to a hook."""
+    with track_routing(model) as recorder:
+        for module in model.modules():
+            module._forward_pre_hooks_with_kwargs.clear()
+        in_another_thread(lambda: model(input_ids=tokens(1, 3)))
+    assert recorder.steps == []
+
+
+def test_layers_that_a_backward_pass_runs_again_in_its_own_thread_are_not_counted(model) -> None:
+    """Autograd goes back through CUDA tensors in threads of its own, here in the middle of the next call."""
+    model.activation_checkpointing_enable()
+    model.train()
+    ids = tokens(2, 5)
+    with track_routing(model) as recorder:
+        loss = model(input_ids=ids, labels=ids).loss
+        once_behind_the_first_layer(model, lambda: in_another_thread(loss.backward))
+        model(input_ids=ids)
+    assert model.model.layers[0].mlp.experts.down_proj.grad is not None
+    assert called(recorder) == [both_layers(10)] * 2
+
+
+def test_a_call_within_a_call_is_a_step_of_its_own(model) -> None:
+    once_behind_the_first_layer(model, lambda: model(tokens(1, 2), torch.tensor([[0, 1]])))
+    with track_routing(model) as recorder:
+        model(tokens(1, 6), torch.tensor([[0, 0, 1, 1, 1, 1]]))
+    assert called(recorder) == [both_layers(6), both_layers(2)]
+    assert [[(call.routing.expert_indices[:, 0] >= 0).sum() for call in step] for step in recorder.steps] == [
+        [4, 4],
+        [1, 1],
+    ]
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["in the model", "in a hook before the recorder's"])
+def test_a_call_within_a_call_that_failed_leaves_the_outer_one_as_it_is(model, early: bool) -> None:
+    def refuse(_: nn.Module, args: tuple[Tensor]) -> None:
+        if early and (args[0] == VOCABULARY).any():
+            raise IndexError
+
+    def fail() -> None:
+        with pytest.raises(IndexError):
+            model(torch.full((1, 2), VOCABULARY))
+
+    model.register_forward_pre_hook(refuse)
+    once_behind_the_first_layer(model, fail)
+    with track_routing(model) as recorder:
+        model(tokens(1, 6))
+    assert called(recorder) == ([both_layers(6)] if early else [both_layers(6), []])
+
+
+def test_a_call_that_was_interrupted_ends_its_step(model) -> None:
+    """Torch calls no hook after a KeyboardInterrupt."""
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    once_behind_the_first_layer(model, interrupt)
+    with track_routing(model) as recorder:
+        with pytest.raises(KeyboardInterrupt):
+            model(input_ids=tokens(1, 3))
+        model.model.layers[0].mlp.experts(torch.zeros(1, 32), torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1))
+        model(input_ids=tokens(1, 4))
+    assert called(recorder) == [both_layers(3)[:1], both_layers(4)]
+
+
 def test_recording_changes_neither_output_nor_gradients(model) -> None:
     ids = tokens(2, 5)
 
@@ -221,7 +355,7 @@ def test_experts_that_see_other_tokens_than_the_mask_are_an_error(model) -> None
 
 def test_traces_of_nothing_or_of_other_layers_are_an_error(model) -> None:
     recorder = RoutingRecorder()
-    with pytest.raises(ValueError, match="nothing was recorded"):
+    with pytest.raises(ValueError, match=r"nothing was recorded.*in the thread that opened it"):
         recorder.traces()
     with track_routing(model) as recorder:
         model(input_ids=tokens(1, 3))
