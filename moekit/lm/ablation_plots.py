@@ -80,8 +80,8 @@ def _panel(axis: Any, ordered: Sequence[Dots], name: str, *, baseline: Dots) -> 
     for y, each in enumerate(ordered):
         losses = each.losses[name]
         mean = sum(losses) / len(losses)
-        if not low <= mean <= high:
-            left = mean < low
+        if not all(low <= loss <= high for loss in losses):
+            left = mean < (low + high) / 2
             edge, text = (low, f"◂ {mean:.2f}") if left else (high, f"{mean:.2f} ▸")
             axis.text(edge, y, text, ha="left" if left else "right", va="center", fontsize=8, color="C3")
             continue

@@ -1,8 +1,10 @@
 """The picture of a training run: loss curves, and which experts each domain uses."""
 
 import io
+import math
 import os
 from collections.abc import Mapping, Sequence
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,13 +95,14 @@ def smooth(losses: Sequence[float], *, window: int) -> list[float]:
 def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapping[str, float]) -> None:  # type: ignore[no-untyped-def]
     axis.plot(train.steps, train.losses, color="0.8", linewidth=0.8)
     axis.plot(train.steps, smooth(train.losses, window=10), color="0.35", label="training, mean of 10")
-    for color, (domain, curve) in zip(("C0", "C1", "C2", "C3", "C4", "C5") * 9, validation.items(), strict=False):
+    for color, (domain, curve) in zip(cycle(("C0", "C1", "C2", "C3", "C4", "C5")), validation.items(), strict=False):
         axis.plot(curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation: {domain}")
         if domain in baselines:
             axis.axhline(baselines[domain], color=color, linestyle="--", linewidth=1, label=f"bigram: {domain}")
     axis.set(xlabel="step", ylabel="loss, nats per token", title="loss")
-    tops = [value for value in (*baselines.values(), *train.losses[len(train.losses) // 20 :]) if value == value]
-    axis.set_ylim(top=max(tops, default=1.0) * 1.05)
+    early = len(train.losses) // 20
+    shown = chain(baselines.values(), train.losses[early:], *(curve.losses for curve in validation.values()))
+    axis.set_ylim(top=max(filter(math.isfinite, shown), default=1.0) * 1.05)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)
 

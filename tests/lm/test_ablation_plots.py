@@ -3,7 +3,8 @@
 import pytest
 from matplotlib import image
 
-from moekit.lm.ablation_plots import Dots, _mean, plot_ablation, shown_range
+from moekit.lm.ablation_plots import Dots, _mean, _panel, plot_ablation, shown_range
+from moekit.lm.plots import matplotlib_parts
 
 
 def test_it_draws_a_picture_that_depends_on_the_numbers(tmp_path):
@@ -49,3 +50,17 @@ def test_a_row_is_shown_with_all_its_seeds():
 
 def test_routers_are_in_the_order_of_their_losses_over_all_sets():
     assert _mean(Dots("a", {"x": [1.0, 2.0], "y": [3.0]}), ["x", "y"]) == 4.5
+
+
+def test_a_row_is_at_the_edge_unless_all_its_seeds_are_shown():
+    """The mean of the last one lies in the margin of what the others take."""
+    rows = [[14.0], [14.0], [9.0, 21.0], [19.6, 23.0]]
+    dots = [Dots(str(number), {"prose": losses}) for number, losses in enumerate(rows)]
+    axis = matplotlib_parts()[0]().subplots()
+    _panel(axis, dots, "prose", baseline=dots[0])
+    low, high = axis.get_xlim()
+    assert 21.3 < high < 23.0
+    assert [text.get_text() for text in axis.texts] == ["21.30 ▸"]
+    shown = [x for collection in axis.collections for x, _ in collection.get_offsets()]
+    assert sorted(shown) == [9.0, 14.0, 14.0, 21.0]
+    assert low < 9.0

@@ -101,11 +101,23 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("losses", "top"),
-    [([math.nan, 3.0, 2.0], 3.0), ([100.0, 50.0, 5.0] + [2.0] * 37, 5.0)],
-    ids=["a step that was left out", "the first twentieth"],
+    ("losses", "validation", "baseline", "top"),
+    [
+        ([math.nan, 3.0, math.inf, 2.0], [], 1.0, 3.0),
+        ([100.0, 50.0, 5.0] + [2.0] * 37, [], 1.0, 5.0),
+        ([5.6, 5.0], [7.1, math.inf, math.nan], 5.5, 7.1),
+        ([5.6, 5.0], [5.5], 6.0, 6.0),
+    ],
+    ids=["steps that were left out", "the first twentieth", "a set that scores badly", "a baseline"],
 )
-def test_the_frame_holds_all_losses_but_the_first(losses, top):
+def test_the_frame_holds_all_losses_but_the_first_of_training(losses, validation, baseline, top):
     axis = matplotlib_parts()[0]().subplots()
-    _losses(axis, Curve(list(range(len(losses))), losses), {}, {})
+    curves = {"good": Curve([1], [1.0]), "bad": Curve(list(range(len(validation))), validation)}
+    _losses(axis, Curve(list(range(len(losses))), losses), curves, {"bad": baseline})
     assert axis.get_ylim()[1] == pytest.approx(1.05 * top)
+
+
+def test_every_validation_set_is_drawn():
+    axis = matplotlib_parts()[0]().subplots()
+    _losses(axis, TRAIN, {str(number): Curve([1], [2.0]) for number in range(60)}, {})
+    assert len(axis.get_lines()) == 2 + 60
