@@ -1,13 +1,13 @@
 """What a training run shows while it runs: a live panel on a terminal, plain lines elsewhere."""
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import NamedTuple, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -115,18 +115,28 @@ def load_bar(load: Sequence[float]) -> str:
     return "".join(_BLOCKS[max(round(top * 8), 1 if top > 0 else 0)] for top in tops)
 
 
+class _TimeLeft:
+    """Tells the seconds that are left by the mean pace of this launch, however rare its reports are."""
+
+    def __init__(self, console: Console, done: int) -> None:
+        self._now, self._start, self._done = console.get_time, console.get_time(), done
+
+    def at(self, report: StepReport) -> float:
+        return (self._now() - self._start) / max(report.step - self._done, 1) * (report.steps - report.step)
+
+
 class _Lines:
     def __init__(self, console: Console, done: int) -> None:
-        self._console, self._start, self._done = console, time.monotonic(), done
+        self._console, self._left = console, _TimeLeft(console, done)
 
     def update(self, report: StepReport) -> None:
-        seconds = (time.monotonic() - self._start) / max(report.step - self._done, 1) * (report.steps - report.step)
         loads = "".join(f"  L{layer.layer} {load_bar(layer.load)}" for layer in report.layers)
         balance = "" if report.balance is None else f"balance {report.balance:.2f}  "
         mfu = "" if report.mfu is None else f"MFU {report.mfu:.1%}  "
+        left = f"left {self._left.at(report):.0f} s"
         self.say(
             f"step {report.step:>5}/{report.steps}  loss {report.loss:.3f}  {balance}"
-            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}left {seconds:.0f} s{loads}{_worst(report.layers)}"
+            f"{report.tokens_per_second:,.0f} tokens/s  {mfu}{left}{loads}{_worst(report.layers)}"
         )
 
     def say(self, text: str) -> None:
@@ -141,13 +151,15 @@ class _Panel:
             TaskProgressColumn(),
             TextColumn("{task.fields[step]}"),
         )
-        times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+        times = (TimeElapsedColumn(), TextColumn("left"), TextColumn("[progress.remaining]{task.fields[left]}"))
         self._progress = Progress(*columns, *times, console=console, expand=True)
-        self._task = self._progress.add_task("train", total=steps, completed=done, step="")
+        self._task = self._progress.add_task("train", total=steps, completed=done, step="", left="-:--:--")
+        self._left = _TimeLeft(console, done)
         self.live = Live(Group(self._progress), console=console, refresh_per_second=4)
 
     def update(self, report: StepReport) -> None:
-        self._progress.update(self._task, completed=report.step, step=f"{report.step}/{report.steps}")
+        left, step = timedelta(seconds=round(self._left.at(report))), f"{report.step}/{report.steps}"
+        self._progress.update(self._task, completed=report.step, step=step, left=str(left))
         balance = () if report.balance is None else (("   balance ", "dim"), f"{report.balance:.2f}")
         mfu = () if report.mfu is None else (("   MFU ", "dim"), f"{report.mfu:.1%}")
         numbers = Text.assemble(

@@ -14,12 +14,13 @@ def report(step, **changes):
     return StepReport(step, 40, 3.25, 1.02, 2.5e-3, 12345.6, LAYERS)._replace(**changes)
 
 
-def plain():
-    return Console(file=StringIO(), width=60, force_terminal=False)
+def plain(**options):
+    return Console(file=StringIO(), width=60, force_terminal=False, **options)
 
 
-def terminal():
-    return Console(file=StringIO(), width=110, height=30, force_terminal=True, color_system="truecolor", _environ={})
+def terminal(**options):
+    colors = {"color_system": "truecolor", "_environ": {}}
+    return Console(file=StringIO(), width=110, height=30, force_terminal=True, **colors, **options)
 
 
 def without_escapes(text):
@@ -61,14 +62,28 @@ def test_without_a_terminal_every_step_is_one_plain_line():
     assert "left 0 s" in lines[2]
 
 
-def test_the_time_left_counts_the_steps_of_this_session_alone(monkeypatch):
-    now = [1000.0]
-    monkeypatch.setattr("moekit.lm.displays.time.monotonic", lambda: now[0])
-    console = plain()
-    with show_training(console, 40, done=20) as display:
-        now[0] += 5.0
-        display.update(report(30))
-    assert "left 5 s" in console.file.getvalue()
+@pytest.mark.parametrize(
+    ("seconds", "plainly", "live"),
+    [(0.0, "left 0 s", "left 0:00:00"), (5.0, "left 3 s", "left 0:00:03"), (1500.0, "left 1000 s", "left 0:16:40")],
+)
+def test_the_time_left_counts_the_steps_of_this_launch_alone(seconds, plainly, live):
+    """However long a step takes: of what is older than 30 s, rich's own column knows nothing."""
+    for make_console, expected in ((plain, plainly), (terminal, live)):
+        now = [1000.0]
+        console = make_console(get_time=lambda now=now: now[0])
+        with show_training(console, 40, done=20) as display:
+            for step in (30, 35):
+                now[0] += seconds
+                display.update(report(step))
+        text = without_escapes(console.file.getvalue())
+        assert expected in " ".join(text[text.rindex("35/40") :].split())
+
+
+def test_before_the_first_step_the_time_left_is_open():
+    console = terminal()
+    with show_training(console, 40):
+        pass
+    assert "left -:--:--" in " ".join(without_escapes(console.file.getvalue()).split())
 
 
 def test_a_dense_model_has_no_loads_to_show():
