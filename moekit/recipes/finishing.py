@@ -104,8 +104,10 @@ def _counted_words(tokens: int, seconds: float, trained: Trained) -> str:
 
 
 def _mfu_words(run: Run, trained: Trained) -> str:
-    """Say how much of what the devices could do this launch used."""
-    mfu = utilization(run, trained.tokens / trained.seconds) if trained.seconds > 0 else None
+    """Say how much of what the devices could do this launch used, if it trained at all."""
+    if trained.seconds <= 0:
+        return ""
+    mfu = utilization(run, trained.tokens / trained.seconds)
     return f", MFU {mfu:.1%}" if mfu is not None else f", MFU unknown (no peak known: {device_name(run.world.device)})"
 
 

@@ -72,6 +72,17 @@ def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
     assert float(found[2]) == pytest.approx(6 * active * int(found[1].replace(",", "")) / 1e10, abs=0.06)
 
 
+def test_a_launch_that_trains_nothing_says_nothing_of_its_use_of_the_device(program, monkeypatch, capsys):
+    """As one that resumes a finished run, also where it is known what the device can do at most."""
+    monkeypatch.setattr(recording, "_PEAK", {recording.device_name(one_process().device): 1e12})
+    program("--steps", "2")
+    assert "tokens/s, MFU " in " ".join(capsys.readouterr().out.split())
+    program("--steps", "2", "--resume", "latest")
+    said = " ".join(capsys.readouterr().out.split())
+    assert "this launch trained on 0 in 0 s" in said
+    assert "MFU" not in said
+
+
 def test_samples_are_written_by_the_recipe_of_evaluation(program, monkeypatch):
     seen, runs, evaluating = [], [], finishing.evaluating
 
