@@ -94,7 +94,7 @@ def smooth(losses: Sequence[float], *, window: int) -> list[float]:
 
 def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapping[str, float]) -> None:  # type: ignore[no-untyped-def]
     axis.plot(train.steps, train.losses, color="0.8", linewidth=0.8)
-    axis.plot(train.steps, smooth(train.losses, window=10), color="0.35", label="training, mean of 10")
+    axis.plot(train.steps, smooth(train.losses, window=10), color="0.35", label="training, mean of 10 logged steps")
     for color, (domain, curve) in zip(cycle(("C0", "C1", "C2", "C3", "C4", "C5")), validation.items(), strict=False):
         axis.plot(curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation: {domain}")
         if domain in baselines:

@@ -185,9 +185,10 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
 
     ``samples_per_second`` and ``samples_per_second_per_gpu`` count tokens, as in OpenLM. ``load_balancing_loss`` has
     its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance, or K for a loss that counts per
-    token (``results.json`` names the form). ``tokens`` is nominal, what the steps so far have room for, by which
-    budget and schedule go; ``step_tokens`` counts the targets of the step, and rates count targets too: holes of bad
-    data and padding are none.
+    token (``results.json`` names the form). ``epoch`` counts the epochs that have ended. Of the epoch that the step
+    belongs to, ``seen_steps_epoch`` of ``expected_steps_epoch`` are done: all of them at its end. ``tokens`` is
+    nominal, what the steps so far have room for, by which budget and schedule go; ``step_tokens`` counts the targets
+    of the step, and rates count targets too: holes of bad data and padding are none.
 
     Args:
         run: the run.
@@ -259,10 +260,11 @@ def _flops_per_token(run: Run) -> int:
 
 
 def _epoch_metrics(run: Run, step: int) -> dict[str, int]:
-    ended = run.budget.epochs_ended(step)
-    first, last = (run.budget.epoch_end(epoch) for epoch in (ended, min(ended + 1, run.budget.epochs)))
+    before = run.budget.epochs_ended(step - 1)
+    first, last = run.budget.epoch_end(before), run.budget.epoch_end(before + 1)
+    seen = {"expected_steps_epoch": last - first, "seen_steps_epoch": step - first}
     passes = {f"dataset_pass_{source}": count for source, count in enumerate(run.stream.passes)}
-    return {"epoch": ended, "expected_steps_epoch": last - first, "seen_steps_epoch": step - first, **passes}
+    return {"epoch": run.budget.epochs_ended(step), **seen, **passes}
 
 
 def device_name(device: torch.device) -> str:

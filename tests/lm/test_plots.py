@@ -117,7 +117,8 @@ def test_the_frame_holds_all_losses_but_the_first_of_training(losses, validation
     assert axis.get_ylim()[1] == pytest.approx(1.05 * top)
 
 
-def test_every_validation_set_is_drawn():
+def test_every_validation_set_is_drawn_and_the_legend_says_what_the_line_of_training_is_a_mean_of():
     axis = matplotlib_parts()[0]().subplots()
     _losses(axis, TRAIN, {str(number): Curve([1], [2.0]) for number in range(60)}, {})
     assert len(axis.get_lines()) == 2 + 60
+    assert axis.get_legend().get_texts()[0].get_text() == "training, mean of 10 logged steps"

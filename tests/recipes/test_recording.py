@@ -1,6 +1,7 @@
 import json
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from moekit.lm.shards import write_shards
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import one_process
 from moekit.recipes import recording
+from moekit.recipes.budgets import Budget
 from moekit.recipes.recording import Clock
 from moekit.recipes.train import main
 
@@ -54,6 +56,14 @@ def test_every_number_has_its_name_and_adds_up(program):
         assert line["tokens_per_second"] * line["batch_time"] == pytest.approx(4 * SEQ_LEN, rel=1e-2)
         assert parts < 60
         assert sum(line["layers"][0]["load"]) == pytest.approx(1)
+
+
+def test_a_step_that_ends_several_epochs_is_all_of_the_last_that_it_began():
+    """Batches of 8 and epochs of 3 sequences: two end before the first step, and each step ends two or three."""
+    run = SimpleNamespace(budget=Budget(3, 8, 8, 3, 1), stream=SimpleNamespace(passes=[0]))
+    counts = [recording._epoch_metrics(run, step) for step in (1, 2, 3)]
+    assert [count["epoch"] for count in counts] == [5, 7, 8]
+    assert {(count["seen_steps_epoch"], count["expected_steps_epoch"]) for count in counts} == {(1, 1)}
 
 
 def test_the_clock_stands_still_in_pauses():

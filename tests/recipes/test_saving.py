@@ -83,6 +83,8 @@ def test_checkpoints_are_saved_at_the_ends_of_epochs(program, flags, epochs):
     assert found == epochs
     metrics = numbers(folder)
     assert [line["epoch"] for line in metrics] == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert [line["seen_steps_epoch"] for line in metrics] == [1, 2, 1, 2, 3, 1, 2, 3]
+    assert [line["expected_steps_epoch"] for line in metrics] == [2, 2, 3, 3, 3, 3, 3, 3]
     assert [line["step"] for line in metrics if "validation" in line] == [2, 5, 8], "each epoch ends with a validation"
 
 
