@@ -122,10 +122,10 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     """Record the routing of a Hugging Face MoE model for as long as the context is open.
 
     Hooks on the model and on its experts modules do it, whichever experts implementation runs them; they are removed at
-    the end. A call of ``model`` is a step, and a call within a call, as by a hook, is a step of its own. Layers that
-    gradient checkpointing runs again in the backward pass are not counted again, since that is outside of the call.
-    Calls of other threads are not recorded: each thread opens a context of its own. No host synchronisation. Not for
-    compiled models: hooks are not part of a graph that was captured before.
+    the end. A call of ``model`` that returns is a step, and a call within a call, as by a hook, is a step of its own.
+    Layers that gradient checkpointing runs again in the backward pass are not counted again: that is outside of the
+    call. Calls of other threads are not recorded: each thread opens a context of its own. No host synchronisation. Not
+    for compiled models: hooks are not part of a graph that was captured before.
 
     Args:
         model: any module with transformers experts modules in it.
@@ -158,7 +158,7 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     calls = _ModelCalls(recorder, mask_padding)
     with ExitStack() as hooks:
         hooks.callback(model.register_forward_pre_hook(calls.begin, with_kwargs=True).remove)
-        hooks.callback(model.register_forward_hook(calls.end, always_call=True).remove)
+        hooks.callback(model.register_forward_hook(calls.end).remove)
         for name, module in experts.items():
             hook = partial(calls.record, name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -193,14 +193,13 @@ class _ModelCalls:
         call = _Call(_caller(), [], token_mask)
         self.drop_ended()
         self.calls.append(call)
-        self.recorder.steps.append(call.step)
 
     def end(self, *_: object) -> None:
         if threading.get_ident() != self.thread:
             return
-        self.drop_ended()  # also after an error, which has ended the frame
+        self.drop_ended()
         if self.calls and self.calls[-1].frame is _caller():
-            self.calls.pop()
+            self.recorder.steps.append(self.calls.pop().step)
 
     def record(self, name: str, module: Any, *inputs: Any) -> None:
         if threading.get_ident() != self.thread:
@@ -219,7 +218,7 @@ class _ModelCalls:
         call.step.append(LayerCall(name, routing))
 
     def drop_ended(self) -> None:
-        """Forget calls that ended without a hook, as KeyboardInterrupt ends them."""
+        """Forget calls that ended without a hook, as an error ends them."""
         while self.calls and all(frame is not self.calls[-1].frame for frame, _ in walk_stack(sys._getframe())):
             self.calls.pop()
 
