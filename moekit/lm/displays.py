@@ -26,6 +26,8 @@ class LayerLoad(NamedTuple):
         drop_rate: share of assignments dropped.
         entropy: mean entropy of a token's router, in nats.
         dead_experts: experts without an assignment.
+        assignments: of all experts before any drop; slots for a soft router.
+        tokens: that the router saw, padding not counted.
     """
 
     layer: int
@@ -34,6 +36,8 @@ class LayerLoad(NamedTuple):
     drop_rate: float
     entropy: float
     dead_experts: int
+    assignments: int
+    tokens: int
 
 
 class StepReport(NamedTuple):

@@ -11,18 +11,16 @@ import torch
 from rich.console import Console
 
 from moekit.lm.batches import ValidationBatch
+from moekit.lm.displays import LayerLoad
 from moekit.lm.files import write_whole
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
-from moekit.recipes.evaluate import evaluating
 from moekit.recipes.finishing import Trained, summary_of
 from moekit.recipes.language_models import first_moe_layer
 from moekit.recipes.loop import validate
-from moekit.recipes.precisions import autocast
-from moekit.recipes.routing_sums import all_routing_sums, assignments_per_token
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
 from moekit.recipes.settings import TrainSettings
@@ -175,7 +173,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     summary = {
         "steps": run.budget.steps,
         **summary_of(run, progress),
-        "experts_per_token": experts_per_token(run),
+        "experts_per_token": experts_per_token([layer for each in scores.values() for layer in each.layers]),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
         "leaks": leaks,
     }
@@ -188,25 +186,21 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     report.write_results(run.folder / _RESULTS, summary, scores, simple)
 
 
-@torch.no_grad()
-def experts_per_token(run: Run) -> float:
-    """Measure how many experts a token has, over the first batch of each validation set and all MoE layers.
+def experts_per_token(layers: Sequence[LayerLoad]) -> float:
+    """Average how many experts a token has.
 
     Args:
-        run: the run.
+        layers: of all validation sets; each counts by its tokens.
 
     Returns:
         Assignments per token, simple experts included; for a soft router, slots per token.
+
+    Example:
+        >>> one = LayerLoad(0, [0.5, 0.5], 0.0, 0.0, 0.7, 0, assignments=6, tokens=3)
+        >>> experts_per_token([one, one._replace(assignments=1, tokens=1)])
+        1.75
     """
-    found = torch.zeros((), dtype=torch.float64)
-    for each in run.corpus.validation:
-        ids = next(_batches(run, each, run.budget.tokens_per_step)).batch.ids.to(run.world.device)
-        inputs, _, mask = split_ids(ids)
-        with evaluating(run.model, run.evaluation_recipe), autocast(run.settings.optimizer.precision, run.world.device):
-            layers = run.model(inputs, token_mask=mask, num_logits=0).layers
-            sums = all_routing_sums(run.model, layers, token_mask=mask).cpu()
-        found = found + assignments_per_token(sums)
-    return round(float(found) / len(run.corpus.validation), 3)
+    return sum(each.assignments for each in layers) / sum(each.tokens for each in layers)
 
 
 def unigram_bound(batches: Iterator[ValidationBatch], vocab_size: int) -> float:

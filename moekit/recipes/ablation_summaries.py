@@ -40,6 +40,7 @@ class Summary(NamedTuple):
         leaks_training: whether a token's output depends on later tokens when it is trained,
         leaks_evaluation: and when it is evaluated, so that its loss is that of a model that sees its targets.
         verdict: "trains", or what went wrong.
+        older: whether a run is of a version that did not count the assignments of validation: see ``is_older``.
 
     All but the losses are means over seeds.
     """
@@ -55,6 +56,7 @@ class Summary(NamedTuple):
     leaks_training: bool
     leaks_evaluation: bool
     verdict: str
+    older: bool
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -93,19 +95,20 @@ def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None) ->
     whole = [line for line in lines if "failed" not in line]
     if not whole:
         nan = float("nan")
-        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines))
+        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines), older=False)
     return Summary(
         label=label,
         losses={name: spread([line["validation"][name]["loss"] for line in whole]) for name in whole[0]["validation"]},
         against=None if first is None else _difference(whole, first),
         experts_per_token=_mean([line["experts_per_token"] for line in whole]),
-        max_violation=_mean([max(max(load) * len(load) - 1 for load in loads(line)) for line in whole]),
+        max_violation=_mean([max(map(_violation, loads(line))) for line in whole]),
         dead_experts=_mean([dead_experts(line) for line in whole]),
         drop_rate=_mean([line["drop_rate"] for line in whole]),
         tokens_per_second=_mean([tokens_per_second(line) for line in whole]),
         leaks_training=any(line["leaks"]["training"] for line in whole),
         leaks_evaluation=any(line["leaks"]["evaluation"] for line in whole),
         verdict=verdict(lines),
+        older=any(map(is_older, whole)),
     )
 
 
@@ -127,25 +130,54 @@ def tokens_per_second(line: Line) -> float:
 
 
 def loads(line: Line) -> list[list[float]]:
-    """Add the loads of a run's validation sets up, each by its tokens.
+    """Add the loads of a run's validation sets up, each by its assignments.
 
     Args:
-        line: of a run.
+        line: of a run; in one of an older version a set counts by its tokens.
 
     Returns:
-        For each MoE layer, the share of assignments of each expert.
+        For each MoE layer, the share of assignments of each expert; zeros where there is no assignment.
 
     Example:
-        >>> one, other = ({"tokens": 1, "layers": [{"load": [float(e), 1.0 - e]}]} for e in (0, 1))
-        >>> loads({"validation": {"prose": one, "code": {**other, "tokens": 3}}})
+        >>> one, other = ({"layers": [{"load": [e, 1.0 - e], "assignments": 1 + 2 * e}]} for e in (0, 1))
+        >>> loads({"validation": {"prose": one, "code": other}})
         [[0.75, 0.25]]
     """
-    sets = list(line["validation"].values())
-    total = sum(each["tokens"] for each in sets)
+    older = is_older(line)
     by_set = [
-        [[each["tokens"] / total * share for share in layer["load"]] for layer in each["layers"]] for each in sets
+        [(each["tokens"] if older else layer["assignments"], layer["load"]) for layer in each["layers"]]
+        for each in line["validation"].values()
     ]
-    return [[sum(parts) for parts in zip(*of_sets, strict=True)] for of_sets in zip(*by_set, strict=True)]
+    return [_added(of_sets) for of_sets in zip(*by_set, strict=True)]
+
+
+def _added(of_sets: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
+    """Add the shares of one layer up, each by its set's weight."""
+    total = sum(weight for weight, _ in of_sets) or 1
+    parts = [[weight * share for share in load] for weight, load in of_sets]
+    return [sum(of_expert) / total for of_expert in zip(*parts, strict=True)]
+
+
+def _violation(load: Sequence[float]) -> float:
+    return max(load) * len(load) - 1 if any(load) else 0.0
+
+
+def is_older(line: Line) -> bool:
+    """Say whether a run is of a version that did not count assignments, so that its numbers are other ones.
+
+    Its loads are weighed by tokens, and its experts per token are those of each set's first batch.
+
+    Args:
+        line: of a run that has not failed.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> is_older({"validation": {"prose": {"layers": [{"load": [1.0]}]}}})
+        True
+    """
+    return any("assignments" not in layer for each in line["validation"].values() for layer in each["layers"])
 
 
 def dead_experts(line: Line) -> int:

@@ -73,6 +73,12 @@ def notes(rows: Sequence[Summary]) -> list[str]:
         told.append("* not comparable: its output depends on later tokens, so it sees what it predicts.")
     if any(row.leaks_training and not row.leaks_evaluation for row in rows):
         told.append("causal in evaluation: trained with what depends on later tokens, evaluated without.")
+    older = [row.label for row in rows if row.older]
+    if older:
+        told.append(
+            f"{', '.join(older)}: with runs of an older version, whose experts/token are of the first batch of each "
+            "set and loads weighed by tokens. Remove their folders to do them again."
+        )
     if any(row.verdict.startswith("failed") for row in rows):
         told.append("failed: an error ended a run, whose numbers are missing; its folder has error.txt. In any seed.")
     return told

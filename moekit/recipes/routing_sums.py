@@ -92,22 +92,6 @@ def stacked(rows: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.stack(list(rows)) if rows else like.new_zeros(0, _EXTRA, dtype=torch.float64)
 
 
-def assignments_per_token(sums: Tensor) -> Tensor:
-    """Average over layers and tokens how many experts a token has.
-
-    Args:
-        sums: of ``all_routing_sums``.
-
-    Returns:
-        Scalar, of what no plan has dropped yet.
-
-    Example:
-        >>> assignments_per_token(torch.tensor([[6.0, 2.0, 0.0, 2.0, 4.0]]))
-        tensor(2.)
-    """
-    return sums[:, :-_EXTRA].sum() / sums[:, -1].sum()
-
-
 def all_routing_sums(
     model: LanguageModel, layers: Sequence[LayerOutput], *, token_mask: Tensor | None = None
 ) -> Tensor:
@@ -140,8 +124,11 @@ def layer_loads(model: LanguageModel, sums: Tensor) -> list[LayerLoad]:
         >>> from moekit.recipes import mixtral
         >>> from moekit.recipes.language_models import language_model
         >>> model = language_model(load_config("moekit_tiny", moe_freq=2, moe_num_experts=2), mixtral())
-        >>> layer_loads(model, torch.tensor([[6.0, 2.0, 4.0, 2.0, 4.0]]))[0]
-        LayerLoad(layer=0, load=[0.75, 0.25], max_violation=0.5, drop_rate=0.5, entropy=0.5, dead_experts=0)
+        >>> load = layer_loads(model, torch.tensor([[6.0, 2.0, 4.0, 2.0, 4.0]]))[0]
+        >>> load.load, load.max_violation, load.drop_rate, load.entropy, load.dead_experts
+        ([0.75, 0.25], 0.5, 0.5, 0.5, 0)
+        >>> load.layer, load.assignments, load.tokens
+        (0, 8, 4)
     """
     return [_load(index, row) for (index, _), row in zip(moe_layers(model), sums.tolist(), strict=True)]
 
@@ -157,4 +144,6 @@ def _load(index: int, row: list[float]) -> LayerLoad:
         drop_rate=dropped / total if total else 0.0,
         entropy=entropy / tokens if tokens else 0.0,
         dead_experts=counts.count(0),
+        assignments=int(total),
+        tokens=int(tokens),
     )

@@ -7,7 +7,10 @@ from rich.console import Console
 
 from moekit.lm.displays import LayerLoad, StepReport, _worst, load_bar, show_training
 
-LAYERS = [LayerLoad(0, [0.5, 0.25, 0.25, 0.0], 1.0, 0.125, 1.25, 1), LayerLoad(2, [0.25] * 4, 0.0, 0.0, 1.39, 0)]
+LAYERS = [
+    LayerLoad(0, [0.5, 0.25, 0.25, 0.0], 1.0, 0.125, 1.25, 1, 8, 4),
+    LayerLoad(2, [0.25] * 4, 0.0, 0.0, 1.39, 0, 8, 4),
+]
 
 
 def report(step, **changes):
@@ -163,5 +166,5 @@ def test_the_cursor_comes_back_after_an_error():
 
 
 def test_dead_experts_of_all_layers_are_told():
-    one = LayerLoad(0, [1.0, 0.0], 1.0, 0.0, 0.0, 1)
+    one = LayerLoad(0, [1.0, 0.0], 1.0, 0.0, 0.0, 1, 8, 4)
     assert _worst([one, one._replace(layer=1)]).endswith("dead 2")

@@ -21,10 +21,14 @@ from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation, ablation_runs, evaluate
 from moekit.recipes.ablation import AblationSettings, labelled, main, plan
 from moekit.recipes.ablation_runs import make_jobs
+from moekit.recipes.ablation_summaries import loads
 from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
 from moekit.recipes.settings import TrainSettings
+from moekit.recipes.sources import read_set
+from moekit.recipes.steps import split_ids
 from moekit.routing import Causality
+from moekit.segments import tokens_per_expert
 
 pytestmark = pytest.mark.usefixtures("quick")
 RECIPE = """
@@ -100,6 +104,32 @@ def test_it_writes_and_prints_a_row_for_each_router(ablate, recipe_file, capsys)
     assert runs == sorted(f"{label}-seed{seed}" for label in labels for seed in (0, 1))
     assert not list(folder.glob("*/checkpoints"))
     assert not list(folder.glob("*/run.png"))
+
+
+def test_load_and_experts_per_token_are_of_all_tokens_that_are_scored(ablate, monkeypatch):
+    """Of 5 sequences of each set, which are two batches; a router that chooses how many experts a token has."""
+    counts, record = [], ablation_runs.record
+
+    def counted(run, console, **given):
+        for each in run.corpus.validation:
+            batches = read_set(each, run.settings.data, run.model.config, batch_size=4, tokens=320)
+            parts = [split_ids(batch.batch.ids) for batch in batches]
+            with torch.no_grad(), evaluate.evaluating(run.model, run.evaluation_recipe):
+                layers = [run.model(inputs, token_mask=mask).layers for inputs, _, mask in parts]
+            chosen = [torch.stack([tokens_per_expert(one.routing.expert_indices, 8) for one in of]) for of in layers]
+            assert len(chosen) == 2
+            counts.append(torch.stack(chosen).sum(0))
+        record(run, console, **given)
+
+    monkeypatch.setattr(ablation_runs, "record", counted)
+    folder = ablate("--routers", "relu", "--seeds", "1", rest=("--val-num-samples", "320", "--moe-freq", "1"))
+    prose, code = counts  # (MoE layers, E) each
+    assert not torch.equal(prose, code)
+    [line] = read_metrics(folder / "results.jsonl")
+    assert line["experts_per_token"] == (prose + code).sum().item() / (2 * 320 * len(prose))
+    assert [layer["tokens"] for layer in line["validation"]["code"]["layers"]] == [320] * len(code)
+    expected = (prose + code) / (prose + code).sum(1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(loads(line)), expected)
 
 
 def test_what_is_done_is_not_done_again(ablate, monkeypatch):

@@ -8,12 +8,13 @@ from moekit.recipes.ablation_summaries import dead_experts, loads, spread, summa
 from moekit.recipes.ablation_tables import cells, draw, headings, markdown, notes
 
 
-def scores(loss: float, *layers: list[float], tokens: int = 100, unigram: float = 9.0) -> dict[str, Any]:
+def scores(loss: float, *layers: list[float], assignments: int = 200, unigram: float = 9.0) -> dict[str, Any]:
+    counts = {"assignments": assignments, "tokens": 100}
     return {
         "loss": loss,
-        "tokens": tokens,
+        "tokens": 100,
         "unigram": unigram,
-        "layers": [{"layer": 2 * index, "load": load} for index, load in enumerate(layers)],
+        "layers": [{"layer": 2 * index, "load": load, **counts} for index, load in enumerate(layers)],
     }
 
 
@@ -55,16 +56,37 @@ def test_a_seed_that_the_first_lacks_is_not_compared():
     assert a.losses["prose"].half_range == 0
 
 
-def test_loads_add_up_over_validation_sets_by_their_tokens_and_layers_stay_apart():
-    validation = {
-        "prose": scores(4.0, [1.0, 0.0], [0.5, 0.5], tokens=300),
-        "code": scores(4.0, [0.0, 1.0], [0.5, 0.5], tokens=100),
+def test_loads_add_up_over_validation_sets_by_their_assignments_and_layers_stay_apart():
+    validation = {  # of equally many tokens, of which those of prose have three times as many experts
+        "prose": scores(4.0, [1.0, 0.0], [0.5, 0.5], assignments=300),
+        "code": scores(4.0, [0.0, 1.0], [0.5, 0.5], assignments=100),
     }
     whole = line("a", 0, 0, 0, validation=validation)
     assert loads(whole) == [[0.75, 0.25], [0.5, 0.5]]
     assert dead_experts(whole) == 0  # each expert is dead for one set, and none for both
     assert summaries([whole])[0].max_violation == pytest.approx(0.5)  # of the worst layer
     assert summaries([whole])[0].verdict == "trains"
+
+
+def test_a_layer_that_sends_no_token_anywhere_is_dead_and_not_uneven():
+    nobody = {"prose": scores(4.0, [0.0] * 4, assignments=0), "code": scores(4.0, [0.0] * 4, assignments=0)}
+    [row] = summaries([line("a", 0, 0, 0, validation=nobody)])
+    assert (row.max_violation, row.dead_experts, row.verdict) == (0.0, 4.0, "collapsed: 4 dead")
+
+
+def test_a_run_of_an_older_version_is_read_and_told():
+    """It has the assignments of no set: a set counts by its tokens, which the table says."""
+    old = line("old", 0, 4.0, 4.0, validation={"prose": scores(4.0, [1.0, 0.0]), "code": scores(4.0, [0.0, 1.0])})
+    for each, tokens in zip(old["validation"].values(), (300, 100), strict=True):
+        each["tokens"] = tokens
+        each["layers"] = [{name: layer[name] for name in ("layer", "load")} for layer in each["layers"]]
+    assert loads(old) == [[0.75, 0.25]]
+    rows = summaries([line("new", 0, 4.0, 4.0), old, line("lost", 0, 4.0, 4.0, failed="x")])
+    assert [row.older for row in rows] == [False, True, False]
+    [told] = [note for note in notes(rows) if "older version" in note]
+    assert told.startswith("old: with runs of an older version, whose experts/token are of the first batch of each set")
+    assert told in markdown(rows)
+    assert not any("older version" in note for note in notes(rows[:1]))
 
 
 def test_it_says_which_routers_collapsed():

@@ -22,7 +22,7 @@ from moekit.recipes.sources import Corpus, Source, ValidationSet
 
 
 def load(layer, shares, *, drop_rate=0.0, entropy=1.0):
-    return LayerLoad(layer, shares, max(shares) * len(shares) - 1, drop_rate, entropy, shares.count(0.0))
+    return LayerLoad(layer, shares, max(shares) * len(shares) - 1, drop_rate, entropy, shares.count(0.0), 200, 100)
 
 
 def scores(loss, bits=None, layers=(), skipped=None):

@@ -86,6 +86,7 @@ def test_rows_are_of_the_moe_layers_alone():
     [load] = layer_loads(model, sums)
     assert load.layer == 0
     assert load.drop_rate == pytest.approx(dropped / 48)
+    assert (load.assignments, load.tokens) == (48, 48)  # before any drop
 
 
 def test_a_dense_model_has_no_rows():
@@ -106,16 +107,16 @@ def test_a_layer_load_is_made_of_plain_numbers():
         assert load.max_violation == pytest.approx(max(load.load) * 4 - 1)
         entropy = torch.distributions.Categorical(logits=output.logits).entropy().mean()
         assert load.entropy == pytest.approx(entropy.item(), rel=1e-5)
-        assert (load.drop_rate, load.dead_experts) == (0.0, 0)
-        assert [type(value) for value in load] == [int, list, float, float, float, int]
+        assert (load.drop_rate, load.dead_experts, load.assignments, load.tokens) == (0.0, 0, 96, 48)
+        assert [type(value) for value in load] == [int, list, float, float, float, int, int, int]
 
 
 def test_loads_of_nothing_are_zero_and_dead_experts_are_counted():
     model = make(mixtral(), freq=2)
     [nothing] = layer_loads(model, torch.zeros(1, 7))
-    assert nothing == (0, [0.0] * 4, 0.0, 0.0, 0.0, 4)
+    assert nothing == (0, [0.0] * 4, 0.0, 0.0, 0.0, 4, 0, 0)
     [collapsed] = layer_loads(model, torch.tensor([[0.0, 8, 0, 0, 2, 4, 8]]))
-    assert collapsed == (0, [0.0, 1.0, 0.0, 0.0], 3.0, 0.25, 0.5, 3)
+    assert collapsed == (0, [0.0, 1.0, 0.0, 0.0], 3.0, 0.25, 0.5, 3, 8, 8)
 
 
 def test_sums_of_another_model_do_not_fit():
