@@ -2,13 +2,14 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
+from torch import Tensor
 
 from moekit.lm.batches import ValidationBatch
 from moekit.lm.displays import LayerLoad
@@ -29,7 +30,7 @@ from moekit.recipes.steps import split_ids
 from moekit.recipes.train import train
 
 _RESULTS = "results.json"
-_UNIGRAM_TOKENS = 1_000_000  # with fewer tokens the entropy of their counts comes out too low
+_UNIGRAM_TOKENS = 1_000_000  # how often few tokens occur says more of themselves than of their set
 
 
 class Job(NamedTuple):
@@ -177,12 +178,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
         "leaks": leaks,
     }
-    simple = {
-        each.name: report.Baselines(
-            unigram_bound(_batches(run, each, _UNIGRAM_TOKENS), run.model.config.vocab_size), None
-        )
-        for each in run.corpus.validation
-    }
+    simple = {each.name: report.Baselines(_unigram(run, each), None) for each in run.corpus.validation}
     report.write_results(run.folder / _RESULTS, summary, scores, simple)
 
 
@@ -203,21 +199,35 @@ def experts_per_token(layers: Sequence[LayerLoad]) -> float:
     return sum(each.assignments for each in layers) / sum(each.tokens for each in layers)
 
 
-def unigram_bound(batches: Iterator[ValidationBatch], vocab_size: int) -> float:
-    """Compute the least loss of a model without context: the entropy of the tokens that are to be predicted.
+def unigram_bound(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch], vocab_size: int) -> float:
+    """Score the best prediction without context: how often each token is to be predicted, in what is known of a set.
 
     Args:
-        batches: to score.
+        scored: the tokens that a model is scored on.
+        known: those, and more of their set if there are more.
         vocab_size: V.
 
     Returns:
-        Nats per token; no model that always predicts the same distribution scores less.
+        Nats per token of ``scored``. If that is all that is known, it is the entropy of its tokens, and no model that
+        always predicts the same distribution scores less. Infinite if a token of ``scored`` is not in ``known``.
     """
+    return -float(torch.special.xlogy(_shares(scored, vocab_size), _shares(known, vocab_size)).sum())
+
+
+def _shares(batches: Iterable[ValidationBatch], vocab_size: int) -> Tensor:
+    """Count how often each token is to be predicted: (V,) float64, which add up to 1."""
     counts = torch.zeros(vocab_size, dtype=torch.float64)
     for batch in batches:
         targets = split_ids(batch.batch.ids)[1]
         counts += torch.bincount(targets[targets >= 0].cpu(), minlength=vocab_size)
-    return float(torch.special.entr(counts / counts.sum()).sum())
+    return counts / counts.sum()
+
+
+def _unigram(run: Run, each: ValidationSet) -> float:
+    """Score what a run scores of a validation set by how often tokens occur in the set, of which that is the front."""
+    scored = run.settings.data.val_num_samples
+    known = None if scored is None else max(scored, _UNIGRAM_TOKENS)
+    return unigram_bound(_batches(run, each, scored), _batches(run, each, known), run.model.config.vocab_size)
 
 
 def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:
@@ -237,7 +247,7 @@ def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:
     return sum(rates) / len(rates) if rates else 0.0
 
 
-def _batches(run: Run, each: ValidationSet, tokens: int) -> Iterator[ValidationBatch]:
-    """Read the first so many tokens of a validation set, in whole sequences."""
+def _batches(run: Run, each: ValidationSet, tokens: int | None) -> Iterator[ValidationBatch]:
+    """Read the first so many tokens of a validation set, in whole sequences; None reads all."""
     batch_size = run.settings.optimizer.batch_size or DEFAULT_BATCH
     return read_set(each, run.settings.data, run.model.config, batch_size=batch_size, tokens=tokens)

@@ -165,7 +165,8 @@ def _violation(load: Sequence[float]) -> float:
 def is_older(line: Line) -> bool:
     """Say whether a run is of a version that did not count assignments, so that its numbers are other ones.
 
-    Its loads are weighed by tokens, and its experts per token are those of each set's first batch.
+    Its loads are weighed by tokens, its experts per token are those of each set's first batch, and its ``unigram`` is
+    the entropy of up to a million tokens of a set, however many are scored.
 
     Args:
         line: of a run that has not failed.

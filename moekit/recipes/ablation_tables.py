@@ -66,8 +66,9 @@ def notes(rows: Sequence[Summary]) -> list[str]:
         f"vs {rows[0].label}: the same seed's difference, averaged over the sets.",
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
         "sets together. dropped: in training. Means over seeds.",
-        "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below the "
-        "entropy of single tokens, the least that a model without context can have (unigram). In any seed.",
+        "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "
+        "of the best prediction without context on the same tokens: how often each occurs in the set's first million, "
+        "or in all that are scored if those are more (unigram). In any seed.",
     ]
     if any(row.leaks_evaluation for row in rows):
         told.append("* not comparable: its output depends on later tokens, so it sees what it predicts.")
@@ -77,7 +78,8 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     if older:
         told.append(
             f"{', '.join(older)}: with runs of an older version, whose experts/token are of the first batch of each "
-            "set and loads weighed by tokens. Remove their folders to do them again."
+            "set, loads weighed by tokens, and unigram the entropy of the set's first million tokens. Remove their "
+            "folders to do them again."
         )
     if any(row.verdict.startswith("failed") for row in rows):
         told.append("failed: an error ended a run, whose numbers are missing; its folder has error.txt. In any seed.")

@@ -362,21 +362,46 @@ def test_every_router_fits_the_default_model():
     assert len({job.folder for job in jobs}) == len(jobs)
 
 
-def test_the_bound_without_context_is_an_entropy(program, monkeypatch):
-    found = {}
+@pytest.mark.parametrize(
+    ("flags", "scored", "known"),
+    [
+        ((), 6, 6),  # of a whole set it is the entropy
+        (("--val-num-samples", "64"), 1, 6),  # few tokens are scored by what is known of the set
+        (("--val-num-samples", "160"), 3, 3),  # of which they are always a part, here of at least 128 tokens
+    ],
+)
+def test_the_bound_without_context_is_of_the_tokens_that_are_scored(program, monkeypatch, flags, scored, known):
+    checked = []
+    monkeypatch.setattr(ablation_runs, "_UNIGRAM_TOKENS", 10_000 if known == 6 else 128)
+    monkeypatch.setattr(ablation_runs, "audit", lambda recipe, experts: Causality())
+
+    def look(run, console, **given):
+        ablation_runs.record(run, console, **given)
+        results = json.loads((run.folder / "results.json").read_text())["validation"]
+        for each in run.corpus.validation:
+            ids = torch.cat([batch.batch.ids for batch in ablation_runs._batches(run, each, None)])
+            ids = ids[ids[:, 0] >= 0]
+            assert (len(ids), results[each.name]["tokens"]) == (6, 64 * scored)
+            once, ever = (ids[:rows, 1:].flatten().tolist() for rows in (scored, known))
+            expected = sum(-math.log(ever.count(token) / len(ever)) for token in once) / len(once)
+            assert results[each.name]["unigram"] == pytest.approx(expected, rel=1e-12)
+            checked.append(each.name)
+
+    monkeypatch.setattr("moekit.recipes.train.finish", look)
+    program("--steps", "1", *flags)
+    assert checked == ["prose", "code"]
+
+
+def test_a_token_that_is_not_known_is_expected_by_no_prediction(program, monkeypatch):
+    found = []
 
     def look(run, console, **_):
-        for each in run.corpus.validation:
-            found[each.name] = ablation_runs.unigram_bound(ablation_runs._batches(run, each, 10_000), 512)
-            rows = [batch.batch.ids for batch in ablation_runs._batches(run, each, 10_000)]
-            targets = torch.cat([row[:, 1:].flatten() for row in rows])
-            targets = targets[targets >= 0].tolist()
-            shares = torch.tensor([targets.count(token) / len(targets) for token in set(targets)])
-            assert found[each.name] == pytest.approx(-(shares * shares.log()).sum().item())
+        batches = [list(ablation_runs._batches(run, each, None)) for each in run.corpus.validation]
+        found.append(ablation_runs.unigram_bound(*batches, 512))  # one set by another's tokens
 
     monkeypatch.setattr("moekit.recipes.train.finish", look)
     program("--steps", "1")
-    assert sorted(found) == ["code", "prose"]
+    assert found == [math.inf]
 
 
 def test_train_does_what_it_is_told_after_the_last_step(shards, tmp_path):
