@@ -28,9 +28,20 @@ from moekit.recipes.bench.peers import peer_rows
 from moekit.recipes.bench.rows import Case, Contender, loads_of, make_case, moekit_rows, reason_of, try_build
 from moekit.recipes.bench.shapes import CPU_SHAPES, GPU_SHAPES, LOADS, LayerShape, load_offsets, shape_of
 from moekit.recipes.bench.stages import Stage, shares
-from moekit.recipes.bench.tables import HEADINGS, as_json, as_markdown, print_report, rows_of, stages_of, title
+from moekit.recipes.bench.tables import (
+    HEADINGS,
+    as_json,
+    as_markdown,
+    notes_of,
+    print_report,
+    rows_of,
+    stages_of,
+    title,
+)
 from moekit.recipes.bench.times import Memory, Round, measure_memory, run_once
 from moekit.recipes.cli import main
+from moekit.routing import linear_gate
+from moekit.segments import tokens_per_expert
 from moekit.types import Groups, Routing
 
 SMALL = LayerShape("small", 64, 16, 24, 8, 2)
@@ -214,6 +225,42 @@ def test_fractions_compare_the_same_round() -> None:
     row = row_of("x", rounds, bound, memory=Memory(3, None))
     assert (row.fraction, row.forward_fraction, row.inference_fraction) == (0.75, 0.5, 0.25)
     assert row_of("x", rounds, []).fraction is None
+    row = row_of("x", rounds, bound, dropped=0.5)  # half of the bound's useful arithmetic
+    assert (row.fraction, row.forward_fraction, row.inference_fraction, row.dropped) == (0.375, 0.25, 0.125, 0.5)
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_row_knows_what_its_capacity_limit_drops(load: str, monkeypatch) -> None:
+    monkeypatch.setattr(row_module, "need_cuda", lambda x: None)
+    monkeypatch.setattr(row_module, "fused_layer", lambda **_: fused_cpu(plan=dropless().plan))
+    given = case(load)
+    counts = tokens_per_expert(given.route(linear_gate(given.x, given.gate)).expert_indices, SMALL.experts)
+    over = (counts - 20).clamp_min(0).sum().item()  # 1.25 times the mean of 16
+    assert over > 20 or load == "uniform"
+    for name in ("grouped, capacity 1.25", "fused_layer, capacity 1.25"):
+        assert moekit_rows()[name](given).dropped == over / SMALL.rows
+    assert {moekit_rows()[name](given).dropped for name in ("grouped", "batched, padded", "fused_layer")} == {0.0}
+
+
+def test_what_is_dropped_counts_in_no_rate() -> None:
+    report = bench_layer([SMALL], loads=("hot",), rounds=3, only=["grouped, cap", "loop"])
+    [table] = report.tables
+    bound, loop_row, row = table.rows
+    assert (loop_row.dropped, bound.dropped) == (0.0, 0.0)
+    assert 0.3 < row.dropped < 0.5  # 44 of the 64 rows of the hot expert, of 128 in all, and a few
+    kept = 1 - row.dropped
+    for fraction, field in (("fraction", "both"), ("forward_fraction", "forward"), ("inference_fraction", "inference")):
+        ratio = median(b / t for b, t in zip(getattr(bound, field), getattr(row, field), strict=True))
+        assert getattr(row, fraction) == pytest.approx(kept * ratio)
+    cells = dict(zip(HEADINGS, rows_of(table)[2], strict=True))
+    assert cells["TFLOP/s"] == f"{kept * 3 * SMALL.flops / median(row.both) / 1e12:.4g}"
+    told = f"{row.name}: {row.dropped:.1%} of the T K rows are dropped; TFLOP/s and fractions count the others"
+    assert notes_of(table) == [told]
+    assert f"\n- {told}\n" in as_markdown(report)
+    file = io.StringIO()
+    print_report(report, Console(file=file, width=120))
+    assert f"\n  {told}\n" in file.getvalue()
+    assert [each["dropped"] for each in json.loads(as_json(report))["tables"][0]["rows"]] == [0.0, 0.0, row.dropped]
 
 
 def test_rows_are_measured_in_turn(monkeypatch) -> None:

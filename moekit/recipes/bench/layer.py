@@ -34,10 +34,12 @@ class Row(NamedTuple):
         both: seconds of each round's forward and backward.
         inference: seconds of each round's forward with gradients off; empty if it does not run so.
         memory: bytes held and at the peak.
-        fraction: of the dense bound's speed, forward and backward: the median over rounds of the two rows' ratio.
+        fraction: of the dense bound's speed, forward and backward: the median over rounds of the two rows' ratio, times
+            the share of the rows that are not dropped.
         forward_fraction: the same, of the forward.
         inference_fraction: the same, of the forward with gradients off.
         skipped: why there are no numbers, or "".
+        dropped: share of the T K rows that a capacity limit leaves out.
     """
 
     name: str
@@ -49,6 +51,7 @@ class Row(NamedTuple):
     forward_fraction: float | None = None
     inference_fraction: float | None = None
     skipped: str = ""
+    dropped: float = 0.0
 
 
 class Table(NamedTuple):
@@ -222,7 +225,13 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
     rows = [
         Row(name, skipped=skipped[name])
         if name in skipped
-        else row_of(name, measured[name], measured.get(BOUND, []), memory=measure_memory(contenders[name]))
+        else row_of(
+            name,
+            measured[name],
+            measured.get(BOUND, []),
+            memory=measure_memory(contenders[name]),
+            dropped=contenders[name].dropped,
+        )
         for name in (BOUND, *builds)
     ]
     device, dtype = str(case.x.device), str(case.x.dtype).removeprefix("torch.")
@@ -231,7 +240,9 @@ def _table(case: Case, builds: Mapping[str, Build], rounds: int, tell: Callable[
     return Table(case.shape, case.load, device, dtype, imbalance, empty, rows, stages, precision)
 
 
-def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None) -> Row:
+def row_of(
+    name: str, rounds: list[Round], bound: list[Round], *, memory: Memory | None = None, dropped: float = 0.0
+) -> Row:
     """Sum up a row's rounds, and relate each to the bound's of the same round.
 
     Args:
@@ -239,6 +250,7 @@ def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory
         rounds: its measurements.
         bound: those of the dense bound, as many; none gives no fractions.
         memory: of the row.
+        dropped: share of the bound's rows that the row does without.
 
     Returns:
         Row.
@@ -249,8 +261,8 @@ def row_of(name: str, rounds: list[Round], bound: list[Round], *, memory: Memory
     """
     (forward, both, inference), bounds = _by_kind(rounds), _by_kind(bound)
     times = forward, both, inference
-    of_forward, of_both, of_inference = map(_fraction, times, bounds)
-    return Row(name, forward, both, inference, memory, of_both, of_forward, of_inference)
+    of_forward, of_both, of_inference = (_fraction(*each, kept=1 - dropped) for each in zip(times, bounds, strict=True))
+    return Row(name, forward, both, inference, memory, of_both, of_forward, of_inference, dropped=dropped)
 
 
 def _by_kind(rounds: list[Round]) -> list[tuple[float, ...]]:
@@ -259,5 +271,5 @@ def _by_kind(rounds: list[Round]) -> list[tuple[float, ...]]:
     return [tuple(seconds for seconds in field if seconds is not None) for field in fields]
 
 
-def _fraction(times: Sequence[float], bound: Sequence[float]) -> float | None:
-    return median(b / t for t, b in zip(times, bound, strict=True)) if times and bound else None
+def _fraction(times: Sequence[float], bound: Sequence[float], *, kept: float) -> float | None:
+    return kept * median(b / t for t, b in zip(times, bound, strict=True)) if times and bound else None

@@ -22,10 +22,10 @@ from moekit.recipes.bench.shapes import LayerShape, load_offsets
 from moekit.recipes.expert_layers import expert_layer, limited
 from moekit.recipes.layers import MoEParams, Recipe, moe_layer
 from moekit.recipes.wording import first_line
-from moekit.routing import fused_top_k, linear_gate, softmax, token_rounding, top_k
+from moekit.routing import fused_top_k, linear_gate, routing_stats, softmax, token_rounding, top_k
 from moekit.routing.fused_top_k import kernel_takes
 from moekit.segments import tokens_per_expert
-from moekit.types import Dispatcher, ExpertLayer, Groups, Router, Routing
+from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, Groups, Router, Routing
 
 
 class Case(NamedTuple):
@@ -71,12 +71,14 @@ class Contender(NamedTuple):
         leaves: what to differentiate y by.
         grad: of y.
         no_inference: why it does not run with gradients off; "" if it does.
+        dropped: share of the T K rows that a capacity limit leaves out; neither TFLOP/s nor fractions count them.
     """
 
     forward: Callable[[], Tensor]
     leaves: list[Tensor]
     grad: Tensor
     no_inference: str = ""
+    dropped: float = 0.0
 
 
 Build = Callable[[Case], Contender]
@@ -167,7 +169,7 @@ def moekit_rows() -> Mapping[str, Build]:
     rows["fused_layer, tokens rounded"] = _rounded
     rows["fused_layer, capacity 1.25"] = partial(_fused, limit=_LIMIT)
     rows["grouped, capacity 1.25"] = partial(
-        of_layer, layer=expert_layer(dispatcher=_LIMIT, experts=partial(swiglu, matmul=grouped))
+        of_layer, layer=expert_layer(dispatcher=_LIMIT, experts=partial(swiglu, matmul=grouped)), plan=_LIMIT.plan
     )
     rows["fused_layer, CUDA graph"] = partial(_graphed, build=_fused)
     rows["fused_cpu"] = partial(of_layer, layer=fused_cpu(plan=dropless().plan))
@@ -175,11 +177,45 @@ def moekit_rows() -> Mapping[str, Build]:
     return rows
 
 
-def of_layer(case: Case, *, layer: ExpertLayer, route: Router | None = None) -> Contender:
-    """Build a whole MoE layer around an expert layer: gate, router (the case's unless given), experts, sum."""
-    recipe = Recipe(linear_gate, case.route if route is None else route, layer)
-    params = MoEParams(case.gate, case.experts)
-    return Contender(lambda: moe_layer(case.x, params, recipe).y, case.leaves, case.grad)
+def of_layer(
+    case: Case,
+    *,
+    layer: ExpertLayer,
+    route: Router | None = None,
+    plan: Callable[[Routing], DispatchPlan] | None = None,
+) -> Contender:
+    """Build a whole MoE layer around an expert layer: gate, router (the case's unless given), experts, sum.
+
+    Args:
+        case: to compute with.
+        layer: the expert layer.
+        route: the router; None is the case's.
+        plan: that ``layer`` makes, if it drops rows, as ``padded(capacity_factor=1.25).plan``: what it drops counts
+            neither in TFLOP/s nor in fractions. None drops nothing.
+
+    Returns:
+        Contender. With a plan it routes the case once, and waits for the device.
+
+    Example:
+        >>> from moekit.dispatch import padded
+        >>> case = make_case(LayerShape("", 8, 4, 6, 4, 1), "hot", device="cpu", dtype=torch.float32)
+        >>> limit = padded(capacity_factor=1.0)  # 2 of the 8 tokens, which all go to one expert
+        >>> layer = expert_layer(dispatcher=limit, experts=swiglu)
+        >>> of_layer(case, layer=layer, plan=limit.plan).dropped
+        0.75
+    """
+    router = case.route if route is None else route
+    recipe, params = Recipe(linear_gate, router, layer), MoEParams(case.gate, case.experts)
+    dropped = 0.0 if plan is None else _dropped(case, router, plan)
+    return Contender(lambda: moe_layer(case.x, params, recipe).y, case.leaves, case.grad, dropped=dropped)
+
+
+@torch.no_grad()
+def _dropped(case: Case, route: Router, plan: Callable[[Routing], DispatchPlan]) -> float:
+    logits = linear_gate(case.x, case.gate)
+    routing = route(logits)
+    assert isinstance(routing, Routing)  # slots take every token, and none is dropped
+    return float(routing_stats(logits, routing, plan(routing)).drop_rate)
 
 
 def _batched(case: Case) -> Contender:
@@ -232,7 +268,9 @@ def _capture(run: Callable[[], Tensor]) -> tuple[torch.cuda.CUDAGraph, Tensor]:
 def _fused(case: Case, *, keep: Keep = PREACTIVATION, limit: Dispatcher | None = None) -> Contender:
     need_cuda(case.x)
     layer = fused_layer(keep=keep, precision=float32_products(), tiles=case.tiles)
-    return of_layer(case, layer=layer if limit is None else limited(layer, plan=limit.plan))
+    if limit is None:
+        return of_layer(case, layer=layer)
+    return of_layer(case, layer=limited(layer, plan=limit.plan), plan=limit.plan)
 
 
 def _rounded(case: Case) -> Contender:

@@ -53,7 +53,7 @@ def as_markdown(report: Report) -> str:
     ]
     for table in report.tables:
         lines += [f"## {title(table)}", "", *_markdown(HEADINGS, rows_of(table)), ""]
-        lines += [f"- {row.name}: {row.skipped}" for row in table.rows if row.skipped]
+        lines += [f"- {note}" for note in notes_of(table)]
         for name, stages in table.stages.items():
             lines += ["", *_markdown(stage_headings(name), stages_of(stages)), ""]
     return "\n".join(lines)
@@ -84,7 +84,29 @@ def rows_of(table: Table) -> list[tuple[str, ...]]:
     Returns:
         A tuple each.
     """
-    return [_cells(row, 3 * table.shape.flops) for row in table.rows if not row.skipped]
+    return [_cells(row, (1 - row.dropped) * 3 * table.shape.flops) for row in table.rows if not row.skipped]
+
+
+def notes_of(table: Table) -> list[str]:
+    """Say which rows have no numbers, and why, and which drop a part of the rows that the bound computes.
+
+    Args:
+        table: of a report.
+
+    Returns:
+        A line each.
+
+    Example:
+        >>> from moekit.recipes.bench.shapes import LayerShape
+        >>> rows = [Row("mine", dropped=0.25), Row("yours", skipped="not installed")]
+        >>> notes = notes_of(Table(LayerShape("", 8, 8, 8, 4, 2), "hot", "cpu", "float32", 2.0, 0, rows, {}))
+        >>> print("\\n".join(notes))
+        mine: 25.0% of the T K rows are dropped; TFLOP/s and fractions count the others
+        yours: not installed
+    """
+    told = "of the T K rows are dropped; TFLOP/s and fractions count the others"
+    notes = {row.name: row.skipped or (f"{row.dropped:.1%} {told}" if row.dropped else "") for row in table.rows}
+    return [f"{name}: {note}" for name, note in notes.items() if note]
 
 
 def stage_headings(name: str) -> tuple[str, ...]:
@@ -124,7 +146,7 @@ def _rated(stage: Stage) -> dict[str, Any]:
     return {**stage._asdict(), "GB/s": stage.gigabytes_per_second, "TFLOP/s": stage.teraflops}
 
 
-def _cells(row: Row, flops: int) -> tuple[str, ...]:
+def _cells(row: Row, flops: float) -> tuple[str, ...]:
     measured = row.forward, row.both, row.inference
     times = [f"{median(seconds) * 1e3:.2f}" if seconds else "-" for seconds in measured]
     related = row.fraction, row.forward_fraction, row.inference_fraction
@@ -157,9 +179,8 @@ def print_report(report: Report, console: Any) -> None:
         for headings, rows in ((HEADINGS, rows_of(table)), *stages):
             console.print(_on_terminal(headings, rows))
             say("")
-        for row in table.rows:
-            if row.skipped:
-                say(f"  {row.name}: {row.skipped}")
+        for note in notes_of(table):
+            say(f"  {note}")
 
 
 def _on_terminal(headings: tuple[str, ...], rows: list[tuple[str, ...]]) -> Any:
