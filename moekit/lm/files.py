@@ -6,6 +6,7 @@ And what is said of files that are in a folder's place, or that somebody else da
 import errno
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,7 +43,7 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Do what ``write_whole`` does, for whoever writes by a path: the one that this yields."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # of this call: threads write one file, too
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # of a new file of this process; a library may give it to its owner alone

@@ -1,5 +1,6 @@
 import errno
 import os
+import threading
 
 import pytest
 
@@ -76,6 +77,32 @@ def test_the_content_is_on_the_disk_before_the_file_has_its_name(tmp_path, monke
     monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", move)
     assert write_whole(tmp_path / "a", "content").read_text() == "content"
+
+
+def test_threads_that_write_one_file_at_once_each_write_it_whole(tmp_path, monkeypatch):
+    both, replace = threading.Barrier(2, timeout=30), os.replace
+    path, failures = tmp_path / "a", []
+
+    def move(source, target):
+        both.wait()  # each has written its own
+        replace(source, target)
+
+    def write(content):
+        try:
+            write_whole(path, content)
+        except Exception as error:
+            failures.append(error)
+
+    monkeypatch.setattr(os, "replace", move)
+    contents = ["x" * 1000, "y" * 2000]
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert path.read_text() in contents
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_content_that_does_not_reach_the_disk_replaces_nothing(tmp_path, monkeypatch):
