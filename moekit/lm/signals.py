@@ -1,6 +1,7 @@
 """Stopping a run between two steps."""
 
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -38,6 +39,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
 
     One inside another asks both: an ablation hears of a signal that a run of it has answered.
 
+    Outside the main thread, where Python lets nobody handle signals, the handlers stay as they are and nobody asks.
+
     Yields:
         The request.
 
@@ -48,6 +51,9 @@ def stop_on_signals() -> Iterator[StopRequest]:
         'SIGINT'
     """
     request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in signals}
     around = previous[signal.SIGTERM]

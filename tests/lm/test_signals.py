@@ -1,6 +1,7 @@
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -119,6 +120,20 @@ def test_a_handler_of_the_callers_comes_back(handlers):
         signal.raise_signal(signal.SIGINT)
     signal.raise_signal(signal.SIGINT)
     assert called == [signal.SIGINT, signal.SIGINT]
+
+
+def test_outside_the_main_thread_nobody_asks_and_handlers_stay(handlers):
+    found = []
+
+    def run():
+        with stop_on_signals() as stop:
+            found.append((stop.name, current()))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert found == [(None, handlers)]
+    assert current() == handlers
 
 
 def test_a_request_is_false_until_it_has_a_name():
