@@ -50,7 +50,8 @@ def generate(
 
     The model sees the last ``config.seq_len`` tokens each time and keeps no cache: every new token costs a forward over
     all of them. It runs in evaluation mode without gradients; every module's mode is as before afterwards. Routers have
-    no mode: a recipe with a capacity limit or noise keeps it, so take one without (``trained_model`` does).
+    no mode: a recipe with a capacity limit or noise keeps it, so take one without (``trained_model`` does). Threads
+    that share a model must take turns: the mode is the model's, not the thread's.
 
     Args:
         model: the language model.
