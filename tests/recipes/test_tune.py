@@ -1,6 +1,7 @@
 import importlib.metadata
 import subprocess
 import sys
+import threading
 from concurrent.futures.process import BrokenProcessPool
 
 import pytest
@@ -14,6 +15,7 @@ from moekit.recipes import backends
 from moekit.recipes.backends import Choice
 from moekit.recipes.bench.shapes import GPU_SHAPES
 from moekit.recipes.cli import main
+from moekit.recipes.tuning import files as tuning_files
 from moekit.recipes.tuning import program as tune_program
 from moekit.recipes.tuning import tune as module
 from moekit.recipes.tuning.candidates import (
@@ -253,6 +255,30 @@ def test_writing_merges_with_what_is_there(tmp_path) -> None:
     assert [entry.origin for entry in found] == ["new", "other"]
     assert read_tiles(path) == found
     assert [each.name for each in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_what_two_write_at_once_is_all_kept(tmp_path, monkeypatch) -> None:
+    path, write_whole = tmp_path / "tiles.json", tuning_files.write_whole
+    entries = [fake_tuned(SIZE._replace(dim=dim)).entry for dim in (64, 128)]
+    second = threading.Thread(target=write_tiles, args=(path, entries[1:]))
+
+    def after_the_second_has_begun(*arguments):
+        monkeypatch.setattr(tuning_files, "write_whole", write_whole)
+        second.start()
+        second.join(0.3)  # time enough to write, if it may
+        write_whole(*arguments)
+
+    monkeypatch.setattr(tuning_files, "write_whole", after_the_second_has_begun)
+    write_tiles(path, entries[:1])
+    second.join()
+    assert set(read_tiles(path)) == set(entries)
+    assert [each.name for each in tmp_path.iterdir()] == ["tiles.json"]
+
+
+def test_the_folder_of_the_file_is_not_made(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*absent; make it first"):
+        write_tiles(tmp_path / "absent" / "tiles.json", [])
+    assert not list(tmp_path.iterdir())
 
 
 def test_an_entry_is_told_by_all_but_its_origin_and_tiles() -> None:

@@ -7,10 +7,14 @@ from pathlib import Path
 from moekit.experts.tile_files import parse_tiles, read_tiles, table_text
 from moekit.experts.tile_tables import Table, TileEntry, merged
 from moekit.lm.files import write_whole
+from moekit.lm.folder_locks import FolderLock
 
 
 def write_tiles(path: str | os.PathLike[str], entries: Iterable[TileEntry]) -> Table:
     """Add entries to a file, which is written whole, or not at all.
+
+    Processes and threads that write one file take turns, see ``FolderLock``: what each has added stays. Meanwhile there
+    is a hidden folder beside it.
 
     Args:
         path: of the file; its folder must exist, the file need not. Entries for the same layers are replaced.
@@ -20,7 +24,7 @@ def write_tiles(path: str | os.PathLike[str], entries: Iterable[TileEntry]) -> T
         What the file holds now.
 
     Raises:
-        OSError: if the file cannot be written.
+        OSError: if the file cannot be written, or another has been writing it for some seconds.
         ValueError: if the file that is there is no table of tiles, or an entry makes none; the file is left as it is.
 
     Example:
@@ -30,7 +34,10 @@ def write_tiles(path: str | os.PathLike[str], entries: Iterable[TileEntry]) -> T
         ()
     """
     path = Path(path)
-    text = table_text(merged(read_tiles(path) if path.exists() else (), entries))
-    table = parse_tiles(text, name=str(path))  # so that no file is written that could not be read
-    write_whole(path, text)
+    if not path.parent.is_dir():  # which the lock would make
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first.")
+    with FolderLock(path.with_name(f".{path.name}.lock"), flag="--write"):
+        text = table_text(merged(read_tiles(path) if path.exists() else (), entries))
+        table = parse_tiles(text, name=str(path))  # so that no file is written that could not be read
+        write_whole(path, text)
     return table
