@@ -5,9 +5,12 @@ of a few hundred microseconds that costs more than it gains, and ruins everythin
 """
 
 import ctypes
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -58,9 +61,10 @@ def divided(costs: Sequence[int], order: list[int], threads: int) -> tuple[list[
 
 def _in_threads(tasks: deque[int], prepare: Callable[[], Callable[[int], None]], threads: int) -> None:
     inference = torch.is_inference_mode_enabled()
+    raised: deque[BaseException] = deque(maxlen=1)
 
     def work() -> None:
-        torch.set_num_threads(1)
+        _use_threads(1)
         # A new thread begins outside inference mode, where torch refuses to write into what was made inside; and with
         # gradients enabled, with which it refuses out=.
         with torch.inference_mode(inference), torch.no_grad():
@@ -72,15 +76,44 @@ def _in_threads(tasks: deque[int], prepare: Callable[[], Callable[[int], None]],
                     return
                 do(task)
 
+    def work_beside() -> None:
+        try:
+            work()
+        except BaseException as error:
+            raised.append(error)
+
+    # No executor: those of concurrent.futures end before the program's last threads do.
+    others = [threading.Thread(target=work_beside) for _ in range(threads - 1)]  # this thread works too
     _end_waiting()
     try:
-        with ThreadPoolExecutor(max(threads - 1, 1)) as pool:  # this thread works too
-            others = [pool.submit(work) for _ in range(threads - 1)]
-            work()
+        with suppress(RuntimeError):  # none starts in atexit from Python 3.12 on: then this thread does what there is
             for each in others:
-                each.result()
+                each.start()
+        work()
     finally:
-        torch.set_num_threads(threads)  # torch's threads of later days begin with what was set last, anywhere
+        _use_threads(threads)
+        for each in others:
+            if each.is_alive():
+                each.join()
+    if raised:
+        raise raised.pop()
+
+
+def _use_threads(number: int) -> None:
+    """Set how many threads torch uses for what this thread calls.
+
+    ``torch.set_num_threads`` also sets what threads begin with that call torch for the first time, anywhere in the
+    process, and keep. OpenMP and MKL can be told for this thread alone, where they are found. Where they are not, or
+    are not what torch counts by, it is torch that is told.
+    """
+    torch.get_num_threads()  # a thread that begins takes up the process's number here, not later
+    openmp, mkl = _function("omp_set_num_threads"), _function("MKL_Set_Num_Threads_Local")
+    if openmp is not None and (mkl is not None or not torch.backends.mkl.is_available()):
+        openmp(number)
+        if mkl is not None:
+            mkl(number)
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
 
 
 def _end_waiting() -> None:
@@ -88,6 +121,16 @@ def _end_waiting() -> None:
 
     GNU's run around for some milliseconds; those that the next operator needs are started again.
     """
-    pause = getattr(ctypes.pythonapi, "omp_pause_resource_all", None)  # of whatever the process has loaded
+    pause = _function("omp_pause_resource_all")
     if pause is not None:
         pause(_SOFT)
+
+
+@lru_cache(maxsize=8)
+def _function(name: str) -> Any:
+    """Find a C function where torch's calls find it: in what the whole process sees, then in torch's own libraries."""
+    for library in (ctypes.pythonapi, ctypes.PyDLL(torch._C.__file__)):
+        found = getattr(library, name, None)
+        if found is not None:
+            return found
+    return None

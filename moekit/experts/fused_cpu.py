@@ -35,6 +35,9 @@ def fused_cpu(*, plan: Callable[[Routing], DispatchPlan], activation: Activation
 
     As causal as the plan. Deterministic for a given number of threads. CPU tensors only.
 
+    Each of its threads tells OpenMP and MKL that it works alone. Where these are not found (Windows), torch is told,
+    process-wide: threads that first call torch while a layer runs then count one thread, and keep that.
+
     Args:
         plan: which assignments get a row, of a dispatcher.
         activation: what experts do. Gated ones take ``GatedParams`` or ``PackedGatedParams``, others ``MlpParams``.

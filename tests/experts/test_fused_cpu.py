@@ -1,7 +1,10 @@
 """The fused CPU layer against the composed one: output and every gradient, on awkward sizes, threads or none."""
 
 import mmap
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -610,23 +613,146 @@ def test_fewer_projections_than_the_activation_has_are_refused() -> None:
 
 def test_what_any_other_thread_raises_reaches_the_caller() -> None:
     before, together, raised = torch.get_num_threads(), threading.Barrier(3, timeout=30), threading.Event()
+    begun: list[int] = []  # the threads beside this one
     torch.set_num_threads(3)
 
     def prepare():
+        if threading.get_ident() != caller:
+            begun.append(threading.get_ident())
         together.wait()
         return do
 
     def do(task: int) -> None:
-        if threading.current_thread().name.endswith("_1"):  # the second of two threads beside this one
+        if threading.get_ident() == begun[-1]:
             raised.set()
             raise RuntimeError(f"task {task}")
         assert raised.wait(30)
 
+    caller = threading.get_ident()
     try:
         with pytest.raises(RuntimeError, match="task "):
             _workers.share([10**9] * 9, prepare)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def in_a_new_thread(function: Callable[..., Any], *arguments: Any) -> Any:
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(function(*arguments)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def beside_a_task(function: Callable[[], Any]) -> Any:
+    """Return what a function finds while all threads of ``share`` have begun."""
+    both, found = threading.Barrier(2, timeout=30), []
+
+    def prepare():
+        both.wait()
+        found.append(function())
+        both.wait()
+        return lambda task: None
+
+    _workers.share([10**9] * 6, prepare)
+    return found[0]
+
+
+per_thread = pytest.mark.skipif(
+    _workers._function("omp_set_num_threads") is None, reason="OpenMP's functions are not found on this system"
+)
+
+
+@per_thread
+@pytest.mark.usefixtures("two_threads")
+def test_threads_that_begin_meanwhile_have_the_process_s_number() -> None:
+    assert beside_a_task(lambda: in_a_new_thread(torch.get_num_threads)) == 2
+    assert torch.get_num_threads() == 2
+
+
+@per_thread
+@pytest.mark.usefixtures("two_threads")
+def test_a_number_that_another_thread_sets_meanwhile_stays() -> None:
+    beside_a_task(lambda: in_a_new_thread(torch.set_num_threads, 3))
+    assert in_a_new_thread(torch.get_num_threads) == 3
+    assert torch.get_num_threads() == 2  # of this thread, which was in the layer
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_products_of_a_task_have_one_thread_and_of_others_as_many_as_before() -> None:
+    counts = [line.strip() for line in beside_a_task(torch.__config__.parallel_info).splitlines() if "_max_thr" in line]
+    after = [line.strip() for line in torch.__config__.parallel_info().splitlines() if "_max_thr" in line]
+    assert counts
+    assert {line.rpartition(" ")[2] for line in counts} == {"1"}, counts
+    assert {line.rpartition(" ")[2] for line in after} == {"2"}, after
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_where_a_thread_cannot_be_told_alone_torch_is(monkeypatch) -> None:
+    monkeypatch.setattr(_workers, "_function", lambda name: None)
+    assert beside_a_task(torch.get_num_threads) == 1
+    assert torch.get_num_threads() == in_a_new_thread(torch.get_num_threads) == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_library_that_torch_does_not_count_by_is_not_relied_on(monkeypatch) -> None:
+    monkeypatch.setattr(_workers, "_function", lambda name: lambda number: None)
+    assert beside_a_task(torch.get_num_threads) == 1
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("started", [0, 1])
+def test_where_no_thread_can_start_those_there_are_do_all(monkeypatch, started) -> None:
+    before, start, begun, done = torch.get_num_threads(), threading.Thread.start, [], []
+
+    def start_some(thread: threading.Thread) -> None:
+        if len(begun) == started:
+            raise RuntimeError("can't create new thread at interpreter shutdown")
+        begun.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_some)
+    torch.set_num_threads(3)
+    try:
+        _workers.share([10**9] * 9, lambda: done.append)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert sorted(done) == list(range(9))
+    assert len(begun) == started
+    assert not any(thread.is_alive() for thread in begun)
+
+
+AT_THE_END = """
+import atexit, threading, torch
+from moekit.experts import _workers
+def work(when):
+    done = []
+    _workers.share([10**9] * 6, lambda: done.append)
+    print(when, sorted(done), flush=True)
+def serve():
+    threading.main_thread().join()
+    work("after the main thread")
+torch.set_num_threads(2)
+work("before")  # an executor's module is loaded by then
+atexit.register(work, "in atexit")
+threading.Thread(target=serve).start()
+"""
+
+
+def test_layers_run_after_the_main_thread_has_ended_and_in_atexit() -> None:
+    result = subprocess.run([sys.executable, "-c", AT_THE_END], capture_output=True, text=True, check=False)
+    whens = ("before", "after the main thread", "in atexit")
+    assert result.stdout.splitlines() == [f"{when} [0, 1, 2, 3, 4, 5]" for when in whens], result.stderr
+    assert result.returncode == 0, result.stderr
 
 
 def test_as_much_is_given_back_as_is_mapped_the_longest_free_first(kept) -> None:
