@@ -35,7 +35,7 @@ from moekit.recipes.expert_parameters import hidden_axes
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, make_optimizer
 from moekit.recipes.settings import OptimizerSettings
 from moekit.routing import linear_gate, top_k
-from moekit.types import ExpertLayer, Routing
+from moekit.types import Dispatcher, ExpertLayer, Routing
 
 E, D, F = 8, 6, 8
 STRATEGIES = ("all_to_all", "all_gather", "tensor_parallel", "ep_tp", "hierarchical", "static")
@@ -154,14 +154,17 @@ def left_behind(routing: Routing, sizes: tuple[int, ...], ranks: int, factor: fl
 
 
 def recipe_of(case: Case, layer: ExpertLayer, router: Callable[..., Routing]) -> Recipe:
-    return Recipe(linear_gate, router, layer, init=init_gated)
+    return Recipe(linear_gate, router, layer, init=init_gated, plan=dispatcher_of(case).plan)
+
+
+def dispatcher_of(case: Case) -> Dispatcher:
+    if not case.capacity:
+        return dropless()
+    return padded(capacity_factor=case.capacity, priority=PRIORITIES[case.priority])
 
 
 def inner_layer(case: Case) -> ExpertLayer:
-    dispatcher = dropless()
-    if case.capacity:
-        dispatcher = padded(capacity_factor=case.capacity, priority=PRIORITIES[case.priority])
-    return expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=loop if case.loops else grouped))
+    return expert_layer(dispatcher=dispatcher_of(case), experts=partial(swiglu, matmul=loop if case.loops else grouped))
 
 
 def model_of(case: Case, recipe: Recipe, world: World, **options) -> MoE:

@@ -24,6 +24,7 @@ from moekit.recipes import (
     switch,
 )
 from moekit.recipes.routers import PREFIX, ROUTERS
+from moekit.types import Dispatcher
 
 T, D, F, E = 24, 16, 24, 4
 RECIPES = {
@@ -112,15 +113,18 @@ def test_an_exported_layer_takes_other_sizes(name: str) -> None:
         torch.testing.assert_close(exported(x), layer(x))
 
 
+def limited(dispatcher: Dispatcher) -> Recipe:
+    layer = expert_layer(dispatcher=dispatcher, experts=partial(swiglu, matmul=batched))
+    return moe_plus_plus()._replace(layer=layer, plan=dispatcher.plan)
+
+
 # A recipe with a factor, whatever it limits. The compiler takes what changes between calls for a symbol.
 FACTORS = {
     "openlm": lambda factor: openlm(capacity_factor=factor),
     "expert_choice": lambda factor: expert_choice(k=factor),
     "topology": lambda factor: ROUTERS["topology"](share=factor / 4),
     "moe_plus_plus": lambda factor: moe_plus_plus(tau=factor),
-    "limited moe_plus_plus": lambda factor: moe_plus_plus()._replace(
-        layer=expert_layer(dispatcher=padded(capacity_factor=factor), experts=partial(swiglu, matmul=batched))
-    ),
+    "limited moe_plus_plus": lambda factor: limited(padded(capacity_factor=factor)),
 }
 
 COUNTING = ("expert_choice", "topology")  # the real tokens behind a mask

@@ -12,9 +12,10 @@ from moekit.operators import differentiated_once, transformable
 def grouped_mm(rows: Tensor, sizes: Tensor, w: Tensor) -> Tensor:
     """Multiply rows (R, D), grouped by ``sizes`` (E,), by w (E, D, F) to (R, F), whose tail is zero."""
     out = empty((rows.shape[0], w.shape[2]), rows.dtype)
+    end = 0
     for start, end, w_e in zip(*_bounds(sizes), w, strict=True):
         torch.mm(rows[start:end], w_e, out=out[start:end])
-    out[int(sizes.sum()) :].zero_()  # nobody reads it but autograd's search for NaN, which old memory may hold
+    out[end:].zero_()  # nobody reads it but autograd's search for NaN, which old memory may hold
     return out
 
 

@@ -24,6 +24,7 @@ from moekit.recipes.ablation_runs import make_jobs
 from moekit.recipes.ablation_summaries import loads
 from moekit.recipes.audits import audit
 from moekit.recipes.names import find_recipe
+from moekit.recipes.precisions import autocast
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.sources import read_set
 from moekit.recipes.steps import split_ids
@@ -113,12 +114,14 @@ def test_load_and_experts_per_token_are_of_all_tokens_that_are_scored(ablate, mo
     def counted(run, console, **given):
         for each in run.corpus.validation:
             batches = read_set(each, run.settings.data, run.model.config, batch_size=4, tokens=320)
-            parts = [split_ids(batch.batch.ids) for batch in batches]
-            with torch.no_grad(), evaluate.evaluating(run.model, run.evaluation_recipe):
+            device, precision = run.world.device, run.settings.optimizer.precision
+            parts = [split_ids(batch.batch.ids.to(device)) for batch in batches]
+            scoring = evaluate.evaluating(run.model, run.evaluation_recipe)
+            with torch.no_grad(), scoring, autocast(precision, device):
                 layers = [run.model(inputs, token_mask=mask).layers for inputs, _, mask in parts]
             chosen = [torch.stack([tokens_per_expert(one.routing.expert_indices, 8) for one in of]) for of in layers]
             assert len(chosen) == 2
-            counts.append(torch.stack(chosen).sum(0))
+            counts.append(torch.stack(chosen).sum(0).cpu())
         record(run, console, **given)
 
     monkeypatch.setattr(ablation_runs, "record", counted)
