@@ -3,6 +3,7 @@
 import inspect
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -163,6 +164,12 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
             hook = partial(calls.record, name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield recorder
+    if calls.elsewhere and not recorder.steps:
+        warnings.warn(
+            f"track_routing: nothing was recorded, and the model was called {calls.elsewhere} times in other threads, "
+            f"as `generate` is for a streamer; open the context in the thread that calls the model.",
+            stacklevel=3,
+        )
 
 
 class _Call(NamedTuple):
@@ -185,9 +192,11 @@ class _ModelCalls:
         self.mask_padding = mask_padding
         self.thread = threading.get_ident()
         self.calls: list[_Call] = []
+        self.elsewhere = 0  # calls in other threads
 
     def begin(self, model: nn.Module, *inputs: Any) -> None:
         if threading.get_ident() != self.thread:
+            self.elsewhere += 1
             return
         token_mask = _token_mask(model, *inputs) if self.mask_padding else None
         call = _Call(_caller(), [], token_mask)

@@ -23,6 +23,7 @@ class FolderLock:
     Args:
         folder: to lock. Nothing is done to it before ``take``.
         flag: that names the folder, for the message.
+        is_left: whether an empty folder that was there before stays; one for locks alone does not, whoever made it.
 
     Example:
         >>> import tempfile
@@ -33,8 +34,8 @@ class FolderLock:
         (True, [])
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, flag: str) -> None:
-        self.folder, self._flag = Path(folder), flag
+    def __init__(self, folder: str | os.PathLike[str], *, flag: str, is_left: bool = True) -> None:
+        self.folder, self._flag, self._is_left = Path(folder), flag, is_left
         self._made: list[Path] = []
         self._close: weakref.finalize[[int], FolderLock] | None = None
 
@@ -63,7 +64,7 @@ class FolderLock:
         if self._close is None:
             return
         with suppress(OSError):  # it holds something
-            for folder in self._made:
+            for folder in self._made or ([] if self._is_left else [self.folder]):
                 folder.rmdir()
         self._made = []
         self._close()

@@ -1,8 +1,7 @@
 """OpenLM's decoder, with any feed-forward in any block: dense, MoE, or one of your own."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -111,6 +110,8 @@ class LanguageModel(nn.Module):
         OpenLM, open_lm/model.py, https://github.com/mlfoundations/open_lm, 2023.
     """
 
+    _is_tied: bool  # before parameters are put in its place
+
     def __init__(self, config: ModelConfig, *, make_ffn: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
         if make_ffn is None:
@@ -124,25 +125,17 @@ class LanguageModel(nn.Module):
         self.output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         if config.weight_tying:
             self.tok_embeddings.weight = self.output.weight
+        # ``assign=True`` puts two parameters in
+        self.register_load_state_dict_pre_hook(_note_tie)
+        self.register_load_state_dict_post_hook(_tie_again)
         init_weights(self)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
         """Keep tied weights one parameter, of which ``to_empty`` makes two."""
-        with self._tied():
-            super()._apply(fn, recurse)
+        _note_tie(self)
+        super()._apply(fn, recurse)
+        _tie_again(self)
         return self
-
-    def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """Load as every module does; tied weights stay one parameter, where ``assign=True`` puts two."""
-        with self._tied():
-            return super().load_state_dict(*args, **options)
-
-    @contextmanager
-    def _tied(self) -> Iterator[None]:
-        head, embedding = (module._parameters.get("weight") for module in (self.output, self.tok_embeddings))
-        yield
-        if head is not None and head is embedding:
-            self.tok_embeddings.weight = self.output.weight
 
     def forward(self, ids: Tensor, *, token_mask: Tensor | None = None, num_logits: int | None = None) -> ModelOutput:
         """Predict the next token at every position, or at the last ones.
@@ -173,6 +166,16 @@ class LanguageModel(nn.Module):
             x = x[:, x.shape[1] - num_logits :]
         logits = self.output(self.norm(x))
         return ModelOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(outputs))
+
+
+def _note_tie(model: LanguageModel, *_: Any) -> None:
+    head, embedding = (module._parameters.get("weight") for module in (model.output, model.tok_embeddings))
+    model._is_tied = head is not None and head is embedding
+
+
+def _tie_again(model: LanguageModel, *_: Any) -> None:
+    if model._is_tied:
+        model.tok_embeddings.weight = model.output.weight
 
 
 def init_weights(model: LanguageModel, *, generator: torch.Generator | None = None) -> None:

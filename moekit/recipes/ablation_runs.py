@@ -15,6 +15,7 @@ from moekit.lm.batches import ValidationBatch
 from moekit.lm.displays import LayerLoad
 from moekit.lm.files import write_whole
 from moekit.lm.trackers import read_metrics
+from moekit.parallel import start_processes
 from moekit.recipes import report
 from moekit.recipes.ablation_recipes import located, stored_recipe
 from moekit.recipes.audits import audit
@@ -22,7 +23,7 @@ from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.finishing import Trained, summary_of
 from moekit.recipes.language_models import first_moe_layer
 from moekit.recipes.loop import validate
-from moekit.recipes.runs import Run
+from moekit.recipes.runs import Run, claimed
 from moekit.recipes.saving import Progress
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.sources import ValidationSet, read_set
@@ -123,15 +124,18 @@ def do(job: Job, *, keep_checkpoints: bool) -> bool:
     Raises:
         ValueError: if its settings make no sense.
         OSError: if data or a checkpoint cannot be read.
+        BlockingIOError: if another process does it.
     """
-    try:
-        train(job.settings, Console(quiet=True), finishing=record)
-    except FloatingPointError as error:
-        write_whole(job.results, json.dumps({"failed": str(error).partition(". ")[0]}) + "\n")
-    done = job.results.exists()
-    if done and not keep_checkpoints:
-        shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
-    return done
+    with start_processes() as world, claimed(job.settings, world) as folder:
+        if not job.results.exists():  # which another process may have finished before this one had the folder
+            try:
+                train(job.settings, Console(quiet=True), world=world, finishing=record, folder=folder)
+            except FloatingPointError as error:
+                write_whole(job.results, json.dumps({"failed": str(error).partition(". ")[0]}) + "\n")
+        done = job.results.exists()
+        if done and not keep_checkpoints:
+            shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)
+        return done
 
 
 def line_of(job: Job) -> dict[str, Any]:
@@ -174,7 +178,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     summary = {
         "steps": run.budget.steps,
         **summary_of(run, progress),
-        "experts_per_token": experts_per_token([layer for each in scores.values() for layer in each.layers]),
+        "experts_per_token": mean_experts_per_token([layer for each in scores.values() for layer in each.layers]),
         "drop_rate": training_drop_rate(read_metrics(run.folder / "metrics.jsonl")),
         "leaks": leaks,
     }
@@ -182,7 +186,7 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     report.write_results(run.folder / _RESULTS, summary, scores, simple)
 
 
-def experts_per_token(layers: Sequence[LayerLoad]) -> float:
+def mean_experts_per_token(layers: Sequence[LayerLoad]) -> float:
     """Average how many experts a token has.
 
     Args:
@@ -193,14 +197,14 @@ def experts_per_token(layers: Sequence[LayerLoad]) -> float:
 
     Example:
         >>> one = LayerLoad(0, [0.5, 0.5], 0.0, 0.0, 0.7, 0, assignments=6, tokens=3)
-        >>> experts_per_token([one, one._replace(assignments=1, tokens=1)])
+        >>> mean_experts_per_token([one, one._replace(assignments=1, tokens=1)])
         1.75
     """
     return sum(each.assignments for each in layers) / sum(each.tokens for each in layers)
 
 
-def unigram_bound(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch], vocab_size: int) -> float:
-    """Score the best prediction without context: how often each token is to be predicted, in what is known of a set.
+def unigram_loss(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch], vocab_size: int) -> float:
+    """Score a prediction without context: how often each token is to be predicted, in what is known of a set.
 
     Args:
         scored: the tokens that a model is scored on.
@@ -227,7 +231,7 @@ def _unigram(run: Run, each: ValidationSet) -> float:
     """Score what a run scores of a validation set by how often tokens occur in the set, of which that is the front."""
     scored = run.settings.data.val_num_samples
     known = None if scored is None else max(scored, _UNIGRAM_TOKENS)
-    return unigram_bound(_batches(run, each, scored), _batches(run, each, known), run.model.config.vocab_size)
+    return unigram_loss(_batches(run, each, scored), _batches(run, each, known), run.model.config.vocab_size)
 
 
 def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:

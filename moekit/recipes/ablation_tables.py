@@ -67,8 +67,8 @@ def notes(rows: Sequence[Summary]) -> list[str]:
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
         "sets together. dropped: in training. Means over seeds.",
         "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "
-        "of the best prediction without context on the same tokens: how often each occurs in the set's first million, "
-        "or in all that are scored if those are more (unigram). In any seed.",
+        "of a prediction without context on the same tokens: how often each occurs in the set's first million, or in "
+        "all that are scored if those are more (unigram). In any seed.",
     ]
     if any(row.leaks_evaluation for row in rows):
         told.append("* not comparable: its output depends on later tokens, so it sees what it predicts.")

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moekit.recipes.layers import Recipe
 from moekit.routing import clean
@@ -185,4 +185,6 @@ def place_of(function: Callable[..., object]) -> str:
     while isinstance(function, partial):
         function = function.func
     code = getattr(function, "__code__", None)
-    return f"{function.__name__} of {code.co_filename}" if code is not None else repr(function)
+    if code is not None:
+        return f"{function.__name__} of {code.co_filename}"
+    return f"the module {type(function).__name__}" if isinstance(function, nn.Module) else repr(function)

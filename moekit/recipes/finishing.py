@@ -75,8 +75,9 @@ def summary_of(run: Run, progress: Progress) -> dict[str, Any]:
         progress: of the run.
 
     Returns:
-        ``parameters`` and ``active_parameters`` per token; ``tokens`` by its steps and ``trained_tokens``, without
-        holes and padding; ``seconds`` of training; and ``method``, as ``method_of`` has it, unless the model is dense.
+        ``parameters`` and ``active_parameters`` per token, at most so many where ``has_bound``; ``tokens`` by its steps
+        and ``trained_tokens``, without holes and padding; ``seconds`` of training; and ``method``, as ``method_of`` has
+        it, unless the model is dense.
     """
     total, active = parameter_table(run.model)[-1][1:]
     summary = {

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import nn
+
 from moekit.ratios import ratio_of
 from moekit.recipes.layers import Recipe
 from moekit.types import Ratio
@@ -128,9 +130,16 @@ def taken_apart(function: Callable[..., Any]) -> tuple[Callable[..., Any], dict[
 
 
 def parameters_of(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
-    """List the parameters of a function, or return None if it tells nothing of itself."""
+    """List the parameters of a function, of a module those of its forward; None if it tells nothing of itself."""
+    signature = signature_of(function)
+    return None if signature is None else list(signature.parameters.values())
+
+
+def signature_of(function: Callable[..., Any]) -> inspect.Signature | None:
+    """Return how a function is called itself, whatever it wraps; of a module, its forward. None if it does not tell."""
     try:
-        return list(inspect.signature(function, follow_wrapped=False).parameters.values())
+        called = function.forward if isinstance(function, nn.Module) else function
+        return inspect.signature(called, follow_wrapped=False)
     except (TypeError, ValueError):
         return None
 

@@ -102,6 +102,25 @@ class ParameterCount(NamedTuple):
     active: int
 
 
+def has_bound(model: LanguageModel) -> bool:
+    """Say whether the active parameters of ``parameter_table`` are a bound, as a router chooses how many a token uses.
+
+    Args:
+        model: on any device, the meta device included.
+
+    Returns:
+        Whether it does, in any layer.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import dynamic_k
+        >>> config = load_config("moekit_tiny", moe_freq=1, moe_num_experts=4)
+        >>> has_bound(language_model(config, dynamic_k()))
+        True
+    """
+    return any(chooses_how_many(layer.recipe, layer.num_experts) for _, layer in moe_layers(model))
+
+
 def active_words(model: LanguageModel) -> str:
     """Say how many parameters a token uses.
 
@@ -113,13 +132,11 @@ def active_words(model: LanguageModel) -> str:
 
     Example:
         >>> from moekit.lm.configs import load_config
-        >>> from moekit.recipes import dynamic_k
-        >>> config = load_config("moekit_tiny", moe_freq=1, moe_num_experts=4)
-        >>> active_words(language_model(config, dynamic_k()))[:7]
-        'at most'
+        >>> from moekit.recipes import mixtral
+        >>> active_words(language_model(load_config("moekit_tiny"), mixtral()))
+        '197,184'
     """
-    bound = any(chooses_how_many(layer.recipe, layer.num_experts) for _, layer in moe_layers(model))
-    return f"{'at most ' if bound else ''}{parameter_table(model)[-1].active:,}"
+    return f"{'at most ' if has_bound(model) else ''}{parameter_table(model)[-1].active:,}"
 
 
 def parameter_table(model: LanguageModel) -> list[ParameterCount]:

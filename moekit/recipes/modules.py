@@ -1,5 +1,6 @@
 """The one ``nn.Module`` that users need: parameters and state around ``moe_layer``."""
 
+import operator
 import reprlib
 from typing import Any
 
@@ -10,7 +11,7 @@ from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, check_recipe, check_shared, moe_layer
-from moekit.recipes.recipe_checks import check_plan, check_router
+from moekit.recipes.recipe_checks import check_calls, check_plan
 from moekit.routing import init_linear_gate
 from moekit.types import LayerOutput, Routing
 
@@ -67,9 +68,8 @@ class MoE(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("dim", dim), ("num_experts", num_experts), ("hidden", 1 if hidden is None else hidden)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"MoE: {name} = {size}; expected a positive integer.")
+        dim, num_experts = _size("dim", dim), _size("num_experts", num_experts)
+        hidden = None if hidden is None else _size("hidden", hidden)
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
         self.recipe = recipe
         choices = num_choices(recipe, num_experts)
@@ -98,7 +98,7 @@ class MoE(nn.Module):
     @recipe.setter
     def recipe(self, recipe: Recipe) -> None:
         check_recipe("MoE", recipe)
-        check_router(recipe)
+        check_calls(recipe)
         check_plan(recipe)
         check_shared("MoE", recipe.shared)
         self._recipe = recipe
@@ -207,6 +207,17 @@ class MoE(nn.Module):
     def extra_repr(self) -> str:
         """Describe the sizes in ``print(moe)``."""
         return f"dim={self.dim}, num_experts={self.num_experts}"
+
+
+def _size(name: str, given: Any) -> int:
+    """Return a size as an int, NumPy's too."""
+    try:
+        size = operator.index(given)
+    except TypeError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"MoE: {name} = {given!r}; expected a positive integer.")
+    return size
 
 
 def _held(tensors: Any) -> tuple[Any, type | None]:

@@ -1,18 +1,17 @@
 """What a recipe of a user's is refused for before anything runs: parts that do not belong together."""
 
-import inspect
 import reprlib
 from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from moekit.dispatch import dropless_plan
 from moekit.experts import fused_cpu, fused_layer
 from moekit.recipes.choices import place_of
 from moekit.recipes.expert_layers import limited
-from moekit.recipes.forms import form_of, is_same, parameters_of, taken_apart
+from moekit.recipes.forms import form_of, is_same, parameters_of, signature_of, taken_apart
 from moekit.recipes.layers import Recipe, check_needs
 from moekit.types import Dispatcher, DispatchPlan, ExpertLayer, RouterState, Routing, SimpleExperts
 
@@ -42,9 +41,10 @@ def check_plan(recipe: Recipe) -> None:
     """
     made = _plan_made_by(recipe.layer)
     if made is not None and not is_same(made, recipe.plan):
+        apart = ", made by itself" if form_of(made) == form_of(recipe.plan) else ""
         raise ValueError(
-            f"the recipe's layer plans by {form_of(made)}, and recipe.plan is {form_of(recipe.plan)}, by which leaks "
-            f"are looked for, drops counted and ranks made to agree; expected the same. Replace both: "
+            f"the recipe's layer plans by {form_of(made)}, and recipe.plan is {form_of(recipe.plan)}{apart}, by which "
+            f"leaks are looked for, drops counted and ranks made to agree; expected the same. Replace both: "
             f"recipe._replace(layer=..., plan=dispatcher.plan)."
         )
 
@@ -86,20 +86,20 @@ def check_stages(recipe: Recipe) -> None:
                 f"recipe.needs lists; expected it there: recipe._replace(needs={(*recipe.needs, name)})."
             )
     _check_bound("router", recipe.route, ("bias", *recipe.needs))
-    for loss in recipe.losses.values():
+    for name, loss in recipe.losses.items():
+        if not callable(loss):
+            raise ValueError(f"the loss {name!r} of the recipe is {reprlib.repr(loss)}; expected a function.")
         _check_bound("loss", loss, ("token_mask", "sequence_length"))
 
 
-def _check_bound(kind: str, function: Any, handed: Collection[str]) -> None:
-    """Refuse a function bound to what a layer hands it anyway, which would win in silence."""
-    if not callable(function):
-        raise ValueError(f"a {kind} of the recipe is {reprlib.repr(function)}; expected a function.")
+def _check_bound(kind: str, function: Callable[..., Any], handed: Collection[str]) -> None:
+    """Refuse a function bound to what a layer hands it in every call, by which the bound value would be lost."""
     lost = [name for name, value in taken_apart(function)[1].items() if name in handed and value is not None]
     if lost:
         raise ValueError(
             f"the {kind} {place_of(function)} is bound to {' and '.join(lost)}, which a layer hands it in every call, "
-            f"so that what it is bound to would be lost. Hand it to the layer (token_mask=, state= of moe_layer for a "
-            f"bias, x as (B, L, D) for the sequence length), or bind it inside a function of your own."
+            f"so that what it is bound to would be lost. Hand it to the layer (token_mask=; state= for a bias or what "
+            f"else a router remembers; x as (B, L, D) for the sequence length), or bind it in a function of your own."
         )
 
 
@@ -131,7 +131,7 @@ def check_observation(observed: Any) -> None:
     )
 
 
-def check_router(recipe: Recipe) -> None:
+def check_calls(recipe: Recipe) -> None:
     """Check that gate, router and losses take what a layer calls them with, such as what a recipe needs.
 
     And that its state, if it has one, observes what a trainer calls it with.
@@ -144,7 +144,7 @@ def check_router(recipe: Recipe) -> None:
 
     Example:
         >>> from moekit.recipes import mixtral
-        >>> check_router(mixtral())
+        >>> check_calls(mixtral())
     """
     check_stages(recipe)
     state = recipe.state
@@ -173,12 +173,10 @@ def check_router(recipe: Recipe) -> None:
 
 def _takes_two(function: Callable[..., Any]) -> bool:
     """Say whether a function can be called with two arguments by position; of one that tells nothing of itself, yes."""
+    signature = signature_of(function)
     try:
-        signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
-    except (TypeError, ValueError):
-        return True
-    try:
-        signature.bind(None, None)
+        if signature is not None:
+            signature.bind(None, None)
     except TypeError:
         return False
     return True
@@ -207,7 +205,8 @@ def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
             return layer.keywords["plan"]
         if isinstance(found := layer.keywords.get("dispatcher"), Dispatcher):
             return found.plan
-        if layer.func.__module__.startswith("moekit.parallel"):  # whose plan is of several ranks
+        place = getattr(layer.func, "__module__", None) or ""
+        if not place.startswith("moekit.") or place.startswith("moekit.parallel"):  # whose plan is of several ranks
             return None
         layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None

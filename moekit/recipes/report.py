@@ -22,7 +22,7 @@ from moekit.lm.plots import Curve, plot_run
 from moekit.lm.tokenizers import Tokenizer
 from moekit.lm.urls import is_remote
 from moekit.recipes.evaluate import Evaluation
-from moekit.recipes.language_models import active_words, parameter_table
+from moekit.recipes.language_models import has_bound, parameter_table
 from moekit.recipes.settings import DataSettings
 from moekit.recipes.sources import Corpus, Source, ValidationSet, read_set
 
@@ -228,7 +228,7 @@ def describe(model: LanguageModel, *, upstream_bias: bool = False) -> Table:
     title = f"{config.n_layers} blocks of width {config.hidden_dim}, vocabulary {config.vocab_size:,}"
     table = Table(title=title, title_justify="left")
     rows = parameter_table(model)
-    bound = ", at most" if active_words(model).startswith("at most") else ""
+    bound = ", at most" if has_bound(model) else ""
     for name in ("part", "parameters", f"active per token{bound}", "float32 bytes"):
         table.add_column(name, justify="left" if name == "part" else "right")
     for part, total, active in rows:

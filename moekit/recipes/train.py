@@ -3,6 +3,7 @@
 import shlex
 import sys
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -150,6 +151,7 @@ def train(
     world: World | None = None,
     command: str = "",
     finishing: Callable[..., None] | None = None,
+    folder: Path | None = None,
 ) -> Path:
     """Train, evaluate and report. All ranks call it together.
 
@@ -159,6 +161,7 @@ def train(
         world: the ranks; None is one process.
         command: that started the run, for the hint how to resume it.
         finishing: what to do after the last step, in place of ``finish`` and with its arguments.
+        folder: of the run, if the caller has ``claimed`` it; None claims it until the run is scored.
 
     Returns:
         The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
@@ -174,8 +177,8 @@ def train(
     """
     if world is None:
         with start_processes() as world:
-            return train(settings, console, world=world, command=command, finishing=finishing)
-    return _launched(settings, console, world, command=command, finishing=finishing).folder
+            return train(settings, console, world=world, command=command, finishing=finishing, folder=folder)
+    return _launched(settings, console, world, command=command, finishing=finishing, folder=folder).folder
 
 
 def _launched(
@@ -185,6 +188,7 @@ def _launched(
     *,
     command: str,
     finishing: Callable[..., None] | None = None,
+    folder: Path | None = None,
     derived: Collection[str] = (),
     ends_process: bool = False,
 ) -> Launch:
@@ -192,7 +196,8 @@ def _launched(
 
     ``ends_process``: the process ends if a signal stops the run, and heeds no SIGTERM on its way.
     """
-    with deterministic(settings.run.deterministic), claimed(settings, world) as folder:
+    own = claimed(settings, world) if folder is None else nullcontext(folder)
+    with deterministic(settings.run.deterministic), own as folder:
         run = set_up(settings, world, console, folder=folder)
         try:
             started = restore(run, console)
@@ -210,9 +215,9 @@ def _launched(
                 # 0 would say that the work is done, and agents on other machines would not go on with it
                 raise SystemExit(1)
             return Launch(run.folder, ended.by)
-        own = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
+        trained = Trained(ended.tokens, ended.progress.seconds - started.seconds, whole=started.step == 0)
         try:
-            (finishing or finish)(run, console, progress=ended.progress, trained=own)
+            (finishing or finish)(run, console, progress=ended.progress, trained=trained)
         except KeyboardInterrupt:
             if not ends_process:
                 raise

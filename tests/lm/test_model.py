@@ -126,6 +126,9 @@ def test_weight_tying_shares_one_matrix():
     for change in (
         lambda: tied.to_empty(device="cpu"),
         lambda: tied.load_state_dict(weights, assign=True),
+        lambda: torch.nn.Sequential(tied).load_state_dict(
+            {f"0.{name}": tensor.clone() for name, tensor in weights.items()}, assign=True
+        ),
         lambda: tied.double(),
     ):
         change()

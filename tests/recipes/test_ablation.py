@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 from collections.abc import Callable
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -133,6 +134,24 @@ def test_load_and_experts_per_token_are_of_all_tokens_that_are_scored(ablate, mo
     assert [layer["tokens"] for layer in line["validation"]["code"]["layers"]] == [320] * len(code)
     expected = (prose + code) / (prose + code).sum(1, keepdim=True)
     torch.testing.assert_close(torch.tensor(loads(line)), expected)
+
+
+def test_what_another_process_finished_before_the_folder_was_free_is_not_done_again(ablate, monkeypatch):
+    folder = ablate("--routers", "top_k", "--seeds", "1")
+    results, claimed = folder / "top_k-seed0" / "results.json", ablation_runs.claimed
+    text = results.read_text()
+    results.unlink()
+
+    @contextmanager
+    def late(*given):
+        with claimed(*given) as own:
+            results.write_text(text)
+            yield own
+
+    monkeypatch.setattr(ablation_runs, "claimed", late)
+    monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it was trained again"))
+    ablate("--routers", "top_k", "--seeds", "1")
+    assert results.read_text() == text
 
 
 def test_what_is_done_is_not_done_again(ablate, monkeypatch):
@@ -400,7 +419,7 @@ def test_a_token_that_is_not_known_is_expected_by_no_prediction(program, monkeyp
 
     def look(run, console, **_):
         batches = [list(ablation_runs._batches(run, each, None)) for each in run.corpus.validation]
-        found.append(ablation_runs.unigram_bound(*batches, 512))  # one set by another's tokens
+        found.append(ablation_runs.unigram_loss(*batches, 512))  # one set by another's tokens
 
     monkeypatch.setattr("moekit.recipes.train.finish", look)
     program("--steps", "1")

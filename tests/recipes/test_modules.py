@@ -1,8 +1,9 @@
 import copy
 import threading
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,13 +11,14 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from moekit.dispatch import dropless, padded
-from moekit.experts import grouped, init_gated, swiglu
+from moekit.dispatch import by_position, dropless, padded
+from moekit.experts import batched, grouped, init_gated, swiglu
 from moekit.parallel import Part
 from moekit.recipes import (
     MoE,
     Recipe,
     deepseek_moe,
+    expert_layer,
     gshard,
     llama4,
     mixtral,
@@ -304,6 +306,10 @@ def test_a_state_is_called_by_a_name_of_its_own(name, why: str) -> None:
         MoE(D, E, recipe._replace(state=recipe.state._replace(name=name), needs=()), hidden=8)
 
 
+def _two(x, params):
+    return x @ params
+
+
 def _wants(logits, *, memory, bias=None):
     return top_k(logits, k=2, bias=bias)
 
@@ -326,10 +332,12 @@ def _wants(logits, *, memory, bias=None):
         ({"simple": 2}, r"recipe\.simple is a int; expected SimpleExperts, or None"),
         (
             {"gate": torch.nn.Linear(D, E)},
-            r"the gate Linear\(.*\) does not take two arguments; expected gate\(x, params",
+            r"the gate the module Linear does not take two arguments; expected gate\(x, params",
         ),
         ({"gate": lambda x: x}, r"the gate <lambda> of .* does not take two arguments"),
-        ({"losses": {"a": 0.1}}, r"a loss of the recipe is 0\.1; expected a function"),
+        ({"losses": {"a": 0.1}}, r"the loss 'a' of the recipe is 0\.1; expected a function"),
+        ({"losses": {"a": torch.nn.Identity()}}, r"the loss 'a', the module Identity, takes no token_mask and no sequ"),
+        ({"gate": wraps(_two)(lambda x: x)}, r"the gate .* does not take two arguments"),
         (
             {"losses": {"a": lambda logits, routing: logits.sum()}},
             r"the loss 'a', .* takes no token_mask and no sequence_length; expected loss\(logits, routing, token_mask=",
@@ -344,7 +352,7 @@ def _wants(logits, *, memory, bias=None):
         ),
         (
             {"route": partial(_wants, bias=torch.zeros(E))},
-            r"the router _wants of .* is bound to bias, which a layer hands it .* state= of moe_layer for a bias",
+            r"the router _wants of .* is bound to bias, which a layer hands it .* state= for a bias or",
         ),
         (
             {"plan": padded(capacity_factor=1.0).plan},
@@ -360,6 +368,25 @@ def test_stages_that_are_none_are_refused(given, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         moe.recipe = recipe._replace(**given)
     assert moe.recipe is recipe
+
+
+def test_layers_of_ones_own_plan_as_they_like_and_gates_wrap_what_they_like() -> None:
+    def dropping(x, routing, params, *, layer, plan):
+        return layer(x, routing, params)
+
+    tight = padded(capacity_factor=0.5)
+    layer = partial(dropping, layer=mixtral().layer, plan=tight.plan)
+    gate = wraps(lambda x: x)(_two)
+    moe = MoE(np.int64(D), np.int32(E), mixtral()._replace(layer=layer, plan=tight.plan, gate=gate), hidden=np.int8(8))
+    assert moe(torch.randn(3, D)).y.shape == (3, D)
+    one, other = (padded(capacity_factor=1.0, priority=lambda routing: by_position(routing)) for _ in range(2))
+    apart = expert_layer(dispatcher=one, experts=partial(swiglu, matmul=batched))
+    MoE(D, E, mixtral()._replace(layer=apart, plan=one.plan), hidden=8)
+    with pytest.raises(ValueError, match=r"recipe\.plan is padded_plan\(.*\), made by itself, by which"):
+        MoE(D, E, mixtral()._replace(layer=apart, plan=other.plan), hidden=8)
+    for size in (0, 8.0, "8"):
+        with pytest.raises(ValueError, match=rf"MoE: hidden = {size!r}; expected a positive integer"):
+            MoE(D, E, mixtral(), hidden=size)
 
 
 def test_shared_experts_without_parameters_are_named() -> None:

@@ -9,7 +9,7 @@ from moekit.recipes import MoE, Recipe, mixtral, moe_layer, moe_plus_plus, names
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
-from moekit.recipes.recipe_checks import check_router
+from moekit.recipes.recipe_checks import check_calls
 from moekit.routing import top_k
 from moekit.types import Routing
 
@@ -269,10 +269,10 @@ def test_routers_that_take_what_they_are_given_somehow_are_taken():
         return plain(logits)
 
     for route in (wrapped, partial(wrapped), lambda logits, **options: plain(logits), max):
-        check_router(mixtral()._replace(route=route, needs=("token_mask",)))
+        check_calls(mixtral()._replace(route=route, needs=("token_mask",)))
     for route in (plain, lambda logits, bias, /: plain(logits)):
         with pytest.raises(ValueError, match="takes no bias; expected"):
-            check_router(mixtral()._replace(route=route))
+            check_calls(mixtral()._replace(route=route))
 
 
 def test_simple_experts_and_empty_lists_are_choices():

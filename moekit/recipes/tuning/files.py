@@ -36,7 +36,7 @@ def write_tiles(path: str | os.PathLike[str], entries: Iterable[TileEntry]) -> T
     path = Path(path)
     if not path.parent.is_dir():  # which the lock would make
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}; make it first.")
-    with FolderLock(path.with_name(f".{path.name}.lock"), flag="--write"):
+    with FolderLock(path.with_name(f".{path.name}.lock"), flag="file of tiles", is_left=False):
         text = table_text(merged(read_tiles(path) if path.exists() else (), entries))
         table = parse_tiles(text, name=str(path))  # so that no file is written that could not be read
         write_whole(path, text)
