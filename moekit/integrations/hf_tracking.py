@@ -164,7 +164,7 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
             hook = partial(calls.record, name)
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield recorder
-    if calls.elsewhere and not recorder.steps:
+    if calls.elsewhere and not calls.here:
         warnings.warn(
             f"track_routing: nothing was recorded, and the model was called {calls.elsewhere} times in other threads, "
             f"as `generate` is for a streamer; open the context in the thread that calls the model.",
@@ -192,7 +192,7 @@ class _ModelCalls:
         self.mask_padding = mask_padding
         self.thread = threading.get_ident()
         self.calls: list[_Call] = []
-        self.elsewhere = 0  # calls in other threads
+        self.here = self.elsewhere = 0  # calls that returned in this thread, and those of others
 
     def begin(self, model: nn.Module, *inputs: Any) -> None:
         if threading.get_ident() != self.thread:
@@ -209,6 +209,7 @@ class _ModelCalls:
         self.drop_ended()
         if self.calls and self.calls[-1].frame is _caller():
             self.recorder.steps.append(self.calls.pop().step)
+            self.here += 1
 
     def record(self, name: str, module: Any, *inputs: Any) -> None:
         if threading.get_ident() != self.thread:

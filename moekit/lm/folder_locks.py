@@ -79,6 +79,10 @@ class FolderLock:
             if last:
                 raise
             return False
+        except FileExistsError:  # it was removed while this one asked
+            if last or self.folder.exists():
+                raise
+            return False
         close = weakref.finalize(self, os.close, descriptor)
         holder = _locked_by(descriptor)
         if holder is None and _is_at(descriptor, self.folder):

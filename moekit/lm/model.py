@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
         OpenLM, open_lm/model.py, https://github.com/mlfoundations/open_lm, 2023.
     """
 
-    _is_tied: bool  # before parameters are put in its place
+    _is_tied = False  # whether embedding and head were one parameter before others were put in their places
 
     def __init__(self, config: ModelConfig, *, make_ffn: Callable[[int], nn.Module] | None = None) -> None:
         super().__init__()
@@ -125,10 +125,12 @@ class LanguageModel(nn.Module):
         self.output = nn.Linear(config.hidden_dim, config.vocab_size, bias=False)
         if config.weight_tying:
             self.tok_embeddings.weight = self.output.weight
-        # ``assign=True`` puts two parameters in
-        self.register_load_state_dict_pre_hook(_note_tie)
-        self.register_load_state_dict_post_hook(_tie_again)
+        self.register_load_state_dict_post_hook(_tie_again)  # ``assign=True`` puts two parameters in
         init_weights(self)
+
+    def _load_from_state_dict(self, *args: Any, **options: Any) -> None:
+        _note_tie(self)
+        super()._load_from_state_dict(*args, **options)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "LanguageModel":
         """Keep tied weights one parameter, of which ``to_empty`` makes two."""
@@ -168,13 +170,20 @@ class LanguageModel(nn.Module):
         return ModelOutput(logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(outputs))
 
 
-def _note_tie(model: LanguageModel, *_: Any) -> None:
+def _note_tie(model: LanguageModel) -> None:
     head, embedding = (module._parameters.get("weight") for module in (model.output, model.tok_embeddings))
     model._is_tied = head is not None and head is embedding
 
 
-def _tie_again(model: LanguageModel, *_: Any) -> None:
-    if model._is_tied:
+def _tie_again(model: LanguageModel, loaded: Any = None) -> None:
+    """Make embedding and head one parameter again: the head's, unless ``loaded`` (torch's) says that it was missing."""
+    if not model._is_tied:
+        return
+    missing = [] if loaded is None else loaded.missing_keys
+    absent = [any(key.endswith(f"{name}.weight") for key in missing) for name in ("output", "tok_embeddings")]
+    if absent == [True, False]:
+        model.output.weight = model.tok_embeddings.weight
+    else:
         model.tok_embeddings.weight = model.output.weight
 
 

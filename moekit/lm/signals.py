@@ -37,7 +37,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     its group, and each would otherwise end the process before its checkpoint is written. SIGKILL is there for haste.
     The handlers that were there before come back at the end, but for ``ends_process``.
 
-    One inside another asks both: an ablation hears of a signal that a run of it has answered.
+    One inside another asks both: an ablation hears of a signal that a run of it has answered, and a run of one that
+    came before it began.
 
     Outside the main thread, where Python lets nobody handle signals, the handlers stay as they are and nobody asks.
 
@@ -57,6 +58,8 @@ def stop_on_signals() -> Iterator[StopRequest]:
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.getsignal(number) for number in signals}
     around = previous[signal.SIGTERM]
+    if isinstance(around, _Handler):
+        request.name = around._request.name
     handler = _Handler(request, around if isinstance(around, _Handler) else None, previous[signal.SIGINT])
     for number in signals:
         signal.signal(number, handler)

@@ -17,7 +17,7 @@ from moekit.lm.files import write_whole
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import start_processes
 from moekit.recipes import report
-from moekit.recipes.ablation_recipes import located, stored_recipe
+from moekit.recipes.ablation_recipes import located, other_recipe, stored_recipe
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.finishing import Trained, summary_of
@@ -127,11 +127,15 @@ def do(job: Job, *, keep_checkpoints: bool) -> bool:
         BlockingIOError: if another process does it.
     """
     with start_processes() as world, claimed(job.settings, world) as folder:
-        if not job.results.exists():  # which another process may have finished before this one had the folder
-            try:
-                train(job.settings, Console(quiet=True), world=world, finishing=record, folder=folder)
-            except FloatingPointError as error:
-                write_whole(job.results, json.dumps({"failed": str(error).partition(". ")[0]}) + "\n")
+        # again, since another process may have worked in it before this one had it
+        if (other := other_recipe(job.folder, job.settings.model.recipe)) is not None:
+            raise ValueError(other)
+        if job.results.exists():
+            return True
+        try:
+            train(job.settings, Console(quiet=True), world=world, finishing=record, folder=folder)
+        except FloatingPointError as error:
+            write_whole(job.results, json.dumps({"failed": str(error).partition(". ")[0]}) + "\n")
         done = job.results.exists()
         if done and not keep_checkpoints:
             shutil.rmtree(job.folder / "checkpoints", ignore_errors=True)

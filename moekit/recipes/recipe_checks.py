@@ -203,10 +203,10 @@ def _plan_made_by(layer: ExpertLayer | None) -> Plan | None:
             return dropless_plan
         if layer.func in _WITH_PLAN:
             return layer.keywords["plan"]
-        if isinstance(found := layer.keywords.get("dispatcher"), Dispatcher):
-            return found.plan
         place = getattr(layer.func, "__module__", None) or ""
         if not place.startswith("moekit.") or place.startswith("moekit.parallel"):  # whose plan is of several ranks
             return None
+        if isinstance(found := layer.keywords.get("dispatcher"), Dispatcher):
+            return found.plan
         layer = layer.keywords.get("layer")  # of a wrapper, as ``recompute``
     return None

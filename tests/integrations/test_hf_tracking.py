@@ -224,6 +224,13 @@ def test_a_context_that_saw_only_other_threads_says_so(model) -> None:
             in_another_thread(lambda: [model(input_ids=tokens(1, 3)) for _ in range(2)])
 
 
+def test_what_was_recorded_and_cleared_was_recorded(model) -> None:
+    with track_routing(model) as recorder:
+        model(input_ids=tokens(1, 3))
+        in_another_thread(lambda: model(input_ids=tokens(1, 3)))
+        recorder.clear()
+
+
 def test_a_call_of_another_thread_is_neither_recorded_nor_refused(model) -> None:
     mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
     odd_mask = torch.zeros(1, 1, 7, 7)  # of which track_routing could not tell what is padding

@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import math
 
@@ -135,6 +136,12 @@ def test_weight_tying_shares_one_matrix():
         assert tied.tok_embeddings.weight is tied.output.weight
         assert untied.tok_embeddings.weight is not untied.output.weight
     assert torch.equal(tied.output.weight, weights["output.weight"].double())
+    own = {"tok_embeddings.weight": torch.full((31, TINY.hidden_dim), 7.0)}
+    for assign in (False, True):
+        copied = copy.copy(LanguageModel(dataclasses.replace(TINY, weight_tying=True)))
+        copied.load_state_dict(own, strict=False, assign=assign)
+        assert copied.tok_embeddings.weight is copied.output.weight
+        assert (copied.output.weight == 7).all()
     tied.output = torch.nn.Linear(TINY.hidden_dim, 7)  # another head is no tied one
     assert tied.float().tok_embeddings.weight.shape == (31, TINY.hidden_dim)
 

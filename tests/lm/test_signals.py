@@ -42,7 +42,9 @@ def test_what_a_run_answers_is_heard_around_it(handlers, number):
             signal.raise_signal(signal.SIGTERM)
         assert stop.name == around.name == number.name
         with stop_on_signals() as later:
-            assert not later
+            assert later.name == number.name
+    with stop_on_signals() as another:
+        assert not another
     assert current() == handlers
 
 

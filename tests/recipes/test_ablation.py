@@ -148,10 +148,13 @@ def test_what_another_process_finished_before_the_folder_was_free_is_not_done_ag
             results.write_text(text)
             yield own
 
+    kept = results.parent / "checkpoints" / "step_00000001"
+    kept.mkdir(parents=True)
     monkeypatch.setattr(ablation_runs, "claimed", late)
     monkeypatch.setattr(ablation_runs, "train", lambda *args, **options: pytest.fail("it was trained again"))
     ablate("--routers", "top_k", "--seeds", "1")
     assert results.read_text() == text
+    assert kept.exists()  # the other process was told to
 
 
 def test_what_is_done_is_not_done_again(ablate, monkeypatch):
@@ -310,7 +313,7 @@ def test_checkpoints_go_when_a_run_is_done_and_not_when_it_was_stopped(tmp_path,
     monkeypatch.setattr(ablation_runs, "train", lambda *_, **__: None)
     assert not ablation_runs.do(job, keep_checkpoints=False)
     assert (job.folder / "checkpoints").is_dir()
-    job.results.touch()
+    monkeypatch.setattr(ablation_runs, "train", lambda *_, **__: job.results.touch())
     assert ablation_runs.do(job, keep_checkpoints=False)
     assert not (job.folder / "checkpoints").exists()
 

@@ -375,6 +375,8 @@ def test_layers_of_ones_own_plan_as_they_like_and_gates_wrap_what_they_like() ->
         return layer(x, routing, params)
 
     tight = padded(capacity_factor=0.5)
+    own = partial(dropping, layer=mixtral().layer, dispatcher=tight, plan=tight.plan)
+    MoE(D, E, mixtral()._replace(layer=own), hidden=8)  # whatever it does with them
     layer = partial(dropping, layer=mixtral().layer, plan=tight.plan)
     gate = wraps(lambda x: x)(_two)
     moe = MoE(np.int64(D), np.int32(E), mixtral()._replace(layer=layer, plan=tight.plan, gate=gate), hidden=np.int8(8))

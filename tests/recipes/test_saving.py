@@ -514,6 +514,32 @@ def test_a_launch_that_is_about_to_end_is_waited_for(tmp_path):
     second.let_go()
 
 
+def test_a_folder_that_is_removed_while_it_is_asked_for_is_asked_for_again(tmp_path, monkeypatch):
+    """pathlib sees it, asks whether it is a folder, and it is gone."""
+    mkdir, asked = Path.mkdir, []
+
+    def late(path, *given, **options):
+        asked.append(path)
+        if len(asked) == 1:
+            raise FileExistsError(path)
+        mkdir(path, *given, **options)
+
+    monkeypatch.setattr(Path, "mkdir", late)
+    with FolderLock(tmp_path / "a", flag="--name"):
+        assert asked[:2] == [tmp_path / "a"] * 2
+    (tmp_path / "b").write_text("a file")
+    with pytest.raises(FileExistsError):
+        FolderLock(tmp_path / "b", flag="--name").take()
+
+
+def test_a_folder_for_a_lock_alone_does_not_stay_whoever_made_it(tmp_path):
+    for is_left in (True, False):
+        (tmp_path / "a").mkdir(exist_ok=True)
+        with FolderLock(tmp_path / "a", flag="--name", is_left=is_left):
+            pass
+        assert (tmp_path / "a").exists() is is_left
+
+
 def test_a_run_that_began_and_ended_meanwhile_is_not_mixed_with_another(program, shards, tmp_path, monkeypatch):
     """Its folder was free when the second launch named it."""
     take, line = FolderLock.take, words(shards, tmp_path / "logs", "--steps", "2", name="a")
