@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.recipes.bench.dense import dense_bound, dense_expert
-from moekit.recipes.bench.rows import Contender, make_case
-from moekit.recipes.bench.shapes import LayerShape
+from moekit.recipes.bench.rows import Case, Contender, make_case
+from moekit.recipes.bench.shapes import LOADS, LayerShape
 from moekit.recipes.bench.times import measure_memory
 
 AWKWARD = LayerShape("awkward", 33, 12, 7, 5, 3)
@@ -96,10 +96,20 @@ def test_both_do_the_useful_operations_of_a_layer(shape: LayerShape, build) -> N
     assert both.get_total_flops() == 18 * shape.tokens * shape.k * shape.dim * shape.hidden
 
 
-def test_operands_are_tokens_and_expert_zero() -> None:
-    given = case()
-    rows, up, down = dense_bound(given).leaves
-    assert torch.equal(rows.view(33, 3, 12), given.x.unsqueeze(1).expand(33, 3, 12))
+def fed(given: Case, values: torch.Tensor) -> torch.Tensor:
+    """The rows of all experts, one expert after the other, tokens in their order."""
+    chosen = given.route(given.x.detach() @ given.gate.detach()).expert_indices
+    return torch.cat([values.detach()[(chosen == expert).any(1)] for expert in range(given.shape.experts)])
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_operands_are_the_rows_of_the_layer_in_its_order_and_expert_zero(load: str) -> None:
+    given = make_case(LayerShape("", 33, 12, 7, 12, 3), load, device="cpu", dtype=torch.float32)
+    bound = dense_bound(given)
+    rows, up, down = bound.leaves
+    assert torch.equal(rows, fed(given, given.x))
+    assert torch.equal(bound.grad, fed(given, given.grad))
+    assert not (rows[1:] == rows[:-1]).all(1).any()  # of two rows that are alike the second changes no bit
     assert torch.equal(up, torch.cat([given.experts.gate[0], given.experts.up[0]], 1))
     assert torch.equal(down, given.experts.down[0])
     assert all(leaf.is_leaf and leaf.requires_grad for leaf in (rows, up, down))
@@ -111,7 +121,7 @@ def test_drawn_operands_have_the_scale_of_a_layers() -> None:
     rows, gate, up, down = (leaf.detach() for leaf in dense_expert(given).leaves)
     halves = (rows @ gate).requires_grad_(), (rows @ up).requires_grad_()
     hidden = torch.nn.functional.silu(halves[0]) * halves[1]
-    slopes = torch.autograd.grad(hidden, halves, given.grad.repeat_interleave(2, 0) @ down.T)
+    slopes = torch.autograd.grad(hidden, halves, fed(given, given.grad) @ down.T)
     assert products[1][0].std() == pytest.approx(hidden.std().item(), rel=0.1)
     assert products[4][0].std() == pytest.approx(torch.cat(slopes, 1).std().item(), rel=0.1)
 
@@ -119,11 +129,11 @@ def test_drawn_operands_have_the_scale_of_a_layers() -> None:
 def test_the_dense_expert_is_a_swiglu_expert_with_its_autograd() -> None:
     given = case(dtype=torch.float64)
     y, gradients = run(dense_expert(given))
-    x = given.x.detach().repeat_interleave(3, 0).requires_grad_()
+    x = fed(given, given.x).requires_grad_()
     gate, up, down = (w.detach()[0].clone().requires_grad_() for w in given.experts)
     z = x @ gate
     expected = ((z * torch.sigmoid(z)) * (x @ up)) @ down
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12)
-    wanted = torch.autograd.grad(expected, (x, gate, up, down), given.grad.repeat_interleave(3, 0))
+    wanted = torch.autograd.grad(expected, (x, gate, up, down), fed(given, given.grad))
     for name, found, want in zip(("rows", "gate", "up", "down"), gradients, wanted, strict=True):
         torch.testing.assert_close(found, want, rtol=1e-12, atol=1e-12, msg=name)

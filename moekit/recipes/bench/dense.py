@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moekit.dispatch import dropless_plan, gather_rows
 from moekit.recipes.bench.rows import Case, Contender
+from moekit.routing import linear_gate
 
 _SPREAD = 0.6  # of silu(z), silu'(z) and silu(z) z' for normal numbers z, z': 0.5967, 0.6164 and 0.5967
 
@@ -15,10 +17,11 @@ def dense_bound(case: Case) -> Contender:
     """Build the bound: the six products of one SwiGLU expert fed T K rows, and nothing else.
 
     Forward rows @ [gate | up] and hidden @ down; backward grad @ down^T, hidden^T @ grad, slope @ [gate | up]^T and
-    rows^T @ slope: 18 T K D F operations, the useful ones of a layer. The hidden rows, and the slope, which stands for
-    the gradient of the pre-activations, are drawn when the row is built, at the scale that they would have. Products
-    are written to memory that is there, for fresh pages cost time and are no arithmetic: what one run returns is
-    overwritten by the next. Does not synchronise with the host.
+    rows^T @ slope: 18 T K D F operations, the useful ones of a layer. Rows and their gradients are those that the
+    layer's experts are fed, in their order. The hidden rows, and the slope, which stands for the gradient of the
+    pre-activations, are drawn when the row is built, at the scale that they would have. Products are written to memory
+    that is there, for fresh pages cost time and are no arithmetic: what one run returns is overwritten by the next.
+    Does not synchronise with the host.
 
     Args:
         case: to compute with; expert 0 is taken.
@@ -68,9 +71,15 @@ def dense_expert(case: Case) -> Contender:
     return Contender(lambda: (F.silu(rows @ gate) * (rows @ up)) @ down, [rows, gate, up, down], grad)
 
 
+@torch.no_grad()
 def _rows(case: Case) -> tuple[Tensor, Tensor]:
-    k = case.shape.k
-    return case.x.detach().repeat_interleave(k, 0).requires_grad_(), case.grad.repeat_interleave(k, 0)
+    """Tokens and their gradients as the layer's experts are fed them: in that order no row is like the one before.
+
+    K copies of a token in a row would change fewer bits, and a device at its limit of power multiplies them faster.
+    """
+    routing = case.route(linear_gate(case.x, case.gate))
+    plan = dropless_plan(routing)
+    return gather_rows(case.x, routing, plan).requires_grad_(), gather_rows(case.grad, routing, plan)
 
 
 class _Drawn(NamedTuple):
