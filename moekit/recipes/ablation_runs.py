@@ -207,19 +207,20 @@ def mean_experts_per_token(layers: Sequence[LayerLoad]) -> float:
     return sum(each.assignments for each in layers) / sum(each.tokens for each in layers)
 
 
-def unigram_loss(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch], vocab_size: int) -> float:
+def unigram_loss(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch] | None, vocab_size: int) -> float:
     """Score a prediction without context: how often each token is to be predicted, in what is known of a set.
 
     Args:
         scored: the tokens that a model is scored on.
-        known: those, and more of their set if there are more.
+        known: those, and more of their set; None if there are no more.
         vocab_size: V.
 
     Returns:
         Nats per token of ``scored``. If that is all that is known, it is the entropy of its tokens, and no model that
         always predicts the same distribution scores less. Infinite if a token of ``scored`` is not in ``known``.
     """
-    return -float(torch.special.xlogy(_shares(scored, vocab_size), _shares(known, vocab_size)).sum())
+    shares = _shares(scored, vocab_size)
+    return -float(torch.special.xlogy(shares, shares if known is None else _shares(known, vocab_size)).sum())
 
 
 def _shares(batches: Iterable[ValidationBatch], vocab_size: int) -> Tensor:
@@ -234,8 +235,9 @@ def _shares(batches: Iterable[ValidationBatch], vocab_size: int) -> Tensor:
 def _unigram(run: Run, each: ValidationSet) -> float:
     """Score what a run scores of a validation set by how often tokens occur in the set, of which that is the front."""
     scored = run.settings.data.val_num_samples
-    known = None if scored is None else max(scored, _UNIGRAM_TOKENS)
-    return unigram_loss(_batches(run, each, scored), _batches(run, each, known), run.model.config.vocab_size)
+    whole = scored is None or scored >= _UNIGRAM_TOKENS
+    known = None if whole else _batches(run, each, _UNIGRAM_TOKENS)
+    return unigram_loss(_batches(run, each, scored), known, run.model.config.vocab_size)
 
 
 def training_drop_rate(metrics: Sequence[Mapping[str, Any]]) -> float:

@@ -396,13 +396,15 @@ def test_every_router_fits_the_default_model():
     ],
 )
 def test_the_bound_without_context_is_of_the_tokens_that_are_scored(program, monkeypatch, flags, scored, known):
-    checked = []
+    checked, read, read_set = [], [], ablation_runs.read_set
     monkeypatch.setattr(ablation_runs, "_UNIGRAM_TOKENS", 10_000 if known == 6 else 128)
+    monkeypatch.setattr(ablation_runs, "read_set", lambda *given, **rest: read.append(0) or read_set(*given, **rest))
     monkeypatch.setattr(ablation_runs, "audit", lambda recipe, experts: Causality())
 
     def look(run, console, **given):
         ablation_runs.record(run, console, **given)
         results = json.loads((run.folder / "results.json").read_text())["validation"]
+        assert len(read) == (4 if known > scored else 2)  # two sets, each read once where nothing more is known of it
         for each in run.corpus.validation:
             ids = torch.cat([batch.batch.ids for batch in ablation_runs._batches(run, each, None)])
             ids = ids[ids[:, 0] >= 0]
