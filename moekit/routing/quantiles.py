@@ -7,6 +7,7 @@ from torch import Tensor
 
 from moekit.checks import flat_mask
 from moekit.routing.gates import clean, noisy
+from moekit.routing.selection_bias import ZEROS
 from moekit.routing.top_k import Score, check_choice, shifted, softmax, token_choice, weights_at
 from moekit.types import Logits, RouterState, Routing
 
@@ -126,8 +127,7 @@ def quantile_bias(*, k: int) -> RouterState:
     References:
         Megatron-LM, megatron/core/transformer/moe/moe_utils.py, ``qb_dual_update``, https://github.com/NVIDIA/Megatron-LM
     """
-    zeros = partial(torch.zeros, dtype=torch.float32)  # whatever torch's default is
-    return RouterState("bias", zeros, partial(_observe_duals, k=k), _mean_duals)
+    return RouterState("bias", ZEROS, partial(_observe_duals, k=k), _mean_duals)
 
 
 def _observe_duals(

@@ -13,6 +13,8 @@ from torch import Tensor
 from moekit.segments import tokens_per_expert
 from moekit.types import Logits, RouterState, Routing
 
+ZEROS = partial(torch.zeros, dtype=torch.float32)  # to begin with; float32 whatever torch's default is
+
 
 def update_bias(
     bias: Tensor, tokens_per_expert: Tensor, *, rate: float, center: bool = False, limit: float | None = None
@@ -78,8 +80,7 @@ def selection_bias(*, rate: float, center: bool = False, limit: float | None = N
     References:
         Wang et al., Auxiliary-Loss-Free Load Balancing, 2024, https://arxiv.org/abs/2408.15664
     """
-    zeros = partial(torch.zeros, dtype=torch.float32)  # whatever torch's default is
-    return RouterState("bias", zeros, observe_load, partial(update_bias, rate=rate, center=center, limit=limit))
+    return RouterState("bias", ZEROS, observe_load, partial(update_bias, rate=rate, center=center, limit=limit))
 
 
 def observe_load(logits: Logits, routing: Routing, state: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
