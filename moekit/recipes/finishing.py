@@ -58,7 +58,8 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     console.print()
     report.print_scores(console, scores, simple)
     speed = f"{_counted_words(summary['tokens'], progress.seconds, trained)}{_mfu_words(run, trained)}"
-    sizes = f"{summary['parameters']:,} parameters, {active_words(run.model)} active per token"
+    active = active_words(run.model, summary["active_parameters"])
+    sizes = f"{summary['parameters']:,} parameters, {active} active per token"
     print_lines(console, f"{sizes}; {speed}")
     if run.corpus.tokenizer is not None:
         with evaluating(run.model, run.evaluation_recipe):

@@ -121,11 +121,12 @@ def has_bound(model: LanguageModel) -> bool:
     return any(chooses_how_many(layer.recipe, layer.num_experts) for _, layer in moe_layers(model))
 
 
-def active_words(model: LanguageModel) -> str:
+def active_words(model: LanguageModel, active: int) -> str:
     """Say how many parameters a token uses.
 
     Args:
         model: on any device, the meta device included.
+        active: of all of it, from ``parameter_table``.
 
     Returns:
         As "1,234", or "at most 1,234" where the table has a bound.
@@ -133,10 +134,10 @@ def active_words(model: LanguageModel) -> str:
     Example:
         >>> from moekit.lm.configs import load_config
         >>> from moekit.recipes import mixtral
-        >>> active_words(language_model(load_config("moekit_tiny"), mixtral()))
+        >>> active_words(language_model(load_config("moekit_tiny"), mixtral()), 197_184)
         '197,184'
     """
-    return f"{'at most ' if has_bound(model) else ''}{parameter_table(model)[-1].active:,}"
+    return f"{'at most ' if has_bound(model) else ''}{active:,}"
 
 
 def parameter_table(model: LanguageModel) -> list[ParameterCount]:

@@ -57,7 +57,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     total, active = parameter_table(model)[-1][1:]
     print_lines(
         console,
-        f"{checkpoint}: {total:,} parameters, {active_words(model)} active; {world.device.type}, "
+        f"{checkpoint}: {total:,} parameters, {active_words(model, active)} active; {world.device.type}, "
         f"{precision_words(settings.optimizer.precision, world.device)}",
     )
     print_warnings(console, *model_warnings(settings.model, state, training=False))

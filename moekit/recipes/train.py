@@ -12,7 +12,7 @@ from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.consoles import plain_console, print_lines, print_warnings, wide_console
-from moekit.lm.model import LanguageModel, count_parameters
+from moekit.lm.model import LanguageModel
 from moekit.lm.signals import exit_status, stop_on_signals
 from moekit.parallel import World, any_true, share, start_processes, under_torchrun
 from moekit.recipes import report
@@ -24,7 +24,7 @@ from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
 from moekit.recipes.holdings import holding_table, plan_holdings
-from moekit.recipes.language_models import active_words, first_moe_layer, language_model
+from moekit.recipes.language_models import active_words, first_moe_layer, language_model, parameter_table
 from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import deterministic, precision_words
@@ -269,9 +269,10 @@ def announce(run: Run, console: Console) -> None:
         per_node = run.settings.parallel.ranks_per_node or run.world.ranks_per_node
         console.print(_holdings(run.model, run.settings, run.world.size, per_node))
     ranks = "" if run.world.size == 1 else f", {run.world.size} ranks"
+    total, active = parameter_table(run.model)[-1][1:]
     print_lines(
         console,
-        f"{run.folder}: {count_parameters(run.model):,} parameters, {active_words(run.model)} active; "
+        f"{run.folder}: {total:,} parameters, {active_words(run.model, active)} active; "
         f"{device.type}{ranks}, {precision_words(run.settings.optimizer.precision, device)}; {budget.steps:,} steps of "
         f"{budget.tokens_per_step:,} tokens",
     )
