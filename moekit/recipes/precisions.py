@@ -136,14 +136,16 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
+    import torch._inductor.config as compiled  # slow to import; torch turns its switch, too
+
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     fills = torch.utils.deterministic  # memory with NaN, which is slow, and for debugging
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = fills.fill_uninitialized_memory  # type: ignore[attr-defined]
+    filled, in_compiled = fills.fill_uninitialized_memory, compiled.deterministic  # type: ignore[attr-defined]
     torch.use_deterministic_algorithms(True)
     fills.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        fills.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        fills.fill_uninitialized_memory, compiled.deterministic = filled, in_compiled  # type: ignore[attr-defined]

@@ -5,7 +5,14 @@ from moekit.lm.configs import load_config
 from moekit.recipes import mixtral, openlm
 from moekit.recipes.language_models import language_model
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, make_optimizer
-from moekit.recipes.precisions import autocast, gradient_scaler, parameter_dtype, precision_words, product_dtype
+from moekit.recipes.precisions import (
+    autocast,
+    deterministic,
+    gradient_scaler,
+    parameter_dtype,
+    precision_words,
+    product_dtype,
+)
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.steps import LossRules, take_gradient
 
@@ -88,3 +95,13 @@ def test_low_precision_is_near_float32(precision):
     low = take_gradient(model, [batch], rules=LossRules(precision=lambda: autocast(precision, CPU)))
     assert low.cross_entropy.item() == pytest.approx(exact.cross_entropy.item(), rel=0.01)
     assert low.cross_entropy != exact.cross_entropy
+
+
+def test_a_deterministic_run_leaves_the_switch_of_compiled_code_as_it_was():
+    from torch._inductor import config
+
+    for before in (True, False):  # True: TORCHINDUCTOR_DETERMINISTIC=1 says so
+        with config.patch(deterministic=before):
+            with deterministic(True):
+                assert config.deterministic
+            assert config.deterministic is before
