@@ -18,8 +18,9 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
     """Find out by intervention whether a recipe's outputs depend on later tokens, or on other sequences.
 
     The router runs on drawn logits, behind no gate, and the plan decides who is dropped; experts work row by row in any
-    recipe, and are replaced by known maps. See ``moekit.routing.causality``. Uses one thread, and leaves torch's
-    generator as it was.
+    recipe, and are replaced by known maps. See ``moekit.routing.causality``. Leaves torch's generator as it
+    was. Torch uses one thread meanwhile, in the whole process; its number of threads is as before when this ends, also
+    by an error. Audits of several threads at a time would each put back what another one set.
 
     Args:
         recipe: the method, before any parallel strategy.

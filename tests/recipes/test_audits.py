@@ -79,10 +79,22 @@ def test_a_leak_of_the_users_own_is_found():
 
 
 def test_an_audit_leaves_no_trace():
+    def broken(logits, *, bias=None):
+        if len(logits) > 1:  # in the audit, that is, on one thread
+            assert torch.get_num_threads() == 1
+            raise RuntimeError("no such luck")
+        return mixtral().route(logits, bias=bias)
+
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
-    audit(find_recipe("gshard"), E)
+    torch.set_num_threads(3)
+    try:
+        audit(find_recipe("gshard"), E)
+        with pytest.raises(RuntimeError, match="no such luck"):
+            audit(mixtral()._replace(route=broken), E)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(threads)
     assert torch.equal(torch.random.get_rng_state(), state)
-    assert torch.get_num_threads() == threads
 
 
 def notes(*words):
