@@ -9,7 +9,7 @@ import torch
 from moekit.dispatch import gather_rows, scatter_rows
 from moekit.recipes.choices import check_order, num_choices, undecided_logits
 from moekit.recipes.layers import Recipe, routing_of_networks
-from moekit.recipes.recipe_checks import check_plan
+from moekit.recipes.recipe_checks import check_same_plan
 from moekit.routing import Causality, causality, clean
 from moekit.types import Dispatcher, DispatchPlan, Routing
 
@@ -39,7 +39,7 @@ def audit(recipe: Recipe, num_experts: int, **options: Any) -> Causality:
         >>> audit(mixtral(), 8).leaks, audit(gshard(), 8).leaks
         (False, True)
     """
-    check_plan(recipe)
+    check_same_plan(recipe)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         width = clean(undecided_logits(recipe, num_experts, 1)).shape[1]
     choices = num_choices(recipe, num_experts)

@@ -11,7 +11,7 @@ from moekit.parallel import Part, fill, local
 from moekit.recipes.choices import num_choices
 from moekit.recipes.expert_parameters import RoutedExperts, draw_experts, hidden_size
 from moekit.recipes.layers import MoEParams, Recipe, check_recipe, check_shared, moe_layer
-from moekit.recipes.recipe_checks import check_calls, check_plan
+from moekit.recipes.recipe_checks import check_calls, check_same_plan
 from moekit.routing import init_linear_gate
 from moekit.types import LayerOutput, Routing
 
@@ -99,7 +99,7 @@ class MoE(nn.Module):
     def recipe(self, recipe: Recipe) -> None:
         check_recipe("MoE", recipe)
         check_calls(recipe)
-        check_plan(recipe)
+        check_same_plan(recipe)
         check_shared("MoE", recipe.shared)
         self._recipe = recipe
 

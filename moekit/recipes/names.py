@@ -30,7 +30,7 @@ from moekit.recipes.published_routers import (
     st_moe,
     xmoe,
 )
-from moekit.recipes.recipe_checks import check_calls, check_plan
+from moekit.recipes.recipe_checks import check_calls, check_same_plan
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.sigmoid_families import deepseek_v2, deepseek_v3, ernie_moe, llama4, longcat_flash, nemotron_moe
 
@@ -124,7 +124,7 @@ def find_recipe(
     recipe = make(**options)
     if not isinstance(recipe, Recipe):
         raise ValueError(f"recipe {name}: expected a moekit.Recipe or a function that returns one, got {recipe!r}.")
-    check_plan(recipe)
+    check_same_plan(recipe)
     check_calls(recipe)
     return recipe
 

@@ -22,7 +22,7 @@ _DROPLESS: Any = fused_layer().func  # type: ignore[attr-defined]
 _WITH_PLAN: tuple[Any, ...] = (fused_cpu(plan=dropless_plan).func, limited(fused_layer(), plan=dropless_plan).func)  # type: ignore[attr-defined]
 
 
-def check_plan(recipe: Recipe) -> None:
+def check_same_plan(recipe: Recipe) -> None:
     """Check that a recipe's plan is the one that its layer makes: the audit, drop rates and exchanges go by it.
 
     Args:
@@ -37,7 +37,7 @@ def check_plan(recipe: Recipe) -> None:
         >>> from moekit.recipes import expert_layer, mixtral
         >>> tight = padded(capacity_factor=1.0)
         >>> layer = expert_layer(dispatcher=tight, experts=partial(swiglu, matmul=batched))
-        >>> check_plan(mixtral()._replace(layer=layer, plan=tight.plan))
+        >>> check_same_plan(mixtral()._replace(layer=layer, plan=tight.plan))
     """
     made = _plan_made_by(recipe.layer)
     if made is not None and not is_same(made, recipe.plan):
