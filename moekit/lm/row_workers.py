@@ -183,6 +183,7 @@ class WorkerRows:
         self._processes = [process for process in multiprocessing.active_children() if process not in before]
         self._at_exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
+        weakref.finalize(self, atexit.unregister, self._at_exit).atexit = False  # where it is dropped without ``close``
 
     def read(self, addresses: Sequence[Address]) -> Rows:
         """Put the rows of the next step together.

@@ -1,3 +1,4 @@
+import gc
 import json
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import weakref
 from collections import Counter
 from contextlib import closing
 from functools import partial
@@ -20,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moekit.lm import shard_readers
 from moekit.lm.batches import Batching, Reading, RowFormat, open_stream, read_validation
 from moekit.lm.orders import Address, DataExhausted
-from moekit.lm.row_workers import _failure_of
+from moekit.lm.row_workers import WorkerRows, _failure_of
 from moekit.lm.shard_writing import shard_bytes
 from moekit.lm.shards import Shard, ShardError, read_manifest
 
@@ -536,3 +538,15 @@ def test_validation_reads_as_it_goes(tmp_path):
     batches = validation([first, second])
     assert [next(batches).indices[0] for _ in range(2)] == [0, 6]
     assert not tarfile.is_tarfile(tmp_path / "v" / "manifest.jsonl")
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_rows_of_workers_that_are_gone_leave_nothing_to_be_done_at_exit(sources, close):
+    reading = Reading(sources, batching(4), 3)
+    rows = WorkerRows(reading, reading.order().state_dict(), workers=1)
+    left = weakref.ref(rows._at_exit)
+    if close:
+        rows.close()
+    del rows
+    gc.collect()
+    assert left() is None
