@@ -27,8 +27,9 @@ def hash_choice(
 ) -> Routing:
     """Look the experts of each token up by its vocabulary id: S_t = table[id_t], g = scale * s_S.
 
-    Causal. No host synchronisation. Deterministic on CUDA. Ids are not checked, since that would read them: one below
-    zero counts from the end of the table, as any index of a tensor, so padding of -1 needs a ``token_mask``.
+    Causal. No host synchronisation. Deterministic on CUDA. Ids are not checked, since that would read them, but for
+    what the CPU itself notices: one below zero counts from the end of the table, as any index of a tensor, so padding
+    of -1 needs a ``token_mask``.
 
     Args:
         logits: (T, E) float32, with or without noise; only the weights depend on them, without.
@@ -43,7 +44,8 @@ def hash_choice(
         Routing of shape (T, K).
 
     Raises:
-        ValueError: if the number of ids is not T, or the table is wider than E.
+        ValueError: if the number of ids is not T, or the table is wider than E; on a CPU, not compiled, if an
+            id is not in the table.
 
     Example:
         >>> table = torch.tensor([[0], [2]])
@@ -60,7 +62,14 @@ def hash_choice(
             f"hash_choice: {token_ids.numel()} token ids were given for T = {logits.shape[0]} tokens; expected one "
             f"vocabulary id per row of the logits."
         )
-    return _chosen(table[token_ids.flatten()], logits, score=score, normalize=normalize, scale=scale)
+    try:
+        chosen = table[token_ids.flatten()]
+    except IndexError as error:  # on a CPU; a CUDA device would have to be waited for
+        raise ValueError(
+            f"hash_choice: the table has experts for {table.shape[0]} token ids, and there is one beyond ({error}); "
+            f"expected one row for each id of the vocabulary. Make it for so many: hash_layer(vocab_size=...)."
+        ) from error
+    return _chosen(chosen, logits, score=score, normalize=normalize, scale=scale)
 
 
 def hash_table(vocab_size: int, num_experts: int, *, k: int, seed: int = 0) -> Tensor:

@@ -124,3 +124,8 @@ def test_a_table_is_drawn_from_its_seed_and_stays():
     assert torch.equal(state.init(E), hash_table(50, E, k=K, seed=3))
     assert state.update is None
     assert state.observe is None
+
+
+def test_a_table_that_is_smaller_than_the_vocabulary_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"experts for 20 token ids, and there is one beyond.*hash_layer\(vocab_size="):
+        hash_choice(torch.zeros(2, E), token_ids=torch.tensor([0, 20]), table=TABLE)
