@@ -42,7 +42,8 @@ class MoE(nn.Module):
     Raises:
         TypeError: if the recipe is none.
         ValueError: if a size, or the number of shared experts, is not positive, or the part is none; if a stage of the
-            recipe is of another kind, or its state's name is taken; from the layer, if another recipe was put in whose
+            recipe is of another kind, or its state's name is taken; if another recipe is put in that has another number
+            of shared experts; from the layer, if another recipe was put in whose
             gate or experts take other parameters.
         RuntimeError: from what reads ``state``, if another recipe was put in that has one and the first had none of its
             name.
@@ -71,6 +72,7 @@ class MoE(nn.Module):
         dim, num_experts = _size("dim", dim), _size("num_experts", num_experts)
         hidden = None if hidden is None else _size("hidden", hidden)
         options: dict[str, Any] = {"generator": generator, "device": device, "dtype": dtype}
+        self._num_shared: int | None = None  # until they are made
         self.recipe = recipe
         choices = num_choices(recipe, num_experts)
         self.dim, self.num_experts = dim, num_experts
@@ -81,6 +83,7 @@ class MoE(nn.Module):
         if recipe.shared is not None:
             shared = recipe.init(1, dim, hidden_size(recipe.init, dim, hidden) * recipe.shared.number, **options)
             gate = init_linear_gate(dim, 1, **options) if recipe.shared.gated else None
+            self._num_shared = recipe.shared.number
         if recipe.simple is not None:
             simple = recipe.simple.init(dim, **options)
         self.shared, self._shared_type = _held(shared)
@@ -101,6 +104,12 @@ class MoE(nn.Module):
         check_calls(recipe)
         check_same_plan(recipe)
         check_shared("MoE", recipe.shared)
+        if recipe.shared is not None and self._num_shared not in (None, recipe.shared.number):
+            raise ValueError(
+                f"MoE: the recipe has {recipe.shared.number} shared experts, and the module was made with "
+                f"{self._num_shared}, whose parameters are as wide as these together; expected as many. Make a new MoE "
+                f"of the recipe, or take recipe.shared._replace(number={self._num_shared})."
+            )
         self._recipe = recipe
 
     @property

@@ -107,6 +107,15 @@ def test_shared_experts_are_one_value_with_a_positive_number(shared) -> None:
         MoE(D, E, mixtral()._replace(shared=shared), hidden=8)
 
 
+def test_a_module_holds_as_many_shared_experts_as_it_was_made_with() -> None:
+    moe = MoE(8, 4, deepseek_moe(num_shared=2))
+    other = moe.recipe.shared._replace(number=3)
+    with pytest.raises(ValueError, match=r"has 3 shared experts, and the module was made with 2.*_replace\(number=2\)"):
+        moe.recipe = moe.recipe._replace(shared=other)
+    moe.recipe = moe.recipe._replace(shared=None)  # which leaves them out
+    moe.recipe = deepseek_moe(num_shared=2)
+
+
 def test_shared_experts_can_be_added_to_any_method() -> None:
     shared = SharedExperts(partial(swiglu, matmul=grouped), gated=True)
     moe = MoE(D, E, mixtral()._replace(shared=shared), hidden=8)
