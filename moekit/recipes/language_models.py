@@ -1,5 +1,6 @@
 """Language models whose feed-forwards run a recipe, and what they cost."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -94,7 +95,7 @@ class ParameterCount(NamedTuple):
         part: its name.
         total: parameters.
         active: parameters that one token uses: at most, where a router chooses how many experts it gets, or some of
-            them are simple ones.
+            them are simple ones, or where blocks share a layer.
     """
 
     part: str
@@ -104,6 +105,8 @@ class ParameterCount(NamedTuple):
 
 def has_bound(model: LanguageModel) -> bool:
     """Say whether the active parameters of ``parameter_table`` are a bound, as a router chooses how many a token uses.
+
+    Or as blocks share a layer, in which they may choose the same experts.
 
     Args:
         model: on any device, the meta device included.
@@ -118,7 +121,8 @@ def has_bound(model: LanguageModel) -> bool:
         >>> has_bound(language_model(config, dynamic_k()))
         True
     """
-    return any(chooses_how_many(layer.recipe, layer.num_experts) for _, layer in moe_layers(model))
+    layers = [layer for _, layer in moe_layers(model)]
+    return len(set(layers)) < len(layers) or any(chooses_how_many(each.recipe, each.num_experts) for each in layers)
 
 
 def active_words(model: LanguageModel, active: int) -> str:
@@ -147,7 +151,8 @@ def parameter_table(model: LanguageModel) -> list[ParameterCount]:
         model: on any device, the meta device included.
 
     Returns:
-        Rows. A token uses k of E experts in each MoE layer, and one row of the embedding is counted as all of it.
+        Rows. A token uses k of E experts in each MoE layer, and one row of the embedding is counted as all of it. What
+        several blocks share is counted once; of shared experts each block uses k others, at most.
 
     Example:
         >>> from moekit.lm.configs import load_config
@@ -156,19 +161,18 @@ def parameter_table(model: LanguageModel) -> list[ParameterCount]:
         >>> parameter_table(model)[-1].total == count_parameters(model)
         True
     """
-    experts = active = others = dense = attention = 0
-    for block in model.layers:
-        assert isinstance(block, Block)
-        attention += count_parameters(block.attention)
-        if isinstance(block.feed_forward, MoE):
-            size = count_parameters(block.feed_forward.experts)
-            layer = block.feed_forward
+    experts = active = others = dense = 0
+    blocks = [block for block in model.layers if isinstance(block, Block)]
+    attention = sum(count_parameters(each) for each in {block.attention for block in blocks})
+    for layer, uses in Counter(block.feed_forward for block in blocks).items():
+        if isinstance(layer, MoE):
+            size = count_parameters(layer.experts)
             share = experts_per_token(layer.recipe, layer.num_experts, sequence_length=model.config.seq_len)
             experts += size
-            active += round(size * min(share / layer.num_experts, 1.0))
-            others += count_parameters(block.feed_forward) - size
+            active += round(size * min(uses * share / layer.num_experts, 1.0))
+            others += count_parameters(layer) - size
         else:
-            dense += count_parameters(block.feed_forward)
+            dense += count_parameters(layer)
     head = 0 if model.config.weight_tying else count_parameters(model.output)
     rows = [
         ParameterCount("embedding", count_parameters(model.tok_embeddings), count_parameters(model.tok_embeddings)),

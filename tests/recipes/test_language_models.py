@@ -18,6 +18,7 @@ from moekit.recipes import (
 )
 from moekit.recipes.language_models import (
     active_words,
+    has_bound,
     language_model,
     moe_layers,
     parameter_table,
@@ -86,6 +87,19 @@ def test_where_a_router_chooses_how_many_active_parameters_are_a_bound(recipe, b
     model = tiny(recipe, moe_freq=1, moe_num_experts=8)
     assert active_words(model, 1234) == ("at most 1,234" if bound else "1,234")
     assert [column.header for column in describe(model).columns][2].endswith("at most") is bound
+
+
+def test_what_blocks_share_is_counted_once():
+    one = {row.part: row for row in parameter_table(tiny(mixtral(), moe_freq=1, moe_num_experts=8, n_layers=1))}
+    model = tiny(mixtral(), moe_freq=1, moe_num_experts=8, n_layers=2)
+    model.layers[1].feed_forward = model.layers[0].feed_forward
+    model.layers[1].attention = model.layers[0].attention
+    table = {row.part: row for row in parameter_table(model)}
+    for part in ("attention", "routers and shared experts"):
+        assert table[part] == one[part]
+    assert table["experts"] == one["experts"]._replace(active=2 * one["experts"].active)  # two of eight in each block
+    assert table["all"].total == count_parameters(model)
+    assert has_bound(model)  # they may be the same
 
 
 def test_shared_experts_and_routers_are_active_for_every_token():
