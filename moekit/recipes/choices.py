@@ -129,6 +129,26 @@ def chooses_how_many(recipe: Recipe, num_experts: int) -> bool:
     return bool((routing.expert_indices < 0).any())
 
 
+def has_rows_of_tokens(recipe: Recipe, num_experts: int) -> bool:
+    """Say whether what a recipe's expert layer gets of its router is a row of choices for each token, (T, K).
+
+    Args:
+        recipe: the method.
+        num_experts: E.
+
+    Returns:
+        False where experts choose, or the routing is a list. The tokens of a soft router are its slots.
+
+    Example:
+        >>> from moekit.recipes import expert_choice, mixtral
+        >>> has_rows_of_tokens(mixtral(), 8), has_rows_of_tokens(expert_choice(), 8)
+        (True, False)
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        routing = _routed(recipe, undecided_logits(recipe, num_experts, 1024), num_experts)
+    return isinstance(routing, SoftRouting) or (isinstance(routing, Routing) and routing.expert_indices.ndim == 2)
+
+
 def check_order(recipe: Recipe, routing: Routing) -> None:
     """Refuse a routing whose rows are not those of the tokens in order, which layers would compute wrongly.
 

@@ -23,6 +23,7 @@ from moekit.parallel import (
     tensor_parallel,
     with_positions,
 )
+from moekit.recipes.choices import has_rows_of_tokens, place_of
 from moekit.recipes.layers import Recipe
 from moekit.recipes.settings import ParallelSettings
 from moekit.types import DispatchPlan, ExpertLayer, Routing
@@ -110,7 +111,7 @@ def spread_recipe(
         Recipe.
 
     Raises:
-        ValueError: if a capacity limit would count within a slice of the tokens.
+        ValueError: if a capacity limit would count within a slice of the tokens, or their routing cannot be sliced.
     """
     layout = grid.layout
     if not layout.exchanges:
@@ -137,7 +138,7 @@ def spread_recipe(
 
 
 def check_slices(recipe: Recipe, layout: Layout, settings: ParallelSettings) -> None:
-    """Refuse slices of the tokens under a capacity limit.
+    """Refuse slices of the tokens under a capacity limit, and of a routing that is not (T, K).
 
     Args:
         recipe: the method.
@@ -145,9 +146,16 @@ def check_slices(recipe: Recipe, layout: Layout, settings: ParallelSettings) -> 
         settings: of the launch.
 
     Raises:
-        ValueError: if a limit would count within a slice.
+        ValueError: if a limit would count within a slice, or the routing has no row for each token.
     """
-    if layout.exchanges and settings.moe_exchange_chunks > 1 and recipe.plan is not dropless_plan:
+    if not layout.exchanges or settings.moe_exchange_chunks == 1:
+        return
+    if not has_rows_of_tokens(recipe, layout.num_experts):
+        raise ValueError(
+            f"--moe-exchange-chunks {settings.moe_exchange_chunks} slices the choices of tokens, (T, K), and the "
+            f"router {place_of(recipe.route)} returns none. Leave the flag out, or take a router by which tokens choose"
+        )
+    if recipe.plan is not dropless_plan:
         raise ValueError(
             f"--moe-exchange-chunks {settings.moe_exchange_chunks}: a capacity limit would count within each "
             "slice, and drop other tokens than one process does. Give --moe-capacity-factor 0, or leave it out"

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moekit.parallel import Grid, Layout, World, all_gather, all_to_all, make_grid, one_process, replicated
-from moekit.recipes import exchanges, mixtral, openlm
+from moekit.recipes import exchanges, expert_choice, mixtral, openlm, soft_moe, sonic_token_rounding
 from moekit.recipes.exchanges import make_exchange, make_layout, spread_layer, spread_recipe
 from moekit.recipes.settings import ParallelSettings
 
@@ -173,6 +173,14 @@ def test_slices_with_a_capacity_limit_are_refused(grids):
     )
     with pytest.raises(ValueError, match=message):
         spread_recipe(openlm(), grids(Layout(8, experts=4)), settings_of(moe_exchange_chunks=2), block=4)
+
+
+@pytest.mark.parametrize("recipe", [expert_choice(), sonic_token_rounding()])
+def test_slices_of_a_routing_without_rows_of_tokens_are_refused(grids, recipe):
+    chunks, layout = settings_of(moe_exchange_chunks=2), Layout(8, experts=4)
+    with pytest.raises(ValueError, match=r"--moe-exchange-chunks 2 slices .* and the router .* returns none\. Leave"):
+        spread_recipe(recipe, grids(layout), chunks, block=4)
+    assert spread_recipe(soft_moe(), grids(layout), chunks, block=4) != soft_moe()  # slots are rows
 
 
 def test_evaluation_turns_a_static_exchange_into_one_that_drops_nothing(grids):

@@ -257,6 +257,8 @@ def test_what_a_launch_would_refuse_is_refused_of_a_plan():
     with pytest.raises(ValueError, match="--moe-exchange-chunks 2: a capacity limit would count within each slice"):
         plan(f"{flags} 1.25", 4)
     assert plan(f"{flags} 0", 4)
+    with pytest.raises(ValueError, match=r"--moe-exchange-chunks 2 slices .* the router expert_choice .* returns none"):
+        plan(f"{SPREAD} --moe-exchange-chunks 2 --recipe expert_choice", 4)
     with pytest.raises(ValueError, match=r"'down_bias' .*Keep the experts whole \(--moe-hidden-ranks 1\)"):
         plan(f"{SPREAD} --recipe gpt_oss", 16)
     assert plan(f"{SPREAD} --recipe gpt_oss --moe-hidden-ranks 1", 16)
