@@ -41,13 +41,15 @@ def ratio_of(number: float | Ratio) -> Ratio:
 
 
 def is_positive(number: float | Ratio) -> bool:
-    """Say whether a number is positive and finite.
+    """Say whether a number is positive and finite; what is no number of the host, as a tensor or a text, is not.
 
     Example:
         >>> is_positive(1.25), is_positive(Ratio(0)), is_positive(float("inf"))
         (True, False, False)
     """
-    return number.numerator > 0 if isinstance(number, Ratio) else 0 < number < float("inf")
+    if isinstance(number, Ratio):
+        return number.numerator > 0
+    return not isinstance(number, torch.Tensor | str) and 0 < number < float("inf")
 
 
 def as_ratio(number: int | Ratio) -> Ratio:

@@ -2,6 +2,8 @@
 
 from functools import partial
 
+from torch import Tensor
+
 from moekit.dispatch.plans import Priority, by_position, dropless_plan, padded_plan
 from moekit.dispatch.rows import gather_rows, scatter_rows
 from moekit.ratios import is_positive, ratio_of
@@ -39,7 +41,7 @@ def padded(*, capacity_factor: float | Ratio, priority: Priority = by_position) 
         Dispatcher of ``padded_plan``, ``gather_rows`` and ``scatter_rows``, or that of ``dropless``.
 
     Raises:
-        ValueError: if the capacity factor is None, negative or not finite, or the priority no function.
+        ValueError: if the capacity factor is None, a tensor, negative or not finite, or the priority no function.
 
     Example:
         >>> padded(capacity_factor=0) == dropless()
@@ -53,12 +55,12 @@ def padded(*, capacity_factor: float | Ratio, priority: Priority = by_position) 
             f"padded: priority = {priority!r}; expected a function of moekit.dispatch: by_position, by_choice or "
             f"by_weight."
         )
-    if capacity_factor == 0:
+    if not isinstance(capacity_factor, Tensor) and capacity_factor == 0:
         return dropless()
     if capacity_factor is None or not is_positive(capacity_factor):
         raise ValueError(
-            f"capacity_factor = {capacity_factor}; expected a finite number >= 0, where 0 means dropless. "
-            f"1.25 is OpenLM's default."
+            f"capacity_factor = {capacity_factor!r}; expected a finite number >= 0, where 0 means dropless. "
+            f"1.25 is OpenLM's default; of a tensor take .item()."
         )
     plan = partial(padded_plan, capacity_factor=ratio_of(capacity_factor), priority=priority)
     return Dispatcher(plan, gather_rows, scatter_rows)

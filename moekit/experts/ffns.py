@@ -274,7 +274,7 @@ def check_network_params(name: str, params: Any, kind: type[Any]) -> None:
         kind: the NamedTuple that it takes; anything with its fields, and no other that experts have, will do.
 
     Raises:
-        ValueError: if a field is not there, or one is that the network does not use.
+        ValueError: if a field is not there, or one is that the network does not use; if gate and up differ in width.
 
     Example:
         >>> check_network_params("gelu_mlp", init_gated(2, 4, 8), MlpParams)
@@ -285,6 +285,11 @@ or draw the parameters with init_mlp, or unpack them with unpack_gated.
     """
     found = [part for part in _PARTS if hasattr(params, part)]
     if found == [part for part in _PARTS if part in kind._fields]:
+        if "gate" in found and params.gate.shape[-1] != params.up.shape[-1]:
+            raise ValueError(
+                f"{name}: the experts' gate is {tuple(params.gate.shape)} and their up {tuple(params.up.shape)}; "
+                f"expected (E, D, F) of both. Draw them as wide as each other in the recipe's init, as init_gated does."
+            )
         return
     lacking = [part for part in kind._fields if part not in found]
     unused = [part for part in found if part not in kind._fields]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, normalized, shifted, sigmoid, softmax, token_choice
+from moekit.routing.top_k import Score, check_choice, normalized, scored, shifted, sigmoid, softmax, token_choice
 from moekit.types import Logits, Routing
 
 
@@ -54,7 +54,7 @@ def top_p(
     check_choice(logits, max_k, name="top_p")
     if not 0 <= p <= 1:
         raise ValueError(f"top_p: p = {p}; expected a share of the scores between 0 and 1, such as 0.4.")
-    scores = score(logits)
+    scores = scored(score, logits)
     order = torch.topk(shifted(scores.detach(), bias), max_k, dim=-1).indices  # (T, max_k)
     if p == 1:  # the running sum reaches 1 by rounding before the smallest scores have had their turn
         kept = torch.ones_like(order, dtype=torch.bool)
@@ -119,7 +119,7 @@ def threshold(
             f"threshold: threshold has shape {tuple(threshold.shape)}; expected a number, or one per expert, "
             f"({logits.shape[1]},)."
         )
-    scores = score(logits)
+    scores = scored(score, logits)
     margins = shifted(scores.detach(), bias) - threshold
     values, order = torch.topk(margins, max_k, dim=-1)
     kept = (values > 0) | (torch.arange(max_k, device=logits.device) < at_least)

@@ -11,7 +11,7 @@ from torch import Tensor
 from moekit.checks import flat_mask
 from moekit.ratios import is_positive, ratio_of
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, normalized, softmax, softmax_over_tokens
+from moekit.routing.top_k import Score, check_choice, normalized, scored, softmax, softmax_over_tokens
 from moekit.types import Logits, Ratio, Routing
 
 Division = Callable[[Any, Any], Any]
@@ -145,8 +145,8 @@ def expert_capacity(
     """
     if not is_positive(capacity_factor) or multiple_of < 1:
         raise ValueError(
-            f"expert choice: capacity_factor = {capacity_factor} and multiple_of = {multiple_of}; expected a positive, "
-            f"finite factor (experts per token in the mean; 2 in the paper) and a positive multiple."
+            f"expert choice: capacity_factor = {capacity_factor!r} and multiple_of = {multiple_of}; expected a "
+            f"positive, finite factor (experts per token in the mean; 2 in the paper) and a positive multiple."
         )
     numerator, denominator = ratio_of(capacity_factor)
     rows = divide_up(division(num_tokens * numerator, denominator * num_experts), multiple_of) * multiple_of
@@ -175,7 +175,7 @@ def _scores_by_expert(logits: Tensor, score: Score, real: Tensor | None, pools: 
         padding = torch.finfo(logits.dtype).min if over_tokens else 0.0
         logits = logits.masked_fill(~real.reshape(-1, 1), padding)
     shape = *pools, logits.shape[1]
-    scores = score(logits.reshape(shape)) if over_tokens else score(logits).reshape(shape)
+    scores = scored(score, logits.reshape(shape)) if over_tokens else scored(score, logits).reshape(shape)
     return scores.transpose(1, 2)
 
 

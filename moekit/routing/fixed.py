@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import clean
-from moekit.routing.top_k import Score, check_choice, softmax, token_choice, weights_at
+from moekit.routing.top_k import Score, check_choice, scored, softmax, token_choice, weights_at
 from moekit.types import Logits, RouterState, Routing
 
 
@@ -181,7 +181,7 @@ def round_robin(
 
 
 def _chosen(expert_indices: Tensor, logits: Tensor, *, score: Score, normalize: bool, scale: float = 1.0) -> Routing:
-    weights = weights_at(score(logits), expert_indices, normalize=normalize, scale=scale)
+    weights = weights_at(scored(score, logits), expert_indices, normalize=normalize, scale=scale)
     return token_choice(expert_indices, weights, logits)
 
 

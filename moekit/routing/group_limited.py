@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, shifted, softmax, token_choice, weights_at
+from moekit.routing.top_k import Score, check_choice, scored, shifted, softmax, token_choice, weights_at
 from moekit.types import Logits, Routing
 
 
@@ -67,7 +67,7 @@ def group_limited(
     logits = noisy(logits)
     check_choice(logits, k, name="group_limited")
     _check_groups(logits.shape[1], k, num_groups=num_groups, groups_kept=groups_kept, group_top=group_top)
-    scores = score(logits)
+    scores = scored(score, logits)
     selection = shifted(scores.detach(), bias)
     kept = _kept_experts(selection, num_groups=num_groups, groups_kept=groups_kept, group_top=group_top)
     expert_indices = torch.topk(selection.masked_fill(~kept, masked), k, dim=-1).indices

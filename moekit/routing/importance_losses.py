@@ -20,7 +20,7 @@ from moekit.routing.scopes import (
     weights_by_expert,
     whole_batch,
 )
-from moekit.routing.top_k import Score
+from moekit.routing.top_k import Score, scored
 from moekit.types import Logits, NoisyLogits, Routing
 
 
@@ -72,7 +72,7 @@ def importance_loss(
     if score is None:
         values = weights_by_expert(routing)
     else:
-        values = score(hidden_logits("importance_loss", logits, token_mask))
+        values = scored(score, hidden_logits("importance_loss", logits, token_mask))
     return _squared_variation(values, token_mask, scope=scope, sequence_length=sequence_length)
 
 

@@ -12,7 +12,7 @@ from moekit.routing.scopes import (
     real_tokens,
     sums_of_pools,
 )
-from moekit.routing.top_k import Score, softmax
+from moekit.routing.top_k import Score, scored, softmax
 from moekit.types import Logits, Routing
 
 
@@ -152,7 +152,7 @@ def shares(logits: Tensor, score: Score) -> Tensor:
         >>> shares(torch.zeros(1, 4), sigmoid)
         tensor([[0.2500, 0.2500, 0.2500, 0.2500]])
     """
-    scores = score(logits)
+    scores = scored(score, logits)
     return scores / scores.sum(-1, keepdim=True).clamp_min(torch.finfo(scores.dtype).tiny)
 
 

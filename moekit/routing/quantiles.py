@@ -8,7 +8,7 @@ from torch import Tensor
 from moekit.checks import flat_mask
 from moekit.routing.gates import clean, noisy
 from moekit.routing.selection_bias import ZEROS
-from moekit.routing.top_k import Score, check_choice, shifted, softmax, token_choice, weights_at
+from moekit.routing.top_k import Score, check_choice, scored, shifted, softmax, token_choice, weights_at
 from moekit.types import Logits, RouterState, Routing
 
 
@@ -54,7 +54,7 @@ def quantile_balanced(
     check_choice(logits, k, name="quantile_balanced")
     expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
     return token_choice(
-        expert_indices, weights_at(score(logits), expert_indices, normalize=normalize, scale=scale), logits
+        expert_indices, weights_at(scored(score, logits), expert_indices, normalize=normalize, scale=scale), logits
     )
 
 

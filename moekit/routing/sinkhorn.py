@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moekit.autocast import outside_autocast
 from moekit.routing.gates import noisy
-from moekit.routing.top_k import Score, check_choice, shifted, sigmoid, softmax, token_choice, weights_at
+from moekit.routing.top_k import Score, check_choice, scored, shifted, sigmoid, softmax, token_choice, weights_at
 from moekit.types import Logits, Routing
 
 _SMALLEST_SUM = 1e-8  # Megatron-LM's, part of the formula
@@ -68,7 +68,7 @@ def sinkhorn(
         selection = selection + scales.log()
     expert_indices = torch.topk(shifted(selection, bias), k, dim=-1).indices
     score = (sigmoid if k == 1 else softmax) if score is None else score
-    return token_choice(expert_indices, weights_at(score(logits), expert_indices), logits)
+    return token_choice(expert_indices, weights_at(scored(score, logits), expert_indices), logits)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from torch import Tensor
 from moekit.checks import check_devices, check_routing
 from moekit.operators import HAS_TRITON
 from moekit.routing.gates import check_precision, noisy
-from moekit.routing.top_k import Score, softmax
+from moekit.routing.top_k import Score, scored, softmax
 from moekit.segments import exclusive_cumsum, sort_by_expert
 from moekit.types import Logits, Router, Routing
 
@@ -123,13 +123,13 @@ def round_tokens(
         SonicMoE, commit cbcb12a, benchmarks/moe-token-rounding.py, https://github.com/Dao-AILab/sonic-moe
     """
     logits = noisy(logits)
-    _check(logits, routing, tile)
+    _check(logits, routing, tile, rounding)
     experts, num_experts = routing.expert_indices.flatten(), routing.num_experts
     order, loads = sort_by_expert(experts, num_experts)
     rounded = (rounding(loads.double() / tile) * tile).to(torch.int64).clamp(0, routing.num_tokens)  # (E,)
     kept = _heaviest(routing.weights.detach().flatten(), order, loads, limits=rounded)
     counts, num_besides = rounded - loads, min(_most_besides(tile, rounding), routing.num_tokens)
-    scores = score(logits)
+    scores = scored(score, logits)
     tokens = _besides(scores.detach(), routing.expert_indices, counts, number=num_besides)  # (E, num_besides)
     takers = torch.arange(num_experts, device=tokens.device).unsqueeze(-1).expand_as(tokens)
     missing = torch.cat([kept, _places(counts, num_besides).flatten()]).logical_not_()
@@ -216,12 +216,16 @@ def _has_kernels(values: Tensor) -> bool:
     return values.is_cuda and values.dtype == torch.float32 and HAS_TRITON
 
 
-def _check(logits: Tensor, routing: Routing, tile: int) -> None:
+def _check(logits: Tensor, routing: Routing, tile: int, rounding: Any) -> None:
     check_routing("token_rounding", routing)
     check_devices("token_rounding", logits, *routing[:3])
     check_precision("token_rounding", logits)
     if tile < 1:
         raise ValueError(f"token_rounding: tile = {tile}; expected the rows of a GEMM tile, >= 1, such as 128.")
+    if not callable(rounding):
+        raise ValueError(
+            f"token_rounding: rounding = {rounding!r}; expected a function of loads in tiles, such as torch.round."
+        )
     if routing.expert_indices.ndim != 2:
         raise ValueError(
             f"token_rounding: the routing has shape {tuple(routing.expert_indices.shape)}; expected (T, K), as "

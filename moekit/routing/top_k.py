@@ -140,7 +140,7 @@ def top_k(
     """
     logits = noisy(logits)
     check_choice(logits, k, name="top_k")
-    scores = score(logits)
+    scores = scored(score, logits)
     expert_indices = torch.topk(shifted(scores, bias), k, dim=-1).indices
     weights = weights_at(scores, expert_indices, normalize=normalize, order=order, scale=scale)
     return token_choice(expert_indices, weights, logits)
@@ -210,6 +210,33 @@ def _of_largest(name: str, weigh: Score, logits: Logits, *, k: int, bias: Tensor
     check_choice(logits, k, name=name)
     expert_indices = torch.topk(shifted(logits, bias), k, dim=-1).indices
     return token_choice(expert_indices, weigh(logits.gather(-1, expert_indices)), logits)
+
+
+def scored(score: Score, logits: Tensor) -> Tensor:
+    """Score logits by the function that a router was given for it.
+
+    Args:
+        score: (T, E) logits -> (T, E) scores.
+        logits: (T, E).
+
+    Returns:
+        (T, E).
+
+    Raises:
+        ValueError: if it is no function.
+
+    Example:
+        >>> scored("sigmoid", torch.zeros(1, 2))
+        Traceback (most recent call last):
+        ValueError: score = 'sigmoid'; expected a function of logits (T, E). Pass the function itself, such as \
+moekit.routing.sigmoid, or one of your own.
+    """
+    if not callable(score):
+        raise ValueError(
+            f"score = {score!r}; expected a function of logits (T, E). Pass the function itself, such as "
+            f"moekit.routing.sigmoid, or one of your own."
+        )
+    return score(logits)
 
 
 def weights_at(

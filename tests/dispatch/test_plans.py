@@ -76,6 +76,11 @@ def test_padded_takes_a_number_and_a_function() -> None:
         ValueError, match="capacity_factor = None; expected a finite number >= 0, where 0 means dropless"
     ):
         padded(capacity_factor=None)
+    for factor in (torch.tensor(1.25), torch.tensor([0.0, 1.0]), "1.25"):
+        with pytest.raises(ValueError, match=r"expected a finite number >= 0.*of a tensor take .item\(\)"):
+            padded(capacity_factor=factor)
+        with pytest.raises(ValueError, match=r"expected a positive, finite number"):
+            padded_plan(round_robin(torch.zeros(4, 2), k=1), capacity_factor=factor)
     with pytest.raises(
         ValueError, match=r"padded: priority = 'by_weight'; expected a function.*by_position, by_choice or"
     ):

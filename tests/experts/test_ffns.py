@@ -131,6 +131,12 @@ def test_experts_without_a_gate_refuse_parameters_with_one(ffn) -> None:
             ffn(torch.ones(3, 4), Groups(torch.tensor([1, 2]), None), init(2, 4, 8), matmul=loop)
 
 
+def test_a_gate_of_another_width_is_refused_in_words() -> None:
+    groups, params = Groups(torch.tensor([1, 2]), None), init_gated(2, 4, 8)
+    with pytest.raises(ValueError, match=r"gate is \(2, 4, 6\) and their up \(2, 4, 8\); expected .* recipe's init"):
+        swiglu(torch.ones(3, 4), groups, params._replace(gate=params.gate[..., :6]), matmul=loop)
+
+
 @pytest.mark.parametrize("ffn", [swiglu, geglu])
 def test_experts_with_a_gate_refuse_parameters_without_one(ffn) -> None:
     params, packed = init_mlp(2, 4, 8), pack_gated(init_gated(2, 4, 8))

@@ -309,6 +309,8 @@ def test_errors_say_what_was_given() -> None:
     for other in (torch.zeros(T + 1, E), torch.zeros(T - 1, E), torch.zeros(T, E + 1)):
         with pytest.raises(ValueError, match=r"the logits have shape .* and the routing is over .* expected \(T, E\)"):
             round_tokens(other, routing, tile=2)
+    with pytest.raises(ValueError, match=r"rounding = 'ceil'; expected a function .* such as torch.round"):
+        round_tokens(torch.zeros(2, 3), round_robin(torch.zeros(2, 3), k=1), tile=1, rounding="ceil")
     with pytest.raises(ValueError, match=r"token_rounding: the routing has experts of torch.int32"):
         round_tokens(logits, routing._replace(expert_indices=routing.expert_indices.int()), tile=2)
     with pytest.raises(ValueError, match=r"the routing has shape \(1, 5, 7\); expected \(T, K\), as token-choice"):

@@ -3,7 +3,24 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.routing import sigmoid, sigmoid_of_top_k, softmax, softmax_of_top_k, top_k, weights_at
+from moekit.routing import (
+    expert_choice,
+    group_limited,
+    importance_loss,
+    load_balance_loss,
+    quantile_balanced,
+    round_robin,
+    round_tokens,
+    sigmoid,
+    sigmoid_of_top_k,
+    sinkhorn,
+    softmax,
+    softmax_of_top_k,
+    threshold,
+    top_k,
+    top_p,
+    weights_at,
+)
 
 T, E, K = 11, 6, 3
 ROUTERS = {
@@ -198,3 +215,24 @@ def test_weights_are_divided_by_a_norm_of_any_order(order: float) -> None:
     torch.testing.assert_close(
         *(torch.autograd.grad((w * cotangent).sum(), logits, retain_graph=True)[0] for w in (found, chosen / power))
     )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        partial(top_k, k=2, score="sigmoid"),
+        partial(top_p, p=0.5, score="sigmoid"),
+        partial(threshold, threshold=0.5, score="sigmoid"),
+        partial(round_robin, k=1, score="sigmoid"),
+        partial(expert_choice, capacity_factor=1.0, score="sigmoid"),
+        partial(group_limited, k=1, num_groups=2, groups_kept=1, score="sigmoid"),
+        partial(sinkhorn, k=1, score="sigmoid"),
+        partial(quantile_balanced, k=1, score="sigmoid"),
+        lambda logits: load_balance_loss(logits, top_k(logits, k=1), score="sigmoid"),
+        lambda logits: importance_loss(logits, top_k(logits, k=1), score="sigmoid"),
+        lambda logits: round_tokens(logits, top_k(logits, k=1), tile=2, score="sigmoid"),
+    ],
+)
+def test_a_score_that_is_no_function_is_refused_in_words(call) -> None:
+    with pytest.raises(ValueError, match=r"score = 'sigmoid'; expected a function .* such as moekit.routing.sigmoid"):
+        call(torch.zeros(4, 4))
