@@ -157,7 +157,7 @@ def restore(run: Run, console: Console) -> Progress:
             "nothing to go on from. Start anew under another --name"
         )
     if path is None:
-        print_lines(console, f"--resume latest: {run.folder} has no checkpoint yet, so the run starts")
+        print_lines(console, f"--resume latest: {run.folder.absolute()} has no checkpoint yet, so the run starts")
         return Progress()
     if path.is_file():
         return _restore_weights(run, path, console)

@@ -621,3 +621,11 @@ def test_all_ranks_hear_of_a_refusal(shards, tmp_path, monkeypatch):
     for [ended] in run_ranks("launches:run_commands", 2, [line], limit=30):
         assert "works in this folder" in str(ended.message)
     assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_folder_without_a_checkpoint_is_told_by_its_whole_path(program, monkeypatch, tmp_path, capsys):
+    """Relative logs are another folder where the launch is from another place."""
+    monkeypatch.chdir(tmp_path)
+    program("--steps", "1", "--logs", "runs", "--resume", "latest")
+    said = capsys.readouterr().out
+    assert f"--resume latest: {tmp_path / 'runs' / 'a'} has no checkpoint yet, so the run starts\n" in said
