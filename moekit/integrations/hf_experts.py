@@ -55,22 +55,6 @@ class ModuleParams(NamedTuple):
     known: Activation | None = None
 
 
-def is_experts(module: nn.Module) -> bool:
-    """Say whether a module has transformers' experts interface.
-
-    Args:
-        module: any.
-
-    Returns:
-        Whether ``module_params`` can read it.
-
-    Example:
-        >>> is_experts(nn.Linear(2, 2))
-        False
-    """
-    return hasattr(module, "has_gate") and hasattr(module, "is_transposed") and hasattr(module, "down_proj")
-
-
 def experts_modules(name: str, model: nn.Module) -> dict[str, nn.Module]:
     """List the experts modules of a model.
 
@@ -89,7 +73,8 @@ def experts_modules(name: str, model: nn.Module) -> dict[str, nn.Module]:
         Traceback (most recent call last):
         ValueError: a function: Linear has no experts modules with transformers' experts interface; ...
     """
-    found = {each: module for each, module in model.named_modules() if is_experts(module)}
+    marks = ("has_gate", "is_transposed", "down_proj")
+    found = {each: m for each, m in model.named_modules() if all(hasattr(m, mark) for mark in marks)}
     if not found:
         raise ValueError(
             f"{name}: {type(model).__name__} has no experts modules with transformers' experts interface; expected a "

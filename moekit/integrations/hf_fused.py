@@ -96,29 +96,8 @@ def _fused_module_layer(
     return layer(as_weights(x, params.up), routing, fused_params(params))
 
 
-def cpu_module_layer() -> ExpertLayer:
-    """Return ``fused_cpu`` for transformers experts modules: dropless, expert by expert in the cache, a thread each.
-
-    As causal and deterministic as ``fused_cpu``. It knows the experts without biases that the kernels know, but for the
-    clamped activation.
-
-    Returns:
-        A function (x (T, D), routing, ModuleParams) -> (T, D) in the dtype of the parameters, inside autocast in its.
-
-    Raises:
-        ValueError: from the layer, if it does not know this form of experts, or tensors are elsewhere.
-
-    Example:
-        >>> from moekit.experts import SWIGLU
-        >>> from moekit.routing import top_k
-        >>> params = ModuleParams(torch.ones(2, 3, 8), None, torch.ones(2, 4, 3), None, torch.relu, None, False, SWIGLU)
-        >>> cpu_module_layer()(torch.ones(5, 3), top_k(torch.zeros(5, 2), k=1), params).shape
-        torch.Size([5, 3])
-    """
-    return _cpu_module_layer
-
-
 def _cpu_module_layer(x: Tensor, routing: Routing, params: ModuleParams) -> Tensor:
+    """Run ``fused_cpu``, for the experts without biases that the kernels know, but for the clamped activation."""
     layer = fused_cpu(plan=dropless().plan, activation=_known(params))
     return layer(as_weights(x, params.up), routing, fused_params(params))
 
@@ -126,7 +105,7 @@ def _cpu_module_layer(x: Tensor, routing: Routing, params: ModuleParams) -> Tens
 def auto_module_layer(
     *,
     fused: ExpertLayer = fused_module_layer(),  # noqa: B008, an immutable function
-    on_cpu: ExpertLayer = cpu_module_layer(),  # noqa: B008, an immutable function
+    on_cpu: ExpertLayer = _cpu_module_layer,
     otherwise: ExpertLayer = module_layer(),  # noqa: B008, an immutable function
 ) -> ExpertLayer:
     """Return the layer that takes ``fused`` for the experts modules that its kernels know, and others for the rest.
