@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from moekit.lm.checkpoint_checksums import covered_files, file_checksums, write_checksums
+from moekit.lm.checkpoint_checksums import file_checksums, write_checksums
 from moekit.lm.checkpoints import load_checkpoint
 from moekit.lm.shards import write_shards
 from moekit.lm.trackers import read_metrics
@@ -91,7 +91,7 @@ def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
 def write_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Change what a checkpoint holds beside tensors, with checksums that fit."""
     (checkpoint / "state.json").write_text(json.dumps(state))
-    write_checksums(checkpoint, file_checksums(checkpoint, covered_files(checkpoint)))
+    write_checksums(checkpoint, file_checksums(checkpoint))
 
 
 def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from moekit.lm.files import write_whole
@@ -10,12 +10,13 @@ from moekit.lm.files import write_whole
 CHECKSUMS = "checksums.json"
 
 
-def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
-    """Compute the CRC-32 of some files of a folder.
+def file_checksums(folder: Path, *, first: int = 0, step: int = 1) -> dict[str, str]:
+    """Compute the CRC-32 of the files of a folder, all but the checksums, or of every so manyth of them.
 
     Args:
-        folder: where they lie.
-        names: of the files.
+        folder: of a checkpoint.
+        first: number of the first file, in the order of their names.
+        step: from one file to the next.
 
     Returns:
         Name to eight hexadecimal digits.
@@ -23,25 +24,14 @@ def file_checksums(folder: Path, names: Iterable[str]) -> dict[str, str]:
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     write_whole(Path(folder) / "a", "123456789").name, file_checksums(Path(folder), ["a"])
+        ...     write_whole(Path(folder) / "a", "123456789").name, file_checksums(Path(folder))
         ('a', {'a': 'cbf43926'})
 
     References:
         Cyclic redundancy check of ISO/IEC 8802-3, as in zlib; its check value for 123456789 is cbf43926.
     """
-    return {name: _checksum(folder / name) for name in names}
-
-
-def covered_files(folder: Path) -> list[str]:
-    """List the files that checksums are written of: all but the checksums.
-
-    Args:
-        folder: of a checkpoint.
-
-    Returns:
-        Names, sorted.
-    """
-    return sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    names = sorted(path.name for path in folder.iterdir() if path.is_file() and path.name != CHECKSUMS)
+    return {name: _checksum(folder / name) for name in names[first::step]}
 
 
 def write_checksums(folder: Path, checksums: Mapping[str, str]) -> Path:

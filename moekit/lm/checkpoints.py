@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from moekit.lm.checkpoint_checksums import (
     changed_file,
-    covered_files,
     file_checksums,
     read_checksums,
     write_checksums,
@@ -107,8 +106,7 @@ def _write(folder: Path, tensors: Mapping[str, Tensor], state: str) -> None:
     if _leads():
         write_whole(folder / STATE, state)
     _meet()
-    names = covered_files(folder)[_rank() :: _size()]
-    checksums = _gathered(file_checksums(folder, names))
+    checksums = _gathered(file_checksums(folder, first=_rank(), step=_size()))
     if _leads():
         write_checksums(folder, {name: value for part in checksums for name, value in part.items()})
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 
-from moekit.lm.checkpoint_checksums import covered_files, file_checksums, write_checksums
+from moekit.lm.checkpoint_checksums import file_checksums, write_checksums
 from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
 from moekit.lm.configs import OF_METHOD, ModelConfig
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
@@ -187,7 +187,7 @@ def test_code_that_a_checkpoint_names_runs_only_if_the_caller_names_it(tmp_path)
     state = json.loads((folder / "state.json").read_text())
     state["settings"]["recipe"] = f"{code}:make"
     (folder / "state.json").write_text(json.dumps(state))
-    write_checksums(folder, file_checksums(folder, covered_files(folder)))
+    write_checksums(folder, file_checksums(folder))
     with pytest.raises(ValueError, match=r"is code in a file\. If it is yours, say so with --recipe .*mine\.py:make"):
         export(folder, tmp_path / "a.safetensors")
     assert not trace.exists()
