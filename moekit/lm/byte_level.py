@@ -97,18 +97,6 @@ def token_texts(backend: Any) -> list[bytes]:
     return texts
 
 
-def special_ids(backend: Any) -> frozenset[int]:
-    """Name the ids of special tokens, which stand for no text.
-
-    Args:
-        backend: a ``tokenizers.Tokenizer``.
-
-    Returns:
-        The ids.
-    """
-    return frozenset(i for i, token in backend.get_added_tokens_decoder().items() if token.special)
-
-
 def _turns_to_bytes(part: Mapping[str, Any] | None) -> bool:
     if part is None:
         return False

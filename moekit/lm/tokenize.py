@@ -190,7 +190,7 @@ def _plan(command: Command, files: list[Path], tokenizer: Tokenizer) -> dict[str
     kept = ("seq_len", "sequences_per_shard", "text_key", "on_bad_document", "piece_bytes")
     return {
         "format": plans.FORMAT,
-        "inputs": plans.input_states(files),
+        "inputs": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
         "tokenizer": plans.tokenizer_digest(tokenizer),
         "seed": command.seed if command.shuffle else "no shuffle",
         **({"suffixes": "in capitals, too"} if any(map(in_capitals, files)) else {}),

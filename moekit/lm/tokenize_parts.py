@@ -120,19 +120,6 @@ def encode_piece(piece: Piece, *, parts: Path, digest: str, text_key: str, skip_
     return tally
 
 
-def read_tally(path: Path) -> Tally:
-    """Read what a part's documents amounted to.
-
-    Args:
-        path: of the part.
-
-    Returns:
-        Its tally.
-    """
-    with open(path, "rb") as file:
-        return Tally(*json.loads(file.read(_HEADER_BYTES)))
-
-
 def write_index(parts: Path, number: int, *, length: int) -> Index:
     """End phase 1: join what is left at the end of each part in one last part, pad it, and add up.
 
@@ -149,9 +136,9 @@ def write_index(parts: Path, number: int, *, length: int) -> Index:
     """
     ends, rows, total = array(_INT32), [], Tally(0, 0, 0, {})
     for path in (part_path(parts, i) for i in range(number)):
-        tally = read_tally(path)
-        rows.append(tally.tokens // length)
         with open(path, "rb") as file:
+            tally = Tally(*json.loads(file.read(_HEADER_BYTES)))
+            rows.append(tally.tokens // length)
             ends.extend(_read_tokens(file, rows[-1] * length, tally.tokens % length))
         total = total.plus(tally)
     if not total.documents:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +31,6 @@ def tokenizer_digest(tokenizer: Tokenizer) -> str:
     """
     content = f"{tokenizer.to_json()} {tokenizer.end_of_text}" if isinstance(tokenizer, BpeTokenizer) else ""
     return f"{tokenizer.name} {hashlib.blake2b(content.encode(), digest_size=8).hexdigest()}"
-
-
-def input_states(files: Sequence[Path]) -> dict[str, list[int]]:
-    """Note size and time of change of each file.
-
-    Args:
-        files: absolute paths.
-
-    Returns:
-        Path to size in bytes and time in nanoseconds.
-    """
-    return {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
 
 
 def library_versions() -> dict[str, str]:

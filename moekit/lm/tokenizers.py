@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moekit.lm.byte_level import check_byte_level, special_ids, token_texts, without_surprises
+from moekit.lm.byte_level import check_byte_level, token_texts, without_surprises
 from moekit.lm.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -132,7 +132,8 @@ class BpeTokenizer:
 
     def token_bytes(self) -> list[int]:
         """Count the bytes of text of each id: none for special tokens and for ids without a token."""
-        unwritten = special_ids(self._backend) | {self.end_of_text}
+        special = (i for i, token in self._backend.get_added_tokens_decoder().items() if token.special)
+        unwritten = {*special, self.end_of_text}
         return [0 if i in unwritten else len(text) for i, text in enumerate(self._texts)]
 
     def to_json(self) -> str:
