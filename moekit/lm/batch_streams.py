@@ -1,7 +1,6 @@
-"""The stream that `moekit.lm.batches.open_stream` opens, a chain of two ``torchdata.nodes``.
+"""The stream that `moekit.lm.batches.open_stream` opens, on a node of ``torchdata.nodes``.
 
-`_Plan` yields addresses, `_Batches` the rows at them. The state of the chain is the position of the batches that were
-handed out; what workers have read ahead does not enter it.
+Its state is the position of the batches that were handed out; what workers have read ahead does not enter it.
 """
 
 import hashlib
@@ -28,7 +27,7 @@ class Stream:
     def __init__(self, reading: Reading, *, workers: int) -> None:
         self._order = reading.order()
         self._origin = _origin(reading, self._order)
-        self._batches = _Batches(_Plan(self._order, reading.batching.batch_size), reading, workers=workers)
+        self._batches = _Batches(self._order, reading, workers=workers)
 
     @property
     def passes(self) -> tuple[int, ...]:
@@ -106,31 +105,13 @@ def _digest(shards: Sequence[Shard]) -> str:
     return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
 
 
-class _Plan(BaseNode[tuple[Address, ...]]):
-    """Yields the addresses of each step."""
-
-    def __init__(self, order: Order, batch_size: int) -> None:
-        super().__init__()
-        self._order, self._batch_size = order, batch_size
-        self._start = order.state_dict()
-
-    def reset(self, initial_state: dict[str, Any] | None = None) -> None:
-        super().reset(initial_state)
-        self._order.load_state_dict(initial_state or self._start)
-
-    def next(self) -> tuple[Address, ...]:
-        return self._order.step(self._batch_size)
-
-    def get_state(self) -> dict[str, Any]:
-        return self._order.state_dict()
-
-
 class _Batches(BaseNode[Batch]):
-    """Yields the batches of this rank; its state is that of its plan."""
+    """Yields the batches of this rank; its state is the position in the order."""
 
-    def __init__(self, plan: _Plan, reading: Reading, *, workers: int) -> None:
+    def __init__(self, order: Order, reading: Reading, *, workers: int) -> None:
         super().__init__()
-        self._plan, self._reading, self._workers = plan, reading, workers
+        self._order, self._reading, self._workers = order, reading, workers
+        self._start = order.state_dict()
         self._rows: LocalRows | WorkerRows | None = None
         self.addresses: tuple[Address, ...] = ()
         self.skipped = Counter[str]()
@@ -138,15 +119,15 @@ class _Batches(BaseNode[Batch]):
     def reset(self, initial_state: dict[str, Any] | None = None) -> None:
         super().reset(initial_state)
         self.close()
-        self._plan.reset(initial_state)
+        self._order.load_state_dict(initial_state or self._start)
 
     def next(self) -> Batch:
-        position = self._plan.state_dict()
+        position = self._order.state_dict()
         try:
-            addresses = next(self._plan)
+            addresses = self._order.step(self._reading.batching.batch_size)
             rows = self._started(position).read(addresses)
         except BaseException:
-            self._plan.reset(position)
+            self._order.load_state_dict(position)
             self.close()
             raise
         self.addresses = addresses
@@ -154,8 +135,7 @@ class _Batches(BaseNode[Batch]):
         return rows.batch
 
     def get_state(self) -> dict[str, Any]:
-        state: dict[str, Any] = self._plan.state_dict()
-        return state
+        return self._order.state_dict()
 
     def close(self) -> None:
         rows, self._rows = self._rows, None

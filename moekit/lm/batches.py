@@ -1,7 +1,7 @@
 """From shards to batches: every rank's rows of the next global batch, mixed from several sources, resumed exactly.
 
 `moekit.lm.orders` says which sequences come next, `moekit.lm.shard_readers` reads them, `moekit.lm.row_workers` does so
-ahead of time, and `moekit.lm.batch_streams` makes a chain of it.
+ahead of time, and `moekit.lm.batch_streams` makes a stream of it.
 """
 
 from moekit.lm.batch_streams import Stream
