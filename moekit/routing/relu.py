@@ -52,8 +52,12 @@ def relu_choice(logits: Logits, *, max_k: int | None = None, bias: Tensor | None
 def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str = "adaptive_l1") -> RouterState:
     """Make the state of ReLU routing: the coefficient of its L1 loss, moved each step towards k active experts a token.
 
-    The paper has one coefficient for all layers, from the sparsity of all of them together; a layer that keeps this
-    state has its own.
+    A step is lambda * rate ** sign((1 - k/E) - sparsity). Sparsity is 1 - active / (E tokens), so E cancels: the
+    coefficient grows where more than k experts a token are active, shrinks where fewer are, and stays at exactly k, or
+    without tokens. The paper has one coefficient for all layers, from the sparsity of all of them together; a layer
+    that keeps this state has its own.
+
+    No host synchronisation. Deterministic on CUDA.
 
     Args:
         k: active experts per token to aim at, on average.
@@ -81,57 +85,11 @@ def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str
             f"as the paper's rate of 1.2 and initial coefficient of 1e-8."
         )
     update = partial(_update, k=k, rate=rate)
-    return RouterState("l1_coefficient", partial(_coefficient, initial=initial), observe_active, update, scales=loss)
+    return RouterState("l1_coefficient", partial(_coefficient, initial=initial), _observe_active, update, scales=loss)
 
 
-def adaptive_l1_coefficient(
-    coefficient: Tensor, active: Tensor, tokens: Tensor, *, k: float, rate: float = 1.2
-) -> Tensor:
-    """Move the coefficient of the L1 loss one step: lambda * rate ** sign((1 - k/E) - sparsity).
-
-    Sparsity is 1 - active / (E tokens), so E cancels: the coefficient grows where more than k experts a token are
-    active, shrinks where fewer are, and stays at exactly k, or without tokens.
-
-    No host synchronisation. Deterministic on CUDA.
-
-    Args:
-        coefficient: scalar.
-        active: scalar, active assignments, over the whole step, all ranks, and all layers that share the coefficient.
-        tokens: scalar, the tokens they were counted over; a token counts once for each such layer.
-        k: active experts per token to aim at.
-        rate: factor of one step.
-
-    Returns:
-        The new coefficient.
-
-    Example:
-        >>> adaptive_l1_coefficient(torch.tensor(1.0), torch.tensor(21.0), torch.tensor(10.0), k=2)
-        tensor(1.2000)
-
-    References:
-        Wang et al., ReMoE, 2024, https://arxiv.org/abs/2412.14711
-    """
-    direction = torch.sign(active.double() - k * tokens.double())
-    return (coefficient.double() * rate**direction).to(coefficient.dtype)
-
-
-def observe_active(logits: Logits, routing: Routing, state: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
-    """Count active assignments, before any drop, and the tokens that made them.
-
-    Args:
-        logits: not used.
-        routing: the decision, padding tokens already taken out.
-        state: not used.
-        token_mask: (T,) bool, True for real tokens.
-
-    Returns:
-        (2,) float64.
-
-    Example:
-        >>> logits = torch.tensor([[1.0, -1.0], [1.0, 1.0]])
-        >>> observe_active(logits, relu_choice(logits), torch.tensor(1e-8))
-        tensor([3., 2.], dtype=torch.float64)
-    """
+def _observe_active(logits: Logits, routing: Routing, state: Tensor, *, token_mask: Tensor | None = None) -> Tensor:
+    """Count active assignments, before any drop, and the real tokens that made them, (2,) float64."""
     active = (routing.expert_indices >= 0).sum()
     tokens = torch.full_like(active, routing.num_tokens) if token_mask is None else token_mask.bool().sum()
     return torch.stack([active, tokens]).double()
@@ -142,4 +100,5 @@ def _coefficient(num_experts: int, *, initial: float, device: torch.device | str
 
 
 def _update(coefficient: Tensor, observed: Tensor, *, k: float, rate: float) -> Tensor:
-    return adaptive_l1_coefficient(coefficient, observed[0], observed[1], k=k, rate=rate)
+    active, tokens = observed.double()
+    return (coefficient.double() * rate ** torch.sign(active - k * tokens)).to(coefficient.dtype)

@@ -9,7 +9,7 @@ from moekit.dispatch import dropless
 from moekit.experts import init_gated, loop, swiglu
 from moekit.recipes import expert_layer
 from moekit.routing.masks import mask_tokens
-from moekit.routing.relu import adaptive_l1, adaptive_l1_coefficient, observe_active, relu_choice
+from moekit.routing.relu import _observe_active, adaptive_l1, relu_choice
 from moekit.routing.top_k import sqrt_softplus
 from moekit.types import Groups
 
@@ -114,23 +114,22 @@ def test_the_coefficient_follows_the_sparsity(active: int, factor: float) -> Non
     sparsity = 1 - active / (tokens * num_experts)
     target = 1 - k / num_experts
     assert (sparsity < target, sparsity == target) == (factor > 1, factor == 1)
-    new = adaptive_l1_coefficient(torch.tensor(1e-8), torch.tensor(active), torch.tensor(tokens), k=k)
+    new = adaptive_l1(k=k).update(torch.tensor(1e-8), torch.tensor([active, tokens]))
     assert new.dtype == torch.float32
     assert new.item() == pytest.approx(1e-8 * factor)
 
 
 def test_without_tokens_the_coefficient_stays() -> None:
-    zero = torch.tensor(0.0)
-    assert adaptive_l1_coefficient(torch.tensor(0.5), zero, zero, k=2).item() == 0.5
+    assert adaptive_l1(k=2).update(torch.tensor(0.5), torch.zeros(2)).item() == 0.5
 
 
 def test_counts_of_parts_add_up_and_leave_padding_out() -> None:
     logits, mask = torch.randn(T, E), torch.arange(T) != 3
     routing = mask_tokens(relu_choice(logits), mask)
-    observed = observe_active(logits, routing, torch.tensor(0.0), token_mask=mask)
+    observed = _observe_active(logits, routing, torch.tensor(0.0), token_mask=mask)
     assert observed.dtype == torch.float64
     assert observed.tolist() == [(logits[mask] > 0).sum(), T - 1]
-    parts = sum(observe_active(z, relu_choice(z), torch.tensor(0.0)) for z in logits[mask].split(3))
+    parts = sum(_observe_active(z, relu_choice(z), torch.tensor(0.0)) for z in logits[mask].split(3))
     assert torch.equal(parts, observed)
 
 
