@@ -52,7 +52,10 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
     """
     config, given, choose = make_config(settings.model), settings.parallel, run_layer(settings.run)
     recipe = make_recipe(settings.model, choose=choose)
-    grid = make_run_grid(settings, world)
+    per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
+    layout = run_layout(settings, world.size, ranks_per_node=per_node)
+    shards = ranks_per_shard(given, world.size, ranks_per_node=per_node)
+    grid = make_grid(world, layout, ranks_per_shard=shards, returning=given.moe_exchange_chunks > 1)
     torch.manual_seed(settings.run.seed)
     try:
         model = language_model(config, recipe, part=grid.part).to(world.device)
@@ -127,26 +130,6 @@ def kernel_notes(settings: TrainSettings, device: torch.device) -> list[str]:
     dense = not make_config(settings.model).moe_freq
     why = "the model is dense" if dense else why_not_on_kernels(make_recipe(settings.model), device)
     return [f"{flag} is of fused_layer, which trains no layer here: {why}" for flag in flags] if why else []
-
-
-def make_run_grid(settings: TrainSettings, world: World) -> Grid:
-    """Lay out the ranks of a run. All ranks call it together.
-
-    Args:
-        settings: of the run.
-        world: the ranks.
-
-    Returns:
-        Grid.
-
-    Raises:
-        ValueError: if the experts cannot be spread as the settings want.
-    """
-    given = settings.parallel
-    per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
-    layout = run_layout(settings, world.size, ranks_per_node=per_node)
-    shards = ranks_per_shard(given, world.size, ranks_per_node=per_node)
-    return make_grid(world, layout, ranks_per_shard=shards, returning=given.moe_exchange_chunks > 1)
 
 
 def ranks_per_shard(given: ParallelSettings, world_size: int, *, ranks_per_node: int) -> int:

@@ -205,7 +205,7 @@ def _launched(
                 filled = resolved(run)
                 names = derived_names(flat_settings(settings), flat_settings(filled))
                 write_config(run.folder, filled, derived={*derived, *names})
-            announce(run, console)
+            _announce(run, console)
             ended = _train_and_save(run, console, started, command=command, ends_process=ends_process)
         finally:
             run.stream.close()
@@ -251,13 +251,8 @@ def _print_stop(run: Run, console: Console, ended: Ended, *, command: str) -> No
     print_lines(console, "go on with:", f"  {command}{_resume_flags(run)}")
 
 
-def announce(run: Run, console: Console) -> None:
-    """Say what is about to be trained.
-
-    Args:
-        run: the run.
-        console: where to.
-    """
+def _announce(run: Run, console: Console) -> None:
+    """Say what is about to be trained."""
     budget, device = run.budget, run.world.device
     if run.world.size > 1:
         if run.settings.parallel.moe_expert_model_parallelism and not run.grid.layout.exchanges:
@@ -276,7 +271,7 @@ def announce(run: Run, console: Console) -> None:
         f"{device.type}{ranks}, {precision_words(run.settings.optimizer.precision, device)}; {budget.steps:,} steps of "
         f"{budget.tokens_per_step:,} tokens",
     )
-    notes = [*causality_notes(run.settings), *rounding_notes(run)] if run.world.rank == 0 else ()
+    notes = [*_causality_notes(run.settings), *_rounding_notes(run)] if run.world.rank == 0 else ()
     print_warnings(console, *notes)
     warmup = run.settings.optimizer.warmup
     if warmup is not None and warmup >= budget.steps:
@@ -285,20 +280,8 @@ def announce(run: Run, console: Console) -> None:
         )
 
 
-def causality_notes(settings: TrainSettings) -> list[str]:
-    """Warn of a language model that would be trained on what it cannot see when it generates.
-
-    Args:
-        settings: of the run.
-
-    Returns:
-        Lines of text; none for a dense model, or a router and plan for which the audit finds no leak.
-
-    Example:
-        >>> from moekit.recipes.settings import ModelSettings
-        >>> causality_notes(TrainSettings(model=ModelSettings(recipe="mixtral")))
-        []
-    """
+def _causality_notes(settings: TrainSettings) -> list[str]:
+    """Warn of a language model that would be trained on what it cannot see when it generates."""
     config = make_config(settings.model)
     if not config.moe_freq or config.moe_num_experts is None:
         return []
@@ -312,15 +295,8 @@ def causality_notes(settings: TrainSettings) -> list[str]:
     ]
 
 
-def rounding_notes(run: Run) -> list[str]:
-    """Warn of loads that are rounded to whole tiles and of which most are nearer to none.
-
-    Args:
-        run: before its first step.
-
-    Returns:
-        Lines of text; none where the router rounds nothing, or the mean load is half a tile at least.
-    """
+def _rounding_notes(run: Run) -> list[str]:
+    """Warn of loads that are rounded to whole tiles and of which most are nearer to none."""
     layer = first_moe_layer(run.model)
     rounding = None if layer is None else rounding_of(layer.recipe.route)
     if layer is None or rounding is None:

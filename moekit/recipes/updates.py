@@ -86,7 +86,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
     """
     started = time.perf_counter()
     given = run.settings.optimizer
-    rate = step_rate(run, step)
+    rate = _step_rate(run, step)
     for group in run.optimizer.param_groups:
         group["lr"] = rate
     run.optimizer.zero_grad(set_to_none=True)
@@ -96,7 +96,7 @@ def train_step(run: Run, batch: Batch, *, step: int, tokens: Tokens, statistics:
         run.model,
         micro_batches,
         tokens=tokens,
-        rules=loss_rules(run),
+        rules=_loss_rules(run),
         world=run.world,
         masked=batch.has_padding,
         statistics=statistics,
@@ -142,16 +142,8 @@ def _read(run: Run, loss: StepLoss, norm: Tensor, *, step: int) -> tuple[float, 
     return total, length
 
 
-def step_rate(run: Run, step: int) -> float:
-    """Return the learning rate of a step.
-
-    Args:
-        run: whose settings say it.
-        step: optimizer steps done before.
-
-    Returns:
-        The rate.
-    """
+def _step_rate(run: Run, step: int) -> float:
+    """Return the learning rate of a step."""
     given, steps = run.settings.optimizer, run.budget.steps
     return learning_rate(
         step,
@@ -164,15 +156,8 @@ def step_rate(run: Run, step: int) -> float:
     )
 
 
-def loss_rules(run: Run) -> LossRules:
-    """Return what the loss of a run is made of.
-
-    Args:
-        run: whose settings say it.
-
-    Returns:
-        LossRules.
-    """
+def _loss_rules(run: Run) -> LossRules:
+    """Return what the loss of a run is made of."""
     given = run.settings.optimizer
     return LossRules(
         z_coefficient=given.z_loss_coefficient,

@@ -12,7 +12,7 @@ from moekit.recipes.audits import audit
 from moekit.recipes.configuration import parse_settings
 from moekit.recipes.expert_layers import recompute
 from moekit.recipes.names import RECIPES, find_recipe, recipe_options
-from moekit.recipes.train import causality_notes
+from moekit.recipes.train import _causality_notes
 from moekit.routing import top_k
 
 E = 16
@@ -98,7 +98,7 @@ def test_an_audit_leaves_no_trace():
 
 
 def notes(*words):
-    return causality_notes(parse_settings(["--model", "moekit_tiny", *words], prog="test"))
+    return _causality_notes(parse_settings(["--model", "moekit_tiny", *words], prog="test"))
 
 
 def test_the_trainer_warns_of_a_leak():
