@@ -88,22 +88,11 @@ def _experts_holding(
     if any(shard_axis(p.shape, shards, taken=axes) is None for p, axes in pairs):
         shards = 1
     kept = sum(_expert_elements(p, layout, shards, axes) for p, axes in pairs)
-    return _holding("experts", [p for p, _ in pairs], kept, size, expert_words(layout, shards))
+    return _holding("experts", [p for p, _ in pairs], kept, size, _expert_words(layout, shards))
 
 
-def rank_table(layout: Layout) -> list[tuple[str, str, str]]:
-    """Say which experts each rank holds.
-
-    Args:
-        layout: of the ranks.
-
-    Returns:
-        Ranks, experts, slice of their hidden dimension; ranks that hold the same are one row.
-
-    Example:
-        >>> rank_table(Layout(4, replicas=2, hidden=1, experts=2))
-        [('0, 2', '0-1', 'all'), ('1, 3', '2-3', 'all')]
-    """
+def _rank_table(layout: Layout) -> list[tuple[str, str, str]]:
+    """Say which experts each rank holds: ranks that hold the same, experts, slice of their hidden dimension."""
     holders: dict[tuple[str, str], list[int]] = {}
     for rank in range(layout.world_size):
         part = part_of(layout, rank)
@@ -135,25 +124,13 @@ def holding_table(rows: Sequence[Holding], layout: Layout) -> Any:
         style = "bold" if row.what == "all" else None
         table.add_row(row.what, f"{row.total:,}", *(f"{cell:,}" for cell in cells), row.spread, style=style)
     if layout.exchanges:
-        lines = [_owned(*row) for row in rank_table(layout)]
+        lines = [_owned(*row) for row in _rank_table(layout)]
         table.caption = "\n".join(lines if len(lines) <= 16 else [*lines[:8], "...", *lines[-2:]])
     return table
 
 
-def expert_words(layout: Layout, shards: int) -> str:
-    """Say over which ranks the experts are cut.
-
-    Args:
-        layout: of the ranks.
-        shards: ranks over which FSDP cuts what replicas hold.
-
-    Returns:
-        Words.
-
-    Example:
-        >>> expert_words(Layout(4, hidden=2, experts=4), 1)
-        '4 blocks of experts x 2 slices of hidden'
-    """
+def _expert_words(layout: Layout, shards: int) -> str:
+    """Say over which ranks the experts are cut, and what replicas hold over shards."""
     words = [f"{layout.expert_ranks} blocks of experts"] if layout.expert_ranks > 1 else []
     words += [f"{layout.hidden} slices of hidden"] if layout.hidden > 1 else []
     return _words(words, shards, layout.replicas // shards)

@@ -41,52 +41,29 @@ def recipe_table(makers: dict[str, Callable[..., Recipe]]) -> Any:
             f"{experts_per_token(recipe, _MANY_EXPERTS):g}",
             "yes" if recipe.causal else "no",
             capacity_words(recipe),
-            ", ".join(recipe_parts(recipe)),
+            ", ".join(_parts(recipe)),
             "\n".join([*losses, *([f"state: {recipe.state.name}"] if recipe.state else [])]),
         )
     return table
 
 
-def recipe_parts(recipe: Recipe) -> list[str]:
-    """Name the functions that a recipe is made of.
-
-    Args:
-        recipe: the method.
-
-    Returns:
-        Gate, router, experts, and what comes beside them.
-
-    Example:
-        >>> from moekit.recipes.names import RECIPES
-        >>> recipe_parts(RECIPES["qwen2_moe"]())
-        ['linear_gate', 'top_k', 'swiglu', '8 shared, gated']
-    """
+def _parts(recipe: Recipe) -> list[str]:
+    """Name the functions that a recipe is made of: gate, router, experts, and what comes beside them."""
     layer: Any = recipe.layer
     while (parts := parts_of(layer)) is None and isinstance(layer, partial) and "layer" in layer.keywords:
         layer = layer.keywords["layer"]
-    experts = [function_name(layer if parts is None else parts.experts)]
+    experts = [_function_name(layer if parts is None else parts.experts)]
     beside = [f"{recipe.shared.number} shared{', gated' if recipe.shared.gated else ''}"] if recipe.shared else []
     beside += [f"{recipe.simple.number} simple"] if recipe.simple else []
-    return [function_name(recipe.gate), function_name(recipe.route), *experts, *beside]
+    return [_function_name(recipe.gate), _function_name(recipe.route), *experts, *beside]
 
 
-def function_name(function: Any) -> str:
-    """Name a function, also one whose arguments are bound, or that wraps another.
-
-    Args:
-        function: anything that can be called.
-
-    Returns:
-        Its name; of a wrapper, with the name of what it wraps.
-
-    Example:
-        >>> function_name(partial(round_robin, k=2))
-        'round_robin'
-    """
+def _function_name(function: Any) -> str:
+    """Name a function, also one whose arguments are bound; of a wrapper, with the name of what it wraps."""
     if not isinstance(function, partial):
         return str(getattr(function, "__name__", type(function).__name__)).removeprefix("_")
-    wrapped = [function_name(each) for each in function.args if callable(each)]
-    return function_name(function.func) + (f"({', '.join(wrapped)})" if wrapped else "")
+    wrapped = [_function_name(each) for each in function.args if callable(each)]
+    return _function_name(function.func) + (f"({', '.join(wrapped)})" if wrapped else "")
 
 
 def capacity_words(recipe: Recipe) -> str:

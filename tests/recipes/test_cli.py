@@ -17,7 +17,7 @@ from moekit.recipes.cli import PROGRAMS, main
 from moekit.recipes.doctor import PACKAGES
 from moekit.recipes.expert_layers import limited, recompute
 from moekit.recipes.names import RECIPES
-from moekit.recipes.recipe_tables import capacity_words, recipe_parts, recipe_table
+from moekit.recipes.recipe_tables import _parts, capacity_words, recipe_table
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -144,7 +144,7 @@ def test_a_recipe_without_losses_or_references_has_a_row_too():
     ],
 )
 def test_every_layer_has_a_name_among_the_parts(layer, name):
-    assert recipe_parts(mixtral()._replace(layer=layer)) == ["linear_gate", "top_k", name]
+    assert _parts(mixtral()._replace(layer=layer)) == ["linear_gate", "top_k", name]
 
 
 def test_capacity_is_what_the_plan_gives():

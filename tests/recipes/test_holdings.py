@@ -7,7 +7,7 @@ from torch import nn
 
 from moekit.parallel import Layout, replicated, spread_experts
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.holdings import Holding, expert_words, holding_table, plan_holdings, rank_table
+from moekit.recipes.holdings import Holding, _expert_words, _rank_table, holding_table, plan_holdings
 from moekit.recipes.language_models import language_model
 from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.train import main
@@ -126,20 +126,20 @@ def test_what_is_held_is_counted():
 
 
 def test_ranks_that_hold_the_same_are_one_row():
-    assert rank_table(Layout(8, replicas=2, hidden=2, experts=2)) == [
+    assert _rank_table(Layout(8, replicas=2, hidden=2, experts=2)) == [
         ("0, 4", "0-3", "1 of 2"),
         ("1, 5", "4-7", "1 of 2"),
         ("2, 6", "0-3", "2 of 2"),
         ("3, 7", "4-7", "2 of 2"),
     ]
-    assert rank_table(spread_experts(4, 4, 64))[-1] == ("3", "3", "all")
-    assert rank_table(replicated(16, 8)) == [("0, 1, ... 15", "0-7", "all")]
-    assert rank_table(Layout(2, replicas=4, experts=2))[1] == ("1, 3, 5, 7", "1", "all")
+    assert _rank_table(spread_experts(4, 4, 64))[-1] == ("3", "3", "all")
+    assert _rank_table(replicated(16, 8)) == [("0, 1, ... 15", "0-7", "all")]
+    assert _rank_table(Layout(2, replicas=4, experts=2))[1] == ("1, 3, 5, 7", "1", "all")
 
 
 def test_every_rank_is_in_the_table_once():
     layout = spread_experts(32, 8, 64)
-    ranks = [rank for row in rank_table(layout) for rank in row[0].split(", ")]
+    ranks = [rank for row in _rank_table(layout) for rank in row[0].split(", ")]
     assert sorted(map(int, ranks)) == list(range(32))
 
 
@@ -158,7 +158,7 @@ def test_every_rank_is_in_the_table_once():
     ],
 )
 def test_words(layout, shards, words):
-    assert expert_words(layout, shards) == words
+    assert _expert_words(layout, shards) == words
 
 
 def printed(capsys, monkeypatch, flags: str) -> tuple[dict[str, list[str]], list[str]]:

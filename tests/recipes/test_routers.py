@@ -15,7 +15,7 @@ from moekit.recipes.audits import audit
 from moekit.recipes.layers import moe_layer
 from moekit.recipes.names import find_recipe, recipe_options
 from moekit.recipes.published import deepseek_moe, switch
-from moekit.recipes.recipe_tables import function_name
+from moekit.recipes.recipe_tables import _function_name
 from moekit.recipes.routers import ROUTERS, with_experts
 from moekit.routing import over_nodes
 
@@ -95,7 +95,7 @@ def test_it_learns_a_little_and_its_gate_has_a_gradient(name):
 
 
 def test_every_router_of_the_package_is_there():
-    used = " ".join(function_name(make(name, training=training).route) for name, training in MODES)
+    used = " ".join(_function_name(make(name, training=training).route) for name, training in MODES)
     known = {
         name
         for name in routing.__all__

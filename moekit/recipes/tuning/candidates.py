@@ -88,20 +88,8 @@ def with_rule(tiles: Mapping[str, Sequence[Tile]], size: LayerSize) -> dict[str,
     return {name: tuple(dict.fromkeys((rule, *tiles[name]))) for name, rule in ruled_tiles(size)._asdict().items()}
 
 
-def shared_by(product: str, tile: Tile) -> int:
-    """Return what a tile has to share with the other products of its kind: m, or k.
-
-    Args:
-        product: a field of ``LayerTiles``.
-        tile: of it.
-
-    Returns:
-        A number of rows.
-
-    Example:
-        >>> shared_by("grad_up", Tile(m=128, n=256, k=64, warps=8, stages=3))
-        64
-    """
+def _shared_by(product: str, tile: Tile) -> int:
+    """Return what a tile has to share with the other products of its kind: m, or k."""
     return tile.m if product in ROW_PRODUCTS else tile.k
 
 
@@ -124,7 +112,7 @@ def shortlist(product: str, times: Mapping[Tile, float]) -> tuple[Tile, ...]:
     order = sorted(times, key=times.__getitem__)
     firsts: dict[int, Tile] = {}
     for tile in order:
-        firsts.setdefault(shared_by(product, tile), tile)
+        firsts.setdefault(_shared_by(product, tile), tile)
     kept = {*order[:2], *firsts.values()}
     return tuple(tile for tile in order if tile in kept)
 
@@ -164,12 +152,12 @@ def _fastest(times: Times, products: Sequence[str], letter: str) -> dict[str, Ti
     best: dict[int, dict[str, Tile]] = {}
     for product in products:
         for tile in sorted(times[product], key=times[product].__getitem__):
-            best.setdefault(shared_by(product, tile), {}).setdefault(product, tile)
+            best.setdefault(_shared_by(product, tile), {}).setdefault(product, tile)
     whole = [found for found in best.values() if len(found) == len(products)]
     if not whole:
         raise ValueError(
             f"tune: no {letter} is shared by tiles of {', '.join(products)} that ran; they have "
-            f"{ {product: sorted({shared_by(product, tile) for tile in times[product]}) for product in products} }. "
+            f"{ {product: sorted({_shared_by(product, tile) for tile in times[product]}) for product in products} }. "
             f"Give candidates of one {letter} to all of them."
         )
     return min(whole, key=lambda found: sum(times[product][tile] for product, tile in found.items()))

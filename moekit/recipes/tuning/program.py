@@ -84,7 +84,7 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
 
     def keep(tuned: Tuned) -> None:
         nonlocal entries
-        console.print(comparison_table(tuned))
+        console.print(_comparison_table(tuned))
         for each in tuned.skipped:
             say(f"  skipped: {each}")
         if settings.write is not None:
@@ -108,15 +108,8 @@ def run(settings: TuneSettings, console: Console) -> list[Tuned]:
             say(f"{settings.write}: {entries} entries. Use them: {use}")
 
 
-def comparison_table(tuned: Tuned) -> Table:
-    """Lay out what was found for a size of layer.
-
-    Args:
-        tuned: of ``tune``.
-
-    Returns:
-        A ``rich.table.Table``.
-    """
+def _comparison_table(tuned: Tuned) -> Table:
+    """Lay out what was found for a size of layer."""
     table = Table(title=size_words(tuned.size), title_justify="left")
     for heading in ("product", "rule ms", "best ms", "ratio", "TFLOP/s", "tile"):
         table.add_column(heading, justify="left" if heading in ("product", "tile") else "right", no_wrap=True)
