@@ -15,18 +15,10 @@ NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 """Bytes that no UTF-8 text has, so that a vocabulary may lack them."""
 
 
-def byte_alphabet() -> dict[str, int]:
+def _byte_alphabet() -> dict[str, int]:
     """Map the 256 characters of byte-level tokens to the bytes they stand for.
 
     Printable Latin-1 characters stand for themselves; the other bytes, in order, for U+0100 and what follows.
-
-    Returns:
-        Character to byte.
-
-    Example:
-        >>> alphabet = byte_alphabet()
-        >>> len(alphabet), alphabet["a"], alphabet["Ġ"]
-        (256, 97, 32)
     """
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
@@ -52,7 +44,7 @@ def check_byte_level(content: Mapping[str, Any]) -> None:
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(affix):
             raise ValueError(f"its tokens carry the {affix} {model[affix]!r}, so they do not stand for bytes")
-    absent = {byte for char, byte in byte_alphabet().items() if char not in model["vocab"]} - NEVER_IN_UTF8
+    absent = {byte for char, byte in _byte_alphabet().items() if char not in model["vocab"]} - NEVER_IN_UTF8
     if absent:
         raise ValueError(f"its vocabulary lacks {len(absent)} bytes, such as {min(absent):#04x}: text would be lost")
 
@@ -86,7 +78,7 @@ def token_texts(backend: Any) -> list[bytes]:
     Returns:
         The bytes of each id, from 0 to the largest: of special tokens their name, of ids without a token none.
     """
-    alphabet = byte_alphabet()
+    alphabet = _byte_alphabet()
     vocabulary = backend.get_vocab(with_added_tokens=True)
     texts = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():

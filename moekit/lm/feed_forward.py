@@ -16,26 +16,11 @@ from moekit.lookup import look_up
 from moekit.types import LayerOutput
 
 
-def gated_hidden_dim(hidden_dim: int) -> int:
-    """Return the hidden width of a gated network: 8/3 of the model's, rounded up to a multiple of 256.
-
-    Args:
-        hidden_dim: D, the width of the model.
-
-    Returns:
-        F, ``256 * ceil(trunc(8 D / 3) / 256)``.
-
-    Example:
-        >>> gated_hidden_dim(288), gated_hidden_dim(488)
-        (768, 1536)
-    """
-    return 256 * math.ceil((8 * hidden_dim // 3) / 256)
-
-
 class GatedFeedForward(nn.Module):
     """A gated network without biases: ``w3(activation(gate) * value)``, with gate and value from one matrix ``w12``.
 
-    Parameter names are those of OpenLM's SwiGLU; the gate is the first half of ``w12``.
+    Parameter names are those of OpenLM's SwiGLU; the gate is the first half of ``w12``. Its hidden width is 8/3 of the
+    model's, rounded up to a multiple of 256.
 
     Args:
         hidden_dim: D.
@@ -52,7 +37,7 @@ class GatedFeedForward(nn.Module):
 
     def __init__(self, hidden_dim: int, *, activation: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        inner_dim = gated_hidden_dim(hidden_dim)
+        inner_dim = 256 * math.ceil((8 * hidden_dim // 3) / 256)
         self.w12 = nn.Linear(hidden_dim, 2 * inner_dim, bias=False)
         self.w3 = nn.Linear(inner_dim, hidden_dim, bias=False)
         self.activation = activation

@@ -16,7 +16,6 @@ __all__ = [
     "Order",
     "block_permutation",
     "check_budget",
-    "check_weights",
     "sequences_needed",
 ]
 
@@ -64,7 +63,7 @@ class Order:
         lanes: int = 8,
         max_passes: int | None = None,
     ) -> None:
-        check_weights(weights, num_sources=len(counts))
+        _check_weights(weights, num_sources=len(counts))
         for name, value in (("lanes", lanes), ("max_passes", max_passes)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}; expected at least 1")
@@ -239,7 +238,7 @@ def sequences_needed(num_sequences: int, weights: Sequence[float]) -> list[int]:
         >>> sequences_needed(1000, [0.725, 0.275])
         [725, 275]
     """
-    check_weights(weights, num_sources=len(weights))
+    _check_weights(weights, num_sources=len(weights))
     shares = _shares(weights)
     if len(weights) == 1:
         return [num_sequences]
@@ -275,7 +274,7 @@ def check_budget(
         >>> check_budget(["a", "b"], [[50, 50], [40]], [0.5, 0.5], num_sequences=80, max_passes=1)
     """
     held = [sum(shards) for shards in counts]
-    check_weights(weights, num_sources=len(counts))
+    _check_weights(weights, num_sources=len(counts))
     needed = sequences_needed(num_sequences, weights or held)
     if max_passes is None or all(n <= max_passes * h for n, h in zip(needed, held, strict=True)):
         return
@@ -294,15 +293,8 @@ def check_budget(
     )
 
 
-def check_weights(weights: Sequence[float] | None, *, num_sources: int) -> None:
-    """Check that there is at least one source, and one positive weight for each.
-
-    Raises:
-        ValueError: if not.
-
-    Example:
-        >>> check_weights([0.725, 0.275], num_sources=2)
-    """
+def _check_weights(weights: Sequence[float] | None, *, num_sources: int) -> None:
+    """Check that there is at least one source, and one positive weight for each."""
     if not num_sources:
         raise ValueError("there is no source; expected at least one manifest")
     if weights is None:

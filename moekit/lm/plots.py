@@ -74,27 +74,15 @@ def save_figure(path: str | os.PathLike[str], figure: Any) -> Path:
     return write_whole(path, content.getvalue())
 
 
-def smooth(losses: Sequence[float], *, window: int) -> list[float]:
-    """Average each value with up to ``window - 1`` values before it.
-
-    Args:
-        losses: the values.
-        window: how many to average.
-
-    Returns:
-        As many values.
-
-    Example:
-        >>> smooth([4.0, 2.0, 0.0], window=2)
-        [4.0, 3.0, 1.0]
-    """
+def _smooth(losses: Sequence[float], *, window: int) -> list[float]:
+    """Average each value with up to ``window - 1`` values before it."""
     starts = (max(0, i + 1 - window) for i in range(len(losses)))
     return [sum(losses[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
 
 
 def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapping[str, float]) -> None:  # type: ignore[no-untyped-def]
     axis.plot(train.steps, train.losses, color="0.8", linewidth=0.8)
-    axis.plot(train.steps, smooth(train.losses, window=10), color="0.35", label="training, mean of 10 logged steps")
+    axis.plot(train.steps, _smooth(train.losses, window=10), color="0.35", label="training, mean of 10 logged steps")
     for color, (domain, curve) in zip(cycle(("C0", "C1", "C2", "C3", "C4", "C5")), validation.items(), strict=False):
         axis.plot(curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation: {domain}")
         if domain in baselines:

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from moekit.lm.plots import Curve, _losses, matplotlib_parts, plot_run, smooth
+from moekit.lm.plots import Curve, _losses, _smooth, matplotlib_parts, plot_run
 
 pytest.importorskip("matplotlib", reason="the picture of a run is an extra")
 TRAIN = Curve(list(range(1, 61)), [6.0 - 0.05 * step for step in range(60)])
@@ -83,7 +83,7 @@ def test_an_old_picture_is_replaced(tmp_path):
     ],
 )
 def test_smooth(losses, window, expected):
-    assert smooth(losses, window=window) == expected
+    assert _smooth(losses, window=window) == expected
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
