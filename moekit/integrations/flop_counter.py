@@ -64,65 +64,26 @@ def _shapes(projections: list[Any], settings: str) -> tuple[list[Shape], Shape]:
     return matrices[:-1], matrices[-1]
 
 
-def _of_fused(
-    x: Shape, weights: Shape, plan: Sequence[Shape], projections: list[Any], settings: str, *_: Any, out_shape: Any
-) -> int:
+def _of_fused(*given: Any, out_shape: Any) -> int:
+    _, weights, _, projections, settings = given[:5]
     ups, down = _shapes(projections, settings)
     return _forward(prod(weights), ups, down)
 
 
-def _of_fused_backward(
-    grad: Shape,
-    x: Shape,
-    weights: Shape,
-    plan: Sequence[Shape],
-    projections: list[Any],
-    rows: Shape,
-    pre: Shape,
-    settings: str,
-    constants: list[float],
-    frozen: bool,
-    *,
-    out_shape: Any,
-) -> int:
+def _of_fused_backward(*given: Any, out_shape: Any) -> int:
+    _, _, weights, _, projections, _, pre, settings, _, frozen = given
     ups, down = _shapes(projections, settings)
     return _backward(prod(weights), ups, down, again=pre[0] == 0, frozen=frozen)
 
 
-def _of_fused_cpu(
-    x: Shape,
-    weights: Shape,
-    tokens: Shape,
-    assignments: Shape,
-    sizes: Shape,
-    gate: Shape | None,
-    up: Shape,
-    down: Shape,
-    *_: Any,
-    out_shape: Any,
-) -> int:
+def _of_fused_cpu(*given: Any, out_shape: Any) -> int:
+    _, weights, _, assignments, _, gate, up, down = given[:8]
     return _forward(_rows_of(weights, assignments), _ups(gate, up), down)
 
 
-def _of_fused_cpu_backward(
-    grad: Shape,
-    h: Shape,
-    x: Shape,
-    weights: Shape,
-    tokens: Shape,
-    assignments: Shape,
-    sizes: Shape,
-    gate: Shape | None,
-    up: Shape,
-    down: Shape,
-    activation: str,
-    packed: bool,
-    frozen: bool,
-    *,
-    out_shape: Any,
-) -> int:
-    num_rows = _rows_of(weights, assignments)
-    return _backward(num_rows, _ups(gate, up), down, again=h[1] == 0, frozen=frozen)
+def _of_fused_cpu_backward(*given: Any, out_shape: Any) -> int:
+    _, h, _, weights, _, assignments, _, gate, up, down, _, _, frozen = given
+    return _backward(_rows_of(weights, assignments), _ups(gate, up), down, again=h[1] == 0, frozen=frozen)
 
 
 def _rows_of(weights: Shape, assignments: Shape) -> int:
