@@ -1,12 +1,12 @@
 """What a recipe's router chooses from, asked without a model."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moekit.recipes.forms import taken_apart
 from moekit.recipes.layers import Recipe
 from moekit.routing import clean
 from moekit.routing.token_rounding import rounding_of
@@ -199,11 +199,10 @@ def place_of(function: Callable[..., object]) -> str:
         As "NAME of FILE".
 
     Example:
-        >>> place_of(partial(place_of)).startswith("place_of of ")
+        >>> place_of(place_of).startswith("place_of of ")
         True
     """
-    while isinstance(function, partial):
-        function = function.func
+    function = taken_apart(function)[0]
     code = getattr(function, "__code__", None)
     if code is not None:
         return f"{function.__name__} of {code.co_filename}"
