@@ -31,11 +31,11 @@ def main(arguments: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
-        print(usage())
+        print(_usage())
     elif words[0] == "--version":
         print(f"moekit {__version__}")
     elif words[0] not in PROGRAMS:
-        raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{usage()}")
+        raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{_usage()}")
     else:
         try:
             PROGRAMS[words[0]].run(words[0], words[1:])
@@ -44,16 +44,8 @@ def main(arguments: list[str] | None = None) -> None:
             raise SystemExit(128 + signal.SIGINT) from None
 
 
-def usage() -> str:
-    """List the programs, with what each does.
-
-    Returns:
-        A text of several lines.
-
-    Example:
-        >>> print(usage().splitlines()[0])
-        usage: moekit PROGRAM ...
-    """
+def _usage() -> str:
+    """List the programs."""
     lines = [f"  {name:<9} {program.purpose}" for name, program in PROGRAMS.items()]
     return "\n".join(["usage: moekit PROGRAM ...", "       moekit --version", "", "programs:", *lines])
 

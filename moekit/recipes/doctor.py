@@ -72,19 +72,19 @@ def diagnose() -> Iterator[str]:
     yield f"python {platform.python_version()}, torch {torch.__version__}"
     yield ""
     yield "devices"
-    yield from (f"  {line}" for line in describe_devices())
+    yield from (f"  {line}" for line in _describe_devices())
     yield ""
     yield "optional packages"
-    yield from (f"  {line}" for line in map(describe_package, PACKAGES))
+    yield from (f"  {line}" for line in map(_describe_package, PACKAGES))
     yield ""
     yield "grouped matmul, forward + backward"
     for device, dtype, where in _places():
         for name, matmul in (ON_CUDA if device.startswith("cuda") else BACKENDS).items():
-            yield f"  {where:<16} {name:<8} {try_backend(matmul, device=device, dtype=dtype) or 'works'}"
+            yield f"  {where:<16} {name:<8} {_try_backend(matmul, device=device, dtype=dtype) or 'works'}"
     yield ""
     yield "expert layer that auto chooses, forward + backward"
     for device, dtype, where in _places():
-        yield f"  {where:<16} {describe_choice(device, dtype)}"
+        yield f"  {where:<16} {_describe_choice(device, dtype)}"
 
 
 def _places() -> Iterator[tuple[str, torch.dtype, str]]:
@@ -93,16 +93,8 @@ def _places() -> Iterator[tuple[str, torch.dtype, str]]:
             yield device, dtype, f"{device} {str(dtype).removeprefix('torch.')}"
 
 
-def describe_devices() -> Iterator[str]:
-    """Describe the CPU and every CUDA device.
-
-    Yields:
-        Lines of text.
-
-    Example:
-        >>> next(describe_devices()).startswith("cpu: ")
-        True
-    """
+def _describe_devices() -> Iterator[str]:
+    """Describe the CPU and every CUDA device, a line each."""
     amx = bool(torch.cpu.get_capabilities().get("amx_bf16"))
     precision = "bf16 products are fast: training takes bf16" if amx else "no AMX: training takes float32"
     yield f"cpu: {os.cpu_count()} cores, {torch.get_num_threads()} threads in use; {precision}"
@@ -119,19 +111,8 @@ def describe_devices() -> Iterator[str]:
             yield f"  moekit's kernels are launched by {launched_by(device.major)}"
 
 
-def describe_package(package: Package) -> str:
-    """Say whether a package is usable, by importing it.
-
-    Args:
-        package: to try.
-
-    Returns:
-        One line: its version, or why it is not usable, what is unavailable without it, and how to install it.
-
-    Example:
-        >>> describe_package(Package("no_such_package", "nothing", "it"))
-        "no_such_package not usable: No module named 'no_such_package'. Without it: nothing. Mend: pip install it"
-    """
+def _describe_package(package: Package) -> str:
+    """Say whether a package is usable, by importing it: its version, or why not, what is unavailable, and the mend."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -142,21 +123,8 @@ def describe_package(package: Package) -> str:
         return f"{package.name:<11} not usable: {reason}. Without it: {package.purpose}. Mend: {remedy}"
 
 
-def try_backend(matmul: GroupedMatmul, *, device: str, dtype: torch.dtype) -> str | None:
-    """Run a grouped matmul, forward and backward, on a tiny input of equal groups.
-
-    Args:
-        matmul: to try.
-        device: to try it on.
-        dtype: of rows and weights.
-
-    Returns:
-        Why it does not work, or None if it does.
-
-    Example:
-        >>> try_backend(loop, device="cpu", dtype=torch.float32) is None
-        True
-    """
+def _try_backend(matmul: GroupedMatmul, *, device: str, dtype: torch.dtype) -> str | None:
+    """Run a grouped matmul, forward and backward, on a tiny input; return why it does not work, or None."""
     return _tried(lambda: "" if _multiplies(matmul, device, dtype) else "wrong result")
 
 
@@ -179,49 +147,23 @@ def _multiplies(matmul: GroupedMatmul, device: str, dtype: torch.dtype) -> bool:
     return all(bool((tensor == value).all()) for tensor, value in zip((y, *grads), (16, 16, 4), strict=True))
 
 
-def describe_choice(device: str, dtype: torch.dtype) -> str:
-    """Say which expert layer ``auto`` chooses, why, and whether it works.
-
-    Args:
-        device: of tokens and parameters.
-        dtype: of both.
-
-    Returns:
-        One line.
-
-    Example:
-        >>> line = describe_choice("cpu", torch.float32)
-        >>> line.split(":")[0], line.split(". ")[-1]
-        ('fused_cpu', 'Tried: works')
-    """
+def _describe_choice(device: str, dtype: torch.dtype) -> str:
+    """Say which expert layer ``auto`` chooses, why, and whether it works."""
     try:
         choice = choose_backend(device, dtype)
     except Exception as error:  # of a device that torch lists and cannot use
         return f"does not work: {first_line(error)}"
-    return f"{choice.name}: {choice.reason}. Tried: {try_layer(choice.layer, device=device, dtype=dtype) or 'works'}"
+    return f"{choice.name}: {choice.reason}. Tried: {_try_layer(choice.layer, device=device, dtype=dtype) or 'works'}"
 
 
 # Experts of 64 rows each, and widths, for which fused_layer takes on every card the kernels that it takes in training.
 _TRIED = LayerSize(torch.float32, assignments=128, experts=2, dim=256, hidden=256, gated=True)
 
 
-def try_layer(layer: ExpertLayer, *, device: str, dtype: torch.dtype) -> str | None:
+def _try_layer(layer: ExpertLayer, *, device: str, dtype: torch.dtype) -> str | None:
     """Run a layer of SwiGLU experts, forward and backward, and hold it against a loop over them in float32.
 
-    Args:
-        layer: to try.
-        device: to try it on. A CUDA device compiles kernels first, unless it has before.
-        dtype: of tokens and parameters.
-
-    Returns:
-        Why it does not work, or None if it does.
-
-    Example:
-        >>> layer = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))
-        >>> try_layer(layer, device="cpu", dtype=torch.bfloat16) is None
-        True
-        >>> try_layer(lambda x, routing, params: x, device="cpu", dtype=torch.float32)
-        'does not work: wrong y, and wrong gradients of x, weights, gate, up, down'
+    Return why it does not work, or None. A CUDA device compiles kernels first, unless it has before.
     """
     return _tried(lambda: _wrong_in(layer, device, dtype))
 

@@ -41,15 +41,8 @@ def _by_gathering(layer: ExpertLayer, *, group: ProcessGroup, return_group: Proc
     return all_gather(layer, group=group)
 
 
-def make_exchange(settings: ParallelSettings) -> Exchange:
-    """Turn ``--moe-exchange`` into a strategy.
-
-    Args:
-        settings: of the launch.
-
-    Returns:
-        Exchange.
-    """
+def _make_exchange(settings: ParallelSettings) -> Exchange:
+    """Turn ``--moe-exchange`` into a strategy."""
     exchanges: dict[str, Exchange] = {
         "all_to_all": all_to_all,
         "all_gather": _by_gathering,
@@ -120,7 +113,7 @@ def spread_recipe(
         settings = replace(settings, moe_exchange="all_to_all")
     limited = recipe.plan is not dropless_plan
     static = settings.moe_exchange == "static"
-    layer = spread_layer(recipe.layer, grid, make_exchange(settings), equal=static)
+    layer = _spread_layer(recipe.layer, grid, _make_exchange(settings), equal=static)
     if settings.moe_exchange_chunks > 1:
         check_slices(recipe, layout, settings)
         layer = chunked(layer, num_chunks=settings.moe_exchange_chunks)
@@ -162,18 +155,11 @@ def check_slices(recipe: Recipe, layout: Layout, settings: ParallelSettings) -> 
         )
 
 
-def spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange, *, equal: bool = False) -> ExpertLayer:
+def _spread_layer(layer: ExpertLayer, grid: Grid, exchange: Exchange, *, equal: bool = False) -> ExpertLayer:
     """Nest the strategies that a layout asks for: hidden dimension inside, then experts of a node, then nodes.
 
-    Args:
-        layer: runs on one rank's part of the experts.
-        grid: of all ranks, in whose layout tokens travel.
-        exchange: spreads experts over the ranks of a group.
-        equal: ranks that share a hidden dimension have as many tokens and assignments as each other, also behind the
-            exchange, so that nobody needs to ask.
-
-    Returns:
-        ExpertLayer over all experts.
+    ``equal`` says that ranks which share a hidden dimension have as many tokens and assignments as each other, also
+    behind the exchange, so that nobody needs to ask.
     """
     layout = grid.layout
     if layout.hidden > 1:

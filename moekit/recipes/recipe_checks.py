@@ -49,22 +49,8 @@ def check_same_plan(recipe: Recipe) -> None:
         )
 
 
-def check_stages(recipe: Recipe) -> None:
-    """Check that each part of a recipe is of its kind, and that the router is handed what it remembers.
-
-    Args:
-        recipe: the method.
-
-    Raises:
-        ValueError: if it is not.
-
-    Example:
-        >>> from moekit.dispatch import dropless
-        >>> from moekit.recipes import mixtral
-        >>> check_stages(mixtral()._replace(plan=dropless()))
-        Traceback (most recent call last):
-        ValueError: recipe.plan is a Dispatcher; expected a function. Of a dispatcher take its plan, dispatcher.plan.
-    """
+def _check_stages(recipe: Recipe) -> None:
+    """Check that each part of a recipe is of its kind, and that the router is handed what it remembers."""
     for name in ("gate", "route", "layer", "init", "plan", "init_gate"):
         stage = getattr(recipe, name)
         if not callable(stage):
@@ -144,9 +130,12 @@ def check_calls(recipe: Recipe) -> None:
 
     Example:
         >>> from moekit.recipes import mixtral
-        >>> check_calls(mixtral())
+        >>> from moekit.dispatch import dropless
+        >>> check_calls(mixtral()._replace(plan=dropless()))
+        Traceback (most recent call last):
+        ValueError: recipe.plan is a Dispatcher; expected a function. Of a dispatcher take its plan, dispatcher.plan.
     """
-    check_stages(recipe)
+    _check_stages(recipe)
     state = recipe.state
     if state is not None and state.observe is not None and (missing := _not_taken(state.observe, ("token_mask",))):
         raise ValueError(

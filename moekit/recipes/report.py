@@ -158,21 +158,13 @@ def print_scores(console: Console, scores: Mapping[str, Evaluation], simple: Map
         simple: name to baselines, for those that have any.
     """
     if scores:
-        console.print(score_table(scores, simple))
+        console.print(_score_table(scores, simple))
     if any(each.layers for each in scores.values()):
-        console.print(load_table(scores))
+        console.print(_load_table(scores))
 
 
-def score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> Table:
-    """Lay out the loss and perplexity of each validation set beside its baselines.
-
-    Args:
-        evaluations: name to scores.
-        simple: name to baselines, for those that have any.
-
-    Returns:
-        A table to print.
-    """
+def _score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Baselines]) -> Table:
+    """Lay out the loss and perplexity of each validation set beside its baselines."""
     table = Table(title="validation, nats per token", title_justify="left")
     against = ("bigram", "unigram", "below\nbigram") if simple else ()
     for name in ("domain", "loss", "95 % interval", "perp-\nlexity", "bits/\nbyte", *against):
@@ -194,15 +186,8 @@ def _against(loss: float, simple: Baselines | None) -> tuple[str, str, str]:
     return pair[0], f"{simple.unigram:.3f}", pair[1]
 
 
-def load_table(evaluations: Mapping[str, Evaluation]) -> Table:
-    """Lay out how each domain uses the experts of each MoE block.
-
-    Args:
-        evaluations: domain to its scores.
-
-    Returns:
-        A table to print; its bars are half high for a balanced load.
-    """
+def _load_table(evaluations: Mapping[str, Evaluation]) -> Table:
+    """Lay out how each domain uses the experts of each MoE block; bars are half high for a balanced load."""
     table = Table(title="expert load in validation, 1 = balanced", title_justify="left")
     for name in ("domain", "block", "load", "least", "most", "router entropy", "dropped"):
         table.add_column(name)

@@ -50,19 +50,8 @@ def make_config(settings: ModelSettings) -> ModelConfig:
     return config
 
 
-def default_top_k(settings: ModelSettings) -> int:
-    """Say how many experts a token gets where nobody says it: no more than there are.
-
-    Args:
-        settings: of the model.
-
-    Returns:
-        K.
-
-    Example:
-        >>> default_top_k(ModelSettings()), default_top_k(ModelSettings(moe_num_experts=1))
-        (2, 1)
-    """
+def _default_top_k(settings: ModelSettings) -> int:
+    """Say how many experts a token gets where nobody says it: no more than there are."""
     return 1 if settings.moe_num_experts == 1 else DEFAULT_K
 
 
@@ -176,7 +165,7 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
     weight = make_recipe(settings).coefficients.get("load_balance")
     return replace(
         merged,
-        moe_top_k=default_top_k(merged) if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
+        moe_top_k=_default_top_k(merged) if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
         moe_capacity_factor=options.get("capacity_factor")
         if merged.moe_capacity_factor is None
         else merged.moe_capacity_factor,
@@ -275,7 +264,7 @@ def _find(
         settings.recipe,
         k=settings.moe_top_k,
         capacity_factor=capacity_factor,
-        default_k=default_top_k(settings),
+        default_k=_default_top_k(settings),
         **offered,
     )
     return automatic(found, choose=choose)

@@ -5,7 +5,7 @@ import torch
 
 from moekit.parallel import Grid, Layout, World, all_gather, all_to_all, make_grid, one_process, replicated
 from moekit.recipes import exchanges, expert_choice, mixtral, openlm, soft_moe, sonic_token_rounding
-from moekit.recipes.exchanges import make_exchange, make_layout, spread_layer, spread_recipe
+from moekit.recipes.exchanges import _make_exchange, _spread_layer, make_layout, spread_recipe
 from moekit.recipes.settings import ParallelSettings
 
 SPREAD = ParallelSettings(moe_expert_model_parallelism=True)
@@ -85,11 +85,11 @@ def test_degrees_that_do_not_divide_are_refused(given, message):
 
 def test_names_become_strategies():
     layer, group, other = object(), object(), object()
-    assert make_exchange(SPREAD) is all_to_all
-    gathered = make_exchange(settings_of(moe_exchange="all_gather"))(layer, group=group, return_group=other)
+    assert _make_exchange(SPREAD) is all_to_all
+    gathered = _make_exchange(settings_of(moe_exchange="all_gather"))(layer, group=group, return_group=other)
     assert nested(gathered) == nested(all_gather(layer, group=group))
     static = settings_of(moe_exchange="static", moe_exchange_capacity_factor=1.5)
-    [(name, options), inner] = nested(make_exchange(static)(layer, group=group, return_group=other))
+    [(name, options), inner] = nested(_make_exchange(static)(layer, group=group, return_group=other))
     assert (name, options["capacity_factor"]) == ("_static_all_to_all", (3, 2))
     assert (options["group"], options["return_group"]) == (group, other)
     assert inner is layer
@@ -133,7 +133,7 @@ HIDDEN = ("_tensor_parallel", {"group": ("experts", "hidden"), "equal": False})
 )
 def test_strategies_are_nested_hidden_inside_nodes_outside(grids, layout, strategies):
     layer = object()
-    assert nested(spread_layer(layer, grids(layout), all_to_all)) == [*strategies, layer]
+    assert nested(_spread_layer(layer, grids(layout), all_to_all)) == [*strategies, layer]
     recipe = mixtral()
     spread = spread_recipe(recipe, grids(layout), SPREAD, block=4)
     assert nested(spread.layer)[: len(strategies)] == strategies

@@ -143,22 +143,22 @@ def test_data_too_large_for_memory_have_no_baseline(shards, monkeypatch):
 
 
 def test_the_score_table_sets_losses_beside_baselines():
-    text = rendered(report.score_table(SCORES, SIMPLE))
+    text = rendered(report._score_table(SCORES, SIMPLE))
     assert cells(text, "prose") == ["prose", "2.000", "1.750 2.500", "7.39", "1.250", "3.000", "4.000", "1.000"]
     assert cells(text, "code") == ["code", "1.000", "0.750 1.500", "2.72", "-", "-", "5.000", "-"]
     assert "intervals by bootstrap over sequences: 1,234 of prose, 1,234 of code" in " ".join(text.split())
 
 
 def test_a_set_without_baselines_has_dashes_or_no_columns():
-    text = rendered(report.score_table(SCORES, {"prose": SIMPLE["prose"]}))
+    text = rendered(report._score_table(SCORES, {"prose": SIMPLE["prose"]}))
     assert cells(text, "code")[-3:] == ["-", "-", "-"]
-    text = rendered(report.score_table(SCORES, {}))
+    text = rendered(report._score_table(SCORES, {}))
     assert cells(text, "code") == ["code", "1.000", "0.750 1.500", "2.72", "-"]
     assert "bigram" not in text
 
 
 def test_the_load_table_has_a_row_for_every_domain_and_block():
-    text = rendered(report.load_table(SCORES))
+    text = rendered(report._load_table(SCORES))
     rows = [[cell.strip() for cell in line.strip("│").split("│")] for line in text.splitlines() if line.startswith("│")]
     assert rows == [
         ["prose", "0", "█▄▄", "0.00", "2.00", "1.00", "12.5%"],
@@ -227,7 +227,7 @@ def test_samples_are_printed_as_they_are():
 
 def test_a_diverged_run_has_a_table_and_results_that_every_reader_of_json_takes(tmp_path):
     diverged = {"prose": scores(777.0, 1000.0)}
-    assert cells(rendered(report.score_table(diverged, {})), "prose")[1:4] == ["777.000", "776.750 777.500", "inf"]
+    assert cells(rendered(report._score_table(diverged, {})), "prose")[1:4] == ["777.000", "776.750 777.500", "inf"]
     report.write_results(tmp_path / "r.json", {}, diverged, {})
     written = json.loads((tmp_path / "r.json").read_text(), parse_constant=lambda name: pytest.fail(f"it has {name}"))
     assert written["validation"]["prose"]["perplexity"] is None
