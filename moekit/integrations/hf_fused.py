@@ -32,26 +32,11 @@ from moekit.types import ExpertLayer, Routing
 FusedParams = PackedGatedParams | MlpParams | BiasedGatedParams | BiasedMlpParams
 
 
-def fused_params(params: ModuleParams) -> FusedParams:
+def _fused_params(params: ModuleParams) -> FusedParams:
     """View the parameters of an experts module as those of ``fused_layer``. Differentiable, and nothing is copied.
 
     Without biases gate and up stay the one tensor that they are, so that their gradient is written in one piece; with
     biases autograd puts the gradients of the two halves together.
-
-    Args:
-        params: of an activation that the kernels know.
-
-    Returns:
-        The parameters, of the type that ``params.known`` goes with.
-
-    Raises:
-        ValueError: if the kernels do not know this form of experts.
-
-    Example:
-        >>> from moekit.experts import SWIGLU
-        >>> params = ModuleParams(torch.ones(2, 3, 8), None, torch.ones(2, 4, 3), None, torch.relu, None, False, SWIGLU)
-        >>> fused_params(params).gate_up.shape
-        torch.Size([2, 8, 3])
     """
     activation, up, down = _known(params), params.up, params.down
     if params.up_bias is None or params.down_bias is None:
@@ -93,13 +78,13 @@ def _fused_module_layer(
     x: Tensor, routing: Routing, params: ModuleParams, *, keep: Keep, tiles: Callable[[LayerSize], LayerTiles]
 ) -> Tensor:
     layer = fused_layer(activation=_known(params), keep=keep, precision=backends.float32_products(), tiles=tiles)
-    return layer(as_weights(x, params.up), routing, fused_params(params))
+    return layer(as_weights(x, params.up), routing, _fused_params(params))
 
 
 def _cpu_module_layer(x: Tensor, routing: Routing, params: ModuleParams) -> Tensor:
     """Run ``fused_cpu``, for the experts without biases that the kernels know, but for the clamped activation."""
     layer = fused_cpu(plan=dropless().plan, activation=_known(params))
-    return layer(as_weights(x, params.up), routing, fused_params(params))
+    return layer(as_weights(x, params.up), routing, _fused_params(params))
 
 
 def auto_module_layer(
@@ -180,7 +165,7 @@ def _why_not(params: ModuleParams, device: torch.device, dtypes: set[torch.dtype
 
 
 def _why_not_on_cpu(params: ModuleParams, dtypes: set[torch.dtype]) -> str:
-    return _why_neither(params, dtypes) or backends.why_not_fused_cpu(_known(params), type(fused_params(params)))
+    return _why_neither(params, dtypes) or backends.why_not_fused_cpu(_known(params), type(_fused_params(params)))
 
 
 def _why_neither(params: ModuleParams, dtypes: set[torch.dtype]) -> str:

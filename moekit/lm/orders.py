@@ -16,7 +16,6 @@ __all__ = [
     "Order",
     "block_permutation",
     "check_budget",
-    "sequences_needed",
 ]
 
 _EXACT_UP_TO = 2_000_000
@@ -220,23 +219,11 @@ def _is_within(number: Any, most: float, *, least: int = 0) -> bool:
     return type(number) is int and least <= number <= most
 
 
-def sequences_needed(num_sequences: int, weights: Sequence[float]) -> list[int]:
-    """Count how many sequences of each source a run takes.
+def _sequences_needed(num_sequences: int, weights: Sequence[float]) -> list[int]:
+    """Count how many sequences of each source a run takes of ``num_sequences``.
 
-    Args:
-        num_sequences: n, sequences in the whole run.
-        weights: one positive number per source.
-
-    Returns:
-        One count per source: exact for a single source and up to 2 million sequences, by going through the rule; above
-        that the bound ceil(share * n) + number of sources, which the rule never exceeds.
-
-    Raises:
-        ValueError: if the weights are not positive numbers.
-
-    Example:
-        >>> sequences_needed(1000, [0.725, 0.275])
-        [725, 275]
+    Exact for a single source and up to 2 million sequences, by going through the rule; above that the bound
+    ceil(share * n) + number of sources, which the rule never exceeds.
     """
     _check_weights(weights, num_sources=len(weights))
     shares = _shares(weights)
@@ -275,7 +262,7 @@ def check_budget(
     """
     held = [sum(shards) for shards in counts]
     _check_weights(weights, num_sources=len(counts))
-    needed = sequences_needed(num_sequences, weights or held)
+    needed = _sequences_needed(num_sequences, weights or held)
     if max_passes is None or all(n <= max_passes * h for n, h in zip(needed, held, strict=True)):
         return
     lines = [

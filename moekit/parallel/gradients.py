@@ -31,7 +31,7 @@ def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:
     mine = [p for p in parameters if p.requires_grad]
     _sum([p for p in mine if not is_spread(p)], [None])
     axes = [name for name in ("copies", "shards") if grid.experts[name].size() > 1]
-    _sum([p for p in mine if is_part(p)], [grid.experts[name].get_group() for name in axes])
+    _sum([p for p in mine if _is_part(p)], [grid.experts[name].get_group() for name in axes])
 
 
 @torch.no_grad()
@@ -87,19 +87,8 @@ def _pieces(mesh: Any, placements: tuple[Any, ...]) -> int:
     return torch.Size(cut).numel()
 
 
-def is_part(tensor: Tensor) -> bool:
-    """Say whether a tensor is a part of the experts that this rank holds without FSDP.
-
-    Args:
-        tensor: any.
-
-    Returns:
-        Whether it is.
-
-    Example:
-        >>> is_part(torch.ones(2))
-        False
-    """
+def _is_part(tensor: Tensor) -> bool:
+    """Say whether a tensor is a part of the experts that this rank holds without FSDP."""
     return is_spread(tensor) and "shards" not in (tensor.device_mesh.mesh_dim_names or ())
 
 

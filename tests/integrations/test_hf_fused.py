@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from moekit.experts import CLAMPED_SWIGLU, GEGLU_TANH, RELU2, SWIGLU, Activation, loop
 from moekit.integrations.hf_experts import experts_forward, module_layer, module_params
-from moekit.integrations.hf_fused import auto_module_layer, fused_module_layer, fused_params, why_not_fused
+from moekit.integrations.hf_fused import _fused_params, auto_module_layer, fused_module_layer, why_not_fused
 from moekit.recipes import backends
 from moekit.types import ExpertLayer
 
@@ -134,7 +134,7 @@ def test_every_form_equals_the_composed_layer(name: str) -> None:
 def test_gradients_are_written_where_they_belong(name: str) -> None:
     experts = module(name)
     given = inputs(experts)
-    params = fused_params(module_params(experts))
+    params = _fused_params(module_params(experts))
     assert params.gate_up.data_ptr() == experts.gate_up_proj.data_ptr()
     assert params.down.data_ptr() == experts.down_proj.data_ptr()
     experts.zero_grad()

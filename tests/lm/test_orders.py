@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moekit.lm.orders import Address, DataExhausted, Order, block_permutation, check_budget, sequences_needed
+from moekit.lm.orders import Address, DataExhausted, Order, _sequences_needed, block_permutation, check_budget
 
 SHARDS = st.lists(st.integers(0, 40), min_size=1, max_size=13).filter(any)
 LANES = st.integers(1, 16)
@@ -279,12 +279,12 @@ def test_bad_arguments(arguments, message):
 def test_needs_are_what_the_order_takes(number, weights):
     order = Order([[1]] * len(weights), weights, seed=0)
     draw(order, number)
-    assert sequences_needed(number, weights) == list(order.taken)
+    assert _sequences_needed(number, weights) == list(order.taken)
 
 
 def test_needs_of_long_runs_are_a_bound():
-    assert sequences_needed(4_000_000, [0.725, 0.275]) == [2_900_002, 1_100_002]
-    assert sequences_needed(4_000_000, [3.0]) == [4_000_000]
+    assert _sequences_needed(4_000_000, [0.725, 0.275]) == [2_900_002, 1_100_002]
+    assert _sequences_needed(4_000_000, [3.0]) == [4_000_000]
 
 
 @pytest.mark.parametrize("max_passes", [1, 2])
