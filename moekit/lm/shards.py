@@ -13,8 +13,6 @@ References:
 import json
 import os
 import posixpath
-from collections.abc import Generator
-from contextlib import closing
 from typing import NamedTuple
 
 from moekit.lm.shard_members import DATA_KEYS, Reason, ShardError, parse_member, shard_members
@@ -30,7 +28,6 @@ __all__ = [
     "pack",
     "parse_member",
     "read_manifest",
-    "read_shard",
     "shard_bytes",
     "shard_members",
     "write_shards",
@@ -88,32 +85,6 @@ def read_manifest(path: str | os.PathLike[str], *, allow_commands: bool = False)
         raise ValueError(f"manifest {url} is empty; expected one JSON line per shard. {_HOW_TO_MAKE_ONE}")
     _check_names(url, [shard.path for shard in shards])
     return [shard._replace(path=join_url(folder, shard.path)) for shard in shards]
-
-
-def read_shard(
-    path: str | os.PathLike[str], *, data_key: str | None = None, allow_commands: bool = False
-) -> Generator[list[int]]:
-    """Read a shard from front to end, one sequence at a time.
-
-    Args:
-        path: the tar file, a local path, URL or ``pipe:`` command.
-        data_key: extension of the members that hold tokens; see `shard_members`.
-        allow_commands: run ``pipe:COMMAND`` in a shell.
-
-    Yields:
-        The token ids of each member, as they are written.
-
-    Raises:
-        ShardError: if the shard is missing, no tar or cut short, or a member is no list of ints; it names shard and
-            member.
-    """
-    with closing(shard_members(os.fspath(path), data_key=data_key, allow_commands=allow_commands)) as members:
-        for name, content in members:
-            try:
-                tokens = parse_member(name, content)
-            except ShardError as error:
-                raise ShardError(f"shard {path}: {error}", error.reason) from error
-            yield tokens
 
 
 def _manifest_line(manifest: str, number: int, line: str) -> Shard:

@@ -6,9 +6,9 @@ import multiprocessing
 import pytest
 import torch
 from s3_server import forget_connections, s3_server
-from stored_rows import stored_rows
+from stored_rows import read_shard, stored_rows
 
-from moekit.lm.shards import Shard, ShardError, read_manifest, read_shard, shard_bytes, shard_members
+from moekit.lm.shards import Shard, ShardError, read_manifest, shard_bytes, shard_members
 from moekit.lm.urls import open_url, read_text_url
 
 ROWS = torch.arange(7 * 5).view(7, 5)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from stored_rows import stored_rows
+from stored_rows import read_shard, stored_rows
 
-from moekit.lm.shards import pack, read_manifest, read_shard, shard_bytes, write_shards
+from moekit.lm.shards import pack, read_manifest, shard_bytes, write_shards
 
 ROWS = torch.arange(7 * 5).view(7, 5)
 
