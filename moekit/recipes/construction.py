@@ -52,10 +52,7 @@ def make_model(settings: TrainSettings, world: World) -> BuiltModel:
     """
     config, given, choose = make_config(settings.model), settings.parallel, run_layer(settings.run)
     recipe = make_recipe(settings.model, choose=choose)
-    per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
-    layout = run_layout(settings, world.size, ranks_per_node=per_node)
-    shards = ranks_per_shard(given, world.size, ranks_per_node=per_node)
-    grid = make_grid(world, layout, ranks_per_shard=shards, returning=given.moe_exchange_chunks > 1)
+    grid = _run_grid(settings, world)
     torch.manual_seed(settings.run.seed)
     try:
         model = language_model(config, recipe, part=grid.part).to(world.device)
@@ -173,6 +170,15 @@ def run_layout(settings: TrainSettings, world_size: int, *, ranks_per_node: int)
         hidden=hidden_size(make_recipe(settings.model).init, config.hidden_dim, None),
         ranks_per_node=ranks_per_node,
     )
+
+
+def _run_grid(settings: TrainSettings, world: World) -> Grid:
+    """Lay out the ranks of a run. All ranks call it together."""
+    given = settings.parallel
+    per_node = world.ranks_per_node if given.ranks_per_node is None else given.ranks_per_node
+    layout = run_layout(settings, world.size, ranks_per_node=per_node)
+    shards = ranks_per_shard(given, world.size, ranks_per_node=per_node)
+    return make_grid(world, layout, ranks_per_shard=shards, returning=given.moe_exchange_chunks > 1)
 
 
 def _shard(model: LanguageModel, given: ParallelSettings, grid: Grid) -> None:
