@@ -162,11 +162,19 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     Returns:
         Name to the live tensor, so that loading into the result restores both.
 
+    Raises:
+        ValueError: if the optimizer is another one.
+
     Example:
         >>> model = nn.Linear(2, 1, bias=False)
         >>> sorted(training_tensors(model, torch.optim.AdamW(model.parameters())))
         ['model.weight', 'optimizer.exp_avg.weight', 'optimizer.exp_avg_sq.weight', 'optimizer.step.weight']
     """
+    if not isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW):
+        raise ValueError(
+            f"training_tensors: the optimizer is {type(optimizer).__name__}; expected Adam or AdamW, whose state "
+            f"checkpoints know how to write down and make anew. Teach _adam_state in {__name__} what this one keeps."
+        )
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     group_of = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     for name, parameter in model.named_parameters():

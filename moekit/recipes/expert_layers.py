@@ -162,7 +162,7 @@ def recompute(layer: ExpertLayer) -> ExpertLayer:
     The routing is an argument, so the decision is kept: it is made once, and cannot turn out otherwise the second time.
 
     Args:
-        layer: to wrap; it must draw no random numbers.
+        layer: to wrap; a plan that draws random numbers draws the same again.
 
     Returns:
         The same function, which holds less memory between forward and backward and takes one more forward.
@@ -179,5 +179,5 @@ def recompute(layer: ExpertLayer) -> ExpertLayer:
 
 
 def _recompute(x: Tensor, routing: Routing, params: Any, *, layer: ExpertLayer) -> Tensor:
-    y: Tensor = checkpoint(layer, x, routing, params, use_reentrant=False, preserve_rng_state=False)
+    y: Tensor = checkpoint(layer, x, routing, params, use_reentrant=False)
     return y

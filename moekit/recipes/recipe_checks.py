@@ -152,12 +152,27 @@ def check_calls(recipe: Recipe) -> None:
             f"the router {place_of(recipe.route)} takes no {missing}; expected route(logits, bias=None"
             f"{''.join(f', {name}=...' for name in recipe.needs)}), as a layer calls it."
         )
+    if unmet := _unmet(recipe.route, ("bias", *recipe.needs)):
+        raise ValueError(
+            f"the router {place_of(recipe.route)} wants {unmet}, which no layer gives it; bind it by partial, or name "
+            f"it in recipe.needs if it is one of token_ids, token_mask and sequence_length or the recipe's state."
+        )
     for name, loss in recipe.losses.items():
-        if missing := _not_taken(loss, ("token_mask", "sequence_length")):
-            raise ValueError(
-                f"the loss {name!r}, {place_of(loss)}, takes no {missing}; expected loss(logits, routing, "
-                f"token_mask=None, sequence_length=None), as a layer calls it."
-            )
+        _check_loss(name, loss)
+
+
+def _check_loss(name: str, loss: Callable[..., Any]) -> None:
+    given = ("token_mask", "sequence_length")
+    if missing := _not_taken(loss, given):
+        raise ValueError(
+            f"the loss {name!r}, {place_of(loss)}, takes no {missing}; expected loss(logits, routing, "
+            f"token_mask=None, sequence_length=None), as a layer calls it."
+        )
+    if unmet := _unmet(loss, given):
+        raise ValueError(
+            f"the loss {name!r}, {place_of(loss)}, wants {unmet}, which no layer gives it: losses see logits and "
+            f"routing, and not the recipe's state. Bind it by partial."
+        )
 
 
 def _takes_two(function: Callable[..., Any]) -> bool:
@@ -178,6 +193,12 @@ def _not_taken(function: Callable[..., Any], names: Collection[str]) -> str:
         return ""
     taken = {each.name for each in parameters if each.kind in (each.KEYWORD_ONLY, each.POSITIONAL_OR_KEYWORD)}
     return " and no ".join(name for name in dict.fromkeys(names) if name not in taken)
+
+
+def _unmet(function: Callable[..., Any], given: Collection[str]) -> str:
+    """Name the keywords without which a function cannot be called, and which are not among those that are given."""
+    wanted = [each for each in parameters_of(function) or () if each.kind is each.KEYWORD_ONLY]
+    return " and ".join(each.name for each in wanted if each.default is each.empty and each.name not in given)
 
 
 def _required(function: Callable[..., Any]) -> set[str]:

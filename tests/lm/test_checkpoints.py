@@ -517,6 +517,12 @@ def train(model, optimizer, *, steps):
         optimizer.step()
 
 
+def test_another_optimizer_is_refused_in_words():
+    model = torch.nn.Linear(2, 1)
+    with pytest.raises(ValueError, match="the optimizer is SGD; expected Adam or AdamW, whose state"):
+        training_tensors(model, torch.optim.SGD(model.parameters()))
+
+
 @pytest.mark.parametrize("options", [{"fused": True}, {"fused": False}, {"amsgrad": True}], ids=str)
 def test_training_goes_on_exactly_from_its_tensors(tmp_path, options):
     first, second = make_training(0, **options), make_training(1, **options)

@@ -1,17 +1,23 @@
+from functools import partial
+
 import pytest
 import torch
 
+from moekit.dispatch import dropless, dropless_plan
+from moekit.experts import grouped, swiglu
 from moekit.lm.configs import load_config
 from moekit.lm.model import count_parameters
 from moekit.recipes import (
     deepseek_moe,
     dynamic_k,
     expert_choice,
+    expert_layer,
     gshard,
     mixtral,
     moe_plus_plus,
     olmoe,
     openlm,
+    recompute,
     remoe,
     sonic_token_rounding,
     switch,
@@ -177,6 +183,27 @@ def test_recomputed_activations_change_no_output_and_no_gradient(recipe):
     for (name, _), grad, other in zip(model.named_parameters(), grads, others, strict=True):
         assert grad.abs().max() > 0, name
         torch.testing.assert_close(other, grad, rtol=1e-12, atol=1e-15, msg=name)
+
+
+def _unlucky(routing):
+    kept = torch.rand(routing.expert_indices.shape) < 0.5
+    return dropless_plan(routing._replace(expert_indices=routing.expert_indices.where(kept, -1)))
+
+
+def test_a_plan_that_draws_is_recomputed_as_it_was():
+    layer = expert_layer(dispatcher=dropless()._replace(plan=_unlucky), experts=partial(swiglu, matmul=grouped))
+    moe = MoE(8, 4, mixtral(k=2)._replace(layer=layer, plan=_unlucky), hidden=16, dtype=torch.float64)
+    x, results = torch.randn(64, 8, dtype=torch.float64, requires_grad=True), []
+    for each in (layer, recompute(layer)):
+        moe.recipe = moe.recipe._replace(layer=each)
+        torch.default_generator.manual_seed(1)
+        y = moe(x).y
+        torch.rand(3)  # what is drawn behind the layer
+        results.append((y, *torch.autograd.grad(y.square().sum(), [x, *moe.parameters()])))
+        after = torch.rand(2)
+        results[-1] += (after,)
+    for before, again in zip(*results, strict=True):
+        assert torch.equal(before, again)
 
 
 def test_a_recomputed_router_decides_once_and_draws_once():

@@ -323,6 +323,14 @@ def _wants(logits, *, memory, bias=None):
     return top_k(logits, k=2, bias=bias)
 
 
+def _wants_more(logits, *, memory, momentum, bias=None):
+    return top_k(logits, k=2, bias=bias)
+
+
+def _remembers(logits, routing, *, memory, token_mask=None, sequence_length=None):
+    return logits.mean()
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -350,6 +358,14 @@ def _wants(logits, *, memory, bias=None):
         (
             {"losses": {"a": lambda logits, routing: logits.sum()}},
             r"the loss 'a', .* takes no token_mask and no sequence_length; expected loss\(logits, routing, token_mask=",
+        ),
+        (
+            {"losses": {"a": _remembers}},
+            r"the loss 'a', _remembers of .*, wants memory, which no layer gives it: losses see logits and",
+        ),
+        (
+            {"route": _wants_more},
+            r"the router _wants_more of .* wants momentum, which no layer gives it; bind it by partial, or name it in",
         ),
         (
             {"losses": {"a": partial(load_balance_loss, token_mask=torch.ones(3, dtype=torch.bool))}},
