@@ -5,6 +5,7 @@ from torch.distributed import ProcessGroup
 from moekit.parallel.all_gather import all_gather, plan_together, tensor_parallel
 from moekit.parallel.all_to_all import all_to_all, static_all_to_all, static_routing
 from moekit.parallel.chunked import chunked
+from moekit.parallel.collectives import exchange
 from moekit.parallel.gradients import squared_norm, sum_gradients
 from moekit.parallel.grids import Grid, group_of, make_grid, shards_of_experts
 from moekit.parallel.in_order import in_order, with_positions
@@ -27,6 +28,7 @@ __all__ = [
     "all_gather",
     "all_to_all",
     "chunked",
+    "exchange",
     "in_order",
     "plan_together",
     "static_all_to_all",

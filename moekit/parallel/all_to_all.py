@@ -30,8 +30,18 @@ from moekit.ratios import as_ratio, is_positive, multiplied, ratio_of, total
 from moekit.rows import copy_rows, sum_rows
 from moekit.types import ExpertLayer, Ratio, Routing
 
+Send = Callable[..., Tensor]
+"""Carries rows to the ranks of a group, and their gradient back: called and returns as ``exchange``."""
 
-def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: ProcessGroup | None = None) -> ExpertLayer:
+
+def all_to_all(
+    layer: ExpertLayer,
+    *,
+    group: ProcessGroup,
+    return_group: ProcessGroup | None = None,
+    send: Send = exchange,
+    send_back: Send = exchange,
+) -> ExpertLayer:
     """Let each rank of a group own E / P of the experts: every token travels once to each rank that it needs.
 
     With a token travel its choices on that rank; there ``layer`` runs on what arrived, and the weighted sum over those
@@ -47,6 +57,9 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
         group: of P ranks; rank p owns experts p * E / P to (p + 1) * E / P - 1.
         return_group: carries what travels back. A second communicator over the same ranks lets exchanges in both
             directions overlap, see ``chunked``; None takes ``group``.
+        send: carries tokens to their experts' ranks, (R, D) to (R', D); another one may round what travels, as
+            ``docs/parallelism.md`` shows. Choices and weights go by ``exchange``.
+        send_back: carries partial sums back.
 
     Returns:
         ExpertLayer over E experts.
@@ -72,11 +85,18 @@ def all_to_all(layer: ExpertLayer, *, group: ProcessGroup, return_group: Process
         expert is DeepSeek-V3's, 2024, section 3.2.2 (per node there), https://arxiv.org/abs/2412.19437
     """
     _check_group("all_to_all", group)
-    return partial(_all_to_all, layer=layer, group=group, return_group=group if return_group is None else return_group)
+    back = group if return_group is None else return_group
+    return partial(_all_to_all, layer=layer, group=group, return_group=back, send=send, send_back=send_back)
 
 
 def static_all_to_all(
-    layer: ExpertLayer, *, group: ProcessGroup, capacity_factor: float | Ratio, return_group: ProcessGroup | None = None
+    layer: ExpertLayer,
+    *,
+    group: ProcessGroup,
+    capacity_factor: float | Ratio,
+    return_group: ProcessGroup | None = None,
+    send: Send = exchange,
+    send_back: Send = exchange,
 ) -> ExpertLayer:
     """Do what ``all_to_all`` does with shapes known beforehand: nothing is read from the device, and it compiles.
 
@@ -93,7 +113,9 @@ def static_all_to_all(
         layer: runs on a rank, with parameters of E / P experts.
         group: of P ranks.
         capacity_factor: cf > 0.
-        return_group: see ``all_to_all``.
+        return_group: see ``all_to_all``, as the next two.
+        send: carries tokens.
+        send_back: carries partial sums.
 
     Returns:
         ExpertLayer over E experts.
@@ -128,6 +150,8 @@ def static_all_to_all(
         group=group,
         capacity_factor=ratio_of(capacity_factor),
         return_group=group if return_group is None else return_group,
+        send=send,
+        send_back=send_back,
     )
 
 
@@ -187,17 +211,19 @@ def _all_to_all(
     layer: ExpertLayer,
     group: ProcessGroup,
     return_group: ProcessGroup,
+    send: Send,
+    send_back: Send,
 ) -> Tensor:
     check_tokens("all_to_all", x, routing)
     _check_part("all_to_all", params, routing, group)
     plan, choices, num_ranks = plan_exchange(routing, group.size()), routing.expert_indices, group.size()
-    run = partial(_run, layer=layer, params=params, return_group=return_group)
+    run = partial(_run, layer=layer, params=params, group=return_group, send=send_back)
     if choices.ndim != 2:
-        return _travel_as_list(x, routing, plan, _agree(plan, routing, group), group, run)
+        return _travel_as_list(x, routing, plan, _agree(plan, routing, group), group, run, send)
     most_rows = routing.num_tokens * min(choices.shape[1], num_ranks)
     leaving = departing(plan, routing, most_rows)  # before sizes are read, for behind that the device has nothing to do
     sizes = _agree(plan, routing, group)
-    return _travel(x, routing, leaving.of(sum(sizes.sent)), sizes, group, run)
+    return _travel(x, routing, leaving.of(sum(sizes.sent)), sizes, group, run, send)
 
 
 def _static_all_to_all(
@@ -209,6 +235,8 @@ def _static_all_to_all(
     group: ProcessGroup,
     capacity_factor: Ratio,
     return_group: ProcessGroup,
+    send: Send,
+    send_back: Send,
 ) -> Tensor:
     check_tokens("static_all_to_all", x, routing)
     _check_part("static_all_to_all", params, routing, group)
@@ -220,10 +248,10 @@ def _static_all_to_all(
         row_sizes, row_sizes, list_sizes, list_sizes, rows * num_ranks, assignments * num_ranks,
         routing.pool, plan.sizes, plan.counts,
     )  # fmt: skip
-    run = partial(_run, layer=layer, params=params, return_group=return_group)
+    run = partial(_run, layer=layer, params=params, group=return_group, send=send_back)
     if routing.expert_indices.ndim != 2:
-        return _travel_as_list(x, routing, plan, sizes, group, run)
-    return _travel(x, routing, departing(plan, routing, rows * num_ranks), sizes, group, run)
+        return _travel_as_list(x, routing, plan, sizes, group, run, send)
+    return _travel(x, routing, departing(plan, routing, rows * num_ranks), sizes, group, run, send)
 
 
 def _check_group(name: str, group: Any) -> None:
@@ -253,11 +281,13 @@ def _travel(
     sizes: ExchangeSizes,
     group: ProcessGroup,
     run: Callable[[Tensor, Routing, ExchangeSizes], Tensor],
+    send: Send,
 ) -> Tensor:
     """Send tokens with their choices (T, K), and add up what comes back."""
-    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group, room=sizes.room)
-    rows = send(copy_rows(narrowed(x), leaving.links))
-    weights, numbers = send(copy_rows(routing.weights, leaving.links)), send(leaving.numbers, fill=-1)
+    way: dict[str, Any] = {"group": group, "sent": sizes.sent, "received": sizes.received, "room": sizes.room}
+    rows = send(copy_rows(narrowed(x), leaving.links), **way)
+    weights = exchange(copy_rows(routing.weights, leaving.links), **way)
+    numbers = exchange(leaving.numbers, **way, fill=-1)
     return sum_rows(run(rows, arrived_choices(weights, numbers, routing, sizes), sizes), leaving.links)
 
 
@@ -268,20 +298,28 @@ def _travel_as_list(
     sizes: ExchangeSizes,
     group: ProcessGroup,
     run: Callable[[Tensor, Routing, ExchangeSizes], Tensor],
+    send: Send,
 ) -> Tensor:
     """Send tokens, and assignments of any routing as a list, and add up what comes back."""
     tokens = tokens_of_rows(plan, routing, sum(sizes.sent))
-    send = partial(exchange, sent=sizes.sent, received=sizes.received, group=group, room=sizes.room)
-    rows = send(taken(narrowed(x), tokens))
+    rows = taken(narrowed(x), tokens)
+    rows = send(rows, group=group, sent=sizes.sent, received=sizes.received, room=sizes.room)
     return added(run(rows, arrived_list(plan, routing, sizes, group), sizes), tokens, routing.num_tokens)
 
 
 def _run(
-    rows: Tensor, arrived: Routing, sizes: ExchangeSizes, *, layer: ExpertLayer, params: Any, return_group: ProcessGroup
+    rows: Tensor,
+    arrived: Routing,
+    sizes: ExchangeSizes,
+    *,
+    layer: ExpertLayer,
+    params: Any,
+    group: ProcessGroup,
+    send: Send,
 ) -> Tensor:
     """Run the layer on what arrived, and send back what it makes of it."""
     y = connect(layer(rows, arrived, params), rows, arrived.weights)
-    return exchange(y, sent=sizes.received, received=sizes.sent, group=return_group)
+    return send(y, group=group, sent=sizes.received, received=sizes.sent)
 
 
 def _agree(plan: ExchangePlan, routing: Routing, group: ProcessGroup) -> ExchangeSizes:

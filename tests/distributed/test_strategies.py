@@ -63,6 +63,13 @@ def test_under_a_capacity_limit_that_loop_has_one_loss_too_and_each_rank_knows_i
         assert (loss, dropped) == pytest.approx(alone, rel=1e-5)
 
 
+def test_tokens_that_the_page_rounds_to_8_bits_come_to_nearly_the_same():
+    for apart in run_ranks("page_programs:of_rounded_rows", 2, limit=60):
+        assert set(apart) == {"y", "x", "up"}
+        for name, share in apart.items():
+            assert 1e-3 < share < 0.1, name
+
+
 def test_second_derivatives_refusals_no_choices_and_weights_drawn_anew():
     run_ranks("strategy_edges:edges", 4, limit=60)
 

@@ -2,9 +2,11 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from moekit.experts import init_gated
-from moekit.parallel import all_to_all, static_all_to_all
+from moekit.parallel import all_to_all, exchange, static_all_to_all
 from moekit.parallel.all_to_all import static_limits
 from moekit.parallel.arrivals import taken
 from moekit.parallel.exchange_plans import (
@@ -14,6 +16,8 @@ from moekit.parallel.exchange_plans import (
     plan_exchange,
     tokens_of_rows,
 )
+from moekit.recipes import mixtral
+from moekit.routing import expert_choice, top_k
 from moekit.rows import copy_rows, sum_rows
 from moekit.types import Routing
 
@@ -202,3 +206,23 @@ def test_rows_that_are_missing_read_different_rows() -> None:
     assert (found[[1, 2, 3, 4, 5, 6, 8, 9]] == 0).all()
     reads = found.grad_fn.next_functions[0][0]  # behind the mask
     assert reads._saved_index.bincount(minlength=5).max() <= 3
+
+
+@pytest.mark.parametrize("spread", [all_to_all, partial(static_all_to_all, capacity_factor=1.0)])
+@pytest.mark.parametrize("route", [partial(top_k, k=2), partial(expert_choice, capacity_factor=1.0)])
+def test_tokens_and_sums_go_by_the_functions_that_are_given(group: ProcessGroup, spread, route) -> None:
+    went = []
+
+    def by(factor: float):
+        def send(rows: Tensor, **way) -> Tensor:
+            went.append((factor, sorted(way), rows.shape[1]))
+            return factor * exchange(rows, **way)
+
+        return send
+
+    x, params = torch.randn(6, 4, dtype=torch.float64), init_gated(2, 4, 8, dtype=torch.float64)
+    routing, layer = route(torch.randn(6, 2)), mixtral().layer
+    expected = 5 * spread(layer, group=group)(3 * x, routing, params)
+    found = spread(layer, group=group, send=by(3.0), send_back=by(5.0))(x, routing, params)
+    torch.testing.assert_close(found, expected)
+    assert went == [(3.0, ["group", "received", "room", "sent"], 4), (5.0, ["group", "received", "sent"], 4)]

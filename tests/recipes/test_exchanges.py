@@ -3,7 +3,7 @@ from functools import partial
 import pytest
 import torch
 
-from moekit.parallel import Grid, Layout, World, all_gather, all_to_all, make_grid, one_process, replicated
+from moekit.parallel import Grid, Layout, World, all_gather, all_to_all, collectives, make_grid, one_process, replicated
 from moekit.recipes import exchanges, expert_choice, mixtral, openlm, soft_moe, sonic_token_rounding
 from moekit.recipes.exchanges import _make_exchange, _spread_layer, make_layout, spread_recipe
 from moekit.recipes.settings import ParallelSettings
@@ -115,8 +115,9 @@ def test_replicas_leave_a_recipe_as_it_is(grids):
     assert spread_recipe(recipe, grids(replicated(4, 8)), ParallelSettings(fsdp=True), block=4) is recipe
 
 
-EXPERTS = ("_all_to_all", {"group": ("exchange", "experts"), "return_group": "back"})
-NODES = ("_all_to_all", {"group": ("exchange", "nodes"), "return_group": "back of nodes"})
+SENT = {"send": collectives.exchange, "send_back": collectives.exchange}
+EXPERTS = ("_all_to_all", {"group": ("exchange", "experts"), "return_group": "back", **SENT})
+NODES = ("_all_to_all", {"group": ("exchange", "nodes"), "return_group": "back of nodes", **SENT})
 HIDDEN = ("_tensor_parallel", {"group": ("experts", "hidden"), "equal": False})
 
 
