@@ -8,6 +8,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -85,9 +87,44 @@ def _patch_once() -> None:
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_once, execute_one
 
 
+def _look_up_once() -> None:
+    """Let the interpreter make what a type says once, not at every operation: half of the time of these tests.
+
+    It also looks whether each sum of integers overflows, and tells nobody.
+    """
+    from triton.language import core
+    from triton.runtime import interpreter
+
+    builder, numpy_type = interpreter.interpreter_builder, interpreter._get_np_dtype
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    numpy_types: dict[str, Any] = {}
+
+    def numpy_type_once(kind: Any) -> Any:
+        if kind.name not in numpy_types:
+            numpy_types[kind.name] = numpy_type(kind)
+        return numpy_types[kind.name]
+
+    def make_once(kind: Any, key: Callable[..., Any], *own: str) -> None:
+        make, made = kind.__init__, {}
+
+        def make_or_copy(self: Any, *arguments: Any) -> None:
+            name = key(*arguments)
+            if name not in made:
+                make(self, *arguments)
+                made[name] = self.__dict__.copy()
+            self.__dict__.update(made[name], **dict(zip(own, arguments, strict=False)))
+
+        kind.__init__ = make_or_copy
+
+    interpreter._get_np_dtype = numpy_type_once
+    make_once(core.block_type, lambda element, shape: (element.name, *map(core._unwrap_if_constexpr, shape)))
+    make_once(core.tensor, lambda handle, kind: kind.name, "handle")
+
+
 if INTERPRETED:
     _sort_by_numpy()
     _patch_once()
+    _look_up_once()
 
 
 class Calls(TorchDispatchMode):
