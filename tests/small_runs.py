@@ -1,10 +1,11 @@
 """Small shards to train on, the words that start a small run, and reading what it left."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -13,6 +14,9 @@ from moekit.lm.checkpoint_checksums import file_checksums, write_checksums
 from moekit.lm.checkpoints import load_checkpoint
 from moekit.lm.shards import write_shards
 from moekit.lm.trackers import read_metrics
+from moekit.recipes import ablation_checks, report, runs, scoring, setup, train
+from moekit.recipes.names import RECIPES
+from moekit.recipes.settings import ModelSettings
 
 SEQ_LEN = 64  # of the preset moekit_tiny
 TIMES = (
@@ -28,6 +32,10 @@ TIMES = (
     "sync_time",
     "optim_step_time",
 )
+
+
+_LOOKED_AT: dict[Any, Any] = {}
+_NOTES = train.causality_notes
 
 
 class Shards(NamedTuple):
@@ -111,3 +119,33 @@ def files(folder: Path) -> dict[Path, bytes]:
 def losses(lines: Sequence[Mapping[str, Any]]) -> list[float]:
     """Return the loss of each line of metrics."""
     return [line["loss"] for line in lines]
+
+
+def without_a_picture(patch: pytest.MonkeyPatch) -> None:
+    """Let runs draw no picture: it takes longer than a small run."""
+    patch.setattr(report, "plot_run", lambda path, **options: path)
+
+
+def look_at_models_once(patch: pytest.MonkeyPatch) -> None:
+    """Let runs of this process look once at each model of the package's.
+
+    Whether it fits its recipe, and whether a token sees later ones, takes a third of a small run; test_setup.py and
+    test_audits.py test what is found.
+    """
+    check = _once(setup.check_model, lambda settings: settings)
+    for module in (ablation_checks, runs, scoring, train):
+        patch.setattr(module, "check_model", check)
+    patch.setattr(train, "causality_notes", _once(_NOTES, lambda settings: settings.model))
+
+
+def _once(look: Callable[..., Any], model_of: Callable[[Any], ModelSettings]) -> Callable[..., Any]:
+    def looked(settings: Any) -> Any:
+        model = model_of(settings)
+        if model.preset.endswith(".json") or model.recipe not in RECIPES:  # a file, which may have changed since
+            return look(settings)
+        key = look.__name__, repr(model), RECIPES[model.recipe]
+        if key not in _LOOKED_AT:
+            _LOOKED_AT[key] = look(settings)
+        return _LOOKED_AT[key]
+
+    return looked

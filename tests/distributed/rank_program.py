@@ -6,15 +6,18 @@ Each command line ends in a line of JSON of rank 0: the exit message, or null. N
 import json
 import sys
 
+import pytest
 import torch
+from small_runs import look_at_models_once, without_a_picture
 
 from moekit.parallel import start_processes
-from moekit.recipes import report
 from moekit.recipes.train import main
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    report.plot_run = lambda path, **options: path
+    patch = pytest.MonkeyPatch()
+    without_a_picture(patch)
+    look_at_models_once(patch)
     with start_processes() as world:
         for words in json.loads(sys.argv[1]):
             message = None

@@ -30,7 +30,8 @@ RECIPES = ["mixtral", "deepseek_moe"]  # a balancing loss over the whole step, a
 
 
 def torchrun(program: Path, *words: str, folder: Path, ranks: int = 2) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
     said = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([*start, str(program), *words], cwd=folder, env=environment, **said)

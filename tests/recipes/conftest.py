@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from small_runs import Shards, make_shards, words
+from small_runs import Shards, look_at_models_once, make_shards, without_a_picture, words
 
-from moekit.recipes import report
 from moekit.recipes.recording import Recorder
 from moekit.recipes.train import main
 
@@ -24,7 +23,8 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Shards:
 def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Draw no picture, and run on one thread, unless the test asks for them: small models gain nothing from two."""
     if "picture" not in request.fixturenames:
-        monkeypatch.setattr(report, "plot_run", lambda path, **options: path)
+        without_a_picture(monkeypatch)
+    look_at_models_once(monkeypatch)
     threads = torch.get_num_threads()
     torch.set_num_threads(2 if "two_threads" in request.fixturenames else 1)
     yield
