@@ -9,7 +9,9 @@ OTHER := $(VENV)/torch/bin/python
 TORCH ?= 2.11.0
 # Two files at a time. Threads that have nothing to do sleep: by default they look out for work, and keep a core from the
 # other file's tests.
+# What Python and pytest compile is kept, also where the environment says otherwise: many tests start processes.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
+export PYTHONDONTWRITEBYTECODE :=
 WITH ?= $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 
 .PHONY: train test test-distributed test-lowest test-newest test-torch setup lint check bench clean

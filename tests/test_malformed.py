@@ -12,6 +12,7 @@ import re
 import shutil
 import signal
 import socket
+import sys
 import tarfile
 import warnings
 import zlib
@@ -25,10 +26,9 @@ import pytest
 import torch
 from malformations import MANIFEST, MANIFESTS, MEMBERS, SHARDS, TARS, Maker, Trial, manifest, member, tar
 from malformed_launches import CHECKPOINTS, LAUNCHES
-from small_runs import markov_sequences
+from small_runs import look_at_models_once, markov_sequences, without_a_picture
 
 from moekit.lm.shards import write_shards
-from moekit.recipes import report
 from moekit.recipes.train import main
 
 _SEQ_LEN, _VOCABULARY = 64, 512  # of the preset moekit_tiny
@@ -290,7 +290,7 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, first in (("data", 0), ("val", 100)):
         write_shards(root / name, markov_sequences(12, first=first, seed=first), sequences_per_shard=4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(report, "plot_run", lambda path, **options: path)
+        without_a_picture(patch)
         flags = ["--steps", "2", "--save-every-n-steps", "1"]
         main([*_words(Trial([], []), root, "checkpoint", None), *flags])
     return root
@@ -298,8 +298,10 @@ def good_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(good_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A place of its own, one thread, no picture."""
-    monkeypatch.setattr(report, "plot_run", lambda path, **options: path)
+    """A place of its own, one thread, no picture, and one look at each model."""
+    without_a_picture(monkeypatch)
+    look_at_models_once(monkeypatch)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # beside a recipe's file, which is Python's own
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.chdir(tmp_path)
@@ -339,6 +341,7 @@ def _attempt(number: int, maker: Maker, good: Path, root: Path, capsys: pytest.C
     return "refused" if outcome.refusal is not None else "valid"
 
 
+@pytest.mark.slow  # all of them
 @pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_malformed_input(number: int, good_run: Path, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _attempt(number, CASES[number], good_run, place, capsys)

@@ -19,6 +19,7 @@ ON_KERNELS = {
 }
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)

@@ -38,6 +38,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)

@@ -44,6 +44,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @starts_interpreter
 def test_under_the_interpreter() -> None:
     run_interpreted(__file__)
