@@ -225,10 +225,12 @@ def test_the_balancing_of_micro_batches_is_another_loss(program):
     assert micro[0]["loss/load_balance"] > step[0]["loss/load_balance"] + 1e-3
 
 
-def test_gradient_checkpointing_changes_no_loss(program):
+def test_gradient_checkpointing_changes_no_loss(program, capsys):
     flags = ["--recipe", "gshard"]  # its draws must be the same in the second forward
     plain = numbers(program(*flags, name="a"))
     assert numbers(program(*flags, "--grad-checkpointing", name="b")) == plain
+    said = re.sub(r"\s+", " ", capsys.readouterr().out)
+    assert said.count("with --recipe gshard a token's output depends on later tokens") == 2, "every run says so"
 
 
 @pytest.mark.slow
