@@ -1,7 +1,8 @@
 """What an ablation finds out before its first run: what is wrong there is so in every run, and ends it at once."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.settings import TrainSettings
+from moekit.recipes.settings_legacy import LegacySettings
 from moekit.recipes.setup import check_model, make_config
 from moekit.recipes.sources import check_lasts, make_corpus
 
@@ -79,12 +81,14 @@ def check_data(settings: TrainSettings, console: Console) -> None:
 def settle_folder(folder: Path, settings: TrainSettings) -> None:
     """Write down the settings that all runs of a folder share, or compare them with what is there.
 
+    A setting that the file of an older version lacks counts as its default.
+
     Args:
         folder: of the ablation; made if need be.
         settings: of any run.
 
     Raises:
-        ValueError: if the folder holds runs with other settings, or something else.
+        ValueError: if the folder holds runs with other settings, or of another version, or something else.
     """
     path = folder / "settings.json"
     shared = {name: value for name, value in flat_settings(settings).items() if name not in _NOT_SHARED}
@@ -94,13 +98,25 @@ def settle_folder(folder: Path, settings: TrainSettings) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(shared, indent=1) + "\n")
         return
-    before = read_object(path, expected="the runs' settings", mend=f"; {_WHERE_TO}")
-    names = sorted(name for name in {*before, *shared} if before.get(name) != shared.get(name))
+    written = read_object(path, expected="the runs' settings", mend=f"; {_WHERE_TO}")
+    _refuse_unknown(written, path)
+    before = {**flat_settings(TrainSettings()), **written}  # the file of an older version lacks newer settings
+    names = sorted(name for name in {*written, *shared} if before.get(name) != shared.get(name))
     if names:
         told = ", ".join(f"--{name.replace('_', '-')} {before.get(name)} (now {shared.get(name)})" for name in names)
         raise ValueError(
             f"{folder} holds runs with {told}; rows of a table share their settings. Give the same again, or choose "
             f"another --folder"
+        )
+
+
+def _refuse_unknown(written: Collection[str], path: Path) -> None:
+    """Refuse a file with names that are no settings of this version."""
+    known = {*flat_settings(TrainSettings()), *(field.name for field in fields(LegacySettings))}
+    if unknown := sorted(set(written) - known):
+        raise ValueError(
+            f"{path} holds {', '.join(unknown)}, which this version of moekit does not have: the runs are of another "
+            f"version. Go on with that one, or choose another --folder"
         )
 
 

@@ -318,6 +318,22 @@ def test_checkpoints_go_when_a_run_is_done_and_not_when_it_was_stopped(tmp_path,
     assert not (job.folder / "checkpoints").exists()
 
 
+def test_a_folder_of_an_older_version_goes_on_and_one_of_another_is_told(ablate):
+    """A setting that its file lacks is one that came later, with the default that its runs had."""
+    path = ablate("--routers", "top_k", "--seeds", "1") / "settings.json"
+    written = json.loads(path.read_text())
+    older = {name: value for name, value in written.items() if name != "moe_keep"}
+    path.write_text(json.dumps(older))
+    ablate("--routers", "top_k", "--seeds", "1")
+    with pytest.raises(SystemExit, match=r"holds runs with --moe-keep preactivation \(now inputs\); rows of"):
+        ablate("--routers", "top_k", "--seeds", "1", rest=("--moe-keep", "inputs"))
+    path.write_text(json.dumps(written | {"moe_flavour": "sweet"}))
+    with pytest.raises(
+        SystemExit, match=r"a/settings\.json holds moe_flavour, which this version .* another version\. Go on with that"
+    ):
+        ablate("--routers", "top_k", "--seeds", "1")
+
+
 def test_a_folder_has_one_kind_of_settings(ablate, tmp_path):
     folder = ablate("--routers", "top_k", "--seeds", "1")
     with pytest.raises(
