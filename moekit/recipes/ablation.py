@@ -15,7 +15,7 @@ import tyro
 from rich.console import Console
 from rich.text import Text
 
-from moekit.lm.consoles import plain_console, print_lines
+from moekit.lm.consoles import plain_console, print_lines, print_warnings
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
@@ -27,7 +27,7 @@ from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.commands import command_line
-from moekit.recipes.configuration import parse_settings
+from moekit.recipes.configuration import kept_warnings, parse_settings
 from moekit.recipes.names import RECIPES, users_fault
 from moekit.recipes.routers import PREFIX, ROUTERS
 from moekit.recipes.setup import make_config, overridden_flags
@@ -96,6 +96,7 @@ def main(
     settings = tyro.cli(AblationSettings, args=words[:cut], prog=prog)
     try:
         jobs, console = plan(settings, words[cut + 1 :], prog=prog), plain_console(piped=_TABLE_COLUMNS)
+        print_warnings(console, *kept_warnings(_shared_words(settings, words[cut + 1 :])))
         print_lines(console, *overridden_flags(jobs[0].settings.model))
         command = command_line(words, prog=prog, launch=launch)
         outcome = ablate(settings, jobs, console, command=command, ends_process=True)
@@ -141,7 +142,7 @@ def plan(settings: AblationSettings, words: Sequence[str], *, prog: str | None =
     if under_torchrun():
         raise ValueError("the ablation is one process; start it without torchrun")
     check_words(words)
-    shared = parse_settings([*_FASTER, *words, "--steps", str(settings.steps)], prog=prog)
+    shared = parse_settings(_shared_words(settings, words), prog=prog)
     if not make_config(shared.model).moe_freq:
         raise ValueError("--moe-freq 0 makes a dense model, which has no router to compare; leave it out")
     jobs = make_jobs(labelled(settings), seeds=settings.seeds, settings=shared, folder=settings.folder)
@@ -180,6 +181,10 @@ def labelled(settings: AblationSettings) -> dict[str, str]:
     if twice:
         raise ValueError(f"{', '.join(twice)} was given twice; expected each name once. Rename one of them in its file")
     return dict(pairs)
+
+
+def _shared_words(settings: AblationSettings, words: Sequence[str]) -> list[str]:
+    return [*_FASTER, *words, "--steps", str(settings.steps)]
 
 
 def ablate(

@@ -4,14 +4,14 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tyro
 
 from moekit.lm.files import write_whole
-from moekit.recipes.derived import give_way, typed_flags
+from moekit.recipes.derived import OF_LENGTH, derived_names, give_way, typed_flags
 from moekit.recipes.settings import ModelSettings, TrainSettings
 from moekit.recipes.wording import flag_of, no_place
 
@@ -93,6 +93,40 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         raise
 
 
+def kept_warnings(arguments: Sequence[str]) -> list[str]:
+    """Warn of what stays of a run's file beside flags that it may follow from, where the file does not say ``derived``.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        One line, or none: no file, one that says it, or one that no run wrote.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_config``.
+
+    Example:
+        >>> kept_warnings(["--steps", "60"])
+        []
+    """
+    typed = typed_flags(arguments)
+    path = typed.get("config")
+    values = {} if path is None else read_config(Path(path))
+    if _DERIVED in values or not values.keys() >= set(OF_LENGTH):  # a run's file has them all, though some are null
+        return []
+    filled = derived_names(flat_settings(TrainSettings()), values)
+    left = give_way(values, filled, arguments)
+    kept = [name for name in give_way(values, (), arguments) if name not in {*left, *typed}]
+    if not kept:
+        return []
+    told = ", ".join(f"{flag_of(name)} {values[name]}" for name in kept)
+    return [
+        f"warning: --config {path} is of a version that did not write which settings a run derived, so it keeps "
+        f"{told}, which may follow from what the command line changes. Give them there, too, or remove them from the "
+        f"file to have them derived anew"
+    ]
+
+
 def _read(words: list[str], *, prog: str | None) -> TrainSettings:
     try:
         return tyro.cli(TrainSettings, args=words, prog=prog)
@@ -129,7 +163,7 @@ def read_config(path: Path) -> dict[str, Any]:
         if key == _DERIVED and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ValueError(
                 f"--config {path}: {key} is {value!r}; expected a list of names of settings that nobody gave, as a run "
-                "writes it. Leave it out if there are none"
+                "writes it"
             )
     settings = {key.replace("-", "_"): value for key, value in values.items()}
     if _DERIVED in settings:
@@ -219,7 +253,7 @@ def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[s
     values = flat_settings(settings)
     write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
-    kept |= {_DERIVED: [name for name in kept if name in derived]} if derived else {}
+    kept |= {_DERIVED: [name for name in kept if name in derived]}
     return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
 
 

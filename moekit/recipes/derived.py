@@ -17,9 +17,9 @@ OF_EXCHANGE = (  # that --moe-expert-model-parallelism asks for
     *("moe_expert_ranks", "moe_hidden_ranks", "moe_exchange", "moe_exchange_capacity_factor", "moe_exchange_chunks"),
     "moe_hierarchical_exchange",
 )
-_LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
+OF_LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
 _SOURCES = {  # what a run derives, and from which flags
-    "warmup": _LENGTH,
+    "warmup": OF_LENGTH,
     "lr_cooldown_end": ("lr",),
     **dict.fromkeys(OF_METHOD, ("recipe", "model")),
     "moe_top_k": ("recipe", "model", "moe_num_experts"),

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +15,9 @@ from moekit.lm.model import LanguageModel
 from moekit.parallel import World
 from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
-from moekit.recipes.configuration import write_config
+from moekit.recipes.configuration import flat_settings, write_config
 from moekit.recipes.construction import make_model
+from moekit.recipes.derived import derived_names
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import active_words, parameter_table
@@ -29,13 +30,14 @@ from moekit.recipes.sources import Corpus, read_set
 from moekit.recipes.weights import find_checkpoint, load_weights
 
 
-def score(settings: TrainSettings, world: World, console: Console) -> Path:
+def score(settings: TrainSettings, world: World, console: Console, *, derived: Collection[str] = ()) -> Path:
     """Score a checkpoint on validation data. All ranks call it together.
 
     Args:
         settings: with ``--resume`` and validation data.
         world: the ranks.
         console: where to.
+        derived: names of settings that an earlier run filled in, for ``config.json``.
 
     Returns:
         ``results.jsonl`` beside the checkpoint, with a line for each validation set; where that cannot be written,
@@ -50,6 +52,7 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     folder = run_folder(settings)
     checkpoint = find_checkpoint(_named_checkpoint(settings, folder))
     check_model(settings.model)
+    given = flat_settings(settings)
     settings = replace(settings, model=with_model_keys(settings.model))
     corpus = shared_corpus(settings, world, console)
     model, recipe, _ = make_model(settings, world)
@@ -65,7 +68,8 @@ def score(settings: TrainSettings, world: World, console: Console) -> Path:
     beside, own = checkpoint.parent / "results.jsonl", folder / "results.json"
 
     def write_own() -> None:
-        write_config(folder, settings)
+        names = derived_names(given, flat_settings(settings))
+        write_config(folder, settings, derived={*derived, *names})
         report.write_results(own, {"parameters": total, "active_parameters": active}, scores, {})
 
     writers: dict[Path, Callable[[], None]]

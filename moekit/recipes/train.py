@@ -19,7 +19,7 @@ from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.commands import command_line
-from moekit.recipes.configuration import flat_settings, parse, write_config
+from moekit.recipes.configuration import flat_settings, kept_warnings, parse, write_config
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
@@ -72,15 +72,17 @@ def main(
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = wide_console()
+            print_warnings(console, *kept_warnings(words))
             print_lines(console, *overridden_flags(settings.model))
             describe(settings, console)
             return
         with start_processes() as world:
             console = plain_console(quiet=world.rank > 0)
+            print_warnings(console, *kept_warnings(words))
             print_lines(console, *notes(settings, world))
             if settings.evaluates_only:
                 with deterministic(settings.run.deterministic):
-                    score(settings, world, console)
+                    score(settings, world, console, derived=derived)
             else:
                 command = command_line(words, prog=prog, launch=launch)
                 launched = _launched(settings, console, world, command=command, derived=derived, ends_process=True)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from moekit.lm.configs import OF_METHOD
 from moekit.recipes.configuration import (
     flat_settings,
+    kept_warnings,
     parse,
     parse_settings,
     read_config,
@@ -518,6 +519,43 @@ def test_a_file_from_before_there_were_derived_names_is_read(config):
     assert settled(path) == RUN | FILLED
     assert settled(path, "--batch-size", "8") == RUN | FILLED | {"global_batch_size": None}
     assert settled(path, "--steps", "400") == RUN | FILLED | {"steps": 400}
+
+
+WHOLE = RUN | FILLED | {"train_num_samples": None, "epochs": None, "batch_size": None, "moe_num_experts": 8}
+
+
+@pytest.mark.parametrize(
+    ("flags", "kept"),
+    [
+        (["--recipe", "mixtral", "--moe-top-k", "2"], "--moe-capacity-factor 1.25, --moe-loss-weight 0.1"),
+        (["--steps=400", "--lr", "1"], "--warmup 2, --lr-cooldown-end 0.0001"),
+    ],
+)
+def test_what_an_older_runs_file_keeps_beside_flags_is_told(config, flags, kept):
+    path = config(WHOLE)
+    [warning] = kept_warnings(["--config", path, *flags])
+    assert warning.startswith(f"warning: --config {path} is of a version that did not write which")
+    assert f", so it keeps {kept}, which may follow from" in warning
+    removed = [word.split()[0].removeprefix("--").replace("-", "_") for word in kept.split(", ")]
+    path = config({name: value for name, value in WHOLE.items() if name not in removed})
+    assert kept_warnings(["--config", path, *flags]) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "flags"),
+    [
+        (WHOLE, ["--seed", "3"]),
+        (WHOLE | {"warmup": None}, ["--steps", "400"]),
+        (WHOLE | {"derived": []}, ["--steps", "400"]),
+        (RUN | FILLED, ["--steps", "400"]),
+    ],
+)
+def test_no_warning_where_nothing_was_derived_or_no_run_wrote_the_file(config, content, flags):
+    assert kept_warnings(["--config", config(content), *flags]) == []
+
+
+def test_a_runs_file_says_that_nothing_was_derived(tmp_path):
+    assert read_config(write_config(tmp_path, TrainSettings()))["derived"] == []
 
 
 def test_what_no_flag_touches_stays_derived(config):

@@ -184,7 +184,17 @@ def test_flags_beside_the_settings_of_a_run_win_over_what_it_filled_in(program, 
     assert [line["step"] for line in numbers(other.parent)] == [1, 2]
     dense = again(other, "d", "--moe-freq", "0")
     assert written(dense, "moe_top_k", "moe_capacity_factor", "moe_loss_weight") == (None, None, None)
-    assert "has no effect" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "has no effect" not in said
+    assert "did not write which settings" not in said
+    values = json.loads(other.read_text())
+    del values["derived"]
+    other.write_text(json.dumps(values))
+    old = again(other, "e", "--recipe", "openlm")
+    assert written(old, "moe_loss_weight") == (0.02,)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"warning: --config {other} is of a version that did not" in said
+    assert "keeps --moe-loss-weight 0.02, --moe-top-k 2, which" in said
 
 
 def test_data_that_do_not_last_are_refused_before_step_0(shards, tmp_path):

@@ -283,7 +283,9 @@ def test_scores_are_kept_where_there_is_a_place_for_them(trained, tmp_path, caps
     beside, own = trained.parent / "results.jsonl", tmp_path / "mine" / "s" / "results.json"
     lines = beside.read_text()
     closed[:] = [str(trained)]
-    main([*words, "--name", "s"])
+    (tmp_path / "c.json").write_text('{"lr_cooldown_end": 1e-4, "derived": ["lr_cooldown_end"]}')
+    main([*words, "--name", "s", "--config", str(tmp_path / "c.json")])
+    assert json.loads((own.parent / "config.json").read_text())["derived"] == ["lr_cooldown_end", "qk_norm"]
     said = " ".join(capsys.readouterr().out.split())
     assert f"warning: {beside} cannot be written: Read-only file system" in said
     assert said.endswith(f"results: {own}")
