@@ -8,6 +8,7 @@ from pathlib import Path
 from moekit.lm.files import write_whole
 
 CHECKSUMS = "checksums.json"
+NO_CHECKSUMS = f"it has no {CHECKSUMS}: it is of a version of moekit before checksums, or the file was lost"
 
 
 def file_checksums(folder: Path, *, first: int = 0, step: int = 1) -> dict[str, str]:
@@ -59,11 +60,15 @@ def read_checksums(folder: Path) -> dict[str, str]:
     Raises:
         ValueError: if the file is missing or damaged.
     """
+    if not (folder / CHECKSUMS).is_file():
+        raise ValueError(
+            f"checkpoint {folder} cannot be checked: {NO_CHECKSUMS}. Load it with that version, or name another one"
+        )
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(
-            f"checkpoint {folder} is damaged: {CHECKSUMS} is missing or no JSON ({error}). Resume from an older one"
+            f"checkpoint {folder} is damaged: {CHECKSUMS} is no JSON ({error}). Resume from an older one"
         ) from error
     if not isinstance(checksums, dict) or not all(isinstance(value, str) for value in checksums.values()):
         raise ValueError(f"checkpoint {folder} is damaged: {CHECKSUMS} holds no checksums. Resume from an older one")

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from moekit.lm.checkpoint_checksums import changed_file, read_checksums
+from moekit.lm.checkpoint_checksums import CHECKSUMS, NO_CHECKSUMS, changed_file, read_checksums
 from moekit.lm.checkpoint_index import INDEX, missing_piece, one_line
 from moekit.lm.files import sync_folder
 
@@ -33,7 +33,7 @@ def checkpoint_folder(run: str | os.PathLike[str], step: int) -> Path:
 
 
 def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
-    """Find a run's newest whole checkpoint; warn about a newer one that is incomplete or damaged.
+    """Find a run's newest whole checkpoint; warn about a newer one that is incomplete, damaged or without checksums.
 
     Every file of the one that is found was read and compared with its checksum.
 
@@ -51,7 +51,8 @@ def latest_checkpoint(run: str | os.PathLike[str]) -> Path | None:
         fault = _fault(folder) or changed_file(folder, read_checksums(folder))
         if fault is None:
             return folder
-        warnings.warn(f"skipping {folder}: {fault}, so it was not written to its end or is damaged", stacklevel=2)
+        why = "" if fault == NO_CHECKSUMS else ", so it was not written to its end or is damaged"
+        warnings.warn(f"skipping {folder}: {fault}{why}", stacklevel=2)
     return None
 
 
@@ -174,6 +175,8 @@ def _fault(folder: Path) -> str | None:
     """Say what a checkpoint lacks, without reading its tensors, or None."""
     try:
         read_state(folder)
+        if not (folder / CHECKSUMS).is_file():
+            return NO_CHECKSUMS
         checksums = read_checksums(folder)
         small = {name: checksums[name] for name in (INDEX, STATE) if name in checksums}
         return changed_file(folder, small) or missing_piece(folder)

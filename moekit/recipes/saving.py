@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from moekit import __version__
 from moekit.lm.checkpoints import (
     checkpoint_folder,
     latest_checkpoint,
@@ -29,6 +30,8 @@ from moekit.recipes.evaluate import sum_skipped
 from moekit.recipes.router_states import check_states
 from moekit.recipes.runs import Run
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
+
+_VERSION = "moekit"  # the key of a checkpoint's state that names the version that wrote it, as in exported files
 
 
 class Progress(NamedTuple):
@@ -99,6 +102,7 @@ def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
     check_states(run.model, step=progress.step)
     at = position(run) if at is None else at
     state = {
+        _VERSION: __version__,
         **progress._asdict(),
         "skipped_data": skipped_data(run, progress, at),
         "epoch": run.budget.epochs_ended(progress.step),
@@ -153,8 +157,9 @@ def restore(run: Run, console: Console) -> Progress:
     path = share(run.world, found) if resume == "latest" else find_checkpoint(resume)
     if path is None and any((run.folder / "checkpoints").glob("step_*")):
         raise ValueError(
-            f"--resume latest: every checkpoint in {run.folder / 'checkpoints'} is incomplete or damaged, so there is "
-            "nothing to go on from. Start anew under another --name"
+            f"--resume latest: every checkpoint in {run.folder / 'checkpoints'} is incomplete, damaged or without "
+            "checksums, as the warnings say, so there is nothing to go on from. Start anew under another --name, or go "
+            "on with the version that wrote them"
         )
     if path is None:
         print_lines(console, f"--resume latest: {run.folder.absolute()} has no checkpoint yet, so the run starts")
@@ -193,7 +198,8 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
         stream, scaler, batch_size = state["stream"], state["scaler"], state["batch_size"]
     except KeyError as error:
         raise ValueError(
-            f"checkpoint {folder} lacks {error}; it is of another version of moekit. Export its weights, or start anew"
+            f"checkpoint {folder} lacks {error}; it is of another version of moekit (it names "
+            f"{state.get(_VERSION, 'none')}, this is {__version__}). Export its weights, or start anew"
         ) from error
     _check_progress(progress, folder)
     if batch_size != run.budget.batch_size:

@@ -58,12 +58,17 @@ def newest_of(folder: Path) -> Path:
         A folder, which may be none.
 
     Raises:
-        FileNotFoundError: if the run has no complete checkpoint.
+        FileNotFoundError: if the run has no complete checkpoint, or none that can be read.
     """
     if not (folder / "checkpoints").is_dir():
         return folder
     newest = latest_checkpoint(folder)
     if newest is None:
+        if any((folder / "checkpoints").glob("step_*")):
+            raise FileNotFoundError(
+                f"no checkpoint of the run {folder} can be read: each is incomplete, damaged or without checksums, as "
+                "the warnings say. Name another run, or load one that is of an older version with that version"
+            )
         raise FileNotFoundError(
             f"the run {folder} has no complete checkpoint yet; expected a folder step_NNNNNNNN in its checkpoints. Let "
             "it train until it has saved one, or name another run"

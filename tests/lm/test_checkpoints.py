@@ -257,7 +257,13 @@ def test_no_damage_is_read_as_something_else(saved, name):
     # One cut takes the line's end off the checksums, and a bit may turn a space there into a comma or a line's end.
     assert refused >= len(damaged) * (0.8 if name == "checksums.json" else 1)
     path.unlink()
-    kind, message = (FileNotFoundError, "no checkpoint at") if name == "state.json" else (ValueError, "is missing")
+    kind, message = {
+        "state.json": (FileNotFoundError, "no checkpoint at"),
+        "checksums.json": (
+            ValueError,
+            r"it has no checksums\.json: it is of a version of moekit before .*, or the file was lost\. Load it with",
+        ),
+    }.get(name, (ValueError, "is missing"))
     with pytest.raises(kind, match=message):
         load_checkpoint(saved, blank(TENSORS))
 
@@ -302,7 +308,7 @@ def test_a_state_that_is_none_is_refused_even_with_fitting_checksums(saved, cont
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", r"checksums\.json is missing or no JSON"),
+        ("{", r"checksums\.json is no JSON"),
         ("[1]", "holds no checksums"),
         ('{"a": 1}', "holds no checksums"),
         ("{}", r"its checksums leave out \.metadata"),
@@ -383,12 +389,18 @@ def test_pruning_counts_whole_checkpoints_only_and_spares_later_ones(three, tmp_
         ("state.json", b'{"step": 9}', r"its file state\.json has the checksum"),
         (".metadata", b"", r"its file \.metadata has the checksum"),
         ("__0_0.distcp", b"", r"its file __0_0\.distcp is missing or cut short"),
-        ("checksums.json", b"", r"checksums\.json is missing or no JSON"),
+        ("checksums.json", b"", r"checksums\.json is no JSON"),
     ],
 )
 def test_a_damaged_checkpoint_is_not_the_latest(three, tmp_path, file, damage, message):
     (three[2] / file).write_bytes(damage)
     with pytest.warns(UserWarning, match=rf"skipping .*step_00000100: .*{message}"):
+        assert latest_checkpoint(tmp_path) == three[1]
+
+
+def test_a_checkpoint_from_before_checksums_is_not_called_damaged(three, tmp_path):
+    (three[2] / "checksums.json").unlink()
+    with pytest.warns(UserWarning, match=r"step_00000100: it has no checksums\.json: .* before .*the file was lost$"):
         assert latest_checkpoint(tmp_path) == three[1]
 
 

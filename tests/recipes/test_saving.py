@@ -19,6 +19,7 @@ from rich.console import Console
 from small_runs import differing, files, losses, numbers, tensors_of, words, write_state
 from torch import nn
 
+from moekit import __version__
 from moekit.lm import folder_locks
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
 from moekit.lm.folder_locks import FolderLock
@@ -226,10 +227,25 @@ def test_a_checkpoint_of_another_version_is_refused(program):
     folder = program("--steps", "3")
     checkpoint = checkpoint_folder(folder, 3)
     state = read_state(checkpoint)
-    del state["skipped_steps"]
+    del state["skipped_steps"], state["moekit"]
     write_state(checkpoint, state)
-    with pytest.raises(SystemExit, match=r"step_00000003 lacks 'skipped_steps'; it is of another version of moekit"):
-        program("--steps", "3", "--resume", "latest")
+    message = r"step_00000003 lacks 'skipped_steps'; it is of another version of moekit \(it names {}, this is {}\)"
+    for version in ("0.0.7", None):
+        write_state(checkpoint, state if version is None else state | {"moekit": version})
+        with pytest.raises(SystemExit, match=message.format(version or "none", __version__)):
+            program("--steps", "3", "--resume", "latest")
+
+
+@pytest.mark.filterwarnings("ignore:skipping")
+def test_checkpoints_from_before_checksums_are_not_called_none(program):
+    folder = program("--steps", "2")
+    checkpoint = checkpoint_folder(folder, 2)
+    assert read_state(checkpoint)["moekit"] == __version__
+    (checkpoint / "checksums.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint of the run .*logs/a can be read: .*without checksums"):
+        find_checkpoint(str(folder))
+    with pytest.raises(SystemExit, match=r"is incomplete, damaged or without checksums, .*go on with the version that"):
+        program("--steps", "2", "--resume", "latest")
 
 
 @pytest.fixture
