@@ -13,6 +13,7 @@ from moekit.operators import constant_in_graphs
 
 FORMAT = "moekit tiles 3"
 _NUMBERS = ("capability", "dtype_size", "dim", "hidden", "experts", "rows_per_expert")  # of an entry, whole ones
+_OLDER = ("moekit tiles 1", "moekit tiles 2")
 _MEND = "Correct it, or remove it and let moekit tune --write make it again."
 
 
@@ -122,6 +123,11 @@ def parse_tiles(text: str, *, name: str) -> Table:
     except json.JSONDecodeError as error:
         raise ValueError(f"{name}: no JSON: {error}. {_MEND}") from error
     fields = _fields(content, ("format", "entries"), name)
+    if fields["format"] in _OLDER:
+        raise ValueError(
+            f'{name}, format: "{fields["format"]}"; expected "{FORMAT}". It is of an older version, whose entries do '
+            f"not say a precision. Remove it and let moekit tune --write make it again."
+        )
     _expect(fields["format"] == FORMAT, f"{name}, format", fields["format"], f'"{FORMAT}"')
     _expect(isinstance(fields["entries"], list), f"{name}, entries", fields["entries"], "a list")
     return tuple(_entry(each, f"{name}, entry {i}") for i, each in enumerate(fields["entries"], 1))

@@ -401,6 +401,10 @@ def test_what_is_no_table_is_refused(tmp_path) -> None:
     }.items():
         with pytest.raises(ValueError, match=words + ".*" + MEND):
             parse_tiles(text, name="t.json")
+    with pytest.raises(
+        ValueError, match=r'2"; .* older version, .* do not say a precision\. Remove it and let moekit tun'
+    ):
+        parse_tiles('{"format": "moekit tiles 2", "entries": []}', name="t.json")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         read_tiles(tmp_path / "none.json")
 
