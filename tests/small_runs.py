@@ -35,7 +35,7 @@ TIMES = (
 
 
 _LOOKED_AT: dict[Any, Any] = {}
-_NOTES = train.causality_notes
+_NOTES = train._causality_notes
 
 
 class Shards(NamedTuple):
@@ -135,7 +135,7 @@ def look_at_models_once(patch: pytest.MonkeyPatch) -> None:
     check = _once(setup.check_model, lambda settings: settings)
     for module in (ablation_checks, runs, scoring, train):
         patch.setattr(module, "check_model", check)
-    patch.setattr(train, "causality_notes", _once(_NOTES, lambda settings: settings.model))
+    patch.setattr(train, "_causality_notes", _once(_NOTES, lambda settings: settings.model))
 
 
 def _once(look: Callable[..., Any], model_of: Callable[[Any], ModelSettings]) -> Callable[..., Any]:

@@ -184,7 +184,8 @@ def labelled(settings: AblationSettings) -> dict[str, str]:
 
 
 def _shared_words(settings: AblationSettings, words: Sequence[str]) -> list[str]:
-    return [*_FASTER, *words, "--steps", str(settings.steps)]
+    # Every run has a recipe of its own, so what a file derived from its one gives way.
+    return [*_FASTER, *words, "--recipe", PREFIX + BASELINE, "--steps", str(settings.steps)]
 
 
 def ablate(

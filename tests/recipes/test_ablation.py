@@ -377,6 +377,16 @@ def test_flags_that_the_models_file_overrides_are_named(ablate, tmp_path, capsys
     assert f"--moe-num-experts 16 has no effect: model {path} says moe_num_experts 4" in capsys.readouterr().out
 
 
+def test_what_a_runs_file_derived_from_its_recipe_is_no_routers_own(tmp_path):
+    path = tmp_path / "config.json"
+    values = {"recipe": "mixtral", "moe_loss_weight": 0.02, "moe_top_k": 2, "lr": 0.01}
+    path.write_text(json.dumps({**values, "derived": ["moe_loss_weight", "moe_top_k"]}))
+    model = plan(AblationSettings(routers="switch"), ["--config", str(path)])[0].settings.model
+    assert (model.recipe, model.moe_loss_weight, model.moe_top_k) == ("router:switch", None, None)
+    path.write_text(json.dumps(values | {"moe_top_k": None, "derived": []}))
+    assert plan(AblationSettings(routers="top_k"), ["--config", str(path)])[0].settings.model.moe_loss_weight == 0.02
+
+
 def test_a_fault_in_a_users_file_is_told_as_such(ablate, recipe_file):
     with pytest.raises(SystemExit, match=r"ablate_routers.py: recipe .*own.py raised RuntimeError: no such luck"):
         ablate("--recipe", f"{recipe_file}:broken")
