@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import reprlib
 import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
@@ -20,6 +21,7 @@ _RENAMED = {"preset": "model"}  # field to flag
 # Flags that are no settings.
 _OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})
 _DERIVED = "derived"  # the key of a run's file that is no setting: names of those that nobody gave
+_LONGEST = 200  # characters of a value in a message
 
 
 class Parsed(NamedTuple):
@@ -159,16 +161,22 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError(f"--config {path}: {key!r} belongs on the command line and is no setting; remove it")
         items = value if isinstance(value, list) else [value]
         if not all(item is None or isinstance(item, str | int | float) for item in items):
-            raise ValueError(f"--config {path}: {key} is {value!r}; expected a number, a text, or a list of them")
+            raise ValueError(f"--config {path}: {key} is {_shown(value)}; expected a number, a text, or a list of them")
         if key == _DERIVED and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ValueError(
-                f"--config {path}: {key} is {value!r}; expected a list of names of settings that nobody gave, as a run "
-                "writes it"
+                f"--config {path}: {key} is {_shown(value)}; expected a list of names of settings that nobody gave, as "
+                "a run writes it"
             )
     settings = {key.replace("-", "_"): value for key, value in values.items()}
     if _DERIVED in settings:
         settings[_DERIVED] = [name.replace("-", "_") for name in settings[_DERIVED]]
     return settings
+
+
+def _shown(value: Any) -> str:
+    """Write the beginning of a value: aliases of YAML make few lines a structure without end."""
+    shown = reprlib.repr(value)
+    return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
 
 
 def flat_settings(settings: TrainSettings) -> dict[str, Any]:

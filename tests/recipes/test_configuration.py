@@ -394,6 +394,20 @@ def test_a_file_that_is_no_object(config, content):
         parse_settings(["--config", config(content)])
 
 
+@pytest.mark.parametrize("name", ["lr", "derived"])
+def test_nested_aliases_of_yaml_are_refused_in_few_words(config, name):
+    levels = [f"- &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 7)]  # a million words
+    text = "\n".join([f"{name}:", f"- &a0 [{', '.join(['word'] * 10)}]", *levels])
+    with pytest.raises(ValueError, match=f"{name} is .*; expected a number, a text, or a list of them") as raised:
+        read_config(Path(config(text, "a.yaml")))
+    assert len(str(raised.value)) < 1000
+
+
+def test_a_long_list_that_names_nothing_is_shortened(config):
+    with pytest.raises(ValueError, match=r"derived is \[0, 1, 2, 3, 4, 5, ...\]; expected a list of names"):
+        read_config(Path(config(json.dumps({"derived": list(range(1000))}))))
+
+
 def test_keys_of_yaml_that_are_no_names(config):
     with pytest.raises(ValueError, match="expected an object of flag names and values"):
         read_config(Path(config("1: 2", "a.yaml")))
