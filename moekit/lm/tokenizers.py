@@ -21,6 +21,7 @@ from moekit.lm.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
 _NAMED = "moekit.byte_level_bpe"  # a tokenizer.json, wrapped with the name of its end-of-text
+_MOST_UNUSED = 2**24  # ids without a token; tables have a row for each
 
 
 class Tokenizer(Protocol):
@@ -121,10 +122,23 @@ class BpeTokenizer:
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Map several texts to ids in parallel. See `Tokenizer`."""
+        """Map several texts to ids in parallel. See `Tokenizer`.
+
+        Raises:
+            ValueError: if a text has a lone surrogate, or the library fails at one, as at a regex that takes too long.
+        """
         for text in texts:
             _utf8(text)
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            found = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust: no Exception, and no other process can unpickle it
+                raise
+            raise ValueError(
+                f"the tokenizer {self.name} fails at a text: {error}. A regex of its tokenizer.json may take too long; "
+                "mend the file, or give another tokenizer"
+            ) from error
+        return [encoding.ids for encoding in found]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Map ids to a text. See `Tokenizer`. Special tokens show as their names."""
@@ -266,11 +280,20 @@ def _with_end_of_text(path: str | os.PathLike[str], backend: Any, token: str) ->
 
 
 def _check_ids(content: Any, backend: Any) -> None:
-    """The library numbers added tokens anew if the file leaves a gap before them; shards would then mean other text."""
+    """Refuse ids that the library reads as others, so that shards would mean other text, and ids beyond any table.
+
+    The library numbers added tokens anew if the file leaves a gap before them.
+    """
     for added in content.get("added_tokens") or []:
         i = backend.token_to_id(added["content"])
         if i != added["id"]:
             raise ValueError(f"its added token {added['content']!r} has the id {added['id']}, which is read as {i}")
+    ids = backend.get_vocab(with_added_tokens=True).values()
+    if max(ids) - len(ids) > _MOST_UNUSED:
+        raise ValueError(
+            f"its largest id is {max(ids)}, though it has {len(ids)} tokens; expected at most {_MOST_UNUSED} ids "
+            "without a token, for tables have a row for each id"
+        )
 
 
 def token_bytes(tokenizer: Tokenizer) -> Tensor:

@@ -308,10 +308,53 @@ def test_tokenizers_that_would_lose_text_are_refused(tmp_path):
             load_tokenizer(path)
 
 
-def test_byte_level_inside_a_sequence_is_found(tmp_path):
-    path = foreign_file(tmp_path / "tokenizer.json")
-    content = json.loads(path.read_text())
-    split = {"type": "Split", "pattern": {"Regex": "\\d"}, "behavior": "Isolated", "invert": False}
+def split_by(path, regex):
+    """Write a tokenizer.json that splits texts by a regex before its bytes."""
+    content = json.loads(foreign_file(path).read_text())
+    split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
     sequence = {"type": "Sequence", "pretokenizers": [split, {**content["pre_tokenizer"], "use_regex": False}]}
     path.write_text(json.dumps({**content, "pre_tokenizer": sequence}))
+    return path
+
+
+def test_byte_level_inside_a_sequence_is_found(tmp_path):
+    path = split_by(tmp_path / "tokenizer.json", "\\d")
     assert load_tokenizer(path).decode(load_tokenizer(path).encode("a 12\n b")) == "a 12\n b"
+
+
+def test_a_panic_of_the_library_is_an_error_that_names_the_tokenizer(tmp_path, capfd):
+    tokenizer = load_tokenizer(split_by(tmp_path / "tokenizer.json", "(?:x+x+)+y"))
+    with pytest.raises(ValueError, match=r"the tokenizer bpe-284 fails at a text: .*retry-limit.*mend the file"):
+        tokenizer.encode("x" * 28)
+    assert "panicked" in capfd.readouterr().err
+
+
+def test_an_interrupt_while_encoding_stays_one(tmp_path):
+    class Interrupted:
+        def encode_batch_fast(self, texts, add_special_tokens):
+            raise KeyboardInterrupt
+
+    tokenizer = load_tokenizer(foreign_file(tmp_path / "tokenizer.json"))
+    tokenizer._backend = Interrupted()
+    with pytest.raises(KeyboardInterrupt):
+        tokenizer.encode("a")
+
+
+def with_largest_id(path, largest):
+    """Write a tokenizer.json whose last learned token has another id."""
+    content = json.loads(foreign_file(path).read_text())
+    vocab = content["model"]["vocab"]
+    vocab[max(vocab, key=vocab.get)] = largest
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.mark.parametrize("largest", [4_000_000_000, 284 + 2**24 + 1])
+def test_ids_far_above_the_number_of_tokens_are_refused(tmp_path, largest):
+    path = with_largest_id(tmp_path / "tokenizer.json", largest)
+    with pytest.raises(ValueError, match=rf"its largest id is {largest}, though it has 284 tokens; expected at most"):
+        load_tokenizer(path)
+
+
+def test_some_ids_without_a_token_are_taken(tmp_path):
+    assert load_tokenizer(with_largest_id(tmp_path / "tokenizer.json", 5000)).vocab_size == 5001
