@@ -30,6 +30,7 @@ Reason = Literal[
 ]
 DATA_KEYS = ("txt", "json", "json.gz")
 MAX_MEMBER_BYTES = 64 * 2**20  # as stored, and decompressed; a sequence of 2049 tokens takes about 12 KiB
+_MAX_HEADER_BYTES = 2**20  # of one member; tarfile keeps all extended headers in a row, and some copy those before
 _BLOCK = 512
 _AT_ONCE = 2**20  # bytes to pass over
 
@@ -64,8 +65,8 @@ def shard_members(
 
     Raises:
         ShardError: "broken shard" if it is missing, unreadable, no tar, damaged, cut short, even between two members,
-            or claims a member larger than 64 MiB; "bad member" if a member is no regular file, or if there are
-            members and none has the extension ``data_key``.
+            or claims a member larger than 64 MiB, or headers of one larger than 1 MiB; "bad member" if a member is no
+            regular file, or if there are members and none has the extension ``data_key``.
         ValueError: if ``data_key`` is none of the three, or ``path`` is a command that is not allowed.
         ModuleNotFoundError: as `moekit.lm.urls.open_url`.
     """
@@ -144,8 +145,10 @@ def _all_members(path: str, *, allow_commands: bool) -> Generator[tuple[str, byt
                 nothing = tar.firstmember is None  # type: ignore[attr-defined]
                 while not nothing and (member := tar.next()) is not None:
                     _check_size(member)
+                    blocks.left = MAX_MEMBER_BYTES
                     if not member.isdir():
                         yield member.name, _content(path, tar, member)
+                    blocks.left = _MAX_HEADER_BYTES
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
             _check_end(blocks)
     except ShardError:
@@ -165,10 +168,15 @@ def _broken(path: str, error: Exception) -> ShardError:
 
 
 class _Blocks:
-    """A stream as ``tarfile`` reads it, forwards. It keeps what was read last, for tarfile ends without a reason."""
+    """A stream as ``tarfile`` reads it, forwards.
+
+    Attributes:
+        last: what was read last, for tarfile ends without a reason.
+        left: bytes that may be read until it is set anew.
+    """
 
     def __init__(self, stream: ByteStream) -> None:
-        self._stream, self._place, self.last = stream, 0, b""
+        self._stream, self._place, self.last, self.left = stream, 0, b"", _MAX_HEADER_BYTES
 
     def tell(self) -> int:
         return self._place
@@ -176,12 +184,20 @@ class _Blocks:
     def seek(self, place: int) -> None:
         if place < self._place:
             raise tarfile.ReadError("a header points back")
-        while self._place < place and self.read(min(place - self._place, _AT_ONCE)):
+        while self._place < place and self.take(min(place - self._place, _AT_ONCE)):
             pass
 
     def read(self, size: int) -> bytes:
-        if not 0 <= size <= MAX_MEMBER_BYTES:  # of an extended header, which is read at once
-            raise tarfile.ReadError(f"a header claims {size} bytes; expected at most {MAX_MEMBER_BYTES // 2**20} MiB")
+        if not 0 <= size <= self.left:  # of an extended header, which is read at once: content has been looked at
+            raise tarfile.ReadError(
+                f"a header claims {size} bytes; expected at most {_MAX_HEADER_BYTES // 2**20} MiB of all headers of a "
+                "member"
+            )
+        self.left -= size
+        return self.take(size)
+
+    def take(self, size: int) -> bytes:
+        """Read so many bytes, though no header claims them."""
         self.last = self._stream.read(size)
         self._place += len(self.last)
         return self.last
@@ -211,6 +227,6 @@ def _check_end(blocks: _Blocks) -> None:
         raise tarfile.ReadError("it ends without the end-of-archive mark")
     if any(blocks.last):
         raise tarfile.ReadError("a header is damaged")
-    while rest := blocks.read(_AT_ONCE):
+    while rest := blocks.take(_AT_ONCE):
         if any(rest):
             raise tarfile.ReadError("there are data after the end-of-archive mark")

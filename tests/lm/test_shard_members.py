@@ -178,7 +178,7 @@ def test_no_absurd_size_is_believed(tmp_path, size, kind, refuses_below_zero):
     elif kind in (tarfile.REGTYPE, tarfile.DIRTYPE):
         assert f"member 'a.json' claims {size} bytes; expected at most 64 MiB" in str(error)
     elif size > 0:
-        assert re.search(r"a header claims \d+ bytes; expected at most 64 MiB", str(error))
+        assert re.search(r"a header claims \d+ bytes; expected at most 1 MiB of all headers of a member", str(error))
     else:
         assert "cannot be read as a whole tar: end of file header" in str(error)
 
@@ -191,6 +191,32 @@ def test_no_absurd_size_of_an_extended_header_is_believed(tmp_path, before, refu
         assert len(members) == before
         refused = refuses_below_zero and size.startswith("-")
         assert ("a header is damaged" if refused else f"claims {size} bytes") in str(error)
+
+
+def long_named(size):
+    """Write a header of a name so long, and the name, for the member that follows; in GNU's format."""
+    member, _ = entry("long", b"")
+    member.type, member.size = tarfile.GNUTYPE_LONGNAME, size
+    return member.tobuf(tarfile.GNU_FORMAT) + b"n" * size + bytes(-size % 512)
+
+
+@pytest.mark.parametrize("sizes", [[2 * 2**20], [2**19, 2**19]])
+def test_headers_that_would_fill_memory_are_an_error(tmp_path, sizes):
+    content = b"".join(map(long_named, sizes)) + tar_of(entry("a.json"))
+    members, error = members_of(tmp_path, tar_of(entry("0.json"))[:1024] + content)
+    assert [name for name, _ in members] == ["0.json"]
+    assert error.reason == "broken shard"
+    assert re.search(r"a header claims \d+ bytes; expected at most 1 MiB of all headers of a member", str(error))
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_of_some_kibibytes_and_large_members_are_read(tmp_path, form):
+    names = [f"{i}{'x' * 8192}.json" for i in range(200)]  # in all over 1 MiB
+    content = b"[" + b" " * 2**21 + b"]"  # more than headers may have
+    members, error = members_of(tmp_path, tar_of(*map(entry, names), entry("large.json", content), form=form))
+    assert error is None
+    assert [name for name, _ in members] == [*names, "large.json"]
+    assert members[-1][1] == content
 
 
 def test_endless_extended_headers_are_an_error(tmp_path):
