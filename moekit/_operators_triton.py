@@ -21,7 +21,9 @@ POINTER, AGAIN = Pointer(), Again()
 
 def has_tma(device: torch.device) -> bool:
     """Say whether tensors may have descriptors: whether the card has them; the interpreter does."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+    if device.type != "cuda":
+        return True
+    return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 def is_interpreted() -> bool:

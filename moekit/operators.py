@@ -271,8 +271,8 @@ def wants_gradient(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
-HAS_TRITON = find_spec("triton") is not None
-"""Whether kernels can run at all, on a device for which they are."""
+HAS_TRITON = find_spec("triton") is not None and torch.version.hip is None
+"""Whether kernels can run at all, on a device for which they are; a torch for AMD cards calls those CUDA."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 

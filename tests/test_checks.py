@@ -5,14 +5,15 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from moekit.checks import check_routing
 from moekit.dispatch import dropless
-from moekit.experts import fused_cpu, fused_layer, grouped, init_gated, loop, swiglu
+from moekit.experts import fused_cpu, fused_layer, grouped, init_gated, loop, swiglu, triton
 from moekit.experts.activations import Activation
 from moekit.recipes import auto, expert_layer
 from moekit.routing import expert_choice, top_k
-from moekit.types import ExpertLayer, Routing, SoftRouting
+from moekit.types import ExpertLayer, Groups, Routing, SoftRouting
 
 LAYERS = {
     "auto": auto(),
@@ -92,3 +93,15 @@ def test_an_unknown_activation_is_told_of_a_network_of_its_own() -> None:
     for make in (fused_layer, partial(fused_cpu, plan=dropless().plan)):
         with pytest.raises(ValueError, match=r"For any other .*`expert_layer` and an expert network of your own over"):
             make(activation=Activation("tanh", gated=True))
+
+
+def test_the_kernels_refuse_cards_of_another_maker_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    message = r"are on cuda:0 of a torch for AMD cards \(ROCm 7\.1\); expected an NVIDIA card.* `grouped` for a product"
+    with FakeTensorMode():
+        x, params = torch.empty(T, D, device="cuda"), init_gated(E, D, F, device="cuda")
+        with pytest.raises(ValueError, match=f"fused_layer: tokens and parameters {message}"):
+            fused_layer()(x, top_k(torch.empty(T, E, device="cuda"), k=2), params)
+        groups = Groups(torch.empty(E, dtype=torch.int32, device="cuda"), None)
+        with pytest.raises(ValueError, match=f"triton: tokens and parameters {message}"):
+            triton(x, groups, params.gate)

@@ -1,5 +1,6 @@
 """Operators are called directly where torch's dispatcher would do nothing else, and through it everywhere else."""
 
+import runpy
 import sys
 
 import pytest
@@ -174,3 +175,10 @@ def test_what_wants_a_gradient() -> None:
     assert not wants_gradient()
     with torch.no_grad():
         assert not wants_gradient(w)
+
+
+def test_a_torch_for_amd_cards_has_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    assert runpy.run_path(operators.__file__)["HAS_TRITON"]
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert not runpy.run_path(operators.__file__)["HAS_TRITON"]

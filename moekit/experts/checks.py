@@ -96,12 +96,18 @@ def check_kernel_dtypes(name: str, *tensors: Tensor) -> None:
 
     Raises:
         ValueError: if they are of several dtypes, or not of ``KERNEL_DTYPES``; if they are bfloat16 and Triton's
-            interpreter would multiply them.
+            interpreter would multiply them; if they are on an AMD card.
 
     Example:
         >>> check_kernel_dtypes("a layer", torch.ones(1), torch.ones(1))
     """
     check_dtypes(name, *tensors, allowed=KERNEL_DTYPES)
+    if tensors[0].is_cuda and torch.version.hip is not None:
+        raise ValueError(
+            f"{name}: tokens and parameters are on {tensors[0].device} of a torch for AMD cards (ROCm "
+            f"{torch.version.hip}); expected an NVIDIA card, for which its kernels are. Use `auto` for a layer, "
+            f"`grouped` for a product."
+        )
     if tensors[0].dtype == torch.bfloat16 and tensors[0].device.type == "cpu" and _is_interpreted():
         raise ValueError(
             f"{name}: tokens and parameters are torch.bfloat16 on the CPU, also if torch.autocast makes them so, and "

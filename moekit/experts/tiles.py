@@ -118,7 +118,7 @@ _NARROW = {(8, 6), (8, 9), (12, 0), (12, 1)}  # CUDA C++ Programming Guide, tech
 
 @constant_in_graphs
 def compute_capability(device: torch.device) -> tuple[int, int]:
-    """Return the compute capability of a CUDA device, (0, 0) of any other; without waiting for it.
+    """Return the compute capability of a CUDA device of NVIDIA, (0, 0) of any other; without waiting for it.
 
     Args:
         device: of tokens and parameters.
@@ -130,11 +130,12 @@ def compute_capability(device: torch.device) -> tuple[int, int]:
         >>> compute_capability(torch.device("cpu"))
         (0, 0)
     """
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    nvidia = device.type == "cuda" and torch.version.hip is None  # AMD counts its cards otherwise
+    return torch.cuda.get_device_capability(device) if nvidia else (0, 0)
 
 
 def capability_of(device: torch.device) -> int:
-    """Return the major compute capability of a CUDA device, 0 of any other; without waiting for it.
+    """Return the major compute capability of a CUDA device of NVIDIA, 0 of any other; without waiting for it.
 
     Args:
         device: of tokens and parameters.

@@ -7,7 +7,6 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
-from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
@@ -17,6 +16,7 @@ from moekit import __version__
 from moekit.dispatch import dropless
 from moekit.experts import GatedParams, batched, grouped, loop, swiglu, triton
 from moekit.experts.tiles import LayerSize
+from moekit.operators import HAS_TRITON
 from moekit.recipes.backends import choose_backend
 from moekit.recipes.expert_layers import expert_layer
 from moekit.recipes.wording import first_line
@@ -105,7 +105,7 @@ def _describe_devices() -> Iterator[str]:
         device = torch.cuda.get_device_properties(index)
         memory = device.total_memory / 2**30
         yield f"cuda:{index}: {device.name}, {memory:.0f} GiB, compute capability {device.major}.{device.minor}"
-        if find_spec("triton") is not None:
+        if HAS_TRITON:
             from moekit._operators_triton import launched_by
 
             yield f"  moekit's kernels are launched by {launched_by(device.major)}"

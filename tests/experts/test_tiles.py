@@ -194,6 +194,17 @@ def test_only_cuda_has_a_capability(monkeypatch) -> None:
     assert [capability_of(torch.device(name)) for name in ("cpu", "meta", "cuda:1")] == [0, 0, 9]
 
 
+def test_an_amd_card_is_not_taken_for_hopper(monkeypatch) -> None:
+    pytest.importorskip("triton")
+    from moekit._operators_triton import has_tma
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))  # as ROCm counts an MI300
+    card = torch.device("cuda:0")
+    assert (capability_of(card), has_tma(card)) == (9, True)
+    monkeypatch.setattr(torch.version, "hip", "7.1")
+    assert (capability_of(card), has_tma(card)) == (0, False)
+
+
 @pytest.mark.parametrize(
     ("capability", "narrow"),
     [((8, 0), False), ((8, 6), True), ((8, 9), True), ((9, 0), False), ((10, 0), False), ((12, 0), True)],

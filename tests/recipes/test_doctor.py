@@ -88,6 +88,8 @@ def test_cuda_devices_are_listed(monkeypatch):
         monkeypatch.setattr("moekit._operators_triton.cuda_driver", lambda driver=driver: driver)
         properties.major = major
         assert list(_describe_devices())[2] == f"  moekit's kernels are launched by {expected}"
+    monkeypatch.setattr(doctor, "HAS_TRITON", False)  # as in a torch for AMD cards
+    assert len(list(_describe_devices())) == 2
 
 
 def test_the_diagnosis_names_every_package_and_backend():
