@@ -252,7 +252,10 @@ def _close_at_exit(rows: "weakref.ref[WorkerRows]") -> None:
 
 @contextmanager
 def _signals_held_back() -> Iterator[None]:
-    """Hold signals back while workers start, which would not ignore them yet."""
+    """Hold signals back while workers start, which would not ignore them yet; Windows holds none back."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
     try:
         yield

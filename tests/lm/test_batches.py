@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moekit.lm import shard_readers
 from moekit.lm.batches import Batching, Reading, RowFormat, open_stream, read_validation
 from moekit.lm.orders import Address, DataExhausted
-from moekit.lm.row_workers import WorkerRows, _failure_of
+from moekit.lm.row_workers import WorkerRows, _failure_of, _signals_held_back
 from moekit.lm.shard_writing import shard_bytes
 from moekit.lm.shards import Shard, ShardError, read_manifest
 
@@ -363,6 +363,12 @@ def test_workers_leave_signals_to_the_main_process(sources):
                 ignored = int(re.search(r"SigIgn:\s*(\w+)", status.read_text())[1], 16)
                 assert all(ignored >> (number - 1) & 1 for number in (signal.SIGINT, signal.SIGTERM))
         assert drawn + ids(stream, 39) == expected
+
+
+def test_workers_start_where_no_signals_can_be_held_back(monkeypatch):
+    monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
+    with _signals_held_back():
+        pass
 
 
 def test_closing_ends_the_workers_and_the_next_batch_starts_them_again(sources):

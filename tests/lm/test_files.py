@@ -135,3 +135,14 @@ def failing(number):
         raise OSError(number, os.strerror(number))
 
     return fail
+
+
+def test_folders_of_windows_are_not_opened(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    folder = str(tmp_path)
+    with monkeypatch.context() as patch:  # no longer than this: paths are made by the system's name
+        patch.setattr(os, "name", "nt")
+        patch.setattr(os, "open", refuse)
+        sync_folder(folder)
