@@ -124,26 +124,47 @@ class _Failure(NamedTuple):
     arguments: tuple[Any, ...]
 
 
-class _Share(IterableDataset[Rows | _Failure]):
+class _Sent(NamedTuple):
+    """Rows on their way from a worker."""
+
+    ids: Any  # a tensor in shared memory, or a numpy array
+    counts: tuple[Any, ...]
+    skipped: Mapping[str, int]
+
+
+class _Share(IterableDataset[_Sent | _Failure]):
     """What a worker runs."""
 
     def __init__(self, reading: Reading, position: Mapping[str, Any]) -> None:
         self._reading, self._position = reading, position
 
-    def __iter__(self) -> Iterator[Rows | _Failure]:
+    def __iter__(self) -> Iterator[_Sent | _Failure]:
         info = get_worker_info()
         assert info is not None
         order, rows = self._reading.order(), LocalRows(self._reading, worker=info.id, workers=info.num_workers)
         order.load_state_dict(self._position)
         try:
             while True:
-                yield rows.read(order.step(self._reading.batching.batch_size))
+                yield _sent(rows.read(order.step(self._reading.batching.batch_size)))
         except DataExhausted:  # whoever asks for that step has been told by its own order
             return
         except ShardError as error:
             yield _Failure(ShardError, (str(error), error.reason))
         except (ValueError, OSError, ImportError) as error:
             yield _failure_of(error)
+
+
+def _sent(rows: Rows) -> _Sent:
+    """Make rows ready to be sent: a tensor that is shared later, by torch's thread, is lost where /dev/shm is full.
+
+    An array goes through the pipe, half of it where a worker is killed: the main process may then wait for the rest.
+    """
+    ids, *counts = rows.batch
+    try:
+        shared: Any = ids.share_memory_()
+    except RuntimeError:
+        shared = ids.numpy()
+    return _Sent(shared, tuple(counts), rows.skipped)
 
 
 def _failure_of(error: Exception) -> _Failure:
@@ -219,7 +240,7 @@ class WorkerRows:
 
     def _next_item(self) -> Rows:
         try:
-            item: Rows | _Failure = next(self._items)
+            item: _Sent | _Failure = next(self._items)
         except (RuntimeError, OSError, EOFError, StopIteration) as error:  # a pipe breaks, or torch notices the end
             if isinstance(error, RuntimeError) and all(process.is_alive() for process in self._processes):
                 raise
@@ -229,7 +250,7 @@ class WorkerRows:
             ) from error
         if isinstance(item, _Failure):
             raise item.kind(*item.arguments)
-        return item
+        return Rows(Batch(torch.as_tensor(item.ids), *item.counts), item.skipped)
 
 
 def _merged(parts: Sequence[Batch], owners: Sequence[int]) -> Batch:

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -141,6 +142,25 @@ def test_the_main_process_leaves_whole_batches_to_the_workers(sources, workers):
     with LargestComputed() as mode:
         next(stream_of(sources, batch_size=8))
     assert mode.elements == 8 * (SEQ_LEN + 1)
+
+
+def read_without_files(sources, pipe):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))  # of a semaphore and no more, shared memory included
+    with closing(stream_of(sources, workers=2, batch_size=256)) as stream:
+        pipe.send([next(stream).ids.sum().item() for _ in range(3)])
+
+
+def test_workers_go_on_where_shared_memory_is_full(sources):
+    plain = stream_of(sources, batch_size=256)
+    ours, theirs = multiprocessing.Pipe()
+    main = multiprocessing.get_context("fork").Process(target=read_without_files, args=(sources, theirs))
+    main.start()
+    try:
+        assert ours.poll(20), "the workers' rows were lost"
+        assert ours.recv() == [next(plain).ids.sum().item() for _ in range(3)]
+    finally:
+        main.kill()
+        main.join()
 
 
 @pytest.mark.parametrize(("world_size", "lanes"), [(2, 4), (4, 4), (2, 8)])
