@@ -3,10 +3,11 @@
 torch pickles it. The unpickler here knows the classes of an index of plain tensors and no others.
 """
 
+import dataclasses
 import os
 import pickle
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -116,7 +117,7 @@ class _ForeignClass(ValueError):
     pass
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):  # the one in Python, for an opcode of its own
     def find_class(self, module: str, name: str) -> Any:
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _CLASSES.get(module, ()):
@@ -126,6 +127,18 @@ class _Unpickler(pickle.Unpickler):
             )
         return super().find_class(module, name)
 
+    def load_build(self) -> None:
+        """Set attributes, as an index does on entries of its own alone; on a class they would stay for the process."""
+        entry = self.stack[-2]  # type: ignore[attr-defined]
+        if isinstance(entry, type) or not dataclasses.is_dataclass(entry):
+            raise _ForeignClass(
+                f"the checkpoint's {INDEX} sets attributes of {entry!r}, which is no entry of it; expected a "
+                f"checkpoint that save_checkpoint wrote. It was not loaded, since it could change the program."
+            )
+        super().load_build()  # type: ignore[misc]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+
 
 def _unpickled(path: Path) -> Metadata:
     try:
@@ -133,6 +146,8 @@ def _unpickled(path: Path) -> Metadata:
             metadata = _Unpickler(file).load()
     except _ForeignClass as error:
         raise ValueError(f"{path.parent}: {error}") from error
+    except KeyError as error:  # of an opcode
+        raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX} is no pickle") from error
     except Exception as error:  # a damaged pickle may raise anything
         raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX}: {one_line(error)}") from error
     if not isinstance(metadata, Metadata):

@@ -1,6 +1,7 @@
 import errno
 import json
 import os
+import pathlib
 import pickle
 import random
 import shutil
@@ -202,6 +203,23 @@ def test_a_strangers_checkpoint_runs_no_code(saved, tmp_path, hide):
     assert not marker.exists()
 
 
+_CHANGES = (  # what is there for the whole process, on which an index would set ``touched``
+    b"\x8c\x07pathlib\x8c\x09PosixPath\x93",
+    b"\x8c\x13torch.serialization\x8c\x0b_get_layout\x93",
+    b"\x8c%torch.distributed.checkpoint.metadata\x8c\x14_MEM_FORMAT_ENCODING\x93K\x01\x85R",
+)
+
+
+@pytest.mark.parametrize("target", _CHANGES)
+def test_a_strangers_checkpoint_changes_no_class_or_function(saved, target):
+    (saved / ".metadata").write_bytes(b"\x80\x04" + target + b"N}\x8c\x07touchedK\x01s\x86b.")
+    forge_checksums(saved)
+    with pytest.raises(ValueError, match=r"sets attributes of <.*could change the program"):
+        load_checkpoint(saved, blank(TENSORS))
+    there = pathlib.PosixPath, torch.serialization._get_layout, dcp.metadata._MEM_FORMAT_ENCODING(1)
+    assert not any(hasattr(each, "touched") for each in there)
+
+
 def test_the_attack_of_the_test_above_works_on_a_plain_unpickler(tmp_path):
     marker = tmp_path / "marker"
     pickle.loads(pickle.dumps(_Attack(open, str(marker), "w"))).close()
@@ -280,7 +298,7 @@ def test_damaged_tensors_are_refused_even_with_fitting_checksums(saved):
     ("content", "message"),
     [
         (b"", r"\.metadata: EOFError"),
-        (b"no pickle", r"\.metadata: UnpicklingError"),
+        (b"no pickle", r"\.metadata is no pickle"),
         (pickle.dumps([1]), r"\.metadata holds a list"),
         (pickle.dumps(Metadata({"float": [1]})), "expected float .*found no such tensor"),
     ],
