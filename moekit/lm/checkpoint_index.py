@@ -152,4 +152,22 @@ def _unpickled(path: Path) -> Metadata:
         raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX}: {one_line(error)}") from error
     if not isinstance(metadata, Metadata):
         raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX} holds a {type(metadata).__name__}")
+    if fault := _fault_of(vars(metadata)):
+        raise ValueError(f"checkpoint {path.parent} is damaged: {INDEX}: {fault}")
     return metadata
+
+
+def _fault_of(index: dict[str, Any]) -> str | None:
+    """Say what is wrong with an index, or None. A file that is named beside the folder would be read in its place."""
+    tensors, pieces = index.get("state_dict_metadata"), index.get("storage_data") or {}
+    if not isinstance(tensors, dict) or not all(isinstance(name, str) for name in tensors):
+        return "state_dict_metadata is no mapping of names"
+    if not isinstance(pieces, dict):
+        return f"storage_data is a {type(pieces).__name__}, no mapping"
+    for piece in pieces.values():
+        values: list[Any] = [getattr(piece, name, None) for name in ("relative_path", "offset", "length")]
+        if list(map(type, values)) != [str, int, int]:
+            return f"storage_data holds {piece!r}; expected a piece of a file"
+        if Path(values[0]).is_absolute() or ".." in Path(values[0]).parts:
+            return f"storage_data names the file {values[0]!r}, which is not in the checkpoint's folder"
+    return None

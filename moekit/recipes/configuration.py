@@ -7,7 +7,7 @@ import shlex
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import tyro
 
@@ -231,13 +231,24 @@ def stored_model(values: Mapping[str, Any]) -> ModelSettings:
     Returns:
         ModelSettings.
 
+    Raises:
+        ValueError: if a value is of another kind than the setting.
+
     Example:
         >>> stored_model({"model": "open_lm_41m", "moe_top_k": 4, "lr": 1e-3}).preset
         'open_lm_41m'
     """
     known, fields = {field.name for field in dataclasses.fields(ModelSettings)}, {v: k for k, v in _RENAMED.items()}
     given = {fields.get(name, name): value for name, value in values.items()}
-    return ModelSettings(**{name: value for name, value in given.items() if name in known})
+    given = {name: value for name, value in given.items() if name in known}
+    hints = get_type_hints(ModelSettings)
+    for name, value in given.items():
+        if not _is_of(value, hints[name]):
+            raise ValueError(
+                f"the checkpoint's settings say {_RENAMED.get(name, name)} = {value!r}, which is no value of that "
+                f"setting; its state.json was changed or is damaged. Take another checkpoint"
+            )
+    return ModelSettings(**given)
 
 
 def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[str] = ()) -> Path:
@@ -263,6 +274,14 @@ def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[s
     kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
     kept |= {_DERIVED: [name for name in kept if name in derived]}
     return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if get_origin(hint) is Literal:
+        return value in get_args(hint)
+    kinds = get_args(hint) or (hint,)
+    also = (int,) if float in kinds else ()
+    return isinstance(value, (*kinds, *also)) or (value is None and hint is not str)
 
 
 def _parse(path: Path) -> Any:

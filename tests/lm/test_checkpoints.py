@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import Metadata
 
 from moekit.lm import checkpoint_folders
@@ -300,6 +301,12 @@ def test_damaged_tensors_are_refused_even_with_fitting_checksums(saved):
         (b"", r"\.metadata: EOFError"),
         (b"no pickle", r"\.metadata is no pickle"),
         (pickle.dumps([1]), r"\.metadata holds a list"),
+        (pickle.dumps(Metadata([1])), r"\.metadata: state_dict_metadata is no mapping of names"),
+        (pickle.dumps(Metadata({1: [1]})), r"\.metadata: state_dict_metadata is no mapping of names"),
+        (pickle.dumps(Metadata({}, storage_data=[1])), r"\.metadata: storage_data is a list, no mapping"),
+        (pickle.dumps(Metadata({}, storage_data={1: 2})), r"storage_data holds 2; expected a piece of a file"),
+        (pickle.dumps(Metadata({}, storage_data={1: _StorageInfo("a/../../b", 0, 1)})), r"'a/\.\./\.\./b', .* not in"),
+        (pickle.dumps(Metadata({}, storage_data={1: _StorageInfo("/dev/zero", 0, 1)})), "the file '/dev/zero', .* not"),
         (pickle.dumps(Metadata({"float": [1]})), "expected float .*found no such tensor"),
     ],
 )
@@ -308,6 +315,9 @@ def test_an_index_that_is_none_is_refused_even_with_fitting_checksums(saved, con
     forge_checksums(saved)
     with pytest.raises(ValueError, match=message):
         load_checkpoint(saved, {"float": torch.zeros(3, 5)})
+    if "expected float" not in message:
+        with pytest.warns(UserWarning, match=message):
+            assert latest_checkpoint(saved.parents[1]) is None
 
 
 @pytest.mark.parametrize(

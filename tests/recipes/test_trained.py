@@ -1,6 +1,8 @@
 """Models of checkpoints, in Python: what a run trained comes back, weights and what routers remember."""
 
+import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +109,11 @@ def test_a_recipe_of_a_file_is_run_if_it_is_named(tmp_path: Path) -> None:
         trained_model(newest)
     found = trained_model(newest, recipe=f"{code}:mixtral")
     assert all(torch.equal(found.state_dict()[name], tensor) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(("name", "value"), [("recipe", 3), ("recipe", None), ("moe_top_k", "x"), ("model", [])])
+def test_a_setting_of_another_kind_is_told(name: str, value: Any, tmp_path: Path) -> None:
+    settings = {"model": "moekit_tiny", "recipe": "openlm", name: value}
+    place = save_checkpoint(checkpoint_folder(tmp_path, 1), {"model.w": torch.zeros(1)}, {"settings": settings})
+    with pytest.raises(ValueError, match=rf"settings say {name} = {re.escape(repr(value))}, which is no value of"):
+        trained_model(place)
