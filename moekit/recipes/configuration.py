@@ -73,7 +73,7 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
     Raises:
         SystemExit: if a flag is unknown or has a bad value; the message is printed, with a hint.
         FileNotFoundError: if the file is not there.
-        ValueError: if it holds no settings.
+        ValueError: if it holds no settings, or would have commands run that only it consents to.
 
     Example:
         >>> parse(["--lr", "0.1"]).derived
@@ -87,12 +87,50 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
     left = tuple(name for name in derived if name in values.keys() - typed.keys())
     words = _words(values)
     try:
-        return Parsed(_read([*words, *arguments], prog=prog), left)
+        settings = _read([*words, *arguments], prog=prog)
     except SystemExit as error:
         if words and error.code:  # the message above shows no more than words, of which the user has not typed these
             shown = shlex.join(words).encode("utf-8", "backslashreplace").decode()
             print(f"(--config {path} is read as: {shown})", file=sys.stderr)
         raise
+    _check_commands(settings, arguments)
+    return Parsed(settings, left)
+
+
+def _check_commands(settings: TrainSettings, arguments: Sequence[str]) -> None:
+    """A file that came with data, or from a stranger, is not who consents to the commands that it names."""
+    typed, data = typed_flags(arguments), settings.data
+    if not data.allow_pipe_commands or "allow_pipe_commands" in typed:
+        return
+    for text in (*data.dataset_manifest, *data.val_manifest, *data.val_data):
+        if "pipe:" in text and not any(word == text or word.endswith(f"={text}") for word in arguments):
+            raise ValueError(
+                f"--config {typed.get('config')} names {text!r} and allows itself to run commands; expected that on "
+                "the command line. If you trust the file, give --allow-pipe-commands there"
+            )
+
+
+def code_of_file(arguments: Sequence[str]) -> list[str]:
+    """Say that the recipe of a run is code in a file that the user has not typed.
+
+    Args:
+        arguments: the words of the command line.
+
+    Returns:
+        One line, or none: no ``--config``, another recipe, or one that was typed.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_config``.
+
+    Example:
+        >>> code_of_file(["--recipe", "mine.py:recipe"])
+        []
+    """
+    typed = typed_flags(arguments)
+    path = typed.get("config")
+    recipe = None if path is None or "recipe" in typed else read_config(Path(path)).get("recipe")
+    is_code = isinstance(recipe, str) and ".py:" in recipe
+    return [f"--config {path} names the recipe {recipe}, whose code runs"] if is_code else []
 
 
 def kept_warnings(arguments: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.commands import command_line
-from moekit.recipes.configuration import flat_settings, kept_warnings, parse, write_config
+from moekit.recipes.configuration import code_of_file, flat_settings, kept_warnings, parse, write_config
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish
@@ -72,12 +72,14 @@ def main(
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = wide_console()
+            print_lines(console, *code_of_file(words))
             print_warnings(console, *kept_warnings(words))
             print_lines(console, *overridden_flags(settings.model))
             describe(settings, console)
             return
         with start_processes() as world:
             console = plain_console(quiet=world.rank > 0)
+            print_lines(console, *code_of_file(words))
             print_warnings(console, *kept_warnings(words))
             print_lines(console, *notes(settings, world))
             if settings.evaluates_only:

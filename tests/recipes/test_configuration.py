@@ -10,6 +10,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from moekit.lm.configs import OF_METHOD
+from moekit.recipes import train
 from moekit.recipes.configuration import (
     flat_settings,
     kept_warnings,
@@ -589,3 +590,28 @@ def test_names_of_derived_settings_are_settings():
     known = set(flat_settings(TrainSettings()))
     named = {name for pair in _EXCLUDING for side in pair for name in side}
     assert named | set(_SOURCES) | {name for sources in _SOURCES.values() for name in sources} <= known
+
+
+def test_a_file_does_not_consent_to_its_own_commands(tmp_path):
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"allow_pipe_commands": True, "val_data": ["pipe:cat a.tar"]}))
+    words = ["--config", str(config), "--resume", "x.pt"]
+    with pytest.raises(ValueError, match=r"'pipe:cat a\.tar' and allows itself .*give --allow-pipe-commands there"):
+        parse_settings(words)
+    assert parse_settings([*words, "--allow-pipe-commands"]).data.allow_pipe_commands
+    assert parse_settings([*words, "--val-data", "pipe:cat b.tar"]).data.val_data == ("pipe:cat b.tar",)
+    config.write_text(json.dumps({"allow_pipe_commands": True, "val_data": ["a.tar"]}))
+    assert parse_settings(words).data.allow_pipe_commands
+
+
+def test_code_that_a_file_names_is_told_before_it_runs(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text("print('it runs')\nfrom moekit.recipes import mixtral as mine\n")
+    config = tmp_path / "config.json"
+    recipe = f"{tmp_path / 'mine.py'}:mine"
+    config.write_text(json.dumps({"model": "moekit_tiny", "recipe": recipe}))
+    train.main(["--config", str(config), "--describe"])
+    told, runs, _ = capsys.readouterr().out.replace("\n", "").partition("it runs")
+    assert runs
+    assert told.replace(" ", "").endswith(f"names the recipe {recipe}, whose code runs".replace(" ", ""))
+    train.main(["--config", str(config), "--describe", "--recipe", "mixtral"])
+    assert "whose code runs" not in capsys.readouterr().out
