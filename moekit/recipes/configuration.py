@@ -79,9 +79,7 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         >>> parse(["--lr", "0.1"]).derived
         ()
     """
-    typed = typed_flags(arguments)
-    path = typed.get("config")
-    values = {} if path is None else read_config(Path(path))
+    path, typed, values = _file_and_flags(arguments)
     derived = values.pop(_DERIVED, [])
     values = give_way(values, derived, arguments)
     left = tuple(name for name in derived if name in values.keys() - typed.keys())
@@ -126,10 +124,9 @@ def code_of_file(arguments: Sequence[str]) -> list[str]:
         >>> code_of_file(["--recipe", "mine.py:recipe"])
         []
     """
-    typed = typed_flags(arguments)
-    path = typed.get("config")
-    recipe = None if path is None or "recipe" in typed else read_config(Path(path)).get("recipe")
-    is_code = isinstance(recipe, str) and ".py:" in recipe
+    path, typed, values = _file_and_flags(arguments)
+    recipe = values.get("recipe")
+    is_code = isinstance(recipe, str) and ".py:" in recipe and "recipe" not in typed
     return [f"--config {path} names the recipe {recipe}, whose code runs"] if is_code else []
 
 
@@ -149,9 +146,7 @@ def kept_warnings(arguments: Sequence[str]) -> list[str]:
         >>> kept_warnings(["--steps", "60"])
         []
     """
-    typed = typed_flags(arguments)
-    path = typed.get("config")
-    values = {} if path is None else read_config(Path(path))
+    path, typed, values = _file_and_flags(arguments)
     if _DERIVED in values or not values.keys() >= set(OF_LENGTH):  # a run's file has them all, though some are null
         return []
     filled = derived_names(flat_settings(TrainSettings()), values)
@@ -165,6 +160,13 @@ def kept_warnings(arguments: Sequence[str]) -> list[str]:
         f"{told}, which may follow from what the command line changes. Give them there, too, or remove them from the "
         f"file to have them derived anew"
     ]
+
+
+def _file_and_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str | None], dict[str, Any]]:
+    """Return what ``--config`` names, the flags of a command line, and the file's settings, if there is one."""
+    typed = typed_flags(arguments)
+    path = typed.get("config")
+    return path, typed, {} if path is None else read_config(Path(path))
 
 
 def _read(words: list[str], *, prog: str | None) -> TrainSettings:

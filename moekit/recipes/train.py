@@ -2,7 +2,7 @@
 
 import shlex
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,15 +72,13 @@ def main(
         run_layer(settings.run)  # a file of tiles is looked at before anything begins
         if settings.run.describe:
             console = wide_console()
-            print_lines(console, *code_of_file(words))
-            print_warnings(console, *kept_warnings(words))
+            _tell_of_file(words, console)
             print_lines(console, *overridden_flags(settings.model))
             describe(settings, console)
             return
         with start_processes() as world:
             console = plain_console(quiet=world.rank > 0)
-            print_lines(console, *code_of_file(words))
-            print_warnings(console, *kept_warnings(words))
+            _tell_of_file(words, console)
             print_lines(console, *notes(settings, world))
             if settings.evaluates_only:
                 with deterministic(settings.run.deterministic):
@@ -146,6 +144,12 @@ def notes(settings: TrainSettings, world: World) -> list[str]:
             if getattr(parallel, name)
         ]
     return lines
+
+
+def _tell_of_file(words: Sequence[str], console: Console) -> None:
+    """Say what the user may not know of the file that ``--config`` names."""
+    print_lines(console, *code_of_file(words))
+    print_warnings(console, *kept_warnings(words))
 
 
 def train(
