@@ -57,9 +57,10 @@ class WeightsAndBiases:
     checkpoint would meet; so the step is a metric like the others, and the one that all are drawn over. What was logged
     past that checkpoint stays, and is drawn a second time.
 
-    Without a network, set ``WANDB_MODE=offline``: everything is kept under the run folder, and ``wandb sync`` uploads
-    it later. Online, starting needs the network (the package gives up after about three minutes); a network lost later
-    does not hold up training, and the end of a run waits five minutes for it.
+    Without a network, set ``WANDB_MODE=offline``: what a launch logs is kept under the run folder, and ``wandb sync``
+    uploads it later. The package writes it in parts, so what a killed launch logged may not be there, other than in
+    ``metrics.jsonl``. Online, starting needs the network (the package gives up after about three minutes); a network
+    lost later does not hold up training, and the end of a run waits five minutes for it.
 
     Args:
         folder: of the run; it is created.

@@ -95,14 +95,17 @@ def method_of(recipe: Recipe, *, evaluation: Recipe | None = None, loss_scope: s
         loss_scope: whose load the losses balance, as ``--moe-loss-scope`` says it.
 
     Returns:
-        What JSON holds: the forms of the stages, and each loss with its coefficient, None where it is only reported.
+        What JSON holds: the forms of the stages, and each loss with its coefficient, the name of the router's state
+        where that is it, and None where the loss is only reported.
 
     Example:
         >>> from moekit.recipes import mixtral
         >>> method_of(mixtral())["losses"]["load_balance"]["coefficient"]
         0.02
     """
-    weights = {name: float(weight) for name, weight in recipe.coefficients.items()}  # of any kind of number
+    weights: dict[str, Any] = {name: float(number) for name, number in recipe.coefficients.items()}  # of any kind
+    if recipe.state is not None and recipe.state.scales:
+        weights[recipe.state.scales] = recipe.state.name
     losses = {name: {"form": form_of(loss), "coefficient": weights.get(name)} for name, loss in recipe.losses.items()}
     found = {**_stages(recipe), "gate": form_of(recipe.gate), "losses": losses, "loss_scope": loss_scope}
     return found if evaluation is None else {**found, "evaluation": _stages(evaluation)}

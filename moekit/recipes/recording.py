@@ -16,7 +16,7 @@ from moekit.lm.orders import Address
 from moekit.lm.permutations import BLOCK, block_permutation
 from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.language_models import first_moe_layer, parameter_table
+from moekit.recipes.language_models import first_moe_layer, moe_layers, parameter_table
 from moekit.recipes.routing_sums import layer_loads
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
@@ -104,7 +104,8 @@ class Recorder:
             return
         metrics = step_metrics(self._run, result, progress, speed=speed, data_time=data_time)
         loads = layer_loads(self._run.model, result.loss.routing)
-        metrics["layers"] = [load._asdict() for load in loads]
+        coefficients = _coefficients_of_states(self._run)
+        metrics["layers"] = [{**load._asdict(), **own} for load, own in zip(loads, coefficients, strict=True)]
         if validation:
             metrics["validation"] = dict(validation)
         self._trackers.log(metrics)
@@ -185,10 +186,11 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
 
     ``samples_per_second`` and ``samples_per_second_per_gpu`` count tokens, as in OpenLM. ``load_balancing_loss`` has
     its coefficient in it, ``loss/load_balance`` has not: that is 1 at perfect balance, or K for a loss that counts per
-    token (``results.json`` names the form). ``epoch`` counts the epochs that have ended. Of the epoch that the step
-    belongs to, ``seen_steps_epoch`` of ``expected_steps_epoch`` are done: all of them at its end. ``tokens`` is
-    nominal, what the steps so far have room for, by which budget and schedule go; ``step_tokens`` counts the targets
-    of the step, and rates count targets too: holes of bad data and padding are none.
+    token (``results.json`` names the form). Recipes without a loss of that name have neither. ``epoch`` counts the
+    epochs that have ended. Of the epoch that the step belongs to, ``seen_steps_epoch`` of ``expected_steps_epoch`` are
+    done: all of them at its end. ``tokens`` is nominal, what the steps so far have room for, by which budget and
+    schedule go; ``step_tokens`` counts the targets of the step, and rates count targets too: holes of bad data and
+    padding are none.
 
     Args:
         run: the run.
@@ -211,7 +213,7 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         "step_tokens": result.targets,
         "loss": cross_entropy,
         **{f"loss/{name}": term for name, term in balancing.items()},
-        "load_balancing_loss": _coefficient(run) * balancing.get("load_balance", 0.0),
+        **_openlm_balance(run, balancing),
         "lr": result.rate,
         "grad_norm": result.gradient_norm,
         "tokens_per_second": round(speed.tokens, 1),
@@ -272,6 +274,17 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def _coefficient(run: Run) -> float:
+def _openlm_balance(run: Run, balancing: Mapping[str, float]) -> dict[str, float]:
     layer = first_moe_layer(run.model)
-    return 0.0 if layer is None else layer.recipe.coefficients.get("load_balance", 0.0)
+    if layer is None or "load_balance" not in balancing:
+        return {}
+    return {"load_balancing_loss": layer.recipe.coefficients.get("load_balance", 0.0) * balancing["load_balance"]}
+
+
+def _coefficients_of_states(run: Run) -> list[dict[str, float]]:
+    """Return of each MoE layer the state that is a loss's coefficient, by its name, as it is for the next step."""
+    states = [(layer.recipe.state, layer.state) for _, layer in moe_layers(run.model)]
+    return [
+        {kind.name: float(state)} if kind is not None and kind.scales and state is not None else {}
+        for kind, state in states
+    ]

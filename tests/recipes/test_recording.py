@@ -84,8 +84,19 @@ def test_the_clock_stands_still_in_pauses():
 
 def test_a_dense_run_has_no_balancing(program):
     [line] = numbers(program("--moe-freq", "0", "--steps", "1"))
-    assert (line["layers"], line["load_balancing_loss"]) == ([], 0.0)
-    assert "loss/load_balance" not in line
+    assert line["layers"] == []
+    assert not {"loss/load_balance", "load_balancing_loss"} & set(line)
+
+
+def test_a_coefficient_that_the_router_learns_is_written_down(program):
+    folder = program("--recipe", "remoe", "--steps", "2")
+    lines = numbers(folder)
+    coefficients = [layer["l1_coefficient"] for line in lines for layer in line["layers"]]
+    assert len(set(coefficients)) > 1
+    assert all(0 < coefficient < 1 for coefficient in coefficients)
+    assert all("load_balancing_loss" not in line and line["loss/l1"] > 0 for line in lines)
+    losses = json.loads((folder / "results.json").read_text())["method"]["losses"]
+    assert losses["l1"]["coefficient"] == "l1_coefficient"
 
 
 @pytest.mark.parametrize(("recipe", "said"), [("base_sinkhorn", False), ("mixtral", True)])
