@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
 
 import torch
@@ -185,6 +186,9 @@ class WorkerRows:
         reading: what to read.
         position: of the order, from its ``state_dict``.
         workers: at least 1.
+
+    Raises:
+        OSError: if so many processes cannot be started.
     """
 
     def __init__(self, reading: Reading, position: Mapping[str, Any], *, workers: int) -> None:
@@ -199,9 +203,18 @@ class WorkerRows:
             generator=torch.Generator(),  # else it would draw from the global one
         )
         before = set(multiprocessing.active_children())
-        with _signals_held_back():
-            self._items: Any = iter(loader)
-        self._processes = [process for process in multiprocessing.active_children() if process not in before]
+        try:
+            with _signals_held_back():
+                self._items: Any = iter(loader)
+        except BaseException as error:
+            _kill(_new_since(before))  # else Python would wait for them at its end, who ignore that they are to end
+            if not isinstance(error, OSError):
+                raise
+            raise OSError(
+                f"{workers} data workers cannot be started ({error}). Use fewer --workers, or allow more processes and "
+                "open files: ulimit -u, ulimit -n"
+            ) from error
+        self._processes = _new_since(before)
         self._at_exit = partial(_close_at_exit, weakref.ref(self))
         atexit.register(self._at_exit)
         weakref.finalize(self, atexit.unregister, self._at_exit).atexit = False  # where it is dropped without ``close``
@@ -232,10 +245,7 @@ class WorkerRows:
         # itself as long as an error's traceback refers to it. Torch may only now notice that a worker was killed.
         with suppress(RuntimeError):
             self._items.__del__()
-        for process in self._processes:
-            if process.is_alive():
-                process.kill()
-                process.join()
+        _kill(self._processes)
         self._processes = []
 
     def _next_item(self) -> Rows:
@@ -251,6 +261,17 @@ class WorkerRows:
         if isinstance(item, _Failure):
             raise item.kind(*item.arguments)
         return Rows(Batch(torch.as_tensor(item.ids), *item.counts), item.skipped)
+
+
+def _new_since(before: set[BaseProcess]) -> list[BaseProcess]:
+    return [process for process in multiprocessing.active_children() if process not in before]
+
+
+def _kill(processes: Sequence[BaseProcess]) -> None:
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
 
 
 def _merged(parts: Sequence[Batch], owners: Sequence[int]) -> Batch:

@@ -75,7 +75,7 @@ def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
 
     Raises:
         ValueError: if there is no process group yet, and only some of the launcher's variables are set, or SLURM
-            started several tasks without them; or if a rank has no GPU where others have one.
+            started several tasks without them; if one is no number; or if a rank has no GPU where others have one.
 
     Example:
         >>> with start_processes() as world:
@@ -83,18 +83,18 @@ def start_processes(*, patience: timedelta = PATIENCE) -> Iterator[World]:
         (0, 1)
     """
     joined = dist.is_available() and dist.is_initialized()
-    if not joined and "RANK" not in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+    if not joined and "RANK" not in os.environ and _number("SLURM_STEP_NUM_TASKS", 1) > 1:
         raise ValueError(
             f"this is one of {os.environ['SLURM_STEP_NUM_TASKS']} tasks of a SLURM step without RANK, so each would "
             "train alone in the same folder. Let srun start torchrun, one task per node, and torchrun the ranks"
         )
     with _reported_errors(), _end_with_launcher():
-        if not joined and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        if not joined and _number("WORLD_SIZE", 1) == 1:
             yield one_process()
             return
         device = _join(patience, joined=joined)
         size = dist.get_world_size()
-        yield World(dist.get_rank(), size, device, int(os.environ.get("LOCAL_WORLD_SIZE", size)))
+        yield World(dist.get_rank(), size, device, _number("LOCAL_WORLD_SIZE", size))
         if not joined:  # not in a finally: see above
             dist.destroy_process_group()
 
@@ -194,7 +194,8 @@ def _join(patience: timedelta, *, joined: bool) -> torch.device:
     if not torch.cuda.is_available():
         device, backend, bound = torch.device("cpu"), "gloo", None
     else:
-        local = int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ else torch.cuda.current_device()
+        local = _number("LOCAL_RANK", -1)
+        local = torch.cuda.current_device() if local < 0 else local
         _check_gpus(local)
         torch.cuda.set_device(local)
         device, backend = torch.device("cuda", local), "cpu:gloo,cuda:nccl"
@@ -204,8 +205,18 @@ def _join(patience: timedelta, *, joined: bool) -> torch.device:
     return device
 
 
+def _number(name: str, default: int) -> int:
+    """Return a launcher's variable; the default where it is empty or not set."""
+    value = os.environ.get(name, "").strip()
+    if value and not value.isdecimal():
+        raise ValueError(f"{name} is {value!r} in the environment; expected a number, as launchers set it, or nothing")
+    return int(value or default)
+
+
 def _check_launcher() -> None:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR") if name not in os.environ]
+    missing = [
+        name for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ
+    ]
     if missing:
         raise ValueError(
             f"this is one of {os.environ.get('WORLD_SIZE', '?')} processes by WORLD_SIZE, but {', '.join(missing)} "

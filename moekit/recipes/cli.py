@@ -10,6 +10,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from moekit import __version__
+from moekit.lm.streams import print_text
 from moekit.lookup import unknown_name
 from moekit.recipes.doctor import diagnose
 from moekit.recipes.names import RECIPES
@@ -31,9 +32,9 @@ def main(arguments: list[str] | None = None) -> None:
     """
     words = sys.argv[1:] if arguments is None else arguments
     if not words or words[0] in ("-h", "--help"):
-        print(_usage())
+        print_text(_usage())
     elif words[0] == "--version":
-        print(f"moekit {__version__}")
+        print_text(f"moekit {__version__}")
     elif words[0] not in PROGRAMS:
         raise SystemExit(f"moekit: {unknown_name(words[0], PROGRAMS, what='program')}\n\n{_usage()}")
     else:
@@ -83,13 +84,16 @@ def _recipes(name: str, words: list[str]) -> None:
         raise SystemExit(f"moekit {name}: {error}; it prints a table with rich: pip install rich") from error
     console = wide_console()
     console.print(recipe_table(RECIPES))
+    if sys.flags.optimize > 1:
+        print_lines(console, "Python runs with -OO, without the docstrings that hold descriptions and references.")
+        return
     for recipe, make in RECIPES.items():
         print_lines(console, f"{recipe}: {_first_line(make)}", f"  {_first_reference(make)}")
 
 
 def _doctor(name: str, words: list[str]) -> None:
     if not _asks_for_help(name, words):
-        print("\n".join(diagnose()))
+        print_text("\n".join(diagnose()))
 
 
 PROGRAMS = {
@@ -125,7 +129,7 @@ PROGRAMS = {
 def _asks_for_help(name: str, words: list[str]) -> bool:
     """Print the help of a program without flags, if it is asked for; every other word is refused."""
     if words in (["-h"], ["--help"]):
-        print(f"usage: moekit {name}\n\n{PROGRAMS[name].purpose}")
+        print_text(f"usage: moekit {name}\n\n{PROGRAMS[name].purpose}")
         return True
     if words:
         raise SystemExit(f"moekit {name}: takes no further words, but {' '.join(words)!r} was given.")

@@ -14,6 +14,7 @@ from moekit import __version__
 from moekit.lm.checkpoints import load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
+from moekit.lm.streams import print_text
 from moekit.lm.tensor_files import write_safetensors
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.trained import model_of
@@ -51,7 +52,7 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit export") -> 
         path = export(settings.checkpoint, settings.to, recipe=settings.recipe, overwrite=settings.overwrite)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{prog}: {error}") from error
-    print(f"{path}: {path.stat().st_size:,} bytes")
+    print_text(f"{path}: {path.stat().st_size:,} bytes")
 
 
 def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: bool = False) -> Path:

@@ -1,5 +1,7 @@
 """A run: its folder and its parts."""
 
+import errno
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,6 +96,8 @@ def _claim(lock: FolderLock, settings: TrainSettings) -> OSError | None:
     """Take the lock and clear the folder, or say what is in the way."""
     try:
         lock.take()
+        if not os.access(lock.folder, os.W_OK | os.X_OK):
+            return OSError(no_place(lock.folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
         _refuse_another_run(settings, lock.folder)  # of a launch that has ended meanwhile
         remove_leftovers(lock.folder / "checkpoints")
     except (BlockingIOError, FileExistsError) as error:

@@ -1,3 +1,4 @@
+import errno
 import gc
 import json
 import multiprocessing
@@ -389,6 +390,26 @@ def test_workers_start_where_no_signals_can_be_held_back(monkeypatch):
     monkeypatch.delattr(signal, "pthread_sigmask")  # as on Windows
     with _signals_held_back():
         pass
+
+
+@pytest.mark.skipif(multiprocessing.get_start_method() != "fork", reason="starts workers in another way")
+@pytest.mark.parametrize("error", [OSError(errno.EAGAIN, "no more"), MemoryError("full")], ids=str)
+def test_workers_that_were_started_end_where_others_cannot_be(monkeypatch, sources, error):
+    """They ignore SIGTERM, by which Python would end them before it waits for them."""
+    fork, started = os.fork, []
+
+    def fork_once():
+        if started:
+            raise error
+        started.append(fork())
+        return started[0]
+
+    monkeypatch.setattr(os, "fork", fork_once)
+    message = r"2 data workers cannot be started \(\[Errno \d+\] no more\)\. Use fewer --workers, or .*ulimit -u|^full$"
+    with pytest.raises((OSError, MemoryError), match=message):
+        ids(stream_of(sources, workers=2), 1)
+    assert len(started) == 1
+    assert not multiprocessing.active_children()
 
 
 def test_closing_ends_the_workers_and_the_next_batch_starts_them_again(sources):

@@ -1,12 +1,16 @@
 """What programs print is what users named."""
 
+import errno
 import io
+import os
 import sys
 
 import pytest
+from rich.live import Live
 from rich.table import Table
 
 from moekit.lm.consoles import plain_console, print_lines, print_warnings, wide_console
+from moekit.lm.streams import print_text
 
 NAME = "[/v1] a[bold]b :car:"
 
@@ -64,6 +68,50 @@ def test_a_reader_that_goes_away_ends_no_run(monkeypatch, capsys):
     for _ in range(3):
         print_lines(console, "for nobody")
     assert capsys.readouterr().err.count("nobody reads standard output any more") == 1
+
+
+class Failing(io.StringIO):
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def write(self, text):
+        raise OSError(self.number, os.strerror(self.number))
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_terminal_that_is_closed_or_a_full_disk_ends_no_run(monkeypatch, capsys, number):
+    console = plain_console()
+    with Live("progress", console=console, auto_refresh=False):
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", Failing(number))
+            print_lines(console, "for nobody", "again")
+        print_lines(console, "nor after it")
+    said = capsys.readouterr()
+    assert said.err.count(f"standard output cannot be written to ([Errno {number}] {os.strerror(number)});") == 1
+    assert "nor after it" not in said.out
+
+
+def test_standard_error_may_be_gone_with_it(monkeypatch):
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, Failing(errno.EPIPE))
+    console = plain_console()
+    print_lines(console, "for nobody")
+    print_text("nor this")
+    assert console.quiet
+
+
+def test_a_text_is_printed_in_characters_that_there_are(monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    print_text("a/\u6c34 \u2588")
+    assert raw.getvalue() == b"a/? 8\n"
+
+
+@pytest.mark.parametrize("columns", ["0", "", "wide"])
+def test_columns_that_are_none_leave_a_pipe_as_wide_as_tables_need(monkeypatch, columns):
+    monkeypatch.setenv("COLUMNS", columns)
+    assert plain_console().width == 120
 
 
 def test_what_a_stream_does_with_such_characters_by_itself_stays(monkeypatch):

@@ -35,7 +35,7 @@ def test_one_process_of_torchrun_is_alone_too(monkeypatch):
         assert not dist.is_initialized()
 
 
-@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR"])
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
 def test_half_a_launcher_is_explained(monkeypatch, missing):
     for name in LAUNCHER:
         if name != missing:
@@ -47,6 +47,16 @@ def test_half_a_launcher_is_explained(monkeypatch, missing):
     with pytest.raises(ValueError, match=message), start_processes():
         pass
     assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "SLURM_STEP_NUM_TASKS"])
+def test_a_launchers_number_that_is_none_is_named_and_an_empty_one_is_not_set(monkeypatch, name):
+    monkeypatch.setenv(name, "abc")
+    with pytest.raises(ValueError, match=f"{name} is 'abc' in the environment; expected a number"), start_processes():
+        pass
+    monkeypatch.setenv(name, "")
+    with start_processes() as world:
+        assert world.size == 1
 
 
 def test_a_group_that_exists_is_used_and_left_alone(group):

@@ -586,12 +586,13 @@ def test_a_place_that_cannot_be_written_to_is_named(program, monkeypatch):
     def closed(lock):
         raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(lock.folder))
 
-    monkeypatch.setattr(FolderLock, "take", closed)
     message = (
         r"--logs: \S+/logs/a cannot be made or cleared \(Permission denied\); expected a place that can be written"
     )
-    with pytest.raises(SystemExit, match=message):
-        program("--steps", "2")
+    for name, part, way in ((FolderLock, "take", closed), (os, "access", lambda *_, **__: False)):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+            patch.setattr(name, part, way)
+            program("--steps", "2")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, None])
