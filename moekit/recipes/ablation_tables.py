@@ -61,9 +61,12 @@ def notes(rows: Sequence[Summary]) -> list[str]:
         Sentences, one a line.
     """
     seeds = max((len(spread.values) for row in rows for spread in row.losses.values()), default=0)
-    told = [
+    losses = (
         f"Validation loss, nats per token: mean ± half the range over {seeds} seed{'s' if seeds != 1 else ''}; "
-        f"vs {rows[0].label}: the same seed's difference, averaged over the sets.",
+        f"vs {rows[0].label}: the same seed's difference, averaged over the sets."
+    )
+    told = [
+        *([losses] if seeds else []),  # none, where every run failed
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
         "sets together. dropped: in training. Means over seeds.",
         "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "

@@ -140,6 +140,7 @@ def test_every_row_has_as_many_cells_as_there_are_headings():
 def test_a_table_of_failures_alone_is_a_table(tmp_path):
     rows = summaries([{"router": "a", "seed": 0, "failed": "x"}])
     assert "| a | - |" in markdown(rows)
+    assert not any("seeds" in note and "±" in note for note in notes(rows)), "there is no mean over 0 seeds"
     assert draw(tmp_path / "a.png", rows).stat().st_size > 0
 
 
