@@ -409,6 +409,14 @@ def test_the_program_prints_and_writes(tmp_path, capsys) -> None:
     assert "| dense bound |" in files[1].read_text()
 
 
+def test_a_shape_or_load_that_is_given_twice_is_measured_once(monkeypatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(program, "bench_layer", lambda shapes, **options: found.append((shapes, options["loads"])))
+    words = "--shape 8,8,8,2,1 cpu-8 --shape 8,8,8,2,1 cpu-8 --load zipf uniform zipf"
+    main(f"bench layer --device cpu {words}".split())
+    assert found == [([shape_of("8,8,8,2,1"), CPU_SHAPES["cpu-8"]], ("zipf", "uniform"))]
+
+
 @pytest.mark.parametrize("seconds", [1e-5, 98.7654321])
 def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
     shape = LayerShape("x", 64, 16, 8, 8, 2) if seconds < 1 else GPU_SHAPES["sonic-default"]

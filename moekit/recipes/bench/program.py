@@ -28,7 +28,7 @@ class BenchLayerSettings:
 
     shape: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """T,D,F,E,K, or olmoe-1b-7b, sonic-default, mixtral-8x7b, openlm-small, cpu-8, cpu-32, cpu-16, cpu-64; one or
-    several, as often as you like. Without any, the four for the device."""
+    several, as often as you like; one that is given twice is measured once. Without any, the four for the device."""
     device: str = ""
     """cpu, or cuda; without it, CUDA where there is a device."""
     dtype: Literal["", "float32", "bfloat16", "float16"] = ""
@@ -37,7 +37,7 @@ class BenchLayerSettings:
     """Of float32 products on CUDA, the bound's and every row's: exact, or of TF32's ten bits; without it, as torch is
     set, which is exact unless this process changed it."""
     load: tuple[str, ...] = ("uniform",)
-    """How experts are loaded: uniform, zipf, hot, dead; several make a table each."""
+    """How experts are loaded: uniform, zipf, hot, dead; several make a table each, one given twice makes one."""
     rounds: int = 9
     """How often each row is measured, in turn with the others."""
     only: tuple[str, ...] = ()
@@ -115,7 +115,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
         )
     dtype = settings.dtype or ("bfloat16" if on_cuda else "float32")
     names = tuple(chain(*settings.shape)) or tuple(GPU_SHAPES if on_cuda else CPU_SHAPES)
-    shapes = [shape_of(name) for name in names]
+    shapes = list(dict.fromkeys(shape_of(name) for name in names))
     _check_settings(settings, device=device, on_cuda=on_cuda, dtype=dtype)
     tiles = tiles_of(settings.tiles, flag="--tiles")
     measured: list[Report] = []
@@ -134,7 +134,7 @@ def run(settings: BenchLayerSettings, console: Console) -> None:
             shapes,
             device=device,
             dtype=DTYPES[dtype],
-            loads=settings.load,
+            loads=tuple(dict.fromkeys(settings.load)),
             rounds=settings.rounds,
             only=settings.only,
             tiles=tiles,
