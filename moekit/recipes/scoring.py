@@ -65,15 +65,16 @@ def score(settings: TrainSettings, world: World, console: Console, *, derived: C
     )
     print_warnings(console, *model_warnings(settings.model, state, training=False))
     scores = score_sets(settings, model, corpus, recipe=recipe, world=world)
+    known = {"step": state.get("step"), "train_tokens": state.get("trained_tokens")}
     beside, own = checkpoint.parent / "results.jsonl", folder / "results.json"
 
     def write_own() -> None:
         names = derived_names(given, flat_settings(settings))
         write_config(folder, settings, derived={*derived, *names})
-        report.write_results(own, {"parameters": total, "active_parameters": active}, scores, {})
+        scored = {"checkpoint_path": str(checkpoint), **known}
+        report.write_results(own, {**scored, "parameters": total, "active_parameters": active}, scores, {})
 
     writers: dict[Path, Callable[[], None]]
-    known = {"step": state.get("step"), "train_tokens": state.get("trained_tokens")}
     writers = {beside: partial(append_results, checkpoint, settings, corpus, scores, **known)}
     if not (folder / "metrics.jsonl").exists():  # else it is a run that was trained: its files stay its own
         writers[own] = write_own

@@ -99,7 +99,10 @@ def test_tars_are_scored_alone(trained, score, tmp_path, capsys):
     assert "expert load in validation" in text
     folder = tmp_path / "logs" / "scores"
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "params.txt", "results.json"]
-    assert json.loads((folder / "results.json").read_text())["validation"]["held"]["loss"] == line["loss"]
+    own = json.loads((folder / "results.json").read_text())
+    assert own["validation"]["held"]["loss"] == line["loss"]
+    traced = ("checkpoint_path", "step", "train_tokens")
+    assert [own[name] for name in traced] == [line[name] for name in traced] == [str(trained), 4, 4 * 256]
 
 
 def test_several_sets_and_braces_are_scored_each_by_itself(trained, score, tmp_path):
