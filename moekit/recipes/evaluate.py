@@ -36,6 +36,7 @@ class Evaluation(NamedTuple):
             tokenizer.
         layers: routing of each MoE block.
         skipped: sequences left out as bad data over all ranks, by reason.
+        precision: of the model, as ``--precision`` names it; None where nobody named it.
     """
 
     loss: float
@@ -46,6 +47,7 @@ class Evaluation(NamedTuple):
     bits_per_byte: float | None
     layers: Sequence[LayerLoad]
     skipped: Mapping[str, int]
+    precision: str | None = None
 
     @property
     def perplexity(self) -> float:

@@ -22,7 +22,7 @@ from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import active_words, parameter_table
 from moekit.recipes.layers import Recipe
-from moekit.recipes.precisions import autocast, precision_words
+from moekit.recipes.precisions import autocast, precision_words, resolved_precision
 from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
@@ -120,7 +120,7 @@ def score_sets(
             ``--val-num-samples`` says if that is less; None scores what that says, or all.
 
     Returns:
-        Name to scores, the same on every rank.
+        Name to scores, the same on every rank; they name their precision.
     """
     data, given, config = settings.data, settings.optimizer, model.config
     limit = min((each for each in (data.val_num_samples, tokens) if each is not None), default=None)
@@ -135,7 +135,7 @@ def score_sets(
             tokens=limit,
             world=world,
         )
-        scores[each.name] = evaluate(
+        scored = evaluate(
             model,
             batches,
             token_bytes=each.token_bytes(),
@@ -143,6 +143,7 @@ def score_sets(
             recipe=recipe,
             world=world,
         )
+        scores[each.name] = scored._replace(precision=resolved_precision(given.precision, world.device))
     return scores
 
 
@@ -177,6 +178,7 @@ def append_results(
             "name": name,
             "step": step,
             "train_tokens": train_tokens,
+            "precision": each.precision,
             **report.plain(each),
         }
         for name, each in scores.items()

@@ -20,6 +20,7 @@ from moekit.recipes import runs, scoring
 from moekit.recipes.configuration import unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.export import export
+from moekit.recipes.precisions import resolved_precision
 from moekit.recipes.saving import load_weights
 from moekit.recipes.train import main
 
@@ -219,6 +220,19 @@ def test_lines_of_results_add_up(program, score, tmp_path):
     results = json.loads((folder / "results.json").read_text())["validation"]
     assert results["prose"]["loss"] == own["loss"]
     assert len((folder / "checkpoints" / "results.jsonl").read_text().splitlines()) == 3
+
+
+def test_lines_of_results_say_their_precision(program, score, shards):
+    """One checkpoint in two precisions has two losses, and lines that differ in nothing else that names them."""
+    checkpoint = checkpoint_folder(program("--steps", "2"), 2)
+    data = ["--val-manifest", str(shards.validation[0])]
+    auto = resolved_precision("auto", one_process().device)
+    for given, said in (("fp32", "fp32"), ("bf16", "bf16"), ("auto", auto)):
+        [line] = score(checkpoint, *data, "--precision", given, name=given)
+        assert line["precision"] == said
+    lines = read_metrics(checkpoint.parent / "results.jsonl")
+    assert [line["precision"] for line in lines] == ["fp32", "fp32", "fp32", "bf16", auto], "and so does a run's end"
+    assert lines[2]["loss"] != lines[3]["loss"]
 
 
 def test_scoring_leaves_a_runs_own_files_alone(program, shards, tmp_path):
