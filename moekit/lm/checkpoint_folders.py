@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import warnings
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,15 @@ def prune_checkpoints(run: str | os.PathLike[str], *, keep: int, step: int) -> N
         _remove(folder)
 
 
-def set_aside(run: str | os.PathLike[str], *, after: int) -> list[Path]:
+def set_aside(run: str | os.PathLike[str], *, after: int, taken: Collection[str] = ()) -> list[Path]:
     """Rename whole checkpoints of later steps, of a branch that the run has left, to ``abandoned_step_N``.
+
+    A later branch's becomes ``abandoned_step_N-2`` and so on, so that a name is of one checkpoint.
 
     Args:
         run: the run folder.
         after: steps done, where the run goes on from.
+        taken: names that none may get, such as those of removed folders whose scores are kept.
 
     Returns:
         The new names; ``latest_checkpoint`` does not see them.
@@ -90,11 +94,46 @@ def set_aside(run: str | os.PathLike[str], *, after: int) -> list[Path]:
     moved = []
     for step, folder in _checkpoints(run).items():
         if step > after and _fault(folder) is None and changed_file(folder, read_checksums(folder)) is None:
-            aside = folder.with_name(f"abandoned_{checkpoint_folder(run, step).name}")
-            shutil.rmtree(aside, ignore_errors=True)
+            there = (each.name for each in folder.parent.iterdir())
+            aside = folder.with_name(name_aside(step, max(places_aside([*there, *taken], step), default=0) + 1))
             os.replace(folder, aside)
             moved.append(aside)
     return moved
+
+
+def name_aside(step: int, place: int) -> str:
+    """Name the folder of a checkpoint that is set aside.
+
+    Args:
+        step: of the checkpoint.
+        place: among those of its step, from 1.
+
+    Returns:
+        The name.
+
+    Example:
+        >>> name_aside(24, 1), name_aside(24, 2)
+        ('abandoned_step_00000024', 'abandoned_step_00000024-2')
+    """
+    return f"abandoned_{checkpoint_folder('', step).name}{f'-{place}' if place > 1 else ''}"
+
+
+def places_aside(names: Iterable[str], step: int) -> set[int]:
+    """Pick the names of ``name_aside`` out of others.
+
+    Args:
+        names: of folders.
+        step: of the checkpoints.
+
+    Returns:
+        Their places among those of the step.
+
+    Example:
+        >>> places_aside(["step_00000024", "abandoned_step_00000024-2", "abandoned_step_00000020"], 24)
+        {2}
+    """
+    found = (re.fullmatch(rf"{name_aside(step, 1)}(?:-(\d+))?", name) for name in names)
+    return {int(name[1] or 1) for name in found if name}
 
 
 def read_state(folder: str | os.PathLike[str]) -> dict[str, Any]:

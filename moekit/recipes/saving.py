@@ -17,13 +17,13 @@ from moekit.lm.checkpoints import (
     load_checkpoint,
     prune_checkpoints,
     save_checkpoint,
-    set_aside,
     stored_shapes,
     training_tensors,
 )
 from moekit.lm.consoles import print_lines, print_warnings
 from moekit.lm.openlm_optimizers import read_openlm_optimizer
 from moekit.parallel import fill, share
+from moekit.recipes.abandoned import abandon
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import sum_skipped
@@ -183,7 +183,7 @@ def go_back(run: Run, console: Console, progress: Progress) -> None:
     resume = run.settings.run.resume
     if run.world.rank or resume is None or (resume != "latest" and find_checkpoint(resume).is_file()):
         return
-    for left in set_aside(run.folder, after=progress.step):
+    for left in abandon(run.folder, after=progress.step):
         print_lines(console, f"{left.name} was set aside: the run goes back to step {progress.step}")
 
 
