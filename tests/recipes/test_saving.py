@@ -590,9 +590,10 @@ def test_a_place_that_cannot_be_written_to_is_named(program, monkeypatch):
         r"--logs: \S+/logs/a cannot be made or cleared \(Permission denied\); expected a place that can be written"
     )
     for name, part, way in ((FolderLock, "take", closed), (os, "access", lambda *_, **__: False)):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=message):
+        with monkeypatch.context() as patch:
             patch.setattr(name, part, way)
-            program("--steps", "2")
+            with pytest.raises(SystemExit, match=message):
+                program("--steps", "2")
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, None])
