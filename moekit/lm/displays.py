@@ -81,6 +81,8 @@ class Display(Protocol):
 def show_training(console: Console, steps: int, *, done: int = 0) -> Iterator[Display]:
     """Open a display for a run: live if the console is a terminal, else plain lines.
 
+    A live one prints standard error too, above itself; a quiet console has none, which would keep that back.
+
     Args:
         console: where to.
         steps: steps in all.
@@ -94,7 +96,7 @@ def show_training(console: Console, steps: int, *, done: int = 0) -> Iterator[Di
         ...     display.say("hello")
         hello
     """
-    if not console.is_terminal:
+    if not console.is_terminal or console.quiet:
         yield _Lines(console, done)
         return
     live = _Panel(console, steps, done)

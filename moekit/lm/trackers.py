@@ -1,5 +1,6 @@
 """Trackers: where the numbers of a training run go."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,54 +33,98 @@ class Tracker(Protocol):
 
 
 class Trackers:
-    """Hands each step's metrics to several trackers; as a context manager it closes them, however the run ends.
+    """Hands each step's metrics to a file and to dashboards; as a context manager it closes them, however the run ends.
+
+    A run can do without a dashboard. One that fails gets nothing more: a warning says so, and is kept in the file,
+    under ``warnings`` in the line of that step. An error of the file is the caller's.
 
     Args:
-        trackers: to hand them to.
+        file: that has every step.
+        dashboards: name to tracker.
 
     Example:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
-        ...     with Trackers([JsonLines(Path(folder) / "metrics.jsonl")]) as trackers:
+        ...     with Trackers(JsonLines(Path(folder) / "metrics.jsonl")) as trackers:
         ...         trackers.log({"step": 1, "loss": 2.5})
         ...     read_metrics(Path(folder) / "metrics.jsonl")
         [{'step': 1, 'loss': 2.5}]
     """
 
-    def __init__(self, trackers: Sequence[Tracker]) -> None:
-        self._open = tuple(trackers)
+    def __init__(self, file: Tracker, dashboards: Mapping[str, Tracker] | None = None) -> None:
+        self._file, self._dashboards = file, dict(dashboards or {})
+        self._failed: set[str] = set()
+        self._closed = False
 
     @property
     def places(self) -> tuple[str, ...]:
-        """Where each tracker's numbers are found."""
-        return tuple(tracker.place for tracker in self._open)
+        """Where the numbers are found: the file, then each dashboard; nowhere more once they are closed."""
+        open_ = () if self._closed else (self._file, *self._dashboards.values())
+        return tuple(tracker.place for tracker in open_)
 
     def log(self, metrics: Mapping[str, Any]) -> None:
-        """Record one step's metrics in every tracker.
+        """Record one step's metrics in every dashboard that has not failed, and then in the file.
 
         Args:
             metrics: names to numbers, or to mappings and lists of such.
 
         Raises:
+            OSError: if the file cannot be written.
             ValueError: if ``step`` is missing.
+
+        Warns:
+            RuntimeWarning: if a dashboard fails.
         """
         if "step" not in metrics:
             raise ValueError(
                 f"metrics have no step, only {', '.join(metrics) or 'nothing'}; add the step they belong to"
             )
-        for tracker in self._open:
-            tracker.log(metrics)
+        told = []
+        for name in [each for each in self._dashboards if each not in self._failed]:
+            try:
+                self._dashboards[name].log(metrics)
+            except Exception as error:
+                told.append(self._give_up(name, error, step=metrics["step"]))
+        self._file.log({**metrics, "warnings": told} if told else metrics)
 
     def close(self, *, failed: bool = False) -> None:
         """Close every tracker, also if closing one of them fails; once is enough.
 
         Args:
             failed: whether the run ended by an exception.
+
+        Warns:
+            RuntimeWarning: if a dashboard that worked until now cannot be closed.
         """
+        if self._closed:
+            return
+        self._closed = True
         with ExitStack() as stack:
-            for tracker in reversed(self._open):
-                stack.callback(tracker.close, failed=failed)
-            self._open = ()
+            stack.callback(self._file.close, failed=failed)
+            for name in self._dashboards:
+                stack.callback(self._close_dashboard, name, failed=failed)
+
+    def _give_up(self, name: str, error: Exception, *, step: int) -> str:
+        self._failed.add(name)
+        text = (
+            f"{name}, which writes to {self._dashboards[name].place}, failed at step {step}: {_words(error)}. The run "
+            f"goes on without it; {self._file.place} has every step. To have later steps in {name} too, mend the "
+            "cause, stop the run and go on with it by --resume latest"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+        return text
+
+    def _close_dashboard(self, name: str, *, failed: bool) -> None:
+        dashboard = self._dashboards[name]
+        try:
+            dashboard.close(failed=failed)
+        except Exception as error:
+            if name not in self._failed:  # else that was told
+                text = (
+                    f"{name}, which writes to {dashboard.place}, failed when it was closed: {_words(error)}. Its last "
+                    f"steps may be missing there; {self._file.place} has every step"
+                )
+                warnings.warn(text, RuntimeWarning, stacklevel=2)
 
     def __enter__(self) -> Self:
         return self
@@ -155,16 +200,19 @@ def open_trackers(
     }
     names = _tracker_names(report_to)
     folder.mkdir(parents=True, exist_ok=True)
-    trackers: list[Tracker] = []
-    try:
-        for tracker in names:
-            trackers.append(openers[tracker]())
+    dashboards: dict[str, Tracker] = {}
+    with ExitStack() as opened:
+        for each in names:
+            dashboards[each] = openers[each]()
+            opened.callback(dashboards[each].close, failed=True)
         # last, for it takes lines out of the file, and nothing may fail behind that
-        trackers.insert(0, JsonLines(folder / "metrics.jsonl", from_step=from_step))
-    except BaseException:
-        Trackers(trackers).close(failed=True)
-        raise
-    return Trackers(trackers)
+        file = JsonLines(folder / "metrics.jsonl", from_step=from_step)
+        opened.pop_all()
+    return Trackers(file, dashboards)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
 
 
 def _tracker_names(names: Sequence[str]) -> tuple[str, ...]:

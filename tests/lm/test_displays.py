@@ -1,5 +1,6 @@
 import math
 import re
+import sys
 from io import StringIO
 
 import pytest
@@ -155,6 +156,13 @@ def test_a_line_said_on_a_terminal_stays_above_the_panel():
     text = without_escapes(console.file.getvalue())
     assert "[bold]saved[/bold]" in text
     assert text.rindex("training") > text.index("saved")
+
+
+def test_a_quiet_terminal_keeps_no_warning_back(capsys):
+    with show_training(terminal(quiet=True), 40) as display:
+        display.update(report(10))
+        print("a warning", file=sys.stderr)
+    assert capsys.readouterr().err == "a warning\n"
 
 
 def test_the_cursor_comes_back_after_an_error():

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from moekit.lm.trackers import Trackers, open_trackers, parse_report_to, read_metrics
+from moekit.lm.trackers import JsonLines, Trackers, open_trackers, parse_report_to, read_metrics
 
 
 class Recording:
@@ -11,10 +11,12 @@ class Recording:
 
     place = "here"
 
-    def __init__(self, error: Exception | None = None) -> None:
-        self.logged, self.closed, self.error = [], [], error
+    def __init__(self, error: Exception | None = None, *, fails_at: int | None = None) -> None:
+        self.logged, self.closed, self.error, self.fails_at = [], [], error, fails_at
 
     def log(self, metrics):
+        if metrics["step"] == self.fails_at:
+            raise ConnectionError("Connection lost")
         self.logged.append(metrics)
 
     def close(self, *, failed=False):
@@ -63,7 +65,7 @@ def test_a_name_that_is_not_known_is_an_error(text, message):
 
 def test_every_tracker_gets_each_step_in_one_call():
     trackers = [Recording(), Recording()]
-    with Trackers(trackers) as all_of_them:
+    with Trackers(trackers[0], {"wandb": trackers[1]}) as all_of_them:
         for step in (1, 2):
             all_of_them.log({"step": step, "loss": 0.5, "layers": []})
         assert all_of_them.places == ("here", "here")
@@ -75,28 +77,65 @@ def test_every_tracker_gets_each_step_in_one_call():
 def test_metrics_without_a_step_are_an_error_before_any_tracker_has_them():
     tracker = Recording()
     with pytest.raises(ValueError, match="metrics have no step, only loss, lr; add the step"):
-        Trackers([tracker]).log({"loss": 1.0, "lr": 0.1})
+        Trackers(tracker, {"wandb": tracker}).log({"loss": 1.0, "lr": 0.1})
     assert tracker.logged == []
 
 
 @pytest.mark.parametrize("error", [FloatingPointError("loss is nan"), KeyboardInterrupt()])
 def test_a_run_that_fails_closes_its_trackers_as_failed(error):
     trackers = [Recording(), Recording()]
-    with pytest.raises(type(error)), Trackers(trackers):
+    with pytest.raises(type(error)), Trackers(trackers[0], {"wandb": trackers[1]}):
         raise error
     assert [tracker.closed for tracker in trackers] == [[True], [True]]
 
 
-def test_one_that_cannot_be_closed_does_not_keep_the_others_open():
-    trackers = [Recording(), Recording(OSError("disk full")), Recording()]
+def test_a_dashboard_that_cannot_be_closed_is_a_warning_and_the_others_are_closed():
+    trackers = [Recording(), Recording(), Recording(OSError("disk full")), Recording()]
+    words = "wandb, which writes to here, failed when it was closed: OSError: disk full.*here has every step"
+    with pytest.warns(RuntimeWarning, match=words):
+        Trackers(trackers[0], dict(zip(("a", "wandb", "b"), trackers[1:], strict=True))).close()
+    assert [tracker.closed for tracker in trackers] == [[False]] * 4
+
+
+def test_a_file_that_cannot_be_closed_is_an_error_and_the_dashboards_are_closed():
+    dashboard = Recording()
     with pytest.raises(OSError, match="disk full"):
-        Trackers(trackers).close()
-    assert [tracker.closed for tracker in trackers] == [[False]] * 3
+        Trackers(Recording(OSError("disk full")), {"wandb": dashboard}).close()
+    assert dashboard.closed == [False]
+
+
+def test_a_dashboard_that_fails_is_told_of_once_and_gets_nothing_more(tmp_path):
+    file, lost, other = JsonLines(tmp_path / "metrics.jsonl"), Recording(OSError("gone"), fails_at=3), Recording()
+    words = (
+        r"wandb, which writes to here, failed at step 3: ConnectionError: Connection lost\. The run goes on without it;"
+        r" .*metrics\.jsonl has every step\. .* go on with it by --resume latest"
+    )
+    trackers = Trackers(file, {"wandb": lost, "b": other})
+    for step in (1, 2):
+        trackers.log({"step": step})
+    with pytest.warns(RuntimeWarning, match=words) as warned:
+        trackers.log({"step": 3})
+    for step in (4, 5):
+        trackers.log({"step": step})
+    trackers.close()  # fails for the one that is lost, and says nothing new: a warning would end this test
+    lines = read_metrics(file.path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line.get("warnings") for line in lines] == [None, None, [str(warned[0].message)], None, None]
+    assert [line["step"] for line in lost.logged] == [1, 2]
+    assert other.logged == [{"step": step} for step in range(1, 6)]
+    assert (lost.closed, other.closed) == ([False], [False])
+
+
+def test_an_error_of_the_file_is_an_error():
+    with Trackers(Recording(fails_at=2), {"wandb": Recording()}) as trackers:
+        trackers.log({"step": 1})
+        with pytest.raises(ConnectionError, match="Connection lost"):
+            trackers.log({"step": 2})
 
 
 def test_closing_twice_closes_once():
     tracker = Recording()
-    trackers = Trackers([tracker])
+    trackers = Trackers(tracker)
     trackers.close()
     trackers.close(failed=True)
     assert tracker.closed == [False]

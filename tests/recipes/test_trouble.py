@@ -1,5 +1,6 @@
 """What goes wrong outside a step, and resuming that would mix runs up: no work and no run is lost."""
 
+import errno
 import json
 import os
 import signal
@@ -13,6 +14,7 @@ import torch
 from small_runs import numbers, words
 
 from moekit.lm.checkpoints import checkpoint_folder, read_state
+from moekit.lm.json_lines import JsonLines
 from moekit.lm.shards import write_shards
 from moekit.recipes import report, train
 from moekit.recipes.configuration import parse_settings
@@ -78,6 +80,49 @@ def test_a_tracker_that_fails_loses_no_step(program, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="no space left"):
         program("--log-every-n-steps", "5")
     assert checkpoint_folder(tmp_path / "logs/a", 5).exists()
+
+
+class LostDashboard:
+    """Takes the place of TensorBoard, and fails at the third line and when it is closed."""
+
+    place = "logs/a/tensorboard"
+
+    def __init__(self, *_, **__):
+        self.lines = 0
+
+    def log(self, metrics):
+        self.lines += 1
+        if self.lines == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self, *, failed=False):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_run_goes_on_without_a_dashboard_that_fails(program, monkeypatch):
+    monkeypatch.setattr("moekit.lm.trackers.TensorBoard", LostDashboard)
+    words = r"tensorboard, which writes to logs/a/tensorboard, failed at step 3: OSError: \[Errno 28\] No space left"
+    with pytest.warns(RuntimeWarning, match=words) as warned:
+        folder = program("--report-to", "tensorboard")
+    assert len(warned) == 1
+    lines = numbers(folder)
+    assert [line.pop("warnings", None) for line in lines] == [None, None, [str(warned[0].message)], *[None] * 5]
+    assert lines == numbers(program(name="b"))
+    assert (folder / "results.json").exists()
+
+
+def test_an_error_of_the_metrics_ends_a_run_with_a_dashboard_too(program, tmp_path, monkeypatch):
+    log = JsonLines.log
+
+    def fail(self, metrics):
+        if metrics["step"] == 3:
+            raise OSError("no space left")
+        log(self, metrics)
+
+    monkeypatch.setattr(JsonLines, "log", fail)
+    with pytest.raises(SystemExit, match="no space left"):
+        program("--report-to", "tensorboard")
+    assert checkpoint_folder(tmp_path / "logs/a", 3).exists()
 
 
 def test_a_run_ends_well_without_matplotlib_and_where_its_held_out_data_cannot_be_read_again(
