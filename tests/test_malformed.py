@@ -34,6 +34,7 @@ from moekit.recipes.train import main
 _SEQ_LEN, _VOCABULARY = 64, 512  # of the preset moekit_tiny
 _SECONDS = 20
 _RUN_FILES = {"config.json", "params.txt", "metrics.jsonl", "data.jsonl", "results.json", "results.jsonl"}
+_RUN_FILES |= {"results_1.json"}  # of the end that a run goes on past
 
 
 def _some(makers: Sequence[Maker], count: int) -> list[Maker]:

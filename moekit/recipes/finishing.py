@@ -1,6 +1,8 @@
 """The end of a run: the whole of the validation data, tables, samples of text, results and the picture."""
 
+import os
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,7 @@ from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
 from moekit.recipes.scoring import append_results
 
+_RESULTS, _PICTURE = "results.json", "run.png"
 PROMPTS = ("Fellow citizens, the state of", "def __init__(self")
 
 
@@ -53,7 +56,7 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     if run.world.rank == 0:  # before anything is printed, which may fail
         steps, tokens = run.budget.steps, progress.trained_tokens
         append_results(checkpoint, run.settings, run.corpus, scores, step=steps, train_tokens=tokens)
-        report.write_results(run.folder / "results.json", summary, scores, simple)
+        report.write_results(run.folder / _RESULTS, summary, scores, simple)
         picture = _picture(run, scores, simple)
     console.print()
     report.print_scores(console, scores, simple)
@@ -68,6 +71,26 @@ def finish(run: Run, console: Console, *, progress: Progress, trained: Trained) 
     print_lines(console, f"picture: {picture}", f"checkpoint: {checkpoint}")
 
 
+def set_results_aside(run: Run, console: Console) -> None:
+    """Rename what an earlier end of the run left, for a run that trains on is not what that says.
+
+    ``results.json`` becomes ``results_1.json`` and ``run.png`` becomes ``run_1.png``, or the first later number that is
+    free, so that nothing is written over. Rank 0 does so.
+
+    Args:
+        run: before the first step of a launch.
+        console: where to say so.
+    """
+    if run.world.rank:
+        return
+    ends = [path for path in (run.folder / _RESULTS, run.folder / _PICTURE) if path.exists()]
+    numbered = ([path.with_stem(f"{path.stem}_{number}") for path in ends] for number in count(1))
+    free = next(names for names in numbered if not any(name.exists() for name in names))
+    for path, name in zip(ends, free, strict=True):
+        os.replace(path, name)
+        print_lines(console, f"{path.name} was set aside as {name.name}: the run goes on past that end")
+
+
 def summary_of(run: Run, progress: Progress) -> dict[str, Any]:
     """Say what a run took, and by which forms of router, plan and losses it came to its scores.
 
@@ -76,12 +99,13 @@ def summary_of(run: Run, progress: Progress) -> dict[str, Any]:
         progress: of the run.
 
     Returns:
-        ``parameters`` and ``active_parameters`` per token, at most so many where ``has_bound``; ``tokens`` by its steps
-        and ``trained_tokens``, without holes and padding; ``seconds`` of training; and ``method``, as ``method_of`` has
-        it, unless the model is dense.
+        ``step`` that it is of; ``parameters`` and ``active_parameters`` per token, at most so many where ``has_bound``;
+        ``tokens`` by its steps and ``trained_tokens``, without holes and padding; ``seconds`` of training; and
+        ``method``, as ``method_of`` has it, unless the model is dense.
     """
     total, active = parameter_table(run.model)[-1][1:]
     summary = {
+        "step": progress.step,
         "parameters": total,
         "active_parameters": active,
         "tokens": run.budget.steps * run.budget.tokens_per_step,
@@ -116,7 +140,7 @@ def _mfu_words(run: Run, trained: Trained) -> str:
 def _picture(run: Run, scores: Mapping[str, Evaluation], simple: Mapping[str, report.Baselines]) -> Path | str:
     """Draw the run; matplotlib is an extra, and a run is none the worse without it."""
     try:
-        return report.draw(run.folder / "run.png", read_metrics(run.folder / "metrics.jsonl"), scores, simple)
+        return report.draw(run.folder / _PICTURE, read_metrics(run.folder / "metrics.jsonl"), scores, simple)
     except ModuleNotFoundError as error:
         return f"none: {error}"
 

@@ -22,7 +22,7 @@ from moekit.recipes.commands import command_line
 from moekit.recipes.configuration import code_of_file, flat_settings, kept_warnings, parse, write_config
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
-from moekit.recipes.finishing import Trained, finish
+from moekit.recipes.finishing import Trained, finish, set_results_aside
 from moekit.recipes.holdings import holding_table, plan_holdings
 from moekit.recipes.language_models import active_words, first_moe_layer, language_model, parameter_table
 from moekit.recipes.loop import Ended, loop
@@ -173,7 +173,8 @@ def train(
 
     Returns:
         The run folder, with ``config.json``, ``params.txt``, ``metrics.jsonl``, ``checkpoints/``, ``results.json`` and
-        ``run.png``; without the last two, if a signal stopped the run.
+        ``run.png``; without the last two, if a signal stopped the run. Those of an earlier end, past which the run goes
+        on, are set aside before its first step, as ``results_1.json`` and ``run_1.png``.
 
     Raises:
         FileExistsError: if the run folder holds a run and the settings do not resume it.
@@ -239,6 +240,8 @@ def _train_and_save(run: Run, console: Console, started: Progress, *, command: s
     world = run.world
     with recording(run, console, started) as recorder, stop_on_signals() as stop:
         go_back(run, console, started)
+        if started.step < run.budget.steps:
+            set_results_aside(run, console)
         ended = loop(run, recorder, started, stop, command=f"{command}{_resume_flags(run)}")
         progress = ended.progress
         # all ranks save or none: each knows of its own trouble alone, and may see an older state of the folder

@@ -85,7 +85,7 @@ def test_it_writes_and_prints_a_row_for_each_router(ablate, recipe_file, capsys)
         {"training": leaks, "evaluation": sees} for leaks, sees in ((False, False), (True, True), (True, False))
     ]
     assert lines[0]["drop_rate"] == 0 < lines[3]["drop_rate"]
-    assert lines[0]["steps"] == 3
+    assert lines[0]["steps"] == lines[0]["step"] == 3
     assert lines[0]["tokens"] == 3 * 4 * 64
     assert lines[0]["validation"]["prose"]["loss"] != lines[4]["validation"]["prose"]["loss"]
     assert len({line["validation"]["code"]["loss"] for line in lines}) == len(lines)

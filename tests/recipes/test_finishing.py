@@ -2,8 +2,10 @@
 
 import json
 import re
+import types
 
 import pytest
+from rich.console import Console
 from small_runs import SEQ_LEN
 
 from moekit.lm.trackers import read_metrics
@@ -52,6 +54,7 @@ def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
     folder = program("--steps", "5", "--recipe", "switch", "--moe-loss-scope", "micro-batch")
     results, tokens = json.loads((folder / "results.json").read_text()), 5 * 4 * SEQ_LEN
     assert (results["tokens"], results["trained_tokens"]) == (tokens, None)
+    assert results["step"] == 5
     assert 1000 < results["seconds"] < 1100
     method = results["method"]
     assert method["loss_scope"] == "micro-batch"
@@ -81,6 +84,57 @@ def test_a_launch_that_trains_nothing_says_nothing_of_its_use_of_the_device(prog
     said = " ".join(capsys.readouterr().out.split())
     assert "this launch trained on 0 in 0 s" in said
     assert "MFU" not in said
+
+
+def ends(folder):
+    """Read what the ends of a run left: names to contents."""
+    return {path.name: path.read_bytes() for pattern in ("results*", "run*.png") for path in folder.glob(pattern)}
+
+
+def test_a_run_that_goes_on_past_its_end_has_no_results_until_the_next(program, picture, interrupt_after, capsys):
+    folder = program("--steps", "3")
+    first = ends(folder)
+    assert json.loads(first["results.json"])["step"] == 3
+    assert first.keys() == {"results.json", "run.png"}
+
+    program("--steps", "3", "--resume", "latest")  # nothing is left to train
+    again = ends(folder)
+    assert again.keys() == first.keys()
+    assert "set aside" not in capsys.readouterr().out
+
+    interrupt_after(4)
+    program("--steps", "6", "--resume", "latest")
+    said = capsys.readouterr().out
+    aside = {"results_1.json": again["results.json"], "run_1.png": again["run.png"]}
+    assert "results.json was set aside as results_1.json: the run goes on past that end\n" in said
+    assert ends(folder) == aside
+
+    program("--steps", "6", "--resume", "latest")
+    after = ends(folder)
+    assert json.loads(after["results.json"])["step"] == 6
+    assert after.keys() == {*first, *aside}
+    assert {name: after[name] for name in aside} == aside
+    lines = read_metrics(folder / "checkpoints" / "results.jsonl")
+    assert {line["step"] for line in lines} == {3, 6}
+
+
+def test_earlier_results_are_not_written_over_and_only_rank_0_sets_them_aside(program):
+    folder = program("--steps", "1")
+    content = (folder / "results.json").read_bytes()
+    (folder / "run_1.png").write_bytes(b"of a launch that was killed between the two")
+    here = one_process()
+
+    def set_aside(world):
+        run = types.SimpleNamespace(folder=folder, world=world)
+        finishing.set_results_aside(run, Console(quiet=True))
+        return ends(folder)
+
+    (folder / "run.png").write_bytes(b"a picture")
+    before = ends(folder)
+    assert set_aside(here._replace(rank=1, size=2)) == before
+    expected = {"results_2.json": content, "run_2.png": b"a picture", "run_1.png": before["run_1.png"]}
+    assert set_aside(here) == expected
+    assert set_aside(here) == expected, "there is nothing more to set aside"
 
 
 def test_samples_are_written_by_the_recipe_of_evaluation(program, monkeypatch):
