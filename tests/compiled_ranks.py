@@ -15,7 +15,11 @@ from moekit.recipes.steps import LossRules, run_forward, take_gradient
 def blocks_are_whole_graphs(world: World) -> int:
     """Compare loss and gradients with those that are not compiled; return the number of graphs of four blocks."""
     graphs: list[Any] = []
-    for own in ("The .grad attribute of a Tensor that is not a leaf", ".*autograd.*should not be instantiated"):
+    for own in (
+        "The .grad attribute of a Tensor that is not a leaf",
+        ".*autograd.*should not be instantiated",
+        "Guards may run slower",
+    ):
         warnings.filterwarnings("ignore", own)  # Dynamo's
 
     def backend(graph: Any, inputs: Any) -> Any:

@@ -1,5 +1,6 @@
 """OpenLM's files against a re-implementation of OpenLM's forward that reads its state dict and nothing of moekit."""
 
+import pickle
 import random
 import warnings
 from types import SimpleNamespace
@@ -424,7 +425,7 @@ def test_a_part_of_a_large_tensor_is_written_alone(tmp_path):
 def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     path = write_openlm(tmp_path / "epoch_1.pt", {"norm.weight": torch.ones(2)}, epoch=1)
     before = path.read_bytes()
-    with pytest.raises(AttributeError, match="pickle"):
+    with pytest.raises((AttributeError, pickle.PicklingError), match="local object"):
         write_openlm(path, {"norm.weight": torch.ones(2)}, epoch=1, name=lambda: None)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]

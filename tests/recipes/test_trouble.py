@@ -104,9 +104,10 @@ def test_a_run_goes_on_without_a_dashboard_that_fails(program, monkeypatch):
     words = r"tensorboard, which writes to logs/a/tensorboard, failed at step 3: OSError: \[Errno 28\] No space left"
     with pytest.warns(RuntimeWarning, match=words) as warned:
         folder = program("--report-to", "tensorboard")
-    assert len(warned) == 1
+    told = [text for text in (str(each.message) for each in warned) if text.startswith("tensorboard")]
+    assert len(told) == 1
     lines = numbers(folder)
-    assert [line.pop("warnings", None) for line in lines] == [None, None, [str(warned[0].message)], *[None] * 5]
+    assert [line.pop("warnings", None) for line in lines] == [None, None, told, *[None] * 5]
     assert lines == numbers(program(name="b"))
     assert (folder / "results.json").exists()
 
