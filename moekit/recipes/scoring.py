@@ -184,7 +184,10 @@ def append_results(
         for name, each in scores.items()
     ]
     text = "".join(json.dumps(line) + "\n" for line in lines)
-    with open(checkpoint.parent / "results.jsonl", "ab") as file:
+    with open(checkpoint.parent / "results.jsonl", "a+b") as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            text = text if file.read() == b"\n" else f"\n{text}"  # the last line was cut short, and stays by itself
         os.write(file.fileno(), text.encode())  # one write, so that the lines are whole
 
 

@@ -45,7 +45,7 @@ def score(tmp_path):
 
     def run(checkpoint, *flags, name="scores"):
         path = checkpoint.parent / "results.jsonl"
-        before = path.read_text().count("\n") if path.exists() else 0
+        before = len(path.read_text().splitlines()) if path.exists() else 0
         fixed = ["--model", "moekit_tiny", "--precision", "fp32", "--batch-size", "4"]
         main([*fixed, "--resume", str(checkpoint), "--logs", str(tmp_path / "logs"), "--name", name, *flags])
         return [json.loads(line) for line in path.read_text().splitlines()[before:]]
@@ -219,7 +219,12 @@ def test_lines_of_results_add_up(program, score, tmp_path):
     assert own["train_tokens"] == lines[0]["train_tokens"]
     results = json.loads((folder / "results.json").read_text())["validation"]
     assert results["prose"]["loss"] == own["loss"]
-    assert len((folder / "checkpoints" / "results.jsonl").read_text().splitlines()) == 3
+    path = folder / "checkpoints" / "results.jsonl"
+    text = path.read_text()
+    assert text.count("\n") == 3
+    path.write_text(text[:-9])  # as a full disk leaves it
+    score(checkpoint, "--val-manifest", lines[0]["val_data"], name="again")
+    assert path.read_text() == text[:-9] + "\n" + text.splitlines(keepends=True)[-1]
 
 
 def test_lines_of_results_say_their_precision(program, score, shards):
