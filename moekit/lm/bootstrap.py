@@ -1,4 +1,4 @@
-"""Confidence intervals of a validation loss, by resampling its sequences."""
+"""Confidence intervals of a validation loss, by resampling stretches of its sequences."""
 
 from typing import NamedTuple
 
@@ -24,33 +24,41 @@ def bootstrap_interval(
     values: Tensor,
     weights: Tensor | None = None,
     *,
+    blocks: int = 32,
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
 ) -> Interval:
-    """Return the percentile bootstrap interval of ``sum(values) / sum(weights)``.
+    """Return the percentile interval of ``sum(values) / sum(weights)`` by a block bootstrap.
 
-    A resample takes n of the n sequences with replacement; numerator and denominator are those of the same sequences,
-    and the bounds are quantiles over resamples. The unit is the sequence, not the token, for the tokens of a sequence
-    depend on each other. The sums see a resample only through how often each sequence was taken, so it is held as
-    multinomial counts: the bootstrap itself, without approximation, as a product of counts and values.
+    Sequences that follow each other are often of one document, and alike. So the n sequences, in the order of the data,
+    are cut into ``blocks`` stretches of the same length (to one sequence), and a resample takes as many stretches with
+    replacement; numerator and denominator are those of the same stretches, and the bounds are quantiles over resamples.
+    Of data in random order the interval is, but for noise, as if sequences were taken one by one; where there are no
+    more sequences than blocks, they are.
+
+    The sums see a resample only through how often each block was taken, so it is held as multinomial counts: the
+    bootstrap itself, without approximation, as a product of counts and values.
 
     Runs on the CPU, with a generator of its own: torch's random state is neither read nor changed. Takes about 40
-    bytes for each of max(n, 1,048,576) sequences, whatever the number of resamples.
+    bytes for each of max(min(n, blocks), 1,048,576) sequences, whatever the number of resamples.
 
     Args:
-        values: (n,) summed nats of each sequence, or whatever is to be averaged; computed in float64.
+        values: (n,) summed nats of each sequence, in the order of the data, or whatever is to be averaged; computed in
+            float64.
         weights: (n,) scored tokens of each sequence; None for the mean over sequences.
-        confidence: share of such intervals that hold the true value, between 0 and 1.
+        blocks: how many stretches; n for sequences one by one, which suits those that are independent.
+        confidence: share of such intervals that hold the true value, between 0 and 1, where blocks are many and
+            independent. For 0.95 and normal values it is 0.94 with 32 blocks, 0.91 with 10, 0.84 with 5 and 0.5 with 2
         resamples: how many.
         seed: of the draws; the same gives the same interval.
 
     Returns:
-        Interval. Of one sequence, both bounds are its own mean.
+        Interval. Of one sequence, or one block, both bounds are its own mean.
 
     Raises:
         ValueError: if there are no sequences, shapes differ, a value is not finite, a weight is not positive, or
-            ``confidence`` or ``resamples`` make no sense.
+            ``blocks``, ``confidence`` or ``resamples`` make no sense.
 
     Example:
         >>> nats, tokens = torch.tensor([30.0, 33.0, 58.0, 40.0]), torch.tensor([10, 10, 20, 10])
@@ -61,10 +69,12 @@ def bootstrap_interval(
     References:
         B. Efron and R. J. Tibshirani, An Introduction to the Bootstrap, 1993, Chapman & Hall: chapter 13 for the
         percentile interval, chapter 20 for a resample as multinomial proportions.
+        E. Carlstein, The Use of Subseries Values for Estimating the Variance of a General Statistic from a Stationary
+        Sequence, 1986, Annals of Statistics 14(3): blocks that do not overlap.
     """
     weights = torch.ones_like(values) if weights is None else weights
-    _check(values, weights, confidence=confidence, resamples=resamples)
-    pairs = torch.stack([each.detach().cpu().double() for each in (values, weights)], dim=1)  # (n, 2)
+    _check(values, weights, blocks=blocks, confidence=confidence, resamples=resamples)
+    pairs = _by_block(torch.stack([each.detach().cpu().double() for each in (values, weights)], dim=1), blocks)
     generator = torch.Generator().manual_seed(seed)
     rows = max(1, _DRAWS // len(pairs))
     means = torch.empty(resamples, dtype=torch.float64)
@@ -76,6 +86,13 @@ def bootstrap_interval(
     return Interval(low, high)
 
 
+def _by_block(pairs: Tensor, blocks: int) -> Tensor:
+    n = len(pairs)
+    if n <= blocks:
+        return pairs
+    return pairs.new_zeros(blocks, 2).index_add_(0, torch.arange(n) * blocks // n, pairs)
+
+
 def _means_(means: Tensor, pairs: Tensor, generator: torch.Generator) -> None:
     rows, n = len(means), len(pairs)
     taken = torch.randint(n, (rows, n), generator=generator)
@@ -85,7 +102,7 @@ def _means_(means: Tensor, pairs: Tensor, generator: torch.Generator) -> None:
     torch.div(sums[:, 0], sums[:, 1], out=means)
 
 
-def _check(values: Tensor, weights: Tensor, *, confidence: float, resamples: int) -> None:
+def _check(values: Tensor, weights: Tensor, *, blocks: int, confidence: float, resamples: int) -> None:
     if values.ndim != 1 or values.shape != weights.shape or not len(values):
         raise ValueError(
             f"values are {tuple(values.shape)} and weights {tuple(weights.shape)}; expected (n,) in both, one number "
@@ -100,6 +117,8 @@ def _check(values: Tensor, weights: Tensor, *, confidence: float, resamples: int
             f"weights[{bad}] is {weights[bad].item()}; expected positive finite numbers. Leave out sequences without a "
             f"scored token"
         )
+    if blocks < 1:
+        raise ValueError(f"blocks is {blocks}; expected at least 1, and some 32 for a 95 % interval")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected more than 0 and less than 1, for example 0.95")
     if resamples < 1:

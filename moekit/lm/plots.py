@@ -28,6 +28,7 @@ def plot_run(
     *,
     train: Curve,
     validation: Mapping[str, Curve],
+    whole: Mapping[str, float],
     baselines: Mapping[str, float],
     loads: Mapping[str, Mapping[int, Sequence[float]]],
 ) -> Path:
@@ -36,8 +37,9 @@ def plot_run(
     Args:
         path: of the PNG; appears there when it is whole.
         train: training loss.
-        validation: domain to its loss.
-        baselines: domain to its bigram loss, drawn dashed.
+        validation: domain to its loss, of the front of the domain that is scored on the way.
+        whole: domain to the final loss of all of it, drawn as a diamond at the last step.
+        baselines: domain to its bigram loss of all of it, drawn dashed.
         loads: domain to block index to the share of assignments per expert; empty for a dense model.
 
     Returns:
@@ -50,7 +52,7 @@ def plot_run(
     figure = figure_type(figsize=(6 + 3.2 * max(len(loads), 1), 4), layout="constrained")
     ratios = [2.0] + [1.0] * len(loads)
     axes = figure.subplots(1, len(ratios), width_ratios=ratios, squeeze=False)[0]
-    _losses(axes[0], train, validation, baselines)
+    _losses(axes[0], train, validation, whole, baselines)
     largest = max((max(load) * len(load) for layers in loads.values() for load in layers.values()), default=1.0)
     for axis, (domain, layers) in zip(axes[1:], loads.items(), strict=True):
         rows = [[share * len(load) for share in load] for load in layers.values()]
@@ -80,16 +82,31 @@ def _smooth(losses: Sequence[float], *, window: int) -> list[float]:
     return [sum(losses[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
 
 
-def _losses(axis, train: Curve, validation: Mapping[str, Curve], baselines: Mapping[str, float]) -> None:  # type: ignore[no-untyped-def]
+def _losses(  # type: ignore[no-untyped-def]
+    axis, train: Curve, validation: Mapping[str, Curve], whole: Mapping[str, float], baselines: Mapping[str, float]
+) -> None:
     axis.plot(train.steps, train.losses, color="0.8", linewidth=0.8)
     axis.plot(train.steps, _smooth(train.losses, window=10), color="0.35", label="training, mean of 10 logged steps")
     for color, (domain, curve) in zip(cycle(("C0", "C1", "C2", "C3", "C4", "C5")), validation.items(), strict=False):
-        axis.plot(curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation: {domain}")
+        axis.plot(
+            curve.steps, curve.losses, color=color, marker="o", markersize=3, label=f"validation, front: {domain}"
+        )
+        if domain in whole:
+            axis.plot(
+                curve.steps[-1:],
+                [whole[domain]],
+                color=color,
+                marker="D",
+                linestyle="",
+                label=f"validation, all: {domain}",
+            )
         if domain in baselines:
-            axis.axhline(baselines[domain], color=color, linestyle="--", linewidth=1, label=f"bigram: {domain}")
+            axis.axhline(baselines[domain], color=color, linestyle="--", linewidth=1, label=f"bigram, all: {domain}")
     axis.set(xlabel="step", ylabel="loss, nats per token", title="loss")
     early = len(train.losses) // 20
-    shown = chain(baselines.values(), train.losses[early:], *(curve.losses for curve in validation.values()))
+    shown = chain(
+        baselines.values(), whole.values(), train.losses[early:], *(curve.losses for curve in validation.values())
+    )
     axis.set_ylim(top=max(filter(math.isfinite, shown), default=1.0) * 1.05)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=8)

@@ -28,7 +28,7 @@ class Evaluation(NamedTuple):
 
     Attributes:
         loss: mean cross-entropy over tokens, nats.
-        low: lower end of its 95 % interval, by bootstrap over sequences.
+        low: lower end of its 95 % interval, by bootstrap over 32 stretches of sequences (``bootstrap_interval``).
         high: upper end.
         sequences: scored.
         tokens: predicted.

@@ -185,3 +185,36 @@ def parameter_table(model: LanguageModel) -> list[ParameterCount]:
     norms = count_parameters(model) - sum(row.total for row in rows)
     rows.append(ParameterCount("norms", norms, norms))
     return [*rows, ParameterCount("all", sum(row.total for row in rows), sum(row.active for row in rows))]
+
+
+def flops_per_token(model: LanguageModel) -> int:
+    """Count the FLOPs of a training step per token, as MFU does: of the model, whatever is computed twice.
+
+    Six for each active parameter, two forward and four backward, and 12 L T D for the products of attention, of L
+    blocks with T tokens of D features, as if every token saw the whole sequence. The embedding is looked up, so it
+    counts only where it is the output head, too; what several blocks share counts once; and assignments that a
+    capacity drops count as computed.
+
+    Args:
+        model: on any device, the meta device included.
+
+    Returns:
+        The count; an upper bound where ``has_bound``.
+
+    Example:
+        >>> from moekit.lm.configs import load_config
+        >>> from moekit.recipes import mixtral
+        >>> model = language_model(load_config("moekit_tiny"), mixtral())  # dense: two blocks, 64 tokens, 64 features
+        >>> parameter_table(model)[-1].active, model.tok_embeddings.weight.numel(), flops_per_token(model)
+        (197184, 32768, 1084800)
+        >>> 6 * (197_184 - 32_768) + 12 * 2 * 64 * 64
+        1084800
+
+    References:
+        Chowdhery et al., PaLM, 2022, appendix B, https://arxiv.org/abs/2204.02311
+    """
+    config = model.config
+    products = parameter_table(model)[-1].active
+    if not config.weight_tying:
+        products -= count_parameters(model.tok_embeddings)
+    return 6 * products + 12 * config.n_layers * config.seq_len * config.hidden_dim

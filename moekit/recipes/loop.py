@@ -111,9 +111,8 @@ def _report(
     run, recorder, clock, _ = training
     if due.report:  # first what all ranks do together, then what may fail on one
         scores, trouble = _attempt(partial(validate, run, tokens=_SHORT_VALIDATION)) if due.validate else ({}, None)
-        losses = {name: each.loss for name, each in (scores or {}).items()}
         total = progress._replace(skipped_data=skipped_data(run, progress, at))
-        recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=losses)
+        recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=scores)
         if trouble is not None:
             raise trouble
     recorder.data(progress.step)

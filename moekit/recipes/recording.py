@@ -16,7 +16,8 @@ from moekit.lm.orders import Address
 from moekit.lm.permutations import BLOCK, block_permutation
 from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
 from moekit.recipes.configuration import flat_settings
-from moekit.recipes.language_models import first_moe_layer, moe_layers, parameter_table
+from moekit.recipes.evaluate import Evaluation
+from moekit.recipes.language_models import first_moe_layer, flops_per_token, moe_layers
 from moekit.recipes.routing_sums import layer_loads
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
@@ -89,7 +90,7 @@ class Recorder:
         *,
         speed: Speed,
         data_time: float,
-        validation: Mapping[str, float] | None = None,
+        validation: Mapping[str, Evaluation] | None = None,
     ) -> None:
         """Report a step.
 
@@ -98,7 +99,7 @@ class Recorder:
             progress: after it.
             speed: since the last report.
             data_time: seconds that this step waited for data.
-            validation: name of a validation set to its loss.
+            validation: name of a validation set to the scores of its front.
         """
         if self._trackers is None or self._display is None:
             return
@@ -107,7 +108,8 @@ class Recorder:
         coefficients = _coefficients_of_states(self._run)
         metrics["layers"] = [{**load._asdict(), **own} for load, own in zip(loads, coefficients, strict=True)]
         if validation:
-            metrics["validation"] = dict(validation)
+            metrics["validation"] = {name: scores.loss for name, scores in validation.items()}
+            metrics["validation_tokens"] = {name: scores.tokens for name, scores in validation.items()}
         self._trackers.log(metrics)
         report = StepReport(
             progress.step,
@@ -219,7 +221,7 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
         "tokens_per_second": round(speed.tokens, 1),
         "samples_per_second": round(speed.tokens, 1),
         "samples_per_second_per_gpu": round(speed.tokens / ranks, 1),
-        "tflops_per_second": round(_flops_per_token(run) * speed.tokens / 1e12, 4),
+        "tflops_per_second": round(flops_per_token(run.model) * speed.tokens / 1e12, 4),
         "data_time": data_time,
         "batch_time": 1 / speed.steps if speed.steps else 0.0,
         **result.seconds,
@@ -239,26 +241,21 @@ def step_metrics(run: Run, result: StepResult, progress: Progress, *, speed: Spe
 
 
 def utilization(run: Run, tokens_per_second: float) -> float | None:
-    """Compute model FLOPs utilization (MFU): six FLOPs per active parameter and token, of what the devices could do.
+    """Compute model FLOPs utilization (MFU): ``flops_per_token`` for each, of what the devices could do.
 
     Args:
         run: the run.
         tokens_per_second: targets, over all ranks.
 
     Returns:
-        A share of the peak of all ranks' devices, at most where the active parameters are ``parameter_table``'s bound;
-        None where the peak of the device is not known.
+        A share of the peak of all ranks' devices, at most so much where ``flops_per_token`` is a bound; None where the
+        peak of the device is not known.
 
     References:
-        Chowdhery et al., PaLM, 2022, appendix B (there with attention, which is left out here),
-        https://arxiv.org/abs/2204.02311
+        Chowdhery et al., PaLM, 2022, appendix B, https://arxiv.org/abs/2204.02311
     """
     peak = next((rate for name, rate in _PEAK.items() if name in device_name(run.world.device)), None)
-    return None if peak is None else _flops_per_token(run) * tokens_per_second / (peak * run.world.size)
-
-
-def _flops_per_token(run: Run) -> int:
-    return 6 * parameter_table(run.model)[-1].active
+    return None if peak is None else flops_per_token(run.model) * tokens_per_second / (peak * run.world.size)
 
 
 def _epoch_metrics(run: Run, step: int) -> dict[str, int]:

@@ -175,7 +175,7 @@ def _score_table(evaluations: Mapping[str, Evaluation], simple: Mapping[str, Bas
         row = [domain, f"{scores.loss:.3f}", interval, f"{scores.perplexity:.2f}", bits]
         table.add_row(*row, *(_against(scores.loss, simple.get(domain)) if simple else ()))
     counts = ", ".join(f"{scores.sequences:,} of {domain}" for domain, scores in evaluations.items())
-    table.caption, table.caption_justify = f"intervals by bootstrap over sequences: {counts}", "left"
+    table.caption, table.caption_justify = f"intervals by bootstrap over stretches of sequences: {counts}", "left"
     return table
 
 
@@ -274,6 +274,7 @@ def draw(
     }
     return plot_run(
         path,
+        whole={domain: scores.loss for domain, scores in evaluations.items()},
         train=_curve((line["step"], line.get("loss")) for line in metrics),
         validation={domain: curve for domain, curve in curves.items() if curve.steps},
         baselines={domain: pair.bigram for domain, pair in simple.items() if pair.bigram is not None},

@@ -11,6 +11,7 @@ TRAIN = Curve(list(range(1, 61)), [6.0 - 0.05 * step for step in range(60)])
 OPTIONS = {
     "train": TRAIN,
     "validation": {"prose": Curve([30, 60], [4.5, 3.4]), "code": Curve([30, 60], [4.0, 3.0])},
+    "whole": {"prose": 3.45, "code": 2.9},
     "baselines": {"prose": 3.5},
     "loads": {"prose": {0: [0.5, 0.25, 0.25, 0.0], 2: [0.25] * 4}, "code": {0: [0.25] * 4, 2: [0.0, 0.0, 0.0, 1.0]}},
 }
@@ -40,7 +41,7 @@ def test_the_picture_is_a_png_with_something_in_every_part(tmp_path):
 def test_what_changes_in_the_run_changes_the_picture(tmp_path):
     first = pixels(plot_run(tmp_path / "a.png", **OPTIONS))
     assert (first == pixels(plot_run(tmp_path / "b.png", **OPTIONS))).all()
-    for name, value in (("train", Curve([1, 60], [5.0, 3.0])), ("baselines", {"prose": 4.5})):
+    for name, value in (("train", Curve([1, 60], [5.0, 3.0])), ("baselines", {"prose": 4.5}), ("whole", {})):
         changed = pixels(plot_run(tmp_path / "c.png", **{**OPTIONS, name: value}))
         assert changed.shape == first.shape
         assert (changed != first).any(), name
@@ -55,8 +56,8 @@ def test_a_dense_run_has_no_heat_maps(tmp_path):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"train": Curve([10], [6.0]), "validation": {}, "baselines": {}, "loads": {}},
-        {"train": Curve([], []), "validation": {}, "baselines": {}},
+        {"train": Curve([10], [6.0]), "validation": {}, "whole": {}, "baselines": {}, "loads": {}},
+        {"train": Curve([], []), "validation": {}, "whole": {}, "baselines": {}},
         {"train": Curve([10, 20], [float("nan"), 3.0])},
         {"loads": {"prose": {0: [1 / 64] * 64}}},
         {"loads": {"one": {0: [1.0]}}},
@@ -113,12 +114,22 @@ def test_without_matplotlib_the_extra_is_named(monkeypatch, tmp_path):
 def test_the_frame_holds_all_losses_but_the_first_of_training(losses, validation, baseline, top):
     axis = matplotlib_parts()[0]().subplots()
     curves = {"good": Curve([1], [1.0]), "bad": Curve(list(range(len(validation))), validation)}
-    _losses(axis, Curve(list(range(len(losses))), losses), curves, {"bad": baseline})
+    _losses(axis, Curve(list(range(len(losses))), losses), curves, {}, {"bad": baseline})
     assert axis.get_ylim()[1] == pytest.approx(1.05 * top)
+
+
+def test_final_scores_of_all_of_a_set_stand_at_the_last_step_beside_those_of_its_front():
+    axis = matplotlib_parts()[0]().subplots()
+    _losses(axis, TRAIN, OPTIONS["validation"], {"prose": 3.45, "code": 9.0}, {"prose": 3.5})
+    points = [(list(line.get_xdata()), list(line.get_ydata())) for line in axis.get_lines() if line.get_marker() == "D"]
+    assert points == [([60], [3.45]), ([60], [9.0])]
+    assert axis.get_ylim()[1] > 9  # it is seen, though higher than all else
+    named = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert named[1:4] == ["validation, front: prose", "validation, all: prose", "bigram, all: prose"]
 
 
 def test_every_validation_set_is_drawn_and_the_legend_says_what_the_line_of_training_is_a_mean_of():
     axis = matplotlib_parts()[0]().subplots()
-    _losses(axis, TRAIN, {str(number): Curve([1], [2.0]) for number in range(60)}, {})
+    _losses(axis, TRAIN, {str(number): Curve([1], [2.0]) for number in range(60)}, {}, {})
     assert len(axis.get_lines()) == 2 + 60
     assert axis.get_legend().get_texts()[0].get_text() == "training, mean of 10 logged steps"

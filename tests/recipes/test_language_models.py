@@ -2,9 +2,12 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from moekit.dispatch import dropless, dropless_plan
 from moekit.experts import grouped, swiglu
+from moekit.integrations.flop_counter import register
 from moekit.lm.configs import load_config
 from moekit.lm.model import count_parameters
 from moekit.recipes import (
@@ -24,6 +27,7 @@ from moekit.recipes import (
 )
 from moekit.recipes.language_models import (
     active_words,
+    flops_per_token,
     has_bound,
     language_model,
     moe_layers,
@@ -121,6 +125,18 @@ def test_a_tied_head_is_counted_once():
     )
     assert untied[-1].total - tied[-1].total == 512 * 64
     assert {row.part: row.total for row in tied}["output head"] == 0
+
+
+@pytest.mark.parametrize("tying", [True, False])
+@pytest.mark.parametrize("recipe", [mixtral(), deepseek_moe(k=2)])
+def test_flops_are_those_of_the_products_that_a_step_computes(recipe, tying):
+    model = tiny(recipe, moe_freq=2, moe_num_experts=4, weight_tying=tying)
+    ids = torch.randint(512, (3, 64))
+    register()
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        total_loss(model, ids, None).backward()
+    gains = sum(each.numel() for each in model.parameters() if each.ndim == 1)  # they multiply, but no matrix
+    assert counter.get_total_flops() == ids.numel() * (flops_per_token(model) - 6 * gains)
 
 
 def test_a_dense_model_has_no_experts():

@@ -146,7 +146,7 @@ def test_the_score_table_sets_losses_beside_baselines():
     text = rendered(report._score_table(SCORES, SIMPLE))
     assert cells(text, "prose") == ["prose", "2.000", "1.750 2.500", "7.39", "1.250", "3.000", "4.000", "1.000"]
     assert cells(text, "code") == ["code", "1.000", "0.750 1.500", "2.72", "-", "-", "5.000", "-"]
-    assert "intervals by bootstrap over sequences: 1,234 of prose, 1,234 of code" in " ".join(text.split())
+    assert "intervals by bootstrap over stretches of sequences: 1,234 of prose, 1,234 of code" in " ".join(text.split())
 
 
 def test_a_set_without_baselines_has_dashes_or_no_columns():
@@ -245,6 +245,7 @@ def test_draw_takes_its_curves_from_the_metrics(monkeypatch, tmp_path, validated
     assert report.draw(tmp_path / "run.png", metrics, found, SIMPLE) == tmp_path / "run.png"
     assert drawn["train"] == ([10, 20], [3.0, 2.0])
     assert drawn["validation"] == ({"prose": ([20], [2.5]), "code": ([20], [1.5])} if validated else {})
+    assert drawn["whole"] == {domain: each.loss for domain, each in found.items()}
     assert drawn["baselines"] == {"prose": 3.0}
     assert drawn["loads"]["prose"] == {0: [0.5, 0.25, 0.25, 0.0], 2: [0.25] * 4}
     assert list(drawn["loads"]) == ["prose", "code"]

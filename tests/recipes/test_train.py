@@ -70,6 +70,7 @@ def test_a_run_leaves_everything_in_its_folder(program, picture, capsys):
     assert [line["tokens"] for line in metrics] == [256 * step for step in range(1, 9)]
     assert [line["step"] for line in metrics if "validation" in line] == [4, 8]
     assert sorted(metrics[-1]["validation"]) == ["code", "prose"]
+    assert metrics[-1]["validation_tokens"] == {"code": 6 * 64, "prose": 6 * 64}
     assert metrics[0]["loss"] == pytest.approx(math.log(512), abs=1.0)
     assert all(line["tokens_per_second"] > 0 and line["grad_norm"] > 0 for line in metrics)
     [layer] = metrics[0]["layers"]
