@@ -22,16 +22,23 @@ class Dots(NamedTuple):
     comparable: bool = True
 
 
-def plot_ablation(path: str | os.PathLike[str], dots: Sequence[Dots], *, sets: Sequence[str]) -> Path:
+def plot_ablation(
+    path: str | os.PathLike[str],
+    dots: Sequence[Dots],
+    *,
+    sets: Sequence[str],
+    baseline: Mapping[str, float] | None,
+) -> Path:
     """Draw a panel for each validation set: a row for each variant, a dot for each seed, a bar at their mean.
 
-    The best are at the top, variants that are not comparable at the bottom. The first of ``dots`` is what the others
-    are compared with: a line marks its mean. What is far outside of the others is drawn at the edge, with its number.
+    The best are at the top, variants that are not comparable at the bottom. A line marks what they are compared with.
+    What is far outside of the others is drawn at the edge, with its number.
 
     Args:
         path: of the PNG; appears there when it is whole.
         dots: the variants.
         sets: names of the validation sets.
+        baseline: name of each validation set to the loss that the line is at; None draws no line.
 
     Returns:
         The path.
@@ -44,7 +51,7 @@ def plot_ablation(path: str | os.PathLike[str], dots: Sequence[Dots], *, sets: S
     axes = figure.subplots(1, max(len(sets), 1), sharey=True, squeeze=False)[0]
     ordered = sorted(dots, key=lambda each: (not each.comparable, _mean(each, sets)))
     for axis, name in zip(axes, sets, strict=False):
-        _panel(axis, ordered, name, baseline=dots[0])
+        _panel(axis, ordered, name, baseline=None if baseline is None else baseline[name])
     axes[0].set_yticks(range(len(ordered)), [f"{each.label}{'' if each.comparable else ' *'}" for each in ordered])
     axes[0].set_ylim(len(ordered) - 0.4, -0.6)
     if not all(each.comparable for each in dots):
@@ -74,9 +81,10 @@ def shown_range(losses: Sequence[Sequence[float]]) -> tuple[float, float]:
     return min(near) - margin, max(near) + margin
 
 
-def _panel(axis: Any, ordered: Sequence[Dots], name: str, *, baseline: Dots) -> None:
+def _panel(axis: Any, ordered: Sequence[Dots], name: str, *, baseline: float | None) -> None:
     low, high = shown_range([each.losses[name] for each in ordered])
-    axis.axvline(sum(baseline.losses[name]) / len(baseline.losses[name]), color="0.6", linestyle="--", linewidth=1)
+    if baseline is not None:
+        axis.axvline(baseline, color="0.6", linestyle="--", linewidth=1)
     for y, each in enumerate(ordered):
         losses = each.losses[name]
         mean = sum(losses) / len(losses)

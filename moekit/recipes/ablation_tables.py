@@ -124,7 +124,7 @@ def markdown(rows: Sequence[Summary]) -> str:
 
 
 def draw(path: Path, rows: Sequence[Summary]) -> Path:
-    """Draw the losses of all routers.
+    """Draw the losses of all routers, with a line at the mean of the first unless all its runs failed.
 
     Args:
         path: of the PNG.
@@ -142,7 +142,8 @@ def draw(path: Path, rows: Sequence[Summary]) -> Path:
         for row in rows
         if row.losses
     ]
-    return plot_ablation(path, dots, sets=sets)
+    baseline = {name: each.mean for name, each in rows[0].losses.items()} or None
+    return plot_ablation(path, dots, sets=sets, baseline=baseline)
 
 
 def _sets(rows: Sequence[Summary]) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 
+from moekit.lm import ablation_plots
 from moekit.recipes.ablation_summaries import dead_experts, loads, spread, summaries
 from moekit.recipes.ablation_tables import cells, draw, headings, markdown, notes
 
@@ -163,3 +164,29 @@ def test_a_seed_that_failed_in_the_first_router_is_not_compared():
 def test_notes_tell_the_most_seeds_of_any_router():
     rows = summaries([line("a", 0, 4.0, 4.0), line("a", 1, 4.0, 4.0), line("b", 0, 4.0, 4.0)])
     assert "over 2 seeds" in " ".join(notes(rows))
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Any]:
+    """Collect the figures of pictures that are drawn."""
+    kept, save = [], ablation_plots.save_figure
+
+    def keep(path, figure):
+        kept.append(figure)
+        return save(path, figure)
+
+    monkeypatch.setattr(ablation_plots, "save_figure", keep)
+    return kept
+
+
+def dashed(figure: Any) -> list[list[float]]:
+    """Where each panel has a line of the baseline."""
+    return [[at.get_xdata()[0] for at in axis.get_lines() if at.get_linestyle() == "--"] for axis in figure.axes]
+
+
+def test_the_line_of_the_picture_is_the_mean_of_the_first_router_and_of_no_other(figures, tmp_path):
+    lost = [{"router": "a", "seed": seed, "failed": "not finite"} for seed in (0, 1)]
+    others = [line("b", 0, 4.0, 5.0), line("b", 1, 4.2, 5.2)]
+    draw(tmp_path / "whole.png", summaries([line("a", 0, 3.0, 4.0), line("a", 1, 4.0, 5.0), *others]))
+    draw(tmp_path / "lost.png", summaries([*lost, *others]))
+    assert [dashed(figure) for figure in figures] == [[[3.5], [4.5]], [[], []]]
