@@ -22,19 +22,20 @@ def headings(rows: Sequence[Summary]) -> list[str]:
     return ["router", *_sets(rows), f"vs {rows[0].label}", *rest]
 
 
-def cells(row: Summary, sets: Sequence[str]) -> list[str]:
+def cells(row: Summary, rows: Sequence[Summary]) -> list[str]:
     """Write a row.
 
     Args:
         row: of a router.
-        sets: names of all validation sets.
+        rows: all of the table; the first is what the others are compared with.
 
     Returns:
-        Texts; a loss that is not comparable has a star.
+        Texts; a loss that is not comparable has a star, and so has a difference of which either loss is not.
     """
     star = "*" if row.leaks_evaluation else ""
-    losses = [f"{_with_range(row.losses[name])}{star}" if name in row.losses else "-" for name in sets]
-    against = "-" if row.against is None else f"{_with_range(row.against, sign='+')}{star}"
+    either = "*" if row.leaks_evaluation or rows[0].leaks_evaluation else ""
+    losses = [f"{_with_range(row.losses[name])}{star}" if name in row.losses else "-" for name in _sets(rows)]
+    against = "-" if row.against is None else f"{_with_range(row.against, sign='+')}{either}"
     if not row.losses:
         return [row.label, *losses, against, *["-"] * 6, row.verdict]
     return [
@@ -75,6 +76,8 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     ]
     if any(row.leaks_evaluation for row in rows):
         told.append("* not comparable: its output depends on later tokens, so it sees what it predicts.")
+        if rows[0].leaks_evaluation:
+            told[-1] += f" That of {rows[0].label} does, so no difference from it is comparable."
     if any(row.leaks_training and not row.leaks_evaluation for row in rows):
         told.append("causal in evaluation: trained with what depends on later tokens, evaluated without.")
     older = [row.label for row in rows if row.older]
@@ -103,7 +106,7 @@ def printed(rows: Sequence[Summary]) -> Table:
         justify = "left" if heading in ("router", "causal", "verdict") else "right"
         table.add_column(heading.replace("/", "/\n").replace(" ", "\n"), justify=justify, overflow="fold")  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*cells(row, _sets(rows)), style=None if row.verdict == "trains" else "yellow")
+        table.add_row(*cells(row, rows), style=None if row.verdict == "trains" else "yellow")
     return table
 
 
@@ -118,13 +121,15 @@ def markdown(rows: Sequence[Summary]) -> str:
     """
     names = headings(rows)
     rule = ["---" if name in ("router", "causal", "verdict") else "---:" for name in names]
-    lines = [names, rule, *(cells(row, _sets(rows)) for row in rows)]
+    lines = [names, rule, *(cells(row, rows) for row in rows)]
     table = "".join(f"| {' | '.join(each.replace('*', chr(92) + '*') for each in line)} |\n" for line in lines)
     return table + "\n" + "\n\n".join(note.replace("* not", "\\* not") for note in notes(rows)) + "\n"
 
 
 def draw(path: Path, rows: Sequence[Summary]) -> Path:
-    """Draw the losses of all routers, with a line at the mean of the first unless all its runs failed.
+    """Draw the losses of all routers, with a line at the mean of the first.
+
+    There is no line if all runs of the first failed, or its losses are not comparable.
 
     Args:
         path: of the PNG.
@@ -142,8 +147,8 @@ def draw(path: Path, rows: Sequence[Summary]) -> Path:
         for row in rows
         if row.losses
     ]
-    baseline = {name: each.mean for name, each in rows[0].losses.items()} or None
-    return plot_ablation(path, dots, sets=sets, baseline=baseline)
+    means = {name: each.mean for name, each in rows[0].losses.items()}
+    return plot_ablation(path, dots, sets=sets, baseline=means if means and not rows[0].leaks_evaluation else None)
 
 
 def _sets(rows: Sequence[Summary]) -> list[str]:

@@ -45,14 +45,14 @@ def test_losses_are_means_with_half_the_range_and_differences_are_paired_by_seed
     assert a.against is None
     assert b.against.mean == pytest.approx(0.2)
     assert b.against.half_range == pytest.approx(0.1)
-    assert cells(b, ["prose", "code"])[:4] == ["b", "4.700 ± 0.600", "6.700 ± 0.600", "+0.200 ± 0.100"]
-    assert cells(a, ["prose", "code"])[3:] == ["-", "2.00", "0.00", "0", "0.0%", "500", "yes", "trains"]
+    assert cells(b, [a, b])[:4] == ["b", "4.700 ± 0.600", "6.700 ± 0.600", "+0.200 ± 0.100"]
+    assert cells(a, [a, b])[3:] == ["-", "2.00", "0.00", "0", "0.0%", "500", "yes", "trains"]
 
 
 def test_a_seed_that_the_first_lacks_is_not_compared():
     a, b = summaries([line("a", 0, 4.0, 4.0), line("b", 0, 4.5, 4.5), line("b", 1, 9.0, 8.0)])
     assert b.against == spread([0.5])
-    assert cells(b, ["prose", "code"])[3] == "+0.500"
+    assert cells(b, [a, b])[3] == "+0.500"
     assert summaries([line("a", 0, 4.0, 4.0), line("b", 1, 4.5, 4.5)])[1].against is None
     assert a.losses["prose"].half_range == 0
 
@@ -112,16 +112,16 @@ def test_it_says_which_routers_collapsed():
         "half": "collapsed: not finite",
     }
     assert rows[1].dead_experts == 1.0  # the mean
-    assert cells(rows[3], ["prose", "code"]) == ["lost", *["-"] * 9, "collapsed: not finite"]
-    assert cells(rows[4], ["prose", "code"])[1] == "4.000"
+    assert cells(rows[3], rows) == ["lost", *["-"] * 9, "collapsed: not finite"]
+    assert cells(rows[4], rows)[1] == "4.000"
 
 
 def test_a_loss_that_sees_its_targets_has_a_star_and_a_note():
     sees = line("sees", 0, 1.0, 1.0, leaks={"training": True, "evaluation": True})
     trained = line("trained", 0, 4.0, 4.0, leaks={"training": True, "evaluation": False})
     rows = summaries([line("a", 0, 4.0, 4.0), sees, trained])
-    assert cells(rows[1], ["prose", "code"])[1:4] == ["1.000*", "1.000*", "-3.000*"]
-    assert [cells(row, ["prose", "code"])[-2] for row in rows] == ["yes", "no", "evaluation"]
+    assert cells(rows[1], rows)[1:4] == ["1.000*", "1.000*", "-3.000*"]
+    assert [cells(row, rows)[-2] for row in rows] == ["yes", "no", "evaluation"]
     assert any("not comparable" in note for note in notes(rows))
     assert any(note.startswith("causal in evaluation") for note in notes(rows))
     assert len(notes(rows[:1])) == 3
@@ -133,7 +133,7 @@ def test_a_loss_that_sees_its_targets_has_a_star_and_a_note():
 def test_every_row_has_as_many_cells_as_there_are_headings():
     rows = summaries([line("a", 0, 4.0, 4.0), {"router": "b", "seed": 0, "failed": "x"}])
     assert headings(rows)[:4] == ["router", "prose", "code", "vs a"]
-    assert {len(cells(row, ["prose", "code"])) for row in rows} == {len(headings(rows))}
+    assert {len(cells(row, rows)) for row in rows} == {len(headings(rows))}
     lengths = {row.count("|") for row in markdown(rows).splitlines() if row.startswith("|")}
     assert lengths == {len(headings(rows)) + 1}
 
@@ -190,3 +190,17 @@ def test_the_line_of_the_picture_is_the_mean_of_the_first_router_and_of_no_other
     draw(tmp_path / "whole.png", summaries([line("a", 0, 3.0, 4.0), line("a", 1, 4.0, 5.0), *others]))
     draw(tmp_path / "lost.png", summaries([*lost, *others]))
     assert [dashed(figure) for figure in figures] == [[[3.5], [4.5]], [[], []]]
+
+
+def test_a_difference_from_a_router_that_sees_its_targets_has_a_star_and_the_picture_no_line(figures, tmp_path):
+    sees = {"leaks": {"training": True, "evaluation": True}}
+    rows = summaries([line("sees", 0, 4.0, 4.0, **sees), line("a", 0, 3.9, 4.0), line("b", 0, 3.9, 3.9, **sees)])
+    assert [row.split(" | ")[1:4] for row in markdown(rows).splitlines()[2:5]] == [
+        [r"4.000\*", r"4.000\*", "-"],
+        ["3.900", "4.000", r"-0.050\*"],
+        [r"3.900\*", r"3.900\*", r"-0.100\*"],
+    ]
+    assert any(note.endswith("That of sees does, so no difference from it is comparable.") for note in notes(rows))
+    assert not any("no difference" in note for note in notes(rows[1:]))
+    draw(tmp_path / "a.png", rows)
+    assert dashed(figures[0]) == [[], []]
