@@ -41,6 +41,7 @@ class Summary(NamedTuple):
         leaks_evaluation: and when it is evaluated, so that its loss is that of a model that sees its targets.
         verdict: "trains", or what went wrong.
         older: whether a run is of a version that did not count the assignments of validation: see ``is_older``.
+        seeds: of the ablation, those of all routers' lines; the numbers of a router are of fewer if runs are missing.
 
     All but the losses are means over seeds.
     """
@@ -57,6 +58,7 @@ class Summary(NamedTuple):
     leaks_evaluation: bool
     verdict: str
     older: bool
+    seeds: int
 
 
 def spread(values: Sequence[float]) -> Spread:
@@ -88,14 +90,15 @@ def summaries(lines: Sequence[Line]) -> list[Summary]:
     for line in lines:
         by_router.setdefault(line["router"], []).append(line)
     first = next(iter(by_router.values()), [])
-    return [_summary(label, own, None if own is first else first) for label, own in by_router.items()]
+    seeds = len({line["seed"] for line in lines})
+    return [_summary(label, own, None if own is first else first, seeds) for label, own in by_router.items()]
 
 
-def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None) -> Summary:
+def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None, seeds: int) -> Summary:
     whole = [line for line in lines if "failed" not in line]
     if not whole:
         nan = float("nan")
-        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines), older=False)
+        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines), older=False, seeds=seeds)
     return Summary(
         label=label,
         losses={name: spread([line["validation"][name]["loss"] for line in whole]) for name in whole[0]["validation"]},
@@ -109,6 +112,7 @@ def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None) ->
         leaks_evaluation=any(line["leaks"]["evaluation"] for line in whole),
         verdict=verdict(lines),
         older=any(map(is_older, whole)),
+        seeds=seeds,
     )
 
 

@@ -30,12 +30,13 @@ def cells(row: Summary, rows: Sequence[Summary]) -> list[str]:
         rows: all of the table; the first is what the others are compared with.
 
     Returns:
-        Texts; a loss that is not comparable has a star, and so has a difference of which either loss is not.
+        Texts; a loss that is not comparable has a star, and so has a difference of which either loss is not. One over
+        fewer seeds than the ablation has says so: ``4.500 (1 of 2)``.
     """
     star = "*" if row.leaks_evaluation else ""
     either = "*" if row.leaks_evaluation or rows[0].leaks_evaluation else ""
-    losses = [f"{_with_range(row.losses[name])}{star}" if name in row.losses else "-" for name in _sets(rows)]
-    against = "-" if row.against is None else f"{_with_range(row.against, sign='+')}{either}"
+    losses = [_loss(row.losses[name], row.seeds, star) if name in row.losses else "-" for name in _sets(rows)]
+    against = "-" if row.against is None else _loss(row.against, row.seeds, either, sign="+")
     if not row.losses:
         return [row.label, *losses, against, *["-"] * 6, row.verdict]
     return [
@@ -61,13 +62,8 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     Returns:
         Sentences, one a line.
     """
-    seeds = max((len(spread.values) for row in rows for spread in row.losses.values()), default=0)
-    losses = (
-        f"Validation loss, nats per token: mean ± half the range over {seeds} seed{'s' if seeds != 1 else ''}; "
-        f"vs {rows[0].label}: the same seed's difference, averaged over the sets."
-    )
     told = [
-        *([losses] if seeds else []),  # none, where every run failed
+        *_notes_on_losses(rows),
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
         "sets together. dropped: in training. Means over seeds.",
         "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "
@@ -143,7 +139,7 @@ def draw(path: Path, rows: Sequence[Summary]) -> Path:
     """
     sets = _sets(rows)
     dots = [
-        Dots(row.label, {name: row.losses[name].values for name in sets}, comparable=not row.leaks_evaluation)
+        Dots(_dots_label(row), {name: row.losses[name].values for name in sets}, comparable=not row.leaks_evaluation)
         for row in rows
         if row.losses
     ]
@@ -155,6 +151,33 @@ def _sets(rows: Sequence[Summary]) -> list[str]:
     return next((list(row.losses) for row in rows if row.losses), [])
 
 
-def _with_range(spread: Spread, *, sign: str = "") -> str:
-    text = format(spread.mean, f"{sign}.3f")
-    return text if len(spread.values) == 1 else f"{text} ± {spread.half_range:.3f}"
+def _notes_on_losses(rows: Sequence[Summary]) -> list[str]:
+    spreads = [each for row in rows for each in (*row.losses.values(), row.against) if each is not None]
+    if not spreads:  # every run failed
+        return []
+    seeds = rows[0].seeds
+    told = [
+        f"Validation loss, nats per token: mean ± half the range over {seeds} seed{'s' if seeds != 1 else ''}; "
+        f"vs {rows[0].label}: the same seed's difference, averaged over the sets."
+    ]
+    if any(_few(each, seeds) for each in spreads):
+        told.append(
+            f"(n of {seeds}): over n seeds alone, as other runs failed, had no finite loss, or are not done. Losses "
+            f"over different seeds are compared in the column vs {rows[0].label} alone."
+        )
+    return told
+
+
+def _loss(spread: Spread, seeds: int, star: str, *, sign: str = "") -> str:
+    text, few = format(spread.mean, f"{sign}.3f"), _few(spread, seeds)
+    text += "" if len(spread.values) == 1 else f" ± {spread.half_range:.3f}"
+    return f"{text}{star} ({few})" if few else f"{text}{star}"
+
+
+def _dots_label(row: Summary) -> str:
+    few = _few(next(iter(row.losses.values())), row.seeds)
+    return f"{row.label} ({few} seeds)" if few else row.label
+
+
+def _few(spread: Spread, seeds: int) -> str:
+    return f"{len(spread.values)} of {seeds}" if len(spread.values) < seeds else ""

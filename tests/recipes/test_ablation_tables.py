@@ -52,7 +52,7 @@ def test_losses_are_means_with_half_the_range_and_differences_are_paired_by_seed
 def test_a_seed_that_the_first_lacks_is_not_compared():
     a, b = summaries([line("a", 0, 4.0, 4.0), line("b", 0, 4.5, 4.5), line("b", 1, 9.0, 8.0)])
     assert b.against == spread([0.5])
-    assert cells(b, [a, b])[3] == "+0.500"
+    assert cells(b, [a, b])[3] == "+0.500 (1 of 2)"
     assert summaries([line("a", 0, 4.0, 4.0), line("b", 1, 4.5, 4.5)])[1].against is None
     assert a.losses["prose"].half_range == 0
 
@@ -113,7 +113,7 @@ def test_it_says_which_routers_collapsed():
     }
     assert rows[1].dead_experts == 1.0  # the mean
     assert cells(rows[3], rows) == ["lost", *["-"] * 9, "collapsed: not finite"]
-    assert cells(rows[4], rows)[1] == "4.000"
+    assert cells(rows[4], rows)[1] == "4.000 (1 of 2)"
 
 
 def test_a_loss_that_sees_its_targets_has_a_star_and_a_note():
@@ -161,9 +161,52 @@ def test_a_seed_that_failed_in_the_first_router_is_not_compared():
     assert summaries(lines)[1].against == spread([0.5])
 
 
-def test_notes_tell_the_most_seeds_of_any_router():
-    rows = summaries([line("a", 0, 4.0, 4.0), line("a", 1, 4.0, 4.0), line("b", 0, 4.0, 4.0)])
-    assert "over 2 seeds" in " ".join(notes(rows))
+def lost(router: str, seed: int) -> dict[str, Any]:
+    return {"router": router, "seed": seed, "failed": "the loss is not finite at step 3"}
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        # one seed of the only router is left
+        ([lost("a", 0), line("a", 1, 4.5, 4.6)], [["4.500 (1 of 2)", "4.600 (1 of 2)", "-"]]),
+        # each router has one seed left, and not the same
+        (
+            [lost("a", 0), line("b", 0, 4.0, 4.0), line("a", 1, 4.5, 4.5), lost("b", 1)],
+            [["4.500 (1 of 2)", "4.500 (1 of 2)", "-"], ["4.000 (1 of 2)", "4.000 (1 of 2)", "-"]],
+        ),
+        # the second seed of b is not done: b is worse, and its mean is less
+        (
+            [line("a", 0, 4.0, 4.0), line("b", 0, 4.2, 4.2), line("a", 1, 6.0, 6.0)],
+            [["5.000 ± 1.000", "5.000 ± 1.000", "-"], ["4.200 (1 of 2)", "4.200 (1 of 2)", "+0.200 (1 of 2)"]],
+        ),
+        # b has both seeds, and its difference has not
+        (
+            [line("a", 0, 4.0, 4.0), line("b", 0, 4.2, 4.2), lost("a", 1), line("b", 1, 4.4, 4.4)],
+            [["4.000 (1 of 2)", "4.000 (1 of 2)", "-"], ["4.300 ± 0.100", "4.300 ± 0.100", "+0.200 (1 of 2)"]],
+        ),
+    ],
+)
+def test_numbers_of_fewer_seeds_than_the_ablation_has_say_so(lines, expected, figures, tmp_path):
+    rows = summaries(lines)
+    assert [cells(row, rows)[1:4] for row in rows] == expected
+    text = " ".join(notes(rows))
+    assert "over 2 seeds" in text
+    assert "(n of 2): over n seeds alone" in text
+    draw(tmp_path / "a.png", rows)
+    labels = {each.get_text() for each in figures[0].axes[0].get_yticklabels()}
+    few = {row.label: "(1 of 2)" in cells(row, rows)[1] for row in rows}
+    assert labels == {f"{label} (1 of 2 seeds)" if missing else label for label, missing in few.items()}
+
+
+def test_nothing_is_said_of_missing_seeds_where_none_is_missing():
+    assert " of 2)" not in markdown(summaries([line(router, seed, 4.0, 4.0) for seed in (0, 1) for router in "ab"]))
+
+
+def test_a_number_of_fewer_seeds_keeps_its_range_and_its_star():
+    sees = {"leaks": {"training": True, "evaluation": True}}
+    rows = summaries([line("a", seed, 4.0 + seed, 4.0, **sees) for seed in (0, 1)] + [lost("a", 2)])
+    assert cells(rows[0], rows)[1] == "4.500 ± 0.500* (2 of 3)"
 
 
 @pytest.fixture
