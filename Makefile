@@ -12,6 +12,8 @@ TORCH ?= 2.11.0
 # What Python and pytest compile is kept, also where the environment says otherwise: many tests start processes.
 TESTS := -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(FLAGS)
 export PYTHONDONTWRITEBYTECODE :=
+# What nearly every program imports is compiled in advance by all cores, where pip takes one; the rest when it is imported.
+COMPILED := torch sympy mpmath numpy matplotlib PIL rich pygments tensordict torchdata triton
 WITH ?= $(if $(filter 2.11.%,$(TORCH)),numpy<2.4)
 
 .PHONY: train test test-distributed test-lowest test-newest test-torch setup lint check bench clean
@@ -62,7 +64,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test]'
-	$(BIN)/python -m compileall -qq -j 0 -x '/(tests|models)/' $(VENV)/lib moekit || true  # by all cores, where pip takes one; some packages hold templates
+	cd $(VENV)/lib/python*/site-packages && "$(CURDIR)/$(BIN)/python" -m compileall -qq -j 0 -x '/(tests|testing)/' $(COMPILED) "$(CURDIR)/moekit" || true
 	touch $(STAMP)
 
 lint: setup
