@@ -1,7 +1,7 @@
 """Moving tokens to soft slots and back. Slots are tokens to whatever comes between: any expert layer takes them.
 
 slots = mix_tokens(x, routing, token_mask=token_mask)
-slots = layer(slots, slot_routing(routing), params)
+slots = layer(slots, slot_routing(routing, token_mask=token_mask), params)
 y = spread_slots(slots, routing)
 """
 
@@ -79,16 +79,22 @@ def spread_slots(slots: Tensor, routing: SoftRouting) -> Tensor:
     return _einsum("gtes,egsd->gtd", routing.combine_weights, outputs).reshape(pools * size, slots.shape[1])
 
 
-def slot_routing(routing: SoftRouting) -> Routing:
+def slot_routing(routing: SoftRouting, *, token_mask: Tensor | None = None) -> Routing:
     """Route slots as if they were tokens: each to the expert that it belongs to, with weight one.
 
-    Every expert has exactly G*S of them, so a capacity factor of 1 drops nothing and pads nothing.
+    Every expert has exactly G*S of them, so a capacity factor of 1 drops nothing, and pads nothing unless a pool is
+    empty. No host synchronisation. Deterministic on CUDA.
 
     Args:
         routing: over T tokens.
+        token_mask: (T,) bool, or any shape of T elements; True for real tokens. The slots of a pool without any are no
+            assignments: expert -1 and weight 0.
 
     Returns:
         Routing of shape (E*G*S, 1), in the order of ``mix_tokens``.
+
+    Raises:
+        ValueError: if the mask has another number of elements than T.
 
     Example:
         >>> half = torch.full((1, 2, 2, 1), 0.5)
@@ -96,13 +102,18 @@ def slot_routing(routing: SoftRouting) -> Routing:
         tensor([0, 1])
     """
     weights = routing.combine_weights
-    pools, _, num_experts, slots = weights.shape
+    pools, size, num_experts, slots = weights.shape
     number, each = num_experts * pools * slots, max(pools * slots, 1)
     rows = torch.arange(number, device=weights.device).unsqueeze(1)
+    experts, ones = rows // each, torch.ones_like(rows, dtype=weights.dtype)
+    if token_mask is not None:
+        empty = ~flat_mask(token_mask, pools * size).view(pools, size).any(1)  # (G,)
+        empty = empty.view(1, pools, 1).expand(num_experts, pools, slots).reshape(number, 1)
+        experts, ones = experts.masked_fill(empty, -1), ones.masked_fill(empty, 0.0)
     return Routing(
         token_indices=rows,
-        expert_indices=rows // each,
-        weights=torch.ones_like(rows, dtype=weights.dtype),
+        expert_indices=experts,
+        weights=ones,
         num_tokens=number,
         num_experts=num_experts,
         pool=number,

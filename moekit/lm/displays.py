@@ -26,7 +26,7 @@ class LayerLoad(NamedTuple):
         drop_rate: share of assignments dropped.
         entropy: mean entropy of a token's router, in nats.
         dead_experts: experts without an assignment.
-        assignments: of all experts before any drop; slots for a soft router.
+        assignments: of all experts before any drop; for a soft router, the slots of sequences that have a token.
         tokens: that the router saw, padding not counted.
     """
 

@@ -263,7 +263,7 @@ def _routed_experts(
     """Return y (T, D), and the routing that statistics and losses are about."""
     run = recipe.layer if layer is None else layer
     if isinstance(routing, SoftRouting):
-        of_slots = slot_routing(routing)
+        of_slots = slot_routing(routing, token_mask=token_mask)
         slots = mix_tokens(x, routing, token_mask=token_mask)
         return spread_slots(run(slots, of_slots, params.experts), routing), of_slots
     of_networks = routing_of_networks(routing, recipe)

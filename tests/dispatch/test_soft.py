@@ -94,6 +94,38 @@ def test_slots_go_to_their_own_expert_and_fill_it_exactly() -> None:
     assert (plan.assignments >= 0).all()
 
 
+def test_the_slots_of_a_pool_without_a_real_token_are_no_assignments() -> None:
+    weights = torch.rand(G, L, E, S)
+    real = torch.tensor([[False, False, False], [False, True, False]])
+    whole = slot_routing(SoftRouting(weights, weights))
+    routing = slot_routing(SoftRouting(weights, weights), token_mask=real)
+    experts = routing.expert_indices.view(E, G, S)
+    assert (experts[:, 0] == -1).all()
+    assert torch.equal(experts[:, 1], whole.expert_indices.view(E, G, S)[:, 1])
+    assert torch.equal(routing.weights, (routing.expert_indices >= 0).float())
+    assert routing[3:] == whole[3:]
+    plan = padded(capacity_factor=1.0).plan(routing)
+    assert (plan.groups.capacity, int((plan.assignments >= 0).sum())) == (G * S, E * S)
+    everything = slot_routing(SoftRouting(weights, weights), token_mask=torch.ones(T, dtype=torch.bool))
+    assert torch.equal(everything.expert_indices, whole.expert_indices)
+
+
+@pytest.mark.parametrize("dispatcher", [dropless(), padded(capacity_factor=1.0)])
+def test_an_empty_sequence_changes_nothing_for_the_others(dispatcher: Dispatcher) -> None:
+    layer = recipes.expert_layer(dispatcher=dispatcher, experts=partial(gelu_mlp, matmul=loop))
+    recipe = recipes.soft_moe(slots=S)._replace(layer=layer, plan=dispatcher.plan)
+    params = recipes.MoEParams(recipe.init_gate(D, E), recipe.init(E, D, F))
+    x = torch.randn(G, L, D, requires_grad=True)
+    real = torch.tensor([[False], [True]]).expand(G, L)
+    leaves = (x, *(each.requires_grad_() for each in params.experts))
+    parts = [recipes.moe_layer(x, params, recipe, token_mask=real), recipes.moe_layer(x[1:], params, recipe)]
+    torch.testing.assert_close(parts[0].y[1], parts[1].y[0])
+    assert (parts[0].y[0] == 0).all()
+    grads, wanted = (torch.autograd.grad(part.y.square().sum(), leaves) for part in parts)
+    for grad, want in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(grad, want)
+
+
 def test_one_slot_for_one_token_is_the_expert_itself() -> None:
     x, params, one = torch.randn(1, D), init_mlp(1, D, F), torch.ones(1, 1, 1, 1)
     y = soft_moe(x, SoftRouting(one, one), params, dropless(), loop)
@@ -175,3 +207,5 @@ def test_errors_say_what_was_given() -> None:
         ValueError, match=r"spread_slots: slots has shape \(6, 4\); expected \(12, width\): E\*G\*S, the slots"
     ):
         spread_slots(torch.zeros(T, D), SoftRouting(weights, weights))
+    with pytest.raises(ValueError, match=r"token_mask has 5 elements .*; expected one per token, 6"):
+        slot_routing(SoftRouting(weights, weights), token_mask=torch.ones(5))

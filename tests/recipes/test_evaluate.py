@@ -14,7 +14,7 @@ from moekit.lm.shards import read_manifest, write_shards
 from moekit.lm.token_rows import batch_of
 from moekit.parallel import World
 from moekit.recipes import evaluate as evaluation
-from moekit.recipes import gshard, mixtral, openlm
+from moekit.recipes import gshard, mixtral, openlm, soft_moe
 from moekit.recipes.evaluate import Evaluation, evaluate
 from moekit.recipes.language_models import language_model, moe_layers
 from moekit.recipes.precisions import autocast
@@ -176,6 +176,24 @@ def test_an_error_puts_recipe_mode_and_random_state_back(sequences):
     assert all(layer.recipe is recipe for _, layer in moe_layers(model))
     assert all(module.training for module in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 13, 16])
+def test_slots_of_rows_that_fill_a_batch_up_are_not_counted(ragged, batch_size):
+    scores = evaluate(make(soft_moe(slots=2)), batches_of(ragged, batch_size))
+    tokens = int((ragged[:, :-1] >= 0).sum())
+    for layer in scores.layers:
+        assert (layer.assignments, layer.tokens, layer.load) == (13 * 4 * 2, tokens, [0.25] * 4)
+        assert layer.drop_rate == 0.0
+
+
+def test_slots_of_bad_data_are_not_counted_in_training(sequences):
+    model = make(soft_moe(slots=2))
+    sequences[4] = -1
+    for statistics in (True, False):
+        loss = take_gradient(model, sequences.split(5), statistics=statistics)
+        assert loss.routing[:, :4].tolist() == [[12 * 2.0] * 4] * 2
+    assert loss.total.isfinite()
 
 
 @pytest.mark.parametrize("training", [True, False])
