@@ -21,13 +21,14 @@ class LayerLoad(NamedTuple):
 
     Attributes:
         layer: index of the block.
-        load: share of assignments per expert, E numbers.
-        max_violation: max load over mean load, minus 1.
+        load: share of assignments per expert, E numbers; then those of the simple experts.
+        max_violation: max load over mean load, minus 1, of the E feed-forward networks.
         drop_rate: share of assignments dropped.
         entropy: mean entropy of a token's router, in nats.
-        dead_experts: experts without an assignment.
+        dead_experts: networks without an assignment.
         assignments: of all experts before any drop; for a soft router, the slots of sequences that have a token.
         tokens: that the router saw, padding not counted.
+        simple_experts: how many of ``load``, at its end, are of experts that are no networks, and cost nothing.
     """
 
     layer: int
@@ -38,6 +39,7 @@ class LayerLoad(NamedTuple):
     dead_experts: int
     assignments: int
     tokens: int
+    simple_experts: int = 0
 
 
 class StepReport(NamedTuple):

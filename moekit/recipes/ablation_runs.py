@@ -191,20 +191,28 @@ def record(run: Run, console: Console, *, progress: Progress, trained: Trained) 
 
 
 def mean_experts_per_token(layers: Sequence[LayerLoad]) -> float:
-    """Average how many experts a token has.
+    """Average how many networks compute a token: simple experts are none, and not counted.
 
     Args:
         layers: of all validation sets; each counts by its tokens.
 
     Returns:
-        Assignments per token, simple experts included; for a soft router, slots per token.
+        Assignments to feed-forward networks per token; for a soft router, slots per token.
 
     Example:
         >>> one = LayerLoad(0, [0.5, 0.5], 0.0, 0.0, 0.7, 0, assignments=6, tokens=3)
         >>> mean_experts_per_token([one, one._replace(assignments=1, tokens=1)])
         1.75
+        >>> mean_experts_per_token([one._replace(simple_experts=1)])
+        1.0
     """
-    return sum(each.assignments for each in layers) / sum(each.tokens for each in layers)
+    return sum(map(_of_networks, layers)) / sum(each.tokens for each in layers)
+
+
+def _of_networks(each: LayerLoad) -> int:
+    """Count the assignments to feed-forward networks, of which ``load`` has shares."""
+    networks = each.load[: len(each.load) - each.simple_experts]
+    return round(sum(networks) * each.assignments)
 
 
 def unigram_loss(scored: Iterable[ValidationBatch], known: Iterable[ValidationBatch] | None, vocab_size: int) -> float:

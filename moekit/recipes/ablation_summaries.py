@@ -32,15 +32,16 @@ class Summary(NamedTuple):
         losses: name of a validation set to the loss, nats per token; nothing where a run failed.
         against: loss minus that of the first router with the same seed, averaged over validation sets; None for the
             first itself, and without a seed in common.
-        experts_per_token: on validation, averaged over layers.
-        max_violation: on validation, of the worst layer: its busiest expert's load over the mean load, minus 1.
-        dead_experts: experts without a token on validation, over all layers.
+        experts_per_token: on validation, averaged over layers; simple experts, which cost nothing, are not counted.
+        max_violation: on validation, of the worst layer: its busiest network's load over the mean load, minus 1.
+        dead_experts: networks without a token on validation, over all layers.
         drop_rate: in training, by a capacity limit.
         tokens_per_second: of training.
         leaks_training: whether a token's output depends on later tokens when it is trained,
         leaks_evaluation: and when it is evaluated, so that its loss is that of a model that sees its targets.
         verdict: "trains", or what went wrong.
         older: whether a run is of a version that did not count the assignments of validation: see ``is_older``.
+        counts_all: whether a run is of a version that counted what costs nothing: see ``counts_all``.
         seeds: of the ablation, those of all routers' lines; the numbers of a router are of fewer if runs are missing.
 
     All but the losses are means over seeds.
@@ -58,6 +59,7 @@ class Summary(NamedTuple):
     leaks_evaluation: bool
     verdict: str
     older: bool
+    counts_all: bool
     seeds: int
 
 
@@ -98,7 +100,18 @@ def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None, se
     whole = [line for line in lines if "failed" not in line]
     if not whole:
         nan = float("nan")
-        return Summary(label, {}, None, nan, nan, nan, nan, nan, False, False, verdict(lines), older=False, seeds=seeds)
+        return Summary(
+            label,
+            {},
+            None,
+            *(nan,) * 5,
+            leaks_training=False,
+            leaks_evaluation=False,
+            verdict=verdict(lines),
+            older=False,
+            counts_all=False,
+            seeds=seeds,
+        )
     return Summary(
         label=label,
         losses={name: spread([line["validation"][name]["loss"] for line in whole]) for name in whole[0]["validation"]},
@@ -112,6 +125,7 @@ def _summary(label: str, lines: Sequence[Line], first: Sequence[Line] | None, se
         leaks_evaluation=any(line["leaks"]["evaluation"] for line in whole),
         verdict=verdict(lines),
         older=any(map(is_older, whole)),
+        counts_all=any(map(counts_all, whole)),
         seeds=seeds,
     )
 
@@ -140,7 +154,8 @@ def loads(line: Line) -> list[list[float]]:
         line: of a run; in one of an older version a set counts by its tokens.
 
     Returns:
-        For each MoE layer, the share of assignments of each expert; zeros where there is no assignment.
+        For each MoE layer, the share of assignments of each network; zeros where there is no assignment. What is
+        missing to 1 went to simple experts.
 
     Example:
         >>> one, other = ({"layers": [{"load": [e, 1.0 - e], "assignments": 1 + 2 * e}]} for e in (0, 1))
@@ -149,10 +164,15 @@ def loads(line: Line) -> list[list[float]]:
     """
     older = is_older(line)
     by_set = [
-        [(each["tokens"] if older else layer["assignments"], layer["load"]) for layer in each["layers"]]
+        [(each["tokens"] if older else layer["assignments"], _of_networks(layer)) for layer in each["layers"]]
         for each in line["validation"].values()
     ]
     return [_added(of_sets) for of_sets in zip(*by_set, strict=True)]
+
+
+def _of_networks(layer: Line) -> Sequence[float]:
+    load: Sequence[float] = layer["load"]
+    return load[: len(load) - layer.get("simple_experts", 0)]
 
 
 def _added(of_sets: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
@@ -163,7 +183,7 @@ def _added(of_sets: Sequence[tuple[int, Sequence[float]]]) -> list[float]:
 
 
 def _violation(load: Sequence[float]) -> float:
-    return max(load) * len(load) - 1 if any(load) else 0.0
+    return max(load) * len(load) / sum(load) - 1 if any(load) else 0.0
 
 
 def is_older(line: Line) -> bool:
@@ -185,8 +205,26 @@ def is_older(line: Line) -> bool:
     return any("assignments" not in layer for each in line["validation"].values() for layer in each["layers"])
 
 
+def counts_all(line: Line) -> bool:
+    """Say whether a run is of a version that counted what costs nothing.
+
+    Its numbers take simple experts for networks, and have the slots of sequences without a token.
+
+    Args:
+        line: of a run that has not failed.
+
+    Returns:
+        Whether it is.
+
+    Example:
+        >>> counts_all({"validation": {"prose": {"layers": [{"load": [1.0], "assignments": 2}]}}})
+        True
+    """
+    return any("simple_experts" not in layer for each in line["validation"].values() for layer in each["layers"])
+
+
 def dead_experts(line: Line) -> int:
-    """Count the experts of all layers that no validation set sends a token to.
+    """Count the networks of all layers that no validation set sends a token to.
 
     Args:
         line: of a run.

@@ -65,7 +65,7 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     told = [
         *_notes_on_losses(rows),
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
-        "sets together. dropped: in training. Means over seeds.",
+        "sets together, without simple experts, which cost nothing. dropped: in training. Means over seeds.",
         "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "
         "of a prediction without context on the same tokens: how often each occurs in the set's first million, or in "
         "all that are scored if those are more (unigram). In any seed.",
@@ -82,6 +82,13 @@ def notes(rows: Sequence[Summary]) -> list[str]:
             f"{', '.join(older)}: with runs of an older version, whose experts/token are of the first batch of each "
             "set, loads weighed by tokens, and unigram the entropy of the set's first million tokens. Remove their "
             "folders to do them again."
+        )
+    counting = [row.label for row in rows if row.counts_all]
+    if counting:
+        told.append(
+            f"{', '.join(counting)}: with runs of an older version, whose experts/token, max violation and dead count "
+            "simple experts too, and experts/token the slots of sequences without a token. Remove their folders to do "
+            "them again."
         )
     if any(row.verdict.startswith("failed") for row in rows):
         told.append("failed: an error ended a run, whose numbers are missing; its folder has error.txt. In any seed.")

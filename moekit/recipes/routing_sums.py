@@ -127,23 +127,25 @@ def layer_loads(model: LanguageModel, sums: Tensor) -> list[LayerLoad]:
         >>> load = layer_loads(model, torch.tensor([[6.0, 2.0, 4.0, 2.0, 4.0]]))[0]
         >>> load.load, load.max_violation, load.drop_rate, load.entropy, load.dead_experts
         ([0.75, 0.25], 0.5, 0.5, 0.5, 0)
-        >>> load.layer, load.assignments, load.tokens
-        (0, 8, 4)
+        >>> load.layer, load.assignments, load.tokens, load.simple_experts
+        (0, 8, 4, 0)
     """
-    return [_load(index, row) for (index, _), row in zip(moe_layers(model), sums.tolist(), strict=True)]
+    rows = zip(moe_layers(model), sums.tolist(), strict=True)
+    return [_load(index, row, layer.num_experts) for (index, layer), row in rows]
 
 
-def _load(index: int, row: list[float]) -> LayerLoad:
+def _load(index: int, row: list[float], num_experts: int) -> LayerLoad:
     counts, (dropped, entropy, tokens) = row[:-_EXTRA], row[-_EXTRA:]
-    total = sum(counts)
+    networks, total = counts[:num_experts], sum(counts)
     load = [count / total if total else 0.0 for count in counts]
     return LayerLoad(
         layer=index,
         load=load,
-        max_violation=max(load) * len(load) - 1 if total else 0.0,
+        max_violation=max(networks) * num_experts / sum(networks) - 1 if any(networks) else 0.0,
         drop_rate=dropped / total if total else 0.0,
         entropy=entropy / tokens if tokens else 0.0,
-        dead_experts=counts.count(0),
+        dead_experts=networks.count(0),
         assignments=int(total),
         tokens=int(tokens),
+        simple_experts=len(counts) - num_experts,
     )

@@ -13,7 +13,10 @@ from torch.utils.tensorboard import SummaryWriter
 from moekit.lm.dashboards import TensorBoard, WeightsAndBiases, flatten
 from moekit.lm.displays import LayerLoad
 
-LOADS = [LayerLoad(0, [0.75, 0.25], 0.5, 0.125, 0.5, 0, 8, 4), LayerLoad(3, [1.0, 0.0], 1.0, 0.0, math.nan, 1, 6, 3)]
+LOADS = [
+    LayerLoad(0, [0.75, 0.25], 0.5, 0.125, 0.5, 0, 8, 4),
+    LayerLoad(3, [1.0, 0.0], 0.0, 0.0, math.nan, 0, 6, 3, simple_experts=1),
+]
 METRICS = {
     "step": 20,
     "tokens": 4096,
@@ -35,14 +38,16 @@ FLAT = {
     "train/layer_0/dead_experts": 0.0,
     "train/layer_0/assignments": 8.0,
     "train/layer_0/tokens": 4.0,
+    "train/layer_0/simple_experts": 0.0,
     "train/layer_3/load/0": 1.0,
     "train/layer_3/load/1": 0.0,
-    "train/layer_3/max_violation": 1.0,
+    "train/layer_3/max_violation": 0.0,
     "train/layer_3/drop_rate": 0.0,
     "train/layer_3/entropy": math.nan,
-    "train/layer_3/dead_experts": 1.0,
+    "train/layer_3/dead_experts": 0.0,
     "train/layer_3/assignments": 6.0,
     "train/layer_3/tokens": 3.0,
+    "train/layer_3/simple_experts": 1.0,
     "valid/speeches/loss": 3.0,
     "valid/code/loss": 2.0,
     "valid/code/perplexity": 7.5,

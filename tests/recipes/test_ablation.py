@@ -48,6 +48,20 @@ def tight(*, training=True):
 def broken():
     raise RuntimeError("no such luck")
 """
+NULL = """
+from moekit.recipes import moe_plus_plus
+from moekit.routing import top_k
+
+
+def half_null():
+    def route(logits, *, bias=None):
+        routing = top_k(logits[:, :8], k=2)
+        experts = routing.expert_indices.clone()
+        experts[:, 1] = 8
+        return routing._replace(expert_indices=experts, num_experts=12)
+
+    return moe_plus_plus()._replace(route=route)
+"""
 
 
 @pytest.fixture
@@ -190,6 +204,20 @@ def test_a_run_whose_folder_was_removed_leaves_no_line(ablate, capsys):
     ablate("--routers", "top_k", "--seeds", "1")
     assert path.read_text() == top_k
     assert "of its lines went" not in capsys.readouterr().out
+
+
+def test_experts_per_token_are_networks_and_simple_experts_are_not_dead(ablate, recipe_file):
+    recipe_file.write_text(NULL)
+    folder = ablate("--recipe", f"{recipe_file}:half_null", "--routers", "top_k", "--seeds", "1")
+    top_k, half = read_metrics(folder / "results.jsonl")
+    assert (top_k["experts_per_token"], half["experts_per_token"]) == (2.0, 1.0)
+    for each in half["validation"].values():
+        for layer in each["layers"]:
+            assert layer["load"][8:] == [0.5, 0.0, 0.0, 0.0]  # the copy and the constants have no token
+            assert (layer["simple_experts"], layer["assignments"]) == (4, 2 * layer["tokens"])
+            assert layer["dead_experts"] == layer["load"][:8].count(0.0)
+    [row] = [row for row in (folder / "table.md").read_text().splitlines() if row.startswith("| recipe-half_null")]
+    assert row.split(" | ")[4] == "1.00"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

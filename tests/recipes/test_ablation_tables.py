@@ -9,8 +9,10 @@ from moekit.recipes.ablation_summaries import dead_experts, loads, spread, summa
 from moekit.recipes.ablation_tables import cells, draw, headings, markdown, notes
 
 
-def scores(loss: float, *layers: list[float], assignments: int = 200, unigram: float = 9.0) -> dict[str, Any]:
-    counts = {"assignments": assignments, "tokens": 100}
+def scores(
+    loss: float, *layers: list[float], assignments: int = 200, unigram: float = 9.0, simple: int = 0
+) -> dict[str, Any]:
+    counts = {"assignments": assignments, "tokens": 100, "simple_experts": simple}
     return {
         "loss": loss,
         "tokens": 100,
@@ -84,9 +86,31 @@ def test_a_run_of_an_older_version_is_read_and_told():
     assert loads(old) == [[0.75, 0.25]]
     rows = summaries([line("new", 0, 4.0, 4.0), old, line("lost", 0, 4.0, 4.0, failed="x")])
     assert [row.older for row in rows] == [False, True, False]
-    [told] = [note for note in notes(rows) if "older version" in note]
+    told, counting = (note for note in notes(rows) if "older version" in note)
     assert told.startswith("old: with runs of an older version, whose experts/token are of the first batch of each set")
+    assert counting.startswith("old: ")
     assert told in markdown(rows)
+    assert not any("older version" in note for note in notes(rows[:1]))
+
+
+def test_simple_experts_are_not_counted_and_a_run_that_counted_them_is_told():
+    """Of the four experts the last two are simple: one takes half of the assignments, and one takes none."""
+    validation = {name: scores(4.0, [0.125, 0.375, 0.5, 0.0], simple=2) for name in ("prose", "code")}
+    new = line("new", 0, 0, 0, validation=validation)
+    assert loads(new) == [[0.125, 0.375]]
+    old = line("old", 0, 0, 0, validation={name: scores(4.0, [0.125, 0.375, 0.5, 0.0]) for name in validation})
+    for each in old["validation"].values():
+        del each["layers"][0]["simple_experts"]
+    rows = summaries([new, old])
+    assert [(row.max_violation, row.dead_experts, row.verdict) for row in rows] == [
+        (0.5, 0.0, "trains"),
+        (1.0, 1.0, "collapsed: 1 dead"),
+    ]
+    assert [(row.older, row.counts_all) for row in rows] == [(False, False), (False, True)]
+    [told] = [note for note in notes(rows) if "older version" in note]
+    assert told.startswith(
+        "old: with runs of an older version, whose experts/token, max violation and dead count simple"
+    )
     assert not any("older version" in note for note in notes(rows[:1]))
 
 

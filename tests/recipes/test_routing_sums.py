@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from moekit.lm.configs import load_config
-from moekit.recipes import mixtral, openlm
+from moekit.recipes import mixtral, moe_plus_plus, openlm
 from moekit.recipes.language_models import language_model
 from moekit.recipes.layers import MoEParams, moe_layer
 from moekit.recipes.modules import MoE
@@ -108,15 +108,26 @@ def test_a_layer_load_is_made_of_plain_numbers():
         entropy = torch.distributions.Categorical(logits=output.logits).entropy().mean()
         assert load.entropy == pytest.approx(entropy.item(), rel=1e-5)
         assert (load.drop_rate, load.dead_experts, load.assignments, load.tokens) == (0.0, 0, 96, 48)
-        assert [type(value) for value in load] == [int, list, float, float, float, int, int, int]
+        assert [type(value) for value in load] == [int, list, float, float, float, int, int, int, int]
 
 
 def test_loads_of_nothing_are_zero_and_dead_experts_are_counted():
     model = make(mixtral(), freq=2)
     [nothing] = layer_loads(model, torch.zeros(1, 7))
-    assert nothing == (0, [0.0] * 4, 0.0, 0.0, 0.0, 4, 0, 0)
+    assert nothing == (0, [0.0] * 4, 0.0, 0.0, 0.0, 4, 0, 0, 0)
     [collapsed] = layer_loads(model, torch.tensor([[0.0, 8, 0, 0, 2, 4, 8]]))
-    assert collapsed == (0, [0.0, 1.0, 0.0, 0.0], 3.0, 0.25, 0.5, 3, 8, 8)
+    assert collapsed == (0, [0.0, 1.0, 0.0, 0.0], 3.0, 0.25, 0.5, 3, 8, 8, 0)
+
+
+def test_simple_experts_are_neither_dead_nor_uneven():
+    """MoE++'s 4 networks are before a null, a copy and two constant experts, which cost nothing."""
+    model = make(moe_plus_plus(), freq=2)
+    [load] = layer_loads(model, torch.tensor([[1.0, 3, 0, 0, 0, 4, 0, 0, 0, 8, 4]]))
+    assert load.load == [0.125, 0.375, 0.0, 0.0, 0.0, 0.5, 0.0, 0.0]
+    assert (load.max_violation, load.dead_experts, load.simple_experts) == (2.0, 2, 4)
+    assert (load.assignments, load.tokens) == (8, 4)
+    [idle] = layer_loads(model, torch.tensor([[0.0, 0, 0, 0, 0, 4, 0, 0, 0, 8, 4]]))
+    assert (idle.max_violation, idle.dead_experts) == (0.0, 4)
 
 
 def test_sums_of_another_model_do_not_fit():
