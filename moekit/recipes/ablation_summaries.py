@@ -35,7 +35,7 @@ class Summary(NamedTuple):
         experts_per_token: on validation, averaged over layers; simple experts, which cost nothing, are not counted.
         max_violation: on validation, of the worst layer: its busiest network's load over the mean load, minus 1.
         dead_experts: networks without a token on validation, over all layers.
-        drop_rate: in training, by a capacity limit.
+        drop_rate: in training, by a capacity limit; the mean of the steps that were logged.
         tokens_per_second: of training.
         leaks_training: whether a token's output depends on later tokens when it is trained,
         leaks_evaluation: and when it is evaluated, so that its loss is that of a model that sees its targets.

@@ -65,7 +65,8 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     told = [
         *_notes_on_losses(rows),
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
-        "sets together, without simple experts, which cost nothing. dropped: in training. Means over seeds.",
+        "sets together, without simple experts, which cost nothing. dropped: in training, the mean of the steps that "
+        "were logged. Means over seeds.",
         "collapsed: a loss that is not finite; an expert without any validation token (dead); or a loss not below that "
         "of a prediction without context on the same tokens: how often each occurs in the set's first million, or in "
         "all that are scored if those are more (unigram). In any seed.",

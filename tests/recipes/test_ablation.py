@@ -220,6 +220,17 @@ def test_experts_per_token_are_networks_and_simple_experts_are_not_dead(ablate, 
     assert row.split(" | ")[4] == "1.00"
 
 
+@pytest.mark.parametrize(("every", "steps"), [(2, [2, 3]), (9, [3])])
+def test_the_drop_rate_is_the_mean_of_the_steps_that_were_logged(ablate, recipe_file, every, steps):
+    words = ("--recipe", f"{recipe_file}:tight", "--routers", "top_k", "--seeds", "1")
+    folder = ablate(*words, rest=("--log-every-n-steps", str(every)))
+    logged = read_metrics(folder / "recipe-tight-seed0" / "metrics.jsonl")
+    assert [line["step"] for line in logged] == steps
+    rates = [layer["drop_rate"] for line in logged for layer in line["layers"]]
+    assert read_metrics(folder / "results.jsonl")[-1]["drop_rate"] == pytest.approx(sum(rates) / len(rates), rel=1e-12)
+    assert "the mean of the steps that were logged" in (folder / "table.md").read_text()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_was_stopped_goes_on_as_if_it_had_not_been(ablate, interrupt_after, capsys, number):
     words = ("--routers", "noisy_top_k,sigmoid_bias", "--seeds", "1", "--keep-checkpoints")

@@ -271,3 +271,8 @@ def test_a_difference_from_a_router_that_sees_its_targets_has_a_star_and_the_pic
     assert not any("no difference" in note for note in notes(rows[1:]))
     draw(tmp_path / "a.png", rows)
     assert dashed(figures[0]) == [[], []]
+
+
+def test_notes_tell_that_what_is_dropped_is_of_logged_steps():
+    told = " ".join(notes(summaries([line("a", 0, 4.0, 4.0)])))
+    assert "dropped: in training, the mean of the steps that were logged." in told
