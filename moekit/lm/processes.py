@@ -42,16 +42,41 @@ def process_pool(workers: int, *, preload: str) -> Iterator[Executor]:
         raise ValueError(f"workers is {workers}; expected at least 1")
     method = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
     context = multiprocessing.get_context(method)
-    with _without_interrupts():  # what is started here ignores Ctrl-C for life: stopping is the parent's business
-        if method == "forkserver":
-            context.set_forkserver_preload([preload])
-            multiprocessing.forkserver.ensure_running()
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+    with starting_processes():  # to the end, for a pool starts them as they are needed
+        with _without_interrupts():  # what is started here ignores Ctrl-C for life: stopping is the parent's business
+            if method == "forkserver":
+                context.set_forkserver_preload([preload])
+                multiprocessing.forkserver.ensure_running()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
+        try:
+            yield pool
+        finally:
+            with _without_interrupts():
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextlib.contextmanager
+def starting_processes() -> Iterator[None]:
+    """Keep processes that start anew from importing modules of the current folder, where a ``types.py`` may lie.
+
+    Python starts them by ``python -c``, which looks there first. As soon as they run, they get this process's
+    ``sys.path``, so modules beside a user's own script are found as before.
+
+    Example:
+        >>> with starting_processes():
+        ...     os.environ["PYTHONSAFEPATH"]
+        '1'
+    """
+    name = "PYTHONSAFEPATH"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
     try:
-        yield pool
+        yield
     finally:
-        with _without_interrupts():
-            pool.shutdown(wait=True, cancel_futures=True)
+        if before is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = before
 
 
 def run_in_order(

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from moekit.lm.orders import Address, DataExhausted, Order
+from moekit.lm.processes import starting_processes
 from moekit.lm.shard_readers import RowReader
 from moekit.lm.shards import Shard, ShardError
 from moekit.lm.token_rows import Batch, Batching, bad_data_policy, batch_of
@@ -204,7 +205,7 @@ class WorkerRows:
         )
         before = set(multiprocessing.active_children())
         try:
-            with _signals_held_back():
+            with _signals_held_back(), starting_processes():
                 self._items: Any = iter(loader)
         except BaseException as error:
             _kill(_new_since(before))  # else Python would wait for them at its end, who ignore that they are to end

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from moekit.experts.tiles import LayerSize, Tile
+from moekit.lm.processes import starting_processes
 from moekit.recipes.bench.devices import on_device
 from moekit.recipes.tuning.candidates import WEIGHT_PRODUCTS
 from moekit.recipes.tuning.products import ProductRun, draw_operands, schedule_of
@@ -80,7 +81,10 @@ def compiling(workers: int | None = None) -> Iterator[Compile]:
         yield lambda jobs: {job: try_job(job) for job in dict.fromkeys(jobs)}
         return
     context = multiprocessing.get_context("spawn")  # a forked process cannot use CUDA
-    with ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+    with (
+        starting_processes(),
+        ProcessPoolExecutor(count, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+    ):
         yield lambda jobs: _in_pool(pool, list(dict.fromkeys(jobs)))
 
 
