@@ -118,7 +118,8 @@ def tokenize(command: Command, executor: Executor, *, most: int, progress: Progr
         The totals.
 
     Raises:
-        ValueError: if settings, tokenizer or input make no sense, or the folder was begun by another command.
+        ValueError: if settings, tokenizer or input make no sense, or the folder was begun by another command, or holds
+            what is damaged.
         OSError: if files cannot be found, read or written, or another process works in the folder.
     """
     _check(command)
@@ -211,7 +212,8 @@ def _finished(folder: Path, plan: dict[str, Any]) -> Summary:
 def _encode(
     run: Callable[..., Iterator[Any]], files: list[Path], parts: Path, plan: dict[str, Any], progress: Progress
 ) -> tuple[phases.Index, int]:
-    index = phases.read_index(parts)
+    length = plan["seq_len"] + 1
+    index = phases.read_index(parts, length=length)
     if index is not None:
         return index, 0
     skip_bad = plan["on_bad_document"] == "skip"
@@ -231,8 +233,8 @@ def _encode(
         new_tokens += tally.tokens
         progress("tokenizing", position, total_bytes, f"{new_tokens:,} tokens")
     try:
-        return phases.write_index(parts, number, length=plan["seq_len"] + 1), new_tokens
-    except ValueError:  # without text there is nothing to go on with
+        return phases.write_index(parts, number, length=length), new_tokens
+    except phases.NoTextError:
         shutil.rmtree(parts)
         raise
 
@@ -244,6 +246,10 @@ def _write_shards(
     chosen = phases.shard_places(index.rows, per_shard=per_shard, seed=seed if isinstance(seed, int) else None)
     sequences = sum(index.rows)
     names = [f"{number:08d}" for number in range(len(chosen))]
+    shards = [(name, min(per_shard, sequences - i * per_shard)) for i, name in enumerate(names)]
+    for name, size in shards:
+        if (path := folder / f"{name}.tar").exists():
+            phases.check_shard(path, size)
     make = functools.partial(phases.make_shard, parts=folder / plans.PARTS, length=plan["seq_len"] + 1)
     tasks = (
         (number, functools.partial(make, places(), target=folder / f"{name}.tar", first=number * per_shard))
@@ -252,7 +258,7 @@ def _write_shards(
     )
     for number, _ in run(tasks):
         progress("writing shards", number + 1, len(names), f"{number + 1:,} of {len(names):,}")
-    return [(name, min(per_shard, sequences - i * per_shard)) for i, name in enumerate(names)]
+    return shards
 
 
 def _finish(folder: Path, plan: dict[str, Any], summary: Summary, shards: list[tuple[str, int]]) -> None:

@@ -25,6 +25,7 @@ import functools
 import itertools
 import json
 import os
+import tarfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -42,6 +43,10 @@ PAD = -1
 TOKENIZER = "tokenizer.json"
 _HEADER_BYTES = 512  # JSON, filled up with blanks; the tokens follow
 _INT32 = "i"
+_SIZE = array(_INT32).itemsize
+_INDEX = "index.json"
+_END = bytes(2 * tarfile.BLOCKSIZE)  # of an archive
+_AGAIN = "Remove {} and give the same command again, which makes anew what is not there"
 
 
 class Tally(NamedTuple):
@@ -77,6 +82,10 @@ class Index(NamedTuple):
     rows: list[int]
     tally: Tally
     padding: int
+
+
+class NoTextError(ValueError):
+    """There are no tokens, so nothing to go on with."""
 
 
 def part_path(parts: Path, number: int) -> Path:
@@ -132,34 +141,57 @@ def write_index(parts: Path, number: int, *, length: int) -> Index:
         The index, which is written too.
 
     Raises:
-        ValueError: if there are no tokens.
+        NoTextError: if there are no tokens.
+        ValueError: if a part is damaged.
     """
     ends, rows, total = array(_INT32), [], Tally(0, 0, 0, {})
     for path in (part_path(parts, i) for i in range(number)):
         with open(path, "rb") as file:
-            tally = Tally(*json.loads(file.read(_HEADER_BYTES)))
+            tally = _read_tally(file)
             rows.append(tally.tokens // length)
             ends.extend(_read_tokens(file, rows[-1] * length, tally.tokens % length))
         total = total.plus(tally)
     if not total.documents:
-        raise ValueError(
+        raise NoTextError(
             f"there is no text to tokenize: {total.empty} empty and {sum(total.bad.values())} bad documents, no other"
         )
     padding = -len(ends) % length
     ends.extend([PAD] * padding)
     _write_part(part_path(parts, number), Tally(0, len(ends), 0, {}), ends)
     index = Index([*rows, len(ends) // length], total, padding)
-    write_whole(parts / "index.json", json.dumps(index))
+    write_whole(parts / _INDEX, json.dumps(index))
     return index
 
 
-def read_index(parts: Path) -> Index | None:
-    """Read the index, or return None before the end of phase 1."""
-    path = parts / "index.json"
+def read_index(parts: Path, *, length: int) -> Index | None:
+    """Read the index, and check that the parts are as it says.
+
+    Args:
+        parts: the folder of the parts.
+        length: tokens per sequence.
+
+    Returns:
+        The index, or None before the end of phase 1.
+
+    Raises:
+        ValueError: if the index or a part is damaged, or a part is missing.
+    """
+    path = parts / _INDEX
     if not path.exists():
         return None
-    rows, tally, padding = json.loads(path.read_text(encoding="utf-8"))
-    return Index(rows, Tally(*tally), padding)
+    try:
+        rows, tally, padding = json.loads(path.read_text(encoding="utf-8"))
+        index = Index([int(row) for row in rows], Tally(*tally), int(padding))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}). {_AGAIN.format('it')}") from error
+    for number, row in enumerate(index.rows):
+        part = part_path(parts, number)
+        if not part.exists():
+            raise ValueError(f"{part} is missing. {_AGAIN.format(path)}")
+        with open(part, "rb") as file:
+            if _read_tally(file).tokens // length != row:
+                raise _damaged(part)
+    return index
 
 
 def shard_places(rows: Sequence[int], *, per_shard: int, seed: int | None) -> list[Callable[[], list[tuple[int, int]]]]:
@@ -210,6 +242,27 @@ def make_shard(places: Sequence[tuple[int, int]], *, parts: Path, target: Path, 
     return len(places)
 
 
+def check_shard(path: Path, number: int) -> None:
+    """Check that a shard that an earlier run wrote is whole, by its members' headers and its end.
+
+    Args:
+        path: of the tar.
+        number: of sequences that it should hold.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
+    try:
+        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            found = len(tar.getmembers())
+            file.seek(max(0, path.stat().st_size - len(_END)))
+            whole = file.read() == _END
+    except tarfile.TarError:
+        found, whole = 0, False
+    if found != number or not whole:
+        raise ValueError(f"{path} is damaged: it is not a whole shard of {number} sequences. {_AGAIN.format('it')}")
+
+
 def place_whole(target: Path, content: str | bytes, *, parts: Path) -> None:
     """Write a file inside ``parts`` and move it to its place: a killed process leaves nothing beside the target.
 
@@ -233,6 +286,25 @@ def _write_part(path: Path, tally: Tally, tokens: "array[int]") -> None:
 def _read_tokens(
     file: BinaryIO, start: int, number: int
 ) -> "array[int]":  # quoted: array is no generic class before Python 3.12
-    size = array(_INT32).itemsize
-    file.seek(_HEADER_BYTES + start * size)
-    return array(_INT32, file.read(number * size))
+    file.seek(_HEADER_BYTES + start * _SIZE)
+    content = file.read(number * _SIZE)
+    if len(content) != number * _SIZE:
+        raise _damaged(Path(file.name))
+    return array(_INT32, content)
+
+
+def _read_tally(file: BinaryIO) -> Tally:
+    """Read the header of a part, which leaves it with as many tokens as that says."""
+    path = Path(file.name)
+    try:
+        tally = Tally(*json.loads(file.read(_HEADER_BYTES)))
+    except (ValueError, TypeError) as error:
+        raise _damaged(path) from error
+    if os.fstat(file.fileno()).st_size != _HEADER_BYTES + tally.tokens * _SIZE:
+        raise _damaged(path)
+    return tally
+
+
+def _damaged(part: Path) -> ValueError:
+    names = " and ".join(str(path) for path in (part, part.with_name(_INDEX)) if path.exists())
+    return ValueError(f"{part} is damaged: it does not hold the tokens that it should. {_AGAIN.format(names)}")

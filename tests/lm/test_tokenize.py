@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from stored_rows import stored_rows
 
-from moekit.lm import folder_locks
+from moekit.lm import folder_locks, tokenize_parts
 from moekit.lm.documents import find_files, read_pieces
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.shards import pack, write_shards
@@ -456,6 +456,77 @@ def test_damaged_notes_of_an_earlier_run_are_named(corpus, tmp_path, damage):
     (tmp_path / "half" / ".parts" / "plan.json").write_text(damage)
     with pytest.raises(ValueError, match=r"\.parts/plan\.json is damaged|half was begun by another command"):
         run(command(corpus, tmp_path / "half"))
+
+
+@pytest.fixture
+def stopped(corpus, tmp_path, monkeypatch):
+    """Leave a run stopped between its second and its third shard."""
+    make = tokenize_parts.make_shard
+
+    def stops(places, *, target, **options):
+        if target.name == "00000002.tar":
+            raise InterruptedError
+        return make(places, target=target, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_parts, "make_shard", stops)
+        with pytest.raises(InterruptedError):
+            run(command(corpus, tmp_path / "out"), threads=1)
+    assert {path.name for path in (tmp_path / "out").glob("*.tar")} == {"00000000.tar", "00000001.tar"}
+    return tmp_path / "out"
+
+
+def cut(size):
+    return lambda path: path.write_bytes(path.read_bytes()[:size])
+
+
+DAMAGES = [
+    (".parts/00000001.part", cut(-4)),
+    (".parts/00000001.part", cut(0)),
+    (".parts/00000001.part", Path.unlink),
+    (".parts/00000001.part", lambda path: path.write_bytes(path.with_stem("00000002").read_bytes()[:1024])),
+    (".parts/index.json", cut(10)),
+    (".parts/index.json", lambda path: path.write_text("{}")),
+    ("00000001.tar", cut(1000)),
+    ("00000001.tar", cut(0)),
+    ("00000001.tar", cut(4 * 1024)),  # between two members
+    ("00000001.tar", lambda path: path.write_bytes(bytes(512))),
+    ("00000001.tar", lambda path: path.write_bytes(path.read_bytes().rstrip(b"\0"))),
+]
+
+
+@pytest.mark.parametrize(("name", "damage"), DAMAGES)
+def test_what_was_damaged_while_a_run_stood_still_is_named_with_its_remedy(corpus, tmp_path, stopped, name, damage):
+    damage(stopped / name)
+    with pytest.raises(
+        ValueError, match=rf"{re.escape(name)} is (damaged|missing).*\. Remove .* the same comm"
+    ) as error:
+        run(command(corpus, stopped))
+    assert not (stopped / "manifest.jsonl").exists()
+    for path in re.search(r"Remove (.*) and give", str(error.value))[1].split(" and "):
+        (stopped / name if path == "it" else Path(path)).unlink()
+    run(command(corpus, stopped))
+    run(command(corpus, tmp_path / "unbroken"))
+    assert content(stopped) == content(tmp_path / "unbroken")
+
+
+def test_a_part_that_is_damaged_before_the_index_is_written_takes_nothing_away(corpus, tmp_path, stopped):
+    parts = stopped / ".parts"
+    (parts / "index.json").unlink()
+    cut(600)(parts / "00000001.part")
+    with pytest.raises(ValueError, match=r"00000001\.part is damaged.* Remove \S*/00000001\.part and give the same"):
+        run(command(corpus, stopped))
+    (parts / "00000001.part").unlink()
+    run(command(corpus, stopped))
+    run(command(corpus, tmp_path / "unbroken"))
+    assert content(stopped) == content(tmp_path / "unbroken")
+
+
+def test_a_part_that_is_damaged_while_shards_are_written_is_named(tmp_path):
+    part = tokenize_parts.part_path(tmp_path, 0)
+    part.write_bytes(bytes(512 + 4 * 7))
+    with pytest.raises(ValueError, match=r"00000000\.part is damaged"):
+        tokenize_parts.make_shard([(0, 1)], parts=tmp_path, target=tmp_path / "0.tar", length=4, first=0)
 
 
 def test_a_damaged_gzip_is_named(corpus, tmp_path):
