@@ -191,7 +191,7 @@ def _plan(command: Command, files: list[Path], tokenizer: Tokenizer) -> dict[str
     kept = ("seq_len", "sequences_per_shard", "text_key", "on_bad_document", "piece_bytes")
     return {
         "format": plans.FORMAT,
-        "inputs": {str(file): [file.stat().st_size, file.stat().st_mtime_ns] for file in files},
+        "inputs": plans.sizes_and_times(files),
         "tokenizer": plans.tokenizer_digest(tokenizer),
         "seed": command.seed if command.shuffle else "no shuffle",
         **({"suffixes": "in capitals, too"} if any(map(in_capitals, files)) else {}),
@@ -232,6 +232,7 @@ def _encode(
     for position, tally in run(tasks()):
         new_tokens += tally.tokens
         progress("tokenizing", position, total_bytes, f"{new_tokens:,} tokens")
+    plans.check_unchanged(plan, files, parts.parent)
     try:
         return phases.write_index(parts, number, length=length), new_tokens
     except phases.NoTextError:

@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,41 @@ def check_same(recorded: Mapping[str, Any], plan: Mapping[str, Any], folder: Pat
             differences += _changed_inputs(old or {}, new) if key == "inputs" else [f"{key} was {old!r} and is {new!r}"]
     if differences:
         raise ValueError(f"{folder} was begun by another command: {'; '.join(differences)}. {_ANEW}")
+
+
+def sizes_and_times(files: Iterable[Path]) -> dict[str, list[int]]:
+    """Describe inputs, so that a changed one is noticed.
+
+    Args:
+        files: absolute paths.
+
+    Returns:
+        Path to its bytes and the time of its last change, in nanoseconds.
+
+    Raises:
+        OSError: if a file is not there.
+    """
+    found = ((file, file.stat()) for file in files)
+    return {str(file): [stat.st_size, stat.st_mtime_ns] for file, stat in found}
+
+
+def check_unchanged(plan: Mapping[str, Any], files: Iterable[Path], folder: Path) -> None:
+    """Check that inputs are what they were before they were read.
+
+    Args:
+        plan: of the command.
+        files: its inputs.
+        folder: the output.
+
+    Raises:
+        ValueError: if one has changed.
+        OSError: if one is not there any more.
+    """
+    differences = _changed_inputs(plan["inputs"], sizes_and_times(files))
+    if differences:
+        raise ValueError(
+            f"{'; '.join(differences)} while it was read, so what was read is of no use. {_ANEW}: {folder}"
+        )
 
 
 def open_plan(folder: Path, plan: Mapping[str, Any]) -> None:

@@ -458,6 +458,18 @@ def test_damaged_notes_of_an_earlier_run_are_named(corpus, tmp_path, damage):
         run(command(corpus, tmp_path / "half"))
 
 
+@pytest.mark.parametrize("change", [lambda path: path.write_text("other"), os.utime, Path.unlink])
+def test_an_input_that_changes_while_it_is_read_is_named(corpus, tmp_path, monkeypatch, change):
+    def pieces(*arguments, **options):
+        yield from read_pieces(*arguments, **options)
+        change(corpus / "b.txt")
+
+    monkeypatch.setattr("moekit.lm.tokenize.read_pieces", pieces)
+    with pytest.raises((ValueError, FileNotFoundError), match=r"b\.txt( has changed while it was read.*remove the|'$)"):
+        run(command(corpus, tmp_path / "out"))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".parts"]
+
+
 @pytest.fixture
 def stopped(corpus, tmp_path, monkeypatch):
     """Leave a run stopped between its second and its third shard."""
