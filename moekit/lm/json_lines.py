@@ -52,10 +52,7 @@ class JsonLines:
             TypeError: if JSON cannot hold a value; nothing is written.
             ValueError: if a metric is called ``nonfinite``; nothing is written.
         """
-        if "nonfinite" in metrics:
-            raise ValueError(
-                "a metric is called 'nonfinite', which names the metrics that are NaN or infinite; rename it"
-            )
+        check_metrics(metrics)
         nonfinite: list[str] = []
         line = _without_nonfinite(dict(metrics), (), nonfinite)
         text = json.dumps(line | ({"nonfinite": nonfinite} if nonfinite else {}))
@@ -88,6 +85,22 @@ class JsonLines:
 
     def close(self, *, failed: bool = False) -> None:
         """Do nothing: each line is on disk when ``log`` returns."""
+
+
+def check_metrics(metrics: Mapping[str, Any]) -> None:
+    """Check the names of metrics before they are logged.
+
+    Args:
+        metrics: of a line.
+
+    Raises:
+        ValueError: if one is called ``nonfinite``.
+
+    Example:
+        >>> check_metrics({"loss": 2.5})
+    """
+    if "nonfinite" in metrics:
+        raise ValueError("a metric is called 'nonfinite', which names the metrics that are NaN or infinite; rename it")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
 from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
-from moekit.recipes.ablation_failures import Failure, Held, attempt, told_failures, told_held
+from moekit.recipes.ablation_failures import Failure, Held, attempt, failure_of, told_failures, told_held
 from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
@@ -266,7 +266,15 @@ def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[dict[str, A
     """List what is known of the runs, in their order."""
     failed = {(each.label, each.seed): each.line for each in failures}
     known = [job for job in jobs if (job.label, job.seed) in failed or job.results.exists()]
-    return [failed.get((job.label, job.seed)) or line_of(job) for job in known]
+    return [failed.get((job.label, job.seed)) or _line_or_failure(job) for job in known]
+
+
+def _line_or_failure(job: Job) -> dict[str, Any]:
+    """Say what a run came to; one that a stopped launch did not come to may have damaged results."""
+    try:
+        return line_of(job)
+    except ValueError as error:
+        return failure_of(job, error).line
 
 
 def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: Console) -> None:

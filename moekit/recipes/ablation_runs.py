@@ -14,10 +14,12 @@ from torch import Tensor
 from moekit.lm.batches import ValidationBatch
 from moekit.lm.displays import LayerLoad
 from moekit.lm.files import write_whole
+from moekit.lm.json_lines import check_metrics
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import start_processes
 from moekit.recipes import report
 from moekit.recipes.ablation_recipes import located, other_recipe, stored_recipe
+from moekit.recipes.ablation_summaries import summaries
 from moekit.recipes.audits import audit
 from moekit.recipes.budgets import DEFAULT_BATCH
 from moekit.recipes.finishing import Trained, summary_of
@@ -152,17 +154,20 @@ def line_of(job: Job) -> dict[str, Any]:
         Label, recipe as it was trained, seed, and what ``results.json`` holds.
 
     Raises:
-        ValueError: if that is damaged.
+        ValueError: if that is damaged, or lacks what a table needs of it.
     """
     recipe = stored_recipe(job.folder) or job.settings.model.recipe
     named = {"router": job.label, "recipe": recipe, "seed": job.seed}
     try:
-        found = json.loads(job.results.read_text(encoding="utf-8"))
-    except ValueError:
-        found = None
-    if not isinstance(found, dict) or not {"failed", "validation"} & found.keys():
-        raise ValueError(f"{job.results} is damaged, expected what a run came to; delete it, and the run is done again")
-    return {**named, **found}
+        line = {**named, **json.loads(job.results.read_text(encoding="utf-8"))}
+        summaries([line])  # which reads all that a table needs
+        check_metrics(line)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise ValueError(
+            f"{job.results} is damaged, expected what a run came to ({why}); delete it, and the run is done again"
+        ) from error
+    return line
 
 
 def record(run: Run, console: Console, *, progress: Progress, trained: Trained) -> None:

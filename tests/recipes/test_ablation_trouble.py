@@ -19,7 +19,7 @@ import pytest
 from moekit.lm import folder_locks
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.trackers import read_metrics
-from moekit.recipes import ablation_failures, ablation_runs, train
+from moekit.recipes import ablation, ablation_failures, ablation_runs, train
 from moekit.recipes.ablation import main
 from moekit.recipes.ablation_recipes import located, other_recipe, same_recipe
 from moekit.routing import Causality
@@ -332,6 +332,59 @@ def test_damaged_files_of_an_ablation_are_named(ablate, files):
         (folder / "settings.json").write_text(content)
         with pytest.raises(SystemExit, match=r"F/settings\.json is damaged.* put a whole one back, or choose another"):
             ablate("--routers", "top_k")
+
+
+EDITS = [
+    lambda results: {"validation": {}},
+    lambda results: without(results, "leaks"),
+    lambda results: without(results, "seconds"),
+    lambda results: results | {"nonfinite": ["loss"]},
+    lambda results: results | {"drop_rate": None},
+    lambda results: of_prose(results, without(results["validation"]["prose"], "unigram")),
+    lambda results: of_prose(results, results["validation"]["prose"] | {"loss": None}),
+    lambda results: of_prose(results, results["validation"]["prose"] | {"layers": []}),
+    lambda results: of_prose(results, None),
+]
+
+
+def without(results, name):
+    return {key: value for key, value in results.items() if key != name}
+
+
+def of_prose(results, scores):
+    return results | {"validation": results["validation"] | {"prose": scores}}
+
+
+def test_results_that_lack_what_a_table_needs_fail_their_run_alone(ablate, files, monkeypatch):
+    monkeypatch.setattr("moekit.recipes.ablation_summaries.dead_experts", lambda line: 0)  # of too few tokens
+    folder = ablate("--routers", "top_k,switch")
+    path = folder / "switch-seed0/results.json"
+    whole = json.loads(path.read_text())
+    for edit in EDITS:
+        path.write_text(json.dumps(edit(whole)))
+        with pytest.raises(
+            SystemExit, match=r"1 of 2 runs failed.*(\n.*)*switch-seed0/results\.json is damaged, expec"
+        ):
+            ablate("--routers", "top_k,switch")
+        assert re.search(
+            r"\| top_k \| \d.*\n\| switch \| - .*\| failed: ValueError \|", (folder / "table.md").read_text()
+        )
+
+
+def test_damaged_results_that_a_stopped_ablation_did_not_come_to_have_a_row(ablate, files, monkeypatch, capsys):
+    results = ablate("--routers", "top_k,switch") / "switch-seed0/results.json"
+    results.write_text("{}")
+    attempt = ablation.attempt
+
+    def stopped(job, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return attempt(job, **options)
+
+    monkeypatch.setattr(ablation, "attempt", stopped)
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k,switch")
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert re.search(r"│ switch .* failed: ValueError", capsys.readouterr().out)
 
 
 def test_a_stop_wins_over_a_failure_and_both_are_told(ablate, files, monkeypatch, capsys):
