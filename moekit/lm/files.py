@@ -52,7 +52,9 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno and error.filename is None:  # a write has none, as on a full disk
+            error.filename = os.fspath(path)
         unfinished.unlink(missing_ok=True)
         raise
 

@@ -3,7 +3,7 @@
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain, cycle
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,6 +67,25 @@ def plot_run(
     if loads:
         figure.colorbar(image, ax=axes[1:].tolist(), label="load, 1 = balanced", shrink=0.9)
     return save_figure(path, figure)
+
+
+def picture_or_why(draw: Callable[[], Path]) -> Path | str:
+    """Draw a picture, or say why there is none: matplotlib is an extra, and a run is none the worse without it.
+
+    Args:
+        draw: writes a picture and returns its path.
+
+    Returns:
+        The path; or what to print in its place, if matplotlib is missing or broken, or the file cannot be written.
+
+    Example:
+        >>> picture_or_why(lambda: Path("no/such/folder/run.png").rename("a.png"))
+        "none: [Errno 2] No such file or directory: 'no/such/folder/run.png' -> 'a.png'"
+    """
+    try:
+        return draw()
+    except (ImportError, OSError) as error:
+        return f"none: {error}"
 
 
 def save_figure(path: str | os.PathLike[str], figure: Any) -> Path:

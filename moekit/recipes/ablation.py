@@ -18,6 +18,7 @@ from rich.text import Text
 from moekit.lm.consoles import plain_console, print_lines, print_warnings
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
+from moekit.lm.plots import picture_or_why
 from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
 from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
@@ -284,16 +285,18 @@ def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: C
         settings: of the ablation.
         lines: of runs that are done or failed.
         console: where to.
+
+    Raises:
+        OSError: if ``table.md`` cannot be written; the table is printed all the same.
     """
     if not lines:
         return
     rows = summaries(lines)
-    write_whole(settings.folder / "table.md", markdown(rows))
     try:
-        picture: Any = draw(settings.folder / "ablation.png", rows)
-    except ModuleNotFoundError as error:
-        picture = f"none: {error}"
-    console.print(printed(rows))
+        write_whole(settings.folder / "table.md", markdown(rows))
+        picture = picture_or_why(lambda: draw(settings.folder / "ablation.png", rows))
+    finally:
+        console.print(printed(rows))  # also where it cannot be written
     print_lines(console, f"table: {settings.folder / 'table.md'}", f"picture: {picture}")
 
 

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.consoles import print_lines
+from moekit.lm.plots import picture_or_why
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import report
 from moekit.recipes.evaluate import Evaluation, evaluating
@@ -138,11 +139,8 @@ def _mfu_words(run: Run, trained: Trained) -> str:
 
 
 def _picture(run: Run, scores: Mapping[str, Evaluation], simple: Mapping[str, report.Baselines]) -> Path | str:
-    """Draw the run; matplotlib is an extra, and a run is none the worse without it."""
-    try:
-        return report.draw(run.folder / _PICTURE, read_metrics(run.folder / "metrics.jsonl"), scores, simple)
-    except ModuleNotFoundError as error:
-        return f"none: {error}"
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    return picture_or_why(lambda: report.draw(run.folder / _PICTURE, metrics, scores, simple))
 
 
 def _simple_scores(run: Run, console: Console, scores: Mapping[str, Evaluation]) -> dict[str, report.Baselines]:

@@ -109,7 +109,7 @@ def test_content_that_does_not_reach_the_disk_replaces_nothing(tmp_path, monkeyp
     path = tmp_path / "a"
     path.write_text("old")
     monkeypatch.setattr(os, "fsync", failing(errno.EIO))
-    with pytest.raises(OSError, match="Input/output error"):
+    with pytest.raises(OSError, match=rf"Input/output error: '{path}'$"):
         write_whole(path, "new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]

@@ -1,10 +1,12 @@
 import builtins
+import errno
 import math
+import os
 import sys
 
 import pytest
 
-from moekit.lm.plots import Curve, _losses, _smooth, matplotlib_parts, plot_run
+from moekit.lm.plots import Curve, _losses, _smooth, matplotlib_parts, picture_or_why, plot_run
 
 pytest.importorskip("matplotlib", reason="the picture of a run is an extra")
 TRAIN = Curve(list(range(1, 61)), [6.0 - 0.05 * step for step in range(60)])
@@ -36,6 +38,17 @@ def test_the_picture_is_a_png_with_something_in_every_part(tmp_path):
         assert strip.std() > 0.02
         assert (strip < 0.9).any(axis=-1).mean() > 0.005
     assert [file.name for file in tmp_path.iterdir()] == ["run.png"]
+
+
+def test_a_picture_that_cannot_be_written_is_told_with_its_name_and_another_error_is_raised(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    told = picture_or_why(lambda: plot_run(tmp_path / "run.png", **OPTIONS))
+    assert told == f"none: [Errno 28] No space left on device: '{tmp_path / 'run.png'}'"
+    with pytest.raises(TypeError):
+        picture_or_why(lambda: plot_run(tmp_path / "run.png", **OPTIONS | {"loads": 3}))
 
 
 def test_what_changes_in_the_run_changes_the_picture(tmp_path):

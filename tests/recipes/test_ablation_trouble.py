@@ -371,6 +371,21 @@ def test_results_that_lack_what_a_table_needs_fail_their_run_alone(ablate, files
         )
 
 
+def test_a_table_is_printed_also_where_table_or_picture_cannot_be_written(ablate, files, monkeypatch, capsys):
+    def broken(path, rows):
+        raise ImportError("numpy.core.multiarray failed to import")
+
+    monkeypatch.setattr(ablation, "draw", broken)
+    folder = ablate("--routers", "top_k")
+    said = capsys.readouterr().out
+    assert said.endswith("table: F/table.md\npicture: none: numpy.core.multiarray failed to import\n")
+    (folder / "table.md").unlink()
+    (folder / "table.md").mkdir()
+    with pytest.raises(SystemExit, match=r"Is a directory.*F/table\.md"):
+        ablate("--routers", "top_k")
+    assert "│ top_k " in capsys.readouterr().out
+
+
 def test_damaged_results_that_a_stopped_ablation_did_not_come_to_have_a_row(ablate, files, monkeypatch, capsys):
     results = ablate("--routers", "top_k,switch") / "switch-seed0/results.json"
     results.write_text("{}")
