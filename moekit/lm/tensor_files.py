@@ -69,8 +69,8 @@ def write_torch(path: str | os.PathLike[str], content: Mapping[str, Any]) -> Pat
         ...     write_torch(Path(folder) / "a.pt", {"w": torch.ones(2)}).name
         'a.pt'
     """
-    with _whole(path) as unfinished:
-        torch.save(dict(content), unfinished)
+    with _whole(path) as unfinished, unfinished.open("wb") as file:  # a file's errors have a cause, a path's have none
+        torch.save(dict(content), file)
     return Path(path)
 
 
@@ -246,5 +246,6 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield unfinished
     except Exception as error:
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # as both libraries say it
-            raise OSError(f"{path} could not be written: {str(error).partition(chr(10))[0]}") from error
+            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            raise OSError(f"{path} could not be written: {str(cause).partition(chr(10))[0]}") from error
         raise
