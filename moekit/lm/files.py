@@ -19,7 +19,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     The content is on the disk before the file has its name, so a power failure leaves no half of it either.
 
     Args:
-        path: of the file; its folder must exist. A file that is there already is replaced.
+        path: of the file; its folder must exist. A file that is there already is replaced; a link stays, and the file
+            that it leads to is replaced.
         content: text, written as UTF-8, or bytes.
 
     Returns:
@@ -42,8 +43,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 @contextmanager
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Do what ``write_whole`` does, for whoever writes by a path: the one that this yields."""
-    path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}")  # of this call: threads write one file, too
+    place = Path(os.path.realpath(path))
+    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}")  # of this call: threads write one file, too
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # of a new file of this process; a library may give it to its owner alone
@@ -51,7 +52,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         unfinished.chmod(mode)
         with unfinished.open("r+b") as file:
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        os.replace(unfinished, place)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno and error.filename is None:  # a write has none, as on a full disk
             error.filename = os.fspath(path)

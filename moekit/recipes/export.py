@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,7 +35,7 @@ class ExportSettings:
     recipe: str | None = None
     """path/to/file.py:name, for a checkpoint trained with a recipe from a file, whose code this runs."""
     overwrite: bool = False
-    """Replace the file if it is there."""
+    """Replace the file if it is there; of a link, the file that it leads to."""
 
 
 def main(arguments: list[str] | None = None, *, prog: str = "moekit export") -> None:
@@ -65,7 +66,7 @@ def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: 
         checkpoint: its folder, or a run folder for its newest.
         to: the file; the suffix says of which kind.
         recipe: see ``trained_model``.
-        overwrite: replace the file if it is there.
+        overwrite: replace the file if it is there; of a link, the file that it leads to.
 
     Returns:
         The path.
@@ -77,10 +78,11 @@ def export(checkpoint: Path, to: Path, *, recipe: str | None = None, overwrite: 
     """
     if to.suffix not in _SUFFIXES:
         raise ValueError(f"--to is {to}; expected a name that ends in {' or '.join(_SUFFIXES)}")
-    if to.exists() and (to.is_dir() or not overwrite):
+    if os.path.lexists(to) and (to.is_dir() or not overwrite):
         raise FileExistsError(f"{to} is there already; choose another name, or replace the file with --overwrite")
-    if not to.parent.is_dir():
-        raise FileNotFoundError(f"there is no folder {to.parent} to write {to.name} into; create it first")
+    folder = Path(os.path.realpath(to)).parent if to.is_symlink() else to.parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder} to write {to.name} into; create it first")
     checkpoint = newest_of(checkpoint)
     model = model_of(checkpoint, recipe=recipe)
     if to.suffix == ".pt":

@@ -27,6 +27,19 @@ def test_what_was_there_is_replaced(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_link_stays_and_its_file_is_replaced(tmp_path):
+    path, link = tmp_path / "below" / "a", tmp_path / "link"
+    path.parent.mkdir()
+    path.write_text("old")
+    link.symlink_to(tmp_path / "other")
+    (tmp_path / "other").symlink_to("below/a")
+    assert write_whole(link, "new") == link
+    assert path.read_text() == "new"
+    assert link.is_symlink()
+    assert (tmp_path / "other").is_symlink()
+    assert list(path.parent.iterdir()) == [path]
+
+
 def test_a_reader_of_the_old_file_keeps_it(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")

@@ -162,6 +162,26 @@ def test_a_full_disk_leaves_no_file_and_is_told_by_its_cause(name, shape, tmp_pa
     assert list((tmp_path / "out").iterdir()) == []
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_link_is_written_through_and_a_dangling_one_is_there_already(name, tmp_path):
+    folder, _ = make_run(tmp_path)
+    file, link = tmp_path / f"file-{name}", tmp_path / name
+    file.write_text("old")
+    link.symlink_to(file)
+    export(folder, link, overwrite=True)
+    assert link.is_symlink()
+    assert file.read_bytes()[:3] != b"old"
+    file.unlink()
+    with pytest.raises(FileExistsError, match="is there already; choose another name, or replace"):
+        export(folder, link)
+    assert export(folder, link, overwrite=True) == link
+    assert file.is_file()
+    link.unlink()
+    link.symlink_to(tmp_path / "gone" / name)
+    with pytest.raises(FileNotFoundError, match=rf"there is no folder {tmp_path}/gone to write {name} into"):
+        export(folder, link, overwrite=True)
+
+
 @contextmanager
 def most_bytes_in_a_file(number):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
