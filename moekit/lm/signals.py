@@ -1,6 +1,7 @@
 """Stopping a run between two steps."""
 
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -69,6 +70,23 @@ def stop_on_signals() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         # not our handler, which Python takes away before it ends
         signal.signal(signal.SIGTERM, signal.SIG_IGN if request.ends_process else previous[signal.SIGTERM])
+
+
+def interrupted(prog: str) -> SystemExit:
+    """Say on standard error that Ctrl-C ended a program, where nothing is to be gone on with.
+
+    Args:
+        prog: its name.
+
+    Returns:
+        What the program ends with, of status 130.
+
+    Example:
+        >>> interrupted("moekit bench").code
+        130
+    """
+    print(f"{prog}: interrupted", file=sys.stderr)
+    return SystemExit(exit_status("SIGINT"))
 
 
 def exit_status(stopped_by: str) -> int:

@@ -19,7 +19,7 @@ from moekit.lm.consoles import plain_console, print_lines, print_warnings
 from moekit.lm.files import write_whole
 from moekit.lm.json_lines import JsonLines, read_metrics
 from moekit.lm.plots import picture_or_why
-from moekit.lm.signals import StopRequest, exit_status, stop_on_signals
+from moekit.lm.signals import StopRequest, exit_status, interrupted, stop_on_signals
 from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
@@ -101,6 +101,8 @@ def main(
         print_lines(console, *overridden_flags(jobs[0].settings.model))
         command = command_line(words, prog=prog, launch=launch)
         outcome = ablate(settings, jobs, console, command=command, ends_process=True)
+    except KeyboardInterrupt:
+        raise interrupted(prog) from None
     except Exception as error:
         fault = next((fault for each in settings.recipe if (fault := users_fault(each, error))), None)
         if fault is None and not isinstance(error, _ERRORS):

@@ -2,7 +2,6 @@
 
 import importlib
 import inspect
-import signal
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -10,6 +9,7 @@ from itertools import takewhile
 from typing import Any, NamedTuple
 
 from moekit import __version__
+from moekit.lm.signals import interrupted
 from moekit.lm.streams import print_text
 from moekit.lookup import unknown_name
 from moekit.recipes.doctor import diagnose
@@ -41,8 +41,7 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             PROGRAMS[words[0]].run(words[0], words[1:])
         except KeyboardInterrupt:
-            print(f"moekit {words[0]}: interrupted", file=sys.stderr)
-            raise SystemExit(128 + signal.SIGINT) from None
+            raise interrupted(f"moekit {words[0]}") from None
 
 
 def _usage() -> str:

@@ -13,7 +13,7 @@ from rich.console import Console
 from moekit.lm.checkpoints import checkpoint_folder
 from moekit.lm.consoles import plain_console, print_lines, print_warnings, wide_console
 from moekit.lm.model import LanguageModel
-from moekit.lm.signals import exit_status, stop_on_signals
+from moekit.lm.signals import exit_status, interrupted, stop_on_signals
 from moekit.parallel import World, any_true, share, start_processes, under_torchrun
 from moekit.recipes import report
 from moekit.recipes.audits import audit
@@ -87,6 +87,8 @@ def main(
                 command = command_line(words, prog=prog, launch=launch)
                 launched = _launched(settings, console, world, command=command, derived=derived, ends_process=True)
                 stopped_by = launched.stopped_by
+    except KeyboardInterrupt:
+        raise interrupted(prog) from None
     except Exception as error:
         fault = None if settings is None else users_fault(settings.model.recipe, error)
         if fault is None and not isinstance(error, _ERRORS):

@@ -386,6 +386,18 @@ def test_a_table_is_printed_also_where_table_or_picture_cannot_be_written(ablate
     assert "│ top_k " in capsys.readouterr().out
 
 
+def test_ctrl_c_before_the_first_run_ends_without_a_traceback(ablate, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ablation, "check_data", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        ablate("--routers", "top_k")
+    assert ended.value.code == 128 + signal.SIGINT
+    assert ended.value.__suppress_context__
+    assert capsys.readouterr().err == "ablate_routers.py: interrupted\n"
+
+
 def test_damaged_results_that_a_stopped_ablation_did_not_come_to_have_a_row(ablate, files, monkeypatch, capsys):
     results = ablate("--routers", "top_k,switch") / "switch-seed0/results.json"
     results.write_text("{}")

@@ -223,6 +223,15 @@ def test_ctrl_c_while_a_run_is_scored_says_how_to_go_on(program, monkeypatch, ca
     assert (program("--resume", "latest") / "results.json").exists()
 
 
+def test_ctrl_c_before_a_run_begins_ends_without_a_traceback(program, monkeypatch, capsys):
+    def interrupted(*_, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "set_up", interrupted)  # which prepares the data
+    program()  # it ends with the status of a signal, or raises
+    assert capsys.readouterr().err == "train_moe.py: interrupted\n"
+
+
 def test_several_sigterms_still_leave_a_checkpoint(shards, tmp_path):
     start = words(shards, tmp_path, "--steps", "2000")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
