@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+_MOST_NAME_BYTES = 255  # of the usual file systems
+
 
 def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
     """Write a file beside its place and move it there, so that a process that is killed leaves no half of it.
@@ -44,7 +46,9 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Do what ``write_whole`` does, for whoever writes by a path: the one that this yields."""
     place = Path(os.path.realpath(path))
-    unfinished = place.with_name(f".{place.name}.{secrets.token_hex(4)}")  # of this call: threads write one file, too
+    ending = f".{secrets.token_hex(4)}"  # of this call: threads write one file, too
+    stem = os.fsencode(place.name)[: _MOST_NAME_BYTES - 1 - len(ending)].decode(errors="ignore")
+    unfinished = place.with_name(f".{stem}{ending}")
     try:
         unfinished.touch()
         mode = unfinished.stat().st_mode  # of a new file of this process; a library may give it to its owner alone

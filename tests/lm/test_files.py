@@ -40,6 +40,12 @@ def test_a_link_stays_and_its_file_is_replaced(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+@pytest.mark.parametrize("name", ["a" * 252 + ".pt", "é" * 127, "a" + "é" * 127])
+def test_a_name_may_be_as_long_as_any(tmp_path, name):
+    assert write_whole(tmp_path / name, "new").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
 def test_a_reader_of_the_old_file_keeps_it(tmp_path):
     path = tmp_path / "a"
     path.write_text("old")
