@@ -4,12 +4,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from moekit.lm.configs import OF_METHOD
+from moekit.lm.configs import OF_METHOD, ModelConfig
 from moekit.recipes.ablation_recipes import located, same_recipe
 from moekit.recipes.configuration import stored_model
 from moekit.recipes.names import RECIPES
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_config, resolved_model
+from moekit.recipes.weights import stored_config
 from moekit.recipes.wording import flag_of
 
 _TRAINING_ALONE = {"moe_capacity_factor", "moe_loss_weight", "moe_loss_scope"}  # evaluation drops and weighs nothing
@@ -46,7 +47,7 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
             theirs = dataclasses.replace(theirs, recipe=given.recipe)
         known = theirs.recipe if theirs.recipe in RECIPES else None
         filling = given.recipe if same_recipe(theirs.recipe, given.recipe) else known
-        before = _described(theirs, filling=filling)
+        before = _described(theirs, filling=filling, config=stored_config(state))
         now = _described(given, filling=None if filling is None else given.recipe)
     except (ValueError, TypeError, OSError) as error:
         return [f"warning: whether these weights are of this model is not known: {error}"]
@@ -58,13 +59,13 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
     return [f"warning: these weights were trained with {were}, and this launch has {are}"]
 
 
-def _described(settings: ModelSettings, *, filling: str | None) -> dict[str, Any]:
+def _described(settings: ModelSettings, *, filling: str | None, config: ModelConfig | None = None) -> dict[str, Any]:
     """List what tells one model from another; a recipe fills in what was left to it, or what was left to it is left."""
-    described = dataclasses.asdict(make_config(settings))
+    described = dataclasses.asdict(make_config(settings) if config is None else config)
     if described["moe_freq"] and described["moe_num_experts"] is not None:
         described["recipe"] = settings.recipe
         if filling is not None:
-            filled = resolved_model(dataclasses.replace(settings, recipe=filling))
+            filled = resolved_model(dataclasses.replace(settings, recipe=filling), config=config)
             described |= {name: getattr(filled, name) for name in _OF_LAYERS}
     return described
 

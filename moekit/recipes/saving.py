@@ -1,5 +1,6 @@
 """What a run saves, and how it goes on from that: bitwise from its own checkpoints, with weights from others."""
 
+import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping
@@ -111,6 +112,7 @@ def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
         "scaler": at.scaler,
         "batch_size": run.budget.batch_size,
         "settings": flat_settings(run.settings),
+        "config": dataclasses.asdict(run.model.config),
     }
     tensors = {**training_tensors(run.model, run.optimizer), **at.random}
     folder = save_checkpoint(checkpoint_folder(run.folder, progress.step), tensors, state)

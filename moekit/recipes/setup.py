@@ -55,7 +55,9 @@ def _default_top_k(settings: ModelSettings) -> int:
     return 1 if settings.moe_num_experts == 1 else DEFAULT_K
 
 
-def make_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
+def make_recipe(
+    settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto, config: ModelConfig | None = None
+) -> Recipe:
     """Find the recipe and apply the flags that concern it; keys in the model's file win over them, as in OpenLM.
 
     Its experts run on what ``auto`` chooses, unless the recipe itself chose a backend.
@@ -63,6 +65,7 @@ def make_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] =
     Args:
         settings: of the model.
         choose: makes their layer, see ``automatic``.
+        config: the model's shape, if a checkpoint holds it: settings are then of what was made, and no file is read.
 
     Returns:
         Recipe.
@@ -75,8 +78,8 @@ def make_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] =
         >>> make_recipe(ModelSettings(recipe="openlm", moe_loss_weight=0.3)).coefficients
         {'load_balance': 0.3}
     """
-    settings = with_model_keys(settings)
-    recipe = _find(settings, choose, capacity_factor=settings.moe_capacity_factor)
+    settings, config = _made(settings, config)
+    recipe = _find(settings, config, choose, capacity_factor=settings.moe_capacity_factor)
     if settings.moe_loss_weight is None:
         return recipe
     if "load_balance" not in recipe.losses:
@@ -145,11 +148,12 @@ def _try(recipe: Recipe, config: ModelConfig, what: str) -> None:
         return
 
 
-def resolved_model(settings: ModelSettings) -> ModelSettings:
+def resolved_model(settings: ModelSettings, *, config: ModelConfig | None = None) -> ModelSettings:
     """Fill in what the model's file says, and what the recipe takes for the MoE flags that were left out.
 
     Args:
         settings: of the model.
+        config: see ``make_recipe``.
 
     Returns:
         The settings; what the recipe has no option for stays out, as does all of it in a dense model.
@@ -159,10 +163,10 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
         >>> resolved.moe_top_k, resolved.moe_capacity_factor, resolved.moe_loss_weight
         (2, 1.25, 0.1)
     """
-    merged, options = with_model_keys(settings), recipe_options(settings.recipe)
+    (merged, config), options = _made(settings, config), recipe_options(settings.recipe)
     if not merged.moe_freq:
         return merged
-    weight = make_recipe(settings).coefficients.get("load_balance")
+    weight = make_recipe(merged, config=config).coefficients.get("load_balance")
     return replace(
         merged,
         moe_top_k=_default_top_k(merged) if merged.moe_top_k is None and "k" in options else merged.moe_top_k,
@@ -173,7 +177,9 @@ def resolved_model(settings: ModelSettings) -> ModelSettings:
     )
 
 
-def make_evaluation_recipe(settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto) -> Recipe:
+def make_evaluation_recipe(
+    settings: ModelSettings, *, choose: Callable[..., ExpertLayer] = auto, config: ModelConfig | None = None
+) -> Recipe:
     """Find the recipe that evaluation runs: the same with no capacity limit, and without what is for training alone.
 
     What a limit drops depends on which sequences share a batch, so with one a score would depend on the batch size and
@@ -183,6 +189,7 @@ def make_evaluation_recipe(settings: ModelSettings, *, choose: Callable[..., Exp
     Args:
         settings: of the model.
         choose: makes the layer of its experts, see ``automatic``.
+        config: see ``make_recipe``.
 
     Returns:
         Recipe; that of training if its function takes neither ``capacity_factor`` nor ``training``.
@@ -192,11 +199,12 @@ def make_evaluation_recipe(settings: ModelSettings, *, choose: Callable[..., Exp
         >>> capacity_words(make_evaluation_recipe(ModelSettings(moe_capacity_factor=1.25)))
         'dropless'
     """
-    settings = with_model_keys(settings)
+    settings, config = _made(settings, config)
     options = recipe_options(settings.recipe)
     if "capacity_factor" not in options and "training" not in options:
-        return make_recipe(settings, choose=choose)
-    return _find(settings, choose, capacity_factor=0.0 if "capacity_factor" in options else None, training=False)
+        return make_recipe(settings, choose=choose, config=config)
+    factor = 0.0 if "capacity_factor" in options else None
+    return _find(settings, config, choose, capacity_factor=factor, training=False)
 
 
 def with_model_keys(settings: ModelSettings) -> ModelSettings:
@@ -251,15 +259,20 @@ def overridden_flags(settings: ModelSettings) -> list[str]:
     return lines
 
 
+def _made(settings: ModelSettings, config: ModelConfig | None) -> tuple[ModelSettings, ModelConfig]:
+    """Return the settings and the shape of what is made: by its file, unless the shape is known."""
+    return (with_model_keys(settings), make_config(settings)) if config is None else (settings, config)
+
+
 def _find(
     settings: ModelSettings,
+    config: ModelConfig,
     choose: Callable[..., ExpertLayer],
     *,
     capacity_factor: float | None,
     training: bool = True,
 ) -> Recipe:
-    vocab_size = make_config(settings).vocab_size
-    offered = {"training": training, "vocab_size": vocab_size}
+    offered = {"training": training, "vocab_size": config.vocab_size}
     found = find_recipe(
         settings.recipe,
         k=settings.moe_top_k,

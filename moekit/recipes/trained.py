@@ -1,4 +1,4 @@
-"""Models of checkpoints, for Python and notebooks: rebuilt from the settings that a run stored."""
+"""Models of checkpoints, for Python and notebooks: rebuilt from the shape and the settings that a run stored."""
 
 import dataclasses
 import os
@@ -15,9 +15,8 @@ from moekit.recipes.language_models import language_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.recipes.routers import PREFIX
-from moekit.recipes.settings import ModelSettings
-from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe
-from moekit.recipes.weights import newest_of
+from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe, with_model_keys
+from moekit.recipes.weights import newest_of, stored_config
 
 
 def trained_model(
@@ -47,7 +46,7 @@ def trained_model(
         The model, in the mode of ``training``.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
+        FileNotFoundError: if there is no checkpoint, or it is of an older version and its model's file is not there.
         ValueError: if the checkpoint holds no settings or is damaged, its recipe is in a file and ``recipe`` is None,
             or the device is meta.
         TypeError: if ``recipe`` is something else, as a function that makes one.
@@ -83,7 +82,7 @@ def trained_model(
 
 
 def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
-    """Rebuild the model of a checkpoint from the settings in it, without weights: on the meta device.
+    """Rebuild the model of a checkpoint from the shape and the settings in it, without weights: on the meta device.
 
     Args:
         checkpoint: its folder.
@@ -93,22 +92,25 @@ def model_of(checkpoint: Path, *, recipe: str | None = None) -> LanguageModel:
         The model.
 
     Raises:
-        FileNotFoundError: if there is no checkpoint, or its model's shape is in a file that is not there.
+        FileNotFoundError: if there is no checkpoint, or it is of an older version and its model's file is not there.
         ValueError: if the checkpoint holds no settings, or its recipe is in a file and ``recipe`` is None.
     """
     with torch.device("meta"):
         return _built(checkpoint, recipe, make_recipe)
 
 
-def _built(checkpoint: Path, recipe: str | Recipe | None, make: Callable[[ModelSettings], Recipe]) -> LanguageModel:
-    settings = read_state(checkpoint).get("settings")
+def _built(checkpoint: Path, recipe: str | Recipe | None, make: Callable[..., Recipe]) -> LanguageModel:
+    state = read_state(checkpoint)
+    settings = state.get("settings")
     if not isinstance(settings, dict):
         raise ValueError(
             f"{checkpoint} holds no settings of its model; expected a checkpoint that `moekit train` wrote"
         )
-    given = stored_model(settings)
+    given, config = stored_model(settings), stored_config(state)
+    if config is None:
+        given, config = with_model_keys(given), make_config(given)
     if isinstance(recipe, Recipe):
-        return language_model(make_config(given), automatic(recipe))
+        return language_model(config, automatic(recipe))
     # A recipe from a file is code, and the checkpoint may be a stranger's.
     if recipe is None and given.recipe not in RECIPES and not given.recipe.startswith(PREFIX):
         raise ValueError(
@@ -116,4 +118,4 @@ def _built(checkpoint: Path, recipe: str | Recipe | None, make: Callable[[ModelS
             f"so with --recipe {given.recipe}, in Python recipe="
         )
     given = dataclasses.replace(given, recipe=recipe or given.recipe)
-    return language_model(make_config(given), make(given))
+    return language_model(config, make(given, config=config))

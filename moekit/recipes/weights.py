@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
+from moekit.lm.configs import ModelConfig
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.openlm_names import check_tensors
@@ -91,7 +92,7 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         world: the ranks.
 
     Returns:
-        What the checkpoint says beside tensors; ``step`` if it is known, ``settings`` if it is of moekit.
+        What the checkpoint says beside tensors; ``step`` if it is known, ``settings`` and ``config`` if it is ours.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -118,13 +119,41 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
     return {key: value for key, value in known.items() if value is not None}
 
 
+def stored_config(state: Mapping[str, Any]) -> ModelConfig | None:
+    """Read a model's shape out of what a checkpoint says beside its tensors.
+
+    Args:
+        state: of the checkpoint.
+
+    Returns:
+        ModelConfig; None if it does not say it, as those of older versions.
+
+    Raises:
+        ValueError: if it says something else.
+
+    Example:
+        >>> stored_config({"step": 3}) is None
+        True
+    """
+    values = state.get("config")
+    if values is None:
+        return None
+    try:
+        return ModelConfig(**values)
+    except (TypeError, ValueError) as error:  # the first of keys that are none
+        raise ValueError(
+            f"the checkpoint's config, the shape of its model, makes none: {error}. It was changed, is damaged or "
+            f"of another version of moekit. Take another checkpoint"
+        ) from error
+
+
 def _described(path: Path) -> dict[str, Any]:
     """Read what `moekit export` wrote beside tensors; nothing of a file of somebody else's."""
     metadata = read_metadata(path)
     if "moekit" not in metadata:
         return {}
     try:
-        return {name: json.loads(metadata[name]) for name in ("settings", "step") if name in metadata}
+        return {name: json.loads(metadata[name]) for name in ("settings", "config", "step") if name in metadata}
     except ValueError as error:
         raise ValueError(f"{path}: its metadata are no JSON: {error}. Export the checkpoint again.") from error
 

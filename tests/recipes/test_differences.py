@@ -1,5 +1,6 @@
 """Warnings of weights that are about to compute something else than what they were trained to."""
 
+import dataclasses
 import json
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.settings import ModelSettings, TrainSettings
+from moekit.recipes.setup import make_config, with_model_keys
 
 SAME = "these weights were trained with"
 
@@ -71,6 +73,28 @@ def test_the_shape_counts_and_not_the_name_of_its_file(tmp_path):
     [line] = warned({"preset": str(files[0])}, other)
     assert line.startswith("warning: whether these weights are of this model is not known: ")
     assert "c.json" in line
+
+
+def test_a_file_that_was_edited_or_moved_after_training_does_not_speak_for_it(tmp_path):
+    path = tmp_path / "a.json"
+    shape = {"hidden_dim": 16, "n_layers": 2, "seq_len": 8, "vocab_size": 24, "post_embed_norm": True}
+    path.write_text(json.dumps({**shape, "weight_tying": False, "n_heads": 2, "moe_top_k": 2}))
+    given = ModelSettings(preset=str(path))
+    state = {**stored(**vars(with_model_keys(given))), "config": dataclasses.asdict(make_config(given))}
+    assert model_warnings(given, state, training=True) == []
+    path.write_text(json.dumps({**shape, "weight_tying": False, "n_heads": 4, "moe_top_k": 1}))
+    [line] = model_warnings(given, state, training=False)
+    assert "2, and this launch has --moe-top-k 1" in line
+    assert "n-heads 2" in line
+    path.rename(tmp_path / "b.json")
+    [line] = model_warnings(ModelSettings(preset=str(tmp_path / "b.json")), state, training=False)
+    assert "n-heads 2" in line
+
+
+def test_a_shape_that_is_none_is_told():
+    for config in ({"n_heads": 2}, {"hidden_dims": 2}, 3):
+        [line] = model_warnings(ModelSettings(), {**stored(), "config": config}, training=True)
+        assert "is not known: the checkpoint's config, the shape of its model, makes none: " in line
 
 
 def test_the_code_of_another_recipe_is_not_run(tmp_path):

@@ -22,6 +22,7 @@ from torch import nn
 from moekit import __version__
 from moekit.lm import folder_locks
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
+from moekit.lm.configs import read_config
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
@@ -32,10 +33,12 @@ from moekit.recipes import saving, train
 from moekit.recipes.configuration import parse_settings, unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.export import export
+from moekit.recipes.language_models import moe_layers
 from moekit.recipes.runs import set_up
 from moekit.recipes.saving import Progress, _check_progress, find_checkpoint, load_weights
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.train import main
+from moekit.recipes.trained import trained_model
 
 pytestmark = pytest.mark.usefixtures("quick")
 DROPLESS = ("--moe-capacity-factor", "0")
@@ -155,6 +158,28 @@ def test_a_run_that_goes_on_as_another_model_says_so(program, capsys):
         "step 3\nwarning: these weights were trained with --moe-top-k 2, and this launch has --moe-top-k 1\n"
         in capsys.readouterr().out
     )
+
+
+def test_the_file_of_a_model_may_change_once_it_is_trained(program, tmp_path, capsys, monkeypatch):
+    shape = {**read_config("moekit_tiny"), "n_heads": 4}
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({**shape, "moe_top_k": 1}))
+    monkeypatch.chdir(tmp_path)
+    folder = program("--steps", "2", "--model", "m.json")
+    path.write_text(json.dumps({**shape, "n_heads": 8}))
+    assert trained_model(folder).config.n_heads == 4
+    [(_, moe)] = moe_layers(trained_model(folder))
+    assert moe(torch.zeros(1, 3, shape["hidden_dim"])).routing.weights.shape == (3, 1)
+    path.rename(tmp_path / "other.json")
+    weights = export(folder, tmp_path / "a.safetensors")
+    capsys.readouterr()
+    for resume, name in (("latest", "a"), (str(weights), "b")):
+        program("--steps", "3", "--model", "other.json", "--resume", resume, name=name)
+        said = " ".join(capsys.readouterr().out.split())
+        assert re.search(r"warning: these weights were trained with .*moe-top-k 1.* and this launch has .*-k 2", said)
+        assert re.search(
+            r"warning: these weights were trained with .*n.heads 4.* and this launch has .*n.heads 8", said
+        )
 
 
 def test_going_back_to_an_older_checkpoint_repeats_the_run(program):
