@@ -222,7 +222,7 @@ def run_folder(settings: TrainSettings) -> Path:
         LOGS/NAME.
 
     Raises:
-        FileExistsError: if it holds a run and the settings do not resume that one.
+        FileExistsError: if it holds a run and the settings do not resume that one; a file of weights does not.
         NotADirectoryError: if there is a file in its place.
     """
     run, recipe = settings.run, settings.model.recipe.rpartition(":")[2]
@@ -235,12 +235,15 @@ def run_folder(settings: TrainSettings) -> Path:
 
 def _refuse_another_run(settings: TrainSettings, folder: Path) -> None:
     resume = settings.run.resume
-    own = resume == "latest" or (resume is not None and _is_inside(Path(resume), folder))
+    own = resume == "latest" or (resume is not None and _is_own(Path(resume), folder))
     if not own and not settings.evaluates_only and folder.exists() and any(folder.iterdir()):
         raise FileExistsError(
             f"{folder} holds a run already; go on with it by --resume latest, or choose another --name or --logs"
         )
 
 
-def _is_inside(path: Path, folder: Path) -> bool:
-    return path.absolute().resolve().is_relative_to(folder.absolute().resolve())
+def _is_own(path: Path, folder: Path) -> bool:
+    """Say whether a checkpoint is of the run in a folder; a file of weights, which says no step, starts another run."""
+    inside = path.absolute().resolve().is_relative_to(folder.absolute().resolve())
+    trained = (folder / "metrics.jsonl").exists() or any((folder / "checkpoints").glob("step_*"))
+    return inside and not (trained and os.path.isfile(path))

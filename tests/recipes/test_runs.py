@@ -127,6 +127,19 @@ def test_a_folder_with_a_run_is_for_those_that_go_on_with_it(settings_of, tmp_pa
     assert run_folder(settings_of("--name", "c")).name == "c"  # an empty one is no run
 
 
+@pytest.mark.parametrize("of_a_run", ["metrics.jsonl", "checkpoints/step_00000001"])
+def test_weights_in_the_folder_of_a_run_start_another_one(settings_of, tmp_path, of_a_run):
+    """Its steps and scores would mix with those of the run that is there."""
+    weights = tmp_path / "logs" / "a" / "checkpoints" / "epoch_1.pt"
+    weights.parent.mkdir(parents=True)
+    assert run_folder(settings_of("--resume", str(weights))).name == "a"  # no file: our checkpoint by OpenLM's name
+    weights.touch()
+    assert run_folder(settings_of("--resume", str(weights))).name == "a"  # another program's run, or none
+    (tmp_path / "logs" / "a" / of_a_run).mkdir()
+    with pytest.raises(FileExistsError, match="holds a run already; go on with it by --resume latest"):
+        run_folder(settings_of("--resume", str(weights)))
+
+
 def test_a_run_without_a_name_has_those_of_model_and_recipe(settings_of, tmp_path, monkeypatch):
     monkeypatch.setattr(runs.time, "strftime", lambda form: f"<{form}>")
     settings = settings_of("--recipe", "some/where.py:mine")
