@@ -128,8 +128,9 @@ def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
 
     Raises:
         FileNotFoundError: if there is no complete checkpoint in the folder.
-        ValueError: if a tensor is missing on either side or has another shape, a file is damaged, or the checkpoint's
-            index names classes that no index has, which could be made to run code.
+        ValueError: if a tensor is missing on either side or has another shape, a tensor that has two names (tied
+            weights) is two that differ in the checkpoint, a file is damaged, or the checkpoint's index names classes
+            that no index has, which could be made to run code.
     """
     state = read_state(folder)
     _check_files(Path(folder))
@@ -147,11 +148,7 @@ def load_checkpoint(folder: str | os.PathLike[str], tensors: Mapping[str, Tensor
     left = [name for name in stored if name.startswith("model.") and name not in tensors]
     if left:
         raise ValueError(f"checkpoint {folder} holds {', '.join(left)}, which the model has no place for. {hint}")
-    try:
-        with _without_single_process_warning():
-            dcp.load(dict(tensors), storage_reader=IndexReader(folder), no_dist=not _together())
-    except (Exception, CheckpointException) as error:  # a damaged file may raise anything from torch's reader
-        raise ValueError(f"checkpoint {folder} is damaged: {one_line(error)}. Resume from an older one") from error
+    _read(Path(folder), tensors)
     return state
 
 
@@ -214,6 +211,46 @@ def _check_files(folder: Path) -> None:
     faults += [fault for fault in _gathered(changed_file(folder, {name: checksums[name] for name in mine})) if fault]
     if faults:
         raise ValueError(f"checkpoint {folder} is damaged: {faults[0]}. Resume from an older one")
+
+
+def _read(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Read tensors in place, and refuse two of the checkpoint that differ where the model has one."""
+    twins = _twins(tensors)
+    apart = {name: torch.empty_like(tensors[name]) for name in twins}  # else whichever is read last would count
+    try:
+        with _without_single_process_warning():
+            dcp.load({**tensors, **apart}, storage_reader=IndexReader(folder), no_dist=not _together())
+    except (Exception, CheckpointException) as error:  # a damaged file may raise anything from torch's reader
+        raise ValueError(f"checkpoint {folder} is damaged: {one_line(error)}. Resume from an older one") from error
+    differing = [(one, name) for name, one in twins.items() if not _same_bits(tensors[one], apart[name])]
+    for one, other in (names for each in _gathered(differing) for names in each):
+        raise ValueError(
+            f"checkpoint {folder}: the model ties {one} and {other}, but in the checkpoint they differ; expected equal "
+            "ones. Choose a --model without weight_tying"
+        )
+
+
+def _twins(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Map names to the first name of the same tensor, where one has several, as tied weights do."""
+    first: dict[tuple[Any, ...], str] = {}
+    twins: dict[str, str] = {}
+    for name, tensor in tensors.items():
+        part = _part(tensor)
+        if part.numel():
+            one = first.setdefault((part.data_ptr(), part.shape, part.stride(), part.dtype), name)
+            twins |= {} if one == name else {name: one}
+    return twins
+
+
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    """Compare bits, by which NaN is itself."""
+    return torch.equal(*(_part(each).flatten().view(torch.uint8) for each in (one, other)))
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """Return what this rank holds of a tensor that may be sharded."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
 
 
 def _together() -> bool:

@@ -3,7 +3,10 @@
 import re
 from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Size, Tensor
+
+TIED = ("tok_embeddings.weight", "output.weight")  # that are one matrix with weight_tying
 
 _WRAPPERS = frozenset({"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})  # parts of names
 _OPENLM_NAMES = {  # of a block: ours -> OpenLM's
@@ -104,7 +107,6 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Size], *
         ValueError: if not; the message lists names, shapes, and the flags that they depend on.
 
     Example:
-        >>> import torch
         >>> check_tensors({"norm.weight": torch.ones(2)}, {"norm.weight": Size([2])})
     """
     spelled = openlm_name if openlm else str
@@ -123,6 +125,26 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Size], *
             raise ValueError(f"{spelled(name)}: found {tuple(found)}, expected {tuple(wanted)}. It depends on {flags}")
         if not tensor.is_floating_point():
             raise ValueError(f"{spelled(name)} is {tensor.dtype}; expected floating-point weights")
+
+
+def check_tied(tensors: Mapping[str, Tensor]) -> None:
+    """Check that embedding and head are one matrix, as in a model that ties them.
+
+    Args:
+        tensors: our names to what was read, both matrices among them.
+
+    Raises:
+        ValueError: if they differ, so that a model would keep one of the two.
+
+    Example:
+        >>> check_tied(dict.fromkeys(TIED, torch.ones(3, 2)))
+    """
+    one, other = TIED
+    if tensors[one] is not tensors[other] and not torch.equal(tensors[one], tensors[other]):
+        raise ValueError(
+            f"the model ties {one} and {other}, but in the file they differ; expected equal ones. Choose a --model "
+            "without weight_tying"
+        )
 
 
 def _rank(name: str, order: tuple[str, ...]) -> int:

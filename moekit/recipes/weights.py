@@ -12,7 +12,7 @@ from moekit.lm.checkpoints import latest_checkpoint, load_checkpoint, read_state
 from moekit.lm.configs import ModelConfig
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
-from moekit.lm.openlm_names import check_tensors
+from moekit.lm.openlm_names import TIED, check_tensors, check_tied
 from moekit.lm.tensor_files import read_metadata, read_safetensors
 from moekit.parallel import World, fill
 
@@ -105,17 +105,20 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
     shapes = {name: tensor.shape for name, tensor in own.items()}
     if path.suffix == ".safetensors":
         tensors, known = read_safetensors(path), _described(path)
-        tensors |= {name: own[name] for name in own if name not in tensors and _is_tied(model, name)}
+        if model.config.weight_tying:  # the file may leave one of the two out
+            both = [tensors[name] for name in TIED if name in tensors]
+            tensors |= dict(zip(TIED, (both[0], both[-1]), strict=True)) if both else {}
         with naming(path):
             check_tensors(tensors, shapes)
+            if model.config.weight_tying:
+                check_tied(tensors)
     else:
         checkpoint = read_openlm(path)
         with naming(path):
             tensors = from_openlm(checkpoint.state_dict, expected=shapes, config=model.config)
         known = {"step": checkpoint.step, "epoch": checkpoint.epoch, "name": checkpoint.name}
     for name, tensor in own.items():
-        if tensors[name] is not tensor:  # of a tied name that the file leaves out
-            fill(tensor, tensors[name])
+        fill(tensor, tensors[name])
     return {key: value for key, value in known.items() if value is not None}
 
 
@@ -172,7 +175,3 @@ def naming(what: object) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from error
-
-
-def _is_tied(model: LanguageModel, name: str) -> bool:
-    return model.config.weight_tying and name in ("tok_embeddings.weight", "output.weight")

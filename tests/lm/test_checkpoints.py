@@ -1,5 +1,6 @@
 import errno
 import json
+import math
 import os
 import pathlib
 import pickle
@@ -374,6 +375,17 @@ def test_parameters_that_the_model_has_no_place_for_are_named(tmp_path):
     assert part["model.a"] == 0
     load_checkpoint(folder, part | {"model.b": torch.zeros(2)})  # the optimizer's state may stay
     assert part["model.a"] == 1
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_what_is_one_tensor_must_be_one_in_the_checkpoint(tmp_path, value):
+    folder = save_checkpoint(tmp_path / "step_00000001", {"a": torch.tensor([value]), "b": torch.tensor([value])}, {})
+    one = torch.zeros(1)
+    load_checkpoint(folder, {"a": one, "b": one.detach()})
+    assert one.item() == pytest.approx(value, nan_ok=True)
+    folder = save_checkpoint(tmp_path / "step_00000002", {"a": torch.tensor([value]), "b": torch.zeros(1)}, {})
+    with pytest.raises(ValueError, match=r"step_00000002: the model ties a and b, but in the checkpoint they differ"):
+        load_checkpoint(folder, {"a": one, "b": one.detach()})
 
 
 def test_shapes_are_listed_without_reading_tensors(saved):

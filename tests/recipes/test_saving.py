@@ -22,11 +22,11 @@ from torch import nn
 from moekit import __version__
 from moekit.lm import folder_locks
 from moekit.lm.checkpoints import checkpoint_folder, latest_checkpoint, read_state
-from moekit.lm.configs import read_config
+from moekit.lm.configs import load_config, read_config
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
-from moekit.lm.openlm_names import openlm_name
+from moekit.lm.openlm_names import TIED, openlm_name
 from moekit.lm.tensor_files import write_safetensors
 from moekit.parallel import one_process
 from moekit.recipes import saving, train
@@ -410,6 +410,43 @@ def test_weights_are_the_same_from_every_format(trained, tmp_path, kind):
     state = load_weights(other, path, one_process())
     assert differing(model.state_dict(), other.state_dict()) == []
     assert state.get("step") == {"pt": 70, "safetensors": None, "folder": 4}[kind]
+
+
+@pytest.mark.parametrize("kind", ["folder", "pt", "safetensors", "foreign"])
+def test_two_matrices_do_not_become_one_that_is_tied(trained, tmp_path, kind):
+    """Which of the two was lost depended on the kind of file."""
+    folder, model, _ = trained
+    path = checkpoint_folder(folder, 4)
+    if kind == "pt":
+        path = as_openlm(tmp_path / "epoch_7.pt", model)
+    elif kind == "safetensors":
+        path = export(path, tmp_path / "a.safetensors")
+    elif kind == "foreign":
+        path = write_safetensors(tmp_path / "a.safetensors", model.state_dict())
+    tied = tmp_path / "tied.json"
+    tied.write_text(json.dumps({**read_config("moekit_tiny"), "weight_tying": True}))
+    settings = unflatten({**read_state(checkpoint_folder(folder, 4))["settings"], "model": str(tied)})
+    other, _, _ = make_model(settings, one_process())
+    with pytest.raises(
+        ValueError, match=r"ties .*tok_emb.* and .*output\.weight, but in .* they differ; .*Choose a --model"
+    ):
+        load_weights(other, path, one_process())
+
+
+@pytest.mark.parametrize("left_out", [(), ("output.weight",), ("tok_embeddings.weight",)])
+def test_of_tied_weights_a_file_may_hold_one(tmp_path, left_out):
+    model, again = (LanguageModel(load_config("moekit_tiny", weight_tying=True)) for _ in range(2))
+    tensors = {name: tensor.clone() for name, tensor in model.state_dict().items() if name not in left_out}
+    load_weights(again, write_safetensors(tmp_path / "a.safetensors", tensors), one_process())
+    assert differing(model.state_dict(), again.state_dict()) == []
+
+
+def test_tied_weights_that_a_file_lacks_are_missed(tmp_path):
+    model = LanguageModel(load_config("moekit_tiny", weight_tying=True))
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name not in TIED}
+    path = write_safetensors(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(ValueError, match=r"the file lacks tok_embeddings\.weight, output\.weight"):
+        load_weights(model, path, one_process())
 
 
 def test_weights_of_another_model_are_refused(program, trained, tmp_path):
