@@ -55,7 +55,7 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
     differing = sorted(name for name in names if training or name not in _TRAINING_ALONE)
     if not differing:
         return []
-    were, are = (_flags({name: each.get(name) for name in differing}) for each in (before, now))
+    were, are = (_spelled({name: each.get(name) for name in differing}) for each in (before, now))
     return [f"warning: these weights were trained with {were}, and this launch has {are}"]
 
 
@@ -70,5 +70,9 @@ def _described(settings: ModelSettings, *, filling: str | None, config: ModelCon
     return described
 
 
-def _flags(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{flag_of(name)} {'none' if value is None else value}" for name, value in values.items())
+def _spelled(values: Mapping[str, Any]) -> str:
+    flags = {field.name for field in dataclasses.fields(ModelSettings)}
+    told = {name: "none" if value is None else value for name, value in values.items()}
+    return ", ".join(
+        f"{flag_of(name)} {value}" if name in flags else f"{name} {value} (of --model)" for name, value in told.items()
+    )

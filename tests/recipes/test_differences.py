@@ -68,7 +68,7 @@ def test_the_shape_counts_and_not_the_name_of_its_file(tmp_path):
     same, other = ({"preset": str(files[i])} for i in (1, 2))
     assert warned({"preset": str(files[0])}, same) == []
     [line] = warned({"preset": str(files[0])}, other)
-    assert line == f"warning: {SAME} --n-heads 4, and this launch has --n-heads 2"
+    assert line == f"warning: {SAME} n_heads 4 (of --model), and this launch has n_heads 2 (of --model)"
     files[2].unlink()
     [line] = warned({"preset": str(files[0])}, other)
     assert line.startswith("warning: whether these weights are of this model is not known: ")
@@ -84,11 +84,11 @@ def test_a_file_that_was_edited_or_moved_after_training_does_not_speak_for_it(tm
     assert model_warnings(given, state, training=True) == []
     path.write_text(json.dumps({**shape, "weight_tying": False, "n_heads": 4, "moe_top_k": 1}))
     [line] = model_warnings(given, state, training=False)
-    assert "2, and this launch has --moe-top-k 1" in line
-    assert "n-heads 2" in line
+    now = "--moe-top-k 1, n_heads 4 (of --model)"
+    assert line == f"warning: {SAME} --moe-top-k 2, n_heads 2 (of --model), and this launch has {now}"
     path.rename(tmp_path / "b.json")
     [line] = model_warnings(ModelSettings(preset=str(tmp_path / "b.json")), state, training=False)
-    assert "n-heads 2" in line
+    assert "n_heads 2 (of --model)" in line
 
 
 def test_a_shape_that_is_none_is_told():
