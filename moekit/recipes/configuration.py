@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import reprlib
 import shlex
 import sys
@@ -90,6 +91,8 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         if words and error.code:  # the message above shows no more than words, of which the user has not typed these
             shown = shlex.join(words).encode("utf-8", "backslashreplace").decode()
             print(f"(--config {path} is read as: {shown})", file=sys.stderr)
+            for line in remedies(str(error.__context__), arguments):  # what settings say of themselves
+                print(line, file=sys.stderr)
         raise
     _check_commands(settings, arguments)
     return Parsed(settings, left)
@@ -160,6 +163,37 @@ def kept_warnings(arguments: Sequence[str]) -> list[str]:
         f"{told}, which may follow from what the command line changes. Give them there, too, or remove them from the "
         f"file to have them derived anew"
     ]
+
+
+def remedies(message: str, arguments: Sequence[str]) -> list[str]:
+    """Say how to leave out what a refusal wants left out, where the file of ``--config`` gives it and nobody typed it.
+
+    Args:
+        message: of the refusal, which names flags.
+        arguments: the words of the command line.
+
+    Returns:
+        A line for each such setting.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_config``.
+
+    Example:
+        >>> remedies("leave out --moe-top-k", ["--moe-top-k", "2"])
+        []
+    """
+    if not re.search(r"\b[Ll]eave\b.*\bout\b", message, re.DOTALL):
+        return []
+    path, typed, values = _file_and_flags(arguments)
+    values = give_way(values, values.pop(_DERIVED, []), arguments)
+    defaults, lines = flat_settings(TrainSettings()), []
+    for flag in dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*", message)):
+        name = flag.removeprefix("--").replace("-", "_")
+        default = defaults.get(name)
+        if name in values.keys() & defaults.keys() - typed.keys() and values[name] not in (None, default, []):
+            without = shlex.join(_words({name: default})) or f"{flag} None"
+            lines.append(f"({shlex.join(_words({name: values[name]}))} is of --config {path}; {without} leaves it out)")
+    return lines
 
 
 def _file_and_flags(arguments: Sequence[str]) -> tuple[str | None, dict[str, str | None], dict[str, Any]]:

@@ -232,6 +232,7 @@ def _check_exchange(settings: "TrainSettings") -> None:
     if parallel.moe_exchange_capacity_factor != 2.0 and parallel.moe_exchange != "static":
         raise ValueError(
             f"--moe-exchange-capacity-factor limits --moe-exchange static, and the exchange is {parallel.moe_exchange}"
+            "; leave it out"
         )
     if parallel.moe_exchange == "static" and parallel.moe_exchange_chunks > 1:
         raise ValueError("--moe-exchange static would limit each slice by itself; leave out --moe-exchange-chunks")

@@ -19,7 +19,7 @@ from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.commands import command_line
-from moekit.recipes.configuration import code_of_file, flat_settings, kept_warnings, parse, write_config
+from moekit.recipes.configuration import code_of_file, flat_settings, kept_warnings, parse, remedies, write_config
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish, set_results_aside
@@ -93,7 +93,8 @@ def main(
         fault = None if settings is None else users_fault(settings.model.recipe, error)
         if fault is None and not isinstance(error, _ERRORS):
             raise
-        raise SystemExit(f"{prog}: {fault or error}") from error
+        message = str(fault or error)
+        raise SystemExit("\n".join([f"{prog}: {message}", *remedies(message, words)])) from error
     if stopped_by is not None:
         raise SystemExit(exit_status(stopped_by))  # 0 would let `train && export` go on with half a run
 

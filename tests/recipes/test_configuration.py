@@ -592,6 +592,46 @@ def test_names_of_derived_settings_are_settings():
     assert named | set(_SOURCES) | {name for sources in _SOURCES.values() for name in sources} <= known
 
 
+@pytest.mark.parametrize(
+    ("held", "flags", "given", "without"),
+    [
+        ({"recipe": "mixtral", "moe_top_k": 2}, ["--recipe", "switch"], "--moe-top-k=2", "--moe-top-k None"),
+        (
+            {"moe_capacity_factor": 1.0}, ["--recipe", "mixtral"],
+            "--moe-capacity-factor=1.0", "--moe-capacity-factor None",
+        ),
+        ({"moe_loss_weight": 0.5}, ["--recipe", "hash_layer"], "--moe-loss-weight=0.5", "--moe-loss-weight None"),
+        (
+            {"moe_exchange": "static", "moe_exchange_capacity_factor": 3.0}, ["--moe-exchange", "all_gather"],
+            "--moe-exchange-capacity-factor=3.0", "--moe-exchange-capacity-factor=2.0",
+        ),
+        (
+            {"moe_exchange_chunks": 2}, ["--moe-exchange", "static"],
+            "--moe-exchange-chunks=2", "--moe-exchange-chunks=1",
+        ),
+        (
+            {"moe_hierarchical_exchange": True}, ["--moe-exchange", "static"],
+            "--moe-hierarchical-exchange", "--no-moe-hierarchical-exchange",
+        ),
+    ],
+)  # fmt: skip
+def test_how_to_leave_out_what_nobody_typed_is_told(config, capsys, held, flags, given, without):
+    path = config({"model": "moekit_tiny", "moe_expert_model_parallelism": True, **held})
+    words = ["--config", path, *flags, "--describe"]
+    with pytest.raises(SystemExit) as raised:
+        train.main(words)
+    said = f"{raised.value}\n{capsys.readouterr().err}"
+    assert f"\n({given} is of --config {path}; {without} leaves it out)\n" in f"{said}\n"
+    assert said.count("leaves it out") == 1
+    train.main([*words, *without.replace("=", " ").split()])
+
+
+def test_what_was_typed_is_left_out_by_not_typing_it(config):
+    path = config({"model": "moekit_tiny", "moe_top_k": 4})
+    with pytest.raises(SystemExit, match=r"Leave the flag out, or choose another recipe\.$"):
+        train.main(["--config", path, "--recipe", "switch", "--moe-top-k", "2", "--describe"])
+
+
 def test_a_file_does_not_consent_to_its_own_commands(tmp_path):
     config = tmp_path / "config.json"
     config.write_text(json.dumps({"allow_pipe_commands": True, "val_data": ["pipe:cat a.tar"]}))
