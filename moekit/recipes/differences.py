@@ -25,7 +25,8 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
 
     Args:
         given: the model of this launch.
-        state: what a checkpoint says beside its tensors; one of another program holds no ``settings``.
+        state: what a checkpoint says beside its tensors; one of another program holds no ``settings``, and OpenLM's
+            has the ``recipe`` of its MoE layers.
         training: whether it goes on, so that what is for training alone counts too.
 
     Returns:
@@ -38,17 +39,8 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
         >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))
         warning: these weights were trained with --moe-top-k 4, and this launch has --moe-top-k 2
     """
-    stored = state.get("settings")
-    if not isinstance(stored, Mapping):
-        return []
     try:
-        theirs = stored_model(stored)
-        if located(theirs.recipe) == located(given.recipe):  # one file, by two paths
-            theirs = dataclasses.replace(theirs, recipe=given.recipe)
-        known = theirs.recipe if theirs.recipe in RECIPES else None
-        filling = given.recipe if same_recipe(theirs.recipe, given.recipe) else known
-        before = _described(theirs, filling=filling, config=stored_config(state))
-        now = _described(given, filling=None if filling is None else given.recipe)
+        before, now = _before_and_now(given, state)
     except (ValueError, TypeError, OSError) as error:
         return [f"warning: whether these weights are of this model is not known: {error}"]
     names = [name for name in before.keys() | now.keys() if before.get(name) != now.get(name)]
@@ -57,6 +49,20 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
         return []
     were, are = (_spelled({name: each.get(name) for name in differing}) for each in (before, now))
     return [f"warning: these weights were trained with {were}, and this launch has {are}"]
+
+
+def _before_and_now(given: ModelSettings, state: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    stored = state.get("settings")
+    if not isinstance(stored, Mapping):  # the recipe at most is known
+        theirs = dataclasses.replace(given, recipe=state.get("recipe", given.recipe))
+        return _described(theirs, filling=None), _described(given, filling=None)
+    theirs = stored_model(stored)
+    if located(theirs.recipe) == located(given.recipe):  # one file, by two paths
+        theirs = dataclasses.replace(theirs, recipe=given.recipe)
+    known = theirs.recipe if theirs.recipe in RECIPES else None
+    filling = given.recipe if same_recipe(theirs.recipe, given.recipe) else known
+    before = _described(theirs, filling=filling, config=stored_config(state))
+    return before, _described(given, filling=None if filling is None else given.recipe)
 
 
 def _described(settings: ModelSettings, *, filling: str | None, config: ModelConfig | None = None) -> dict[str, Any]:

@@ -92,7 +92,8 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         world: the ranks.
 
     Returns:
-        What the checkpoint says beside tensors; ``step`` if it is known, ``settings`` and ``config`` if it is ours.
+        What the checkpoint says beside tensors; ``step`` if it is known, ``settings`` and ``config`` if it is ours, or
+            ``recipe`` if it is OpenLM's, whose layout is of that one alone.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -116,7 +117,7 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
         checkpoint = read_openlm(path)
         with naming(path):
             tensors = from_openlm(checkpoint.state_dict, expected=shapes, config=model.config)
-        known = {"step": checkpoint.step, "epoch": checkpoint.epoch, "name": checkpoint.name}
+        known = {"step": checkpoint.step, "epoch": checkpoint.epoch, "name": checkpoint.name, "recipe": "openlm"}
     for name, tensor in own.items():
         fill(tensor, tensors[name])
     return {key: value for key, value in known.items() if value is not None}

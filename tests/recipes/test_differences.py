@@ -145,6 +145,14 @@ def test_a_recipe_file_by_two_paths_is_one(own, monkeypatch):
     assert line == f"warning: {SAME} --moe-top-k 2, and this launch has --moe-top-k 1"
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_of_openlms_weights_the_recipe_is_known(training):
+    [line] = model_warnings(ModelSettings(recipe="switch"), {"recipe": "openlm", "step": 3}, training=training)
+    assert line == f"warning: {SAME} --recipe openlm, and this launch has --recipe switch"
+    for same in (ModelSettings(moe_top_k=1), ModelSettings(recipe="switch", moe_freq=0)):
+        assert model_warnings(same, {"recipe": "openlm"}, training=training) == []
+
+
 @pytest.mark.parametrize("state", [{}, {"settings": None}, {"step": 3}])
 def test_weights_of_another_program_say_nothing(state):
     assert model_warnings(ModelSettings(), state, training=True) == []

@@ -393,6 +393,15 @@ def test_weights_that_were_trained_by_another_method_are_warned_of_from_safetens
     assert re.search(r"warning: these weights were trained with .*--recipe mixtral.* launch has .*--recipe olmoe", said)
 
 
+def test_openlms_weights_under_another_recipe_are_warned_of(program, trained, tmp_path, capsys):
+    path = str(as_openlm(tmp_path / "epoch_1.pt", trained[1]))
+    for recipe in ("openlm", "switch"):
+        program("--resume", path, "--steps", "1", "--recipe", recipe, name=recipe)
+        said = " ".join(capsys.readouterr().out.split())
+        words = "warning: these weights were trained with --recipe openlm, and this launch has --recipe switch"
+        assert (words in said) == (recipe == "switch")
+
+
 @pytest.mark.parametrize("kind", ["pt", "safetensors", "folder"])
 def test_weights_are_the_same_from_every_format(trained, tmp_path, kind):
     folder, model, _ = trained
