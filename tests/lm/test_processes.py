@@ -14,12 +14,17 @@ if __name__ == "__main__":
 
     with process_pool(1, preload="moekit.lm.processes") as pool:
         print("task:", pool.submit(mine.told, 1).result())
-    with compiling(1) as compile_jobs:
-        print("compiler:", compile_jobs([mine.Job()]))
-    multiprocessing.set_start_method("spawn")
+    try:
+        with compiling(1) as compile_jobs:
+            compile_jobs([mine.Job()])
+    except RuntimeError as error:
+        print("compiler:", error)
+    multiprocessing.set_start_method("spawn", force=True)
     rows = WorkerRows(mine.Reading(), {}, workers=1)
-    print("data worker:", rows._next_item())
-    rows.close()
+    try:
+        print("data worker:", rows._next_item())
+    finally:
+        rows.close()
 """
 MINE = """
 from typing import NamedTuple
