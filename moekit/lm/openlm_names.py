@@ -1,7 +1,7 @@
 """OpenLM's names of parameters, their order, and what to say where a file's tensors are not the model's."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Size, Tensor
@@ -95,12 +95,19 @@ def listed(names: Iterable[str], *, most: int = 12) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Size], *, openlm: bool = False) -> None:
-    """Check that a state dict has exactly a model's names and shapes.
+def check_tensors(
+    tensors: Mapping[str, Tensor],
+    expected: Mapping[str, Size],
+    *,
+    integers: Collection[str] = (),
+    openlm: bool = False,
+) -> None:
+    """Check that a state dict has exactly a model's names and shapes, and its kinds of numbers.
 
     Args:
         tensors: our names to what was read.
         expected: our names to the model's shapes.
+        integers: names of what is no weight in the model, such as a router's table.
         openlm: give the names of the message as OpenLM's file has them.
 
     Raises:
@@ -123,8 +130,9 @@ def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Size], *
                 found, wanted = Size(reversed(found)), Size(reversed(wanted))
             flags = " ".join(_flags(name, shape=True))
             raise ValueError(f"{spelled(name)}: found {tuple(found)}, expected {tuple(wanted)}. It depends on {flags}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{spelled(name)} is {tensor.dtype}; expected floating-point weights")
+        if tensor.is_floating_point() is (name in integers):
+            wanted_kind = "integers" if name in integers else "floating-point weights"
+            raise ValueError(f"{spelled(name)} is {tensor.dtype}; expected {wanted_kind}")
 
 
 def check_tied(tensors: Mapping[str, Tensor]) -> None:

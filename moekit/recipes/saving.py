@@ -17,6 +17,7 @@ from moekit.lm.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
+    read_state,
     save_checkpoint,
     stored_shapes,
     training_tensors,
@@ -30,6 +31,8 @@ from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import sum_skipped
 from moekit.recipes.router_states import check_states
 from moekit.recipes.runs import Run
+from moekit.recipes.settings import OptimizerSettings
+from moekit.recipes.settings_checks import SMALLEST_FP16
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
 
 _VERSION = "moekit"  # the key of a checkpoint's state that names the version that wrote it, as in exported files
@@ -193,6 +196,7 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     tensors = training_tensors(run.model, run.optimizer)
     random, stored = position(run).random, stored_shapes(folder)
     saved = {name: state for name, state in random.items() if name in stored}
+    moments = _moment_warnings(run.settings.optimizer, read_state(folder), f"checkpoint {folder}")
     state = load_checkpoint(folder, {**tensors, **saved})
     try:
         known = {name: state[name] for name in Progress._fields if name != "trained_tokens"}
@@ -216,7 +220,24 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     if scaler and run.scaler.is_enabled():
         run.scaler.load_state_dict(scaler)
     _restore_random(run, saved, step=progress.step)
-    return progress, model_warnings(run.settings.model, state, training=True)
+    return progress, [*model_warnings(run.settings.model, state, training=True), *moments]
+
+
+def _moment_warnings(given: OptimizerSettings, state: Mapping[str, Any], what: str) -> list[str]:
+    """Say what fp16, in which AdamW's state is kept with ``--precision fp16``, does to second moments; or refuse it."""
+    stored = state.get("settings")
+    theirs = stored if isinstance(stored, Mapping) else {}
+    before, eps = theirs.get("precision"), theirs.get("eps")
+    if given.precision == "fp16":
+        lost = f"second moments below {SMALLEST_FP16:g} become zero in fp16, in which --precision fp16 keeps them"
+        return [] if before == "fp16" else [f"warning: {what} was not trained in fp16: {lost}"]
+    if before == "fp16" and isinstance(eps, float) and given.eps < eps:
+        raise ValueError(
+            f"{what} was trained with --precision fp16 and --eps {eps:g}: its second moments below {SMALLEST_FP16:g} "
+            f"are zero, and with --eps {given.eps:g} AdamW would divide by next to nothing. Give --eps {eps:g}; or "
+            "begin another run with the weights alone, by `moekit export` and --resume of what that writes"
+        )
+    return []
 
 
 def _check_progress(progress: Progress, folder: Path) -> None:
@@ -261,6 +282,8 @@ def _restore_weights(run: Run, path: Path, console: Console) -> Progress:
     moments = None
     if path.suffix != ".safetensors":
         moments = read_openlm_optimizer(path, expected=shapes, weight_tying=run.model.config.weight_tying)
+    if moments:
+        print_warnings(console, *_moment_warnings(run.settings.optimizer, {}, f"the optimizer's state of {path}"))
     for name, value in (moments or {}).items():
         fill(tensors[name], value)
     # OpenLM's first version stores the step at which the epoch began; AdamW's own count is right in all.

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
         TrainSettings,
     )
 
-_SMALLEST_FP16 = 6e-8  # what is smaller rounds to zero
+SMALLEST_FP16 = 6e-8  # what is smaller rounds to zero
 
 _MOST_LANES = 65_536
 
@@ -197,7 +197,7 @@ def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings"
         raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
         raise ValueError("--fsdp-amp reduces gradients in float32 and --fsdp-pure-bf16 in bf16; give one of the two")
-    if optimizer.precision == "fp16" and optimizer.eps < _SMALLEST_FP16:
+    if optimizer.precision == "fp16" and optimizer.eps < SMALLEST_FP16:
         raise ValueError(
             f"--eps {optimizer.eps:g} is zero in fp16, in which --precision fp16 keeps the optimizer's state; "
             "give --eps 1e-4 or so, or use --precision amp"

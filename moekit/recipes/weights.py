@@ -110,7 +110,7 @@ def load_weights(model: LanguageModel, path: Path, world: World) -> dict[str, An
             both = [tensors[name] for name in TIED if name in tensors]
             tensors |= dict(zip(TIED, (both[0], both[-1]), strict=True)) if both else {}
         with naming(path):
-            check_tensors(tensors, shapes)
+            check_tensors(tensors, shapes, integers=[name for name in own if not own[name].is_floating_point()])
             if model.config.weight_tying:
                 check_tied(tensors)
     else:

@@ -15,7 +15,9 @@ from moekit.lm.checkpoint_checksums import file_checksums, write_checksums
 from moekit.lm.checkpoints import checkpoint_folder, save_checkpoint
 from moekit.lm.configs import OF_METHOD, ModelConfig
 from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
-from moekit.lm.tensor_files import read_safetensors
+from moekit.lm.tensor_files import read_safetensors, write_safetensors
+from moekit.parallel import one_process
+from moekit.recipes import hash_layer
 from moekit.recipes.configuration import flat_settings
 from moekit.recipes.export import export, main
 from moekit.recipes.language_models import language_model
@@ -23,6 +25,7 @@ from moekit.recipes.names import find_recipe
 from moekit.recipes.settings import ModelSettings, TrainSettings
 from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.trained import model_of
+from moekit.recipes.weights import load_weights
 
 SHAPE = {
     "hidden_dim": 16, "n_layers": 3, "n_heads": 2, "seq_len": 8, "vocab_size": 24,
@@ -68,6 +71,20 @@ def test_a_safetensors_file_loads_into_the_same_model(recipe, tied, tmp_path):
     again.load_state_dict(found)
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert (found["tok_embeddings.weight"] is found["output.weight"]) == tied
+
+
+def test_a_table_of_integers_is_read_back_and_is_not_taken_for_weights(tmp_path):
+    config = ModelConfig(**{**SHAPE, "moe_freq": 1, "moe_num_experts": 4})
+    model, again = (language_model(config, hash_layer(vocab_size=24)) for _ in range(2))
+    tables = [name for name, each in model.state_dict().items() if each.dtype == torch.int64]
+    assert len(tables) == 3
+    for name in tables:
+        again.state_dict()[name].zero_()
+    load_weights(again, write_safetensors(tmp_path / "a.safetensors", model.state_dict()), one_process())
+    assert all(torch.equal(each, model.state_dict()[name]) for name, each in again.state_dict().items())
+    spoiled = {**model.state_dict(), tables[0]: model.state_dict()[tables[0]].float()}
+    with pytest.raises(ValueError, match=r"table is torch\.float32; expected integers"):
+        load_weights(again, write_safetensors(tmp_path / "b.safetensors", spoiled), one_process())
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])

@@ -72,7 +72,8 @@ def test_the_end_of_a_run_tells_what_it_was(program, monkeypatch, capsys):
     assert "picture: none: libstdc++.so.6: version `GLIBCXX_3.4.29' not found" in said
     found = re.search(r"trained on 512 in \d+ s, ([\d,]+) tokens/s, MFU ([\d.]+)%", said)
     assert found is not None, said
-    assert float(found[2]) == pytest.approx(6 * active * int(found[1].replace(",", "")) / 1e10, abs=0.06)
+    flops = 6 * (active - 512 * 64) + 12 * 2 * SEQ_LEN * 64
+    assert float(found[2]) == pytest.approx(flops * int(found[1].replace(",", "")) / 1e10, abs=0.06)
 
 
 def test_a_launch_that_trains_nothing_says_nothing_of_its_use_of_the_device(program, monkeypatch, capsys):

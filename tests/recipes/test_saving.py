@@ -506,6 +506,28 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(program):
     assert expected["_growth_tracker"] > 1  # steps since the scale was changed: a new scaler has seen one
 
 
+def test_a_run_leaves_fp16_only_with_an_eps_that_hides_the_second_moments_that_were_lost(program, capsys):
+    half = program("--precision", "fp16", "--eps", "1e-4", "--steps", "2")
+    checkpoint = str(checkpoint_folder(half, 2))
+    moments = [tensor for name, tensor in tensors_of(Path(checkpoint)).items() if "exp_avg_sq" in name]
+    assert any((tensor == 0).any() for tensor in moments)
+    with pytest.raises(SystemExit, match=r"--precision fp16 and --eps 0\.0001: its second moments.*Give --eps 0\.0001"):
+        program("--steps", "3", "--resume", checkpoint, name="b")
+    program("--steps", "3", "--resume", checkpoint, "--eps", "1e-4", name="c")
+    assert "second moments" not in capsys.readouterr().out
+
+
+def test_a_run_that_goes_on_in_fp16_says_which_second_moments_are_lost(program, capsys):
+    whole = program("--steps", "2")
+    program(
+        "--steps", "3", "--resume", str(checkpoint_folder(whole, 2)), "--precision", "fp16", "--eps", "1e-4", name="b"
+    )
+    said = " ".join(capsys.readouterr().out.split())
+    assert "was not trained in fp16: second moments below 6e-08 become zero in fp16" in said
+    program("--steps", "4", "--resume", "latest", "--precision", "fp16", "--eps", "1e-4", name="b")
+    assert "second moments" not in capsys.readouterr().out
+
+
 @pytest.fixture
 def impatient(monkeypatch):
     """Refuse a locked folder at once."""
