@@ -36,7 +36,7 @@ from moekit.recipes.export import export
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.runs import set_up
 from moekit.recipes.saving import Progress, _check_progress, find_checkpoint, load_weights
-from moekit.recipes.settings import ModelSettings
+from moekit.recipes.settings import ModelSettings, OptimizerSettings
 from moekit.recipes.train import main
 from moekit.recipes.trained import trained_model
 
@@ -365,7 +365,10 @@ def test_how_far_another_program_was_is_what_its_optimizer_has_counted(monkeypat
     monkeypatch.setattr(saving, "load_weights", loaded)
     monkeypatch.setattr(saving, "read_openlm_optimizer", moments)
     run, path = SimpleNamespace(model=model, world=one_process(), optimizer=optimizer), Path(f"epoch_1.{suffix}")
-    run.budget, run.settings = SimpleNamespace(steps=5), SimpleNamespace(model=ModelSettings())
+    run.budget, run.settings = (
+        SimpleNamespace(steps=5),
+        SimpleNamespace(model=ModelSettings(), optimizer=OptimizerSettings()),
+    )
     progress = saving._restore_weights(run, path, Console(quiet=True))
     reads = [(path.name, {"weight": (2, 1), "bias": (2,)}, tied)] if suffix == "pt" else []
     assert asked == [(model, path, run.world), *reads]
