@@ -13,11 +13,11 @@ from moekit.lm.files import read_object, write_whole
 from moekit.recipes.ablation_recipes import other_recipe
 from moekit.recipes.ablation_runs import Job
 from moekit.recipes.budgets import make_budget
-from moekit.recipes.configuration import flat_settings
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import LegacySettings
 from moekit.recipes.setup import check_model, make_config
 from moekit.recipes.sources import check_lasts, make_corpus
+from moekit.recipes.stored_settings import flat_settings
 
 _OWN = frozenset({"steps", "recipe", "seed", "name", "logs", "resume", "describe", "world_size"})
 _WHERE_TO = "put a whole one back, or choose another --folder"

@@ -1,27 +1,22 @@
-"""Settings from a command line and a file, and back into a file."""
+"""Settings from a command line and the file that ``--config`` names."""
 
-import dataclasses
 import json
 import re
 import reprlib
 import shlex
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import tyro
 
-from moekit.lm.files import write_whole
-from moekit.recipes.derived import OF_LENGTH, derived_names, give_way, typed_flags
-from moekit.recipes.settings import ModelSettings, TrainSettings
-from moekit.recipes.wording import flag_of, no_place
+from moekit.recipes.derived import DERIVED, OF_LENGTH, derived_names, give_way, typed_flags
+from moekit.recipes.settings import TrainSettings
+from moekit.recipes.stored_settings import flat_settings
+from moekit.recipes.wording import flag_of
 
-_NOT_WRITTEN = frozenset({"config", "resume", "describe", "world_size"})  # of one launch, not of the run
-_RENAMED = {"preset": "model"}  # field to flag
-# Flags that are no settings.
-_OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})
-_DERIVED = "derived"  # the key of a run's file that is no setting: names of those that nobody gave
+_OF_A_LAUNCH = frozenset({"config", "help", "h", "tyro_print_completion", "tyro_write_completion"})  # are no settings
 _LONGEST = 200  # characters of a value in a message
 
 
@@ -81,7 +76,7 @@ def parse(arguments: list[str], *, prog: str | None = None) -> Parsed:
         ()
     """
     path, typed, values = _file_and_flags(arguments)
-    derived = values.pop(_DERIVED, [])
+    derived = values.pop(DERIVED, [])
     values = give_way(values, derived, arguments)
     left = tuple(name for name in derived if name in values.keys() - typed.keys())
     words = _words(values)
@@ -150,7 +145,7 @@ def kept_warnings(arguments: Sequence[str]) -> list[str]:
         []
     """
     path, typed, values = _file_and_flags(arguments)
-    if _DERIVED in values or not values.keys() >= set(OF_LENGTH):  # a run's file has them all, though some are null
+    if DERIVED in values or not values.keys() >= set(OF_LENGTH):  # a run's file has them all, though some are null
         return []
     filled = derived_names(flat_settings(TrainSettings()), values)
     left = give_way(values, filled, arguments)
@@ -185,7 +180,7 @@ def remedies(message: str, arguments: Sequence[str]) -> list[str]:
     if not re.search(r"\b[Ll]eave\b.*\bout\b", message, re.DOTALL):
         return []
     path, typed, values = _file_and_flags(arguments)
-    values = give_way(values, values.pop(_DERIVED, []), arguments)
+    values = give_way(values, values.pop(DERIVED, []), arguments)
     defaults, lines = flat_settings(TrainSettings()), []
     for flag in dict.fromkeys(re.findall(r"--[a-z][a-z0-9-]*", message)):
         name = flag.removeprefix("--").replace("-", "_")
@@ -236,14 +231,14 @@ def read_config(path: Path) -> dict[str, Any]:
         items = value if isinstance(value, list) else [value]
         if not all(item is None or isinstance(item, str | int | float) for item in items):
             raise ValueError(f"--config {path}: {key} is {_shown(value)}; expected a number, a text, or a list of them")
-        if key == _DERIVED and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
+        if key == DERIVED and not (isinstance(value, list) and all(isinstance(item, str) for item in value)):
             raise ValueError(
                 f"--config {path}: {key} is {_shown(value)}; expected a list of names of settings that nobody gave, as "
                 "a run writes it"
             )
     settings = {key.replace("-", "_"): value for key, value in values.items()}
-    if _DERIVED in settings:
-        settings[_DERIVED] = [name.replace("-", "_") for name in settings[_DERIVED]]
+    if DERIVED in settings:
+        settings[DERIVED] = [name.replace("-", "_") for name in settings[DERIVED]]
     return settings
 
 
@@ -251,27 +246,6 @@ def _shown(value: Any) -> str:
     """Write the beginning of a value: aliases of YAML make few lines a structure without end."""
     shown = reprlib.repr(value)
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
-
-
-def flat_settings(settings: TrainSettings) -> dict[str, Any]:
-    """List all settings by flag name, sorted, in plain values that JSON and text can hold.
-
-    Args:
-        settings: to list.
-
-    Returns:
-        Name to value; flags without effect are left out, unless they were given.
-
-    Example:
-        >>> flat = flat_settings(TrainSettings())
-        >>> flat["moe_num_experts"], flat["model"], "trace" in flat
-        (8, 'moekit_cpu', False)
-    """
-    groups = (getattr(settings, group.name) for group in dataclasses.fields(settings) if group.name != "legacy")
-    values = {_RENAMED.get(name, name): value for group in groups for name, value in vars(group).items()}
-    legacy = settings.legacy
-    values |= {each.name: given for each in dataclasses.fields(legacy) if (given := getattr(legacy, each.name))}
-    return {name: _plain(values[name]) for name in sorted(values)}
 
 
 def unflatten(values: Mapping[str, Any]) -> TrainSettings:
@@ -294,68 +268,6 @@ def unflatten(values: Mapping[str, Any]) -> TrainSettings:
         return tyro.cli(TrainSettings, args=_words(dict(values)), console_outputs=False)
     except SystemExit as error:
         raise ValueError(f"these settings are not of this version of moekit: {dict(values)}") from error
-
-
-def stored_model(values: Mapping[str, Any]) -> ModelSettings:
-    """Pick a model's settings out of what ``flat_settings`` listed, as they are in a checkpoint.
-
-    Args:
-        values: name to value; others are left out, and what is not there takes its default.
-
-    Returns:
-        ModelSettings.
-
-    Raises:
-        ValueError: if a value is of another kind than the setting.
-
-    Example:
-        >>> stored_model({"model": "open_lm_41m", "moe_top_k": 4, "lr": 1e-3}).preset
-        'open_lm_41m'
-    """
-    known, fields = {field.name for field in dataclasses.fields(ModelSettings)}, {v: k for k, v in _RENAMED.items()}
-    given = {fields.get(name, name): value for name, value in values.items()}
-    given = {name: value for name, value in given.items() if name in known}
-    hints = get_type_hints(ModelSettings)
-    for name, value in given.items():
-        if not _is_of(value, hints[name]):
-            raise ValueError(
-                f"the checkpoint's settings say {_RENAMED.get(name, name)} = {value!r}, which is no value of that "
-                f"setting; its state.json was changed or is damaged. Take another checkpoint"
-            )
-    return ModelSettings(**given)
-
-
-def write_config(folder: Path, settings: TrainSettings, *, derived: Collection[str] = ()) -> Path:
-    """Write a run's settings, resolved, as ``config.json``, which ``--config`` reads; and as OpenLM's ``params.txt``.
-
-    Args:
-        folder: of the run; made if need be.
-        settings: of the run.
-        derived: names of those that nobody gave, for ``config.json``.
-
-    Returns:
-        The path of ``config.json``.
-
-    Raises:
-        OSError: if the folder cannot be made.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(no_place(folder, error)) from error
-    values = flat_settings(settings)
-    write_whole(folder / "params.txt", "".join(f"{name}: {value}\n" for name, value in values.items()))
-    kept = {name: value for name, value in values.items() if name not in _NOT_WRITTEN}
-    kept |= {_DERIVED: [name for name in kept if name in derived]}
-    return write_whole(folder / "config.json", json.dumps(kept, indent=1) + "\n")
-
-
-def _is_of(value: Any, hint: Any) -> bool:
-    if get_origin(hint) is Literal:
-        return value in get_args(hint)
-    kinds = get_args(hint) or (hint,)
-    also = (int,) if float in kinds else ()
-    return isinstance(value, (*kinds, *also)) or (value is None and hint is not str)
 
 
 def _parse(path: Path) -> Any:
@@ -393,9 +305,3 @@ def _words(values: dict[str, Any]) -> list[str]:
 def _word(value: Any) -> str:
     """Write one of several values: a path that begins with - would be read as a flag."""
     return f"./{value}" if isinstance(value, str) and value.startswith("-") else str(value)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return str(value) if isinstance(value, Path) else value

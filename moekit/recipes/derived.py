@@ -5,6 +5,7 @@ from typing import Any
 
 from moekit.lm.configs import OF_METHOD
 
+DERIVED = "derived"  # the key of a run's file that is no setting: names of those that nobody gave
 _EXCLUDING = (  # of the two sides the command line's counts
     (("batch_size",), ("global_batch_size",)),
     (("steps",), ("train_num_samples", "epochs")),

@@ -6,10 +6,10 @@ from typing import Any
 
 from moekit.lm.configs import OF_METHOD, ModelConfig
 from moekit.recipes.ablation_recipes import located, same_recipe
-from moekit.recipes.configuration import stored_model
 from moekit.recipes.names import RECIPES
 from moekit.recipes.settings import ModelSettings
 from moekit.recipes.setup import make_config, resolved_model
+from moekit.recipes.stored_settings import stored_model
 from moekit.recipes.weights import stored_config
 from moekit.recipes.wording import flag_of
 
@@ -33,7 +33,7 @@ def model_warnings(given: ModelSettings, state: Mapping[str, Any], *, training: 
         Lines of text; none if nothing differs, or nothing is known.
 
     Example:
-        >>> from moekit.recipes.configuration import flat_settings
+        >>> from moekit.recipes.stored_settings import flat_settings
         >>> from moekit.recipes.settings import TrainSettings
         >>> state = {"settings": flat_settings(TrainSettings(model=ModelSettings(recipe="olmoe", moe_top_k=4)))}
         >>> print(*model_warnings(ModelSettings(recipe="olmoe"), state, training=False))

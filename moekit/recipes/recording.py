@@ -15,12 +15,12 @@ from moekit.lm.json_lines import JsonLines
 from moekit.lm.orders import Address
 from moekit.lm.permutations import BLOCK, block_permutation
 from moekit.lm.trackers import Trackers, open_trackers, parse_report_to
-from moekit.recipes.configuration import flat_settings
 from moekit.recipes.evaluate import Evaluation
 from moekit.recipes.language_models import first_moe_layer, flops_per_token, moe_layers
 from moekit.recipes.routing_sums import layer_loads
 from moekit.recipes.runs import Run
 from moekit.recipes.saving import Progress
+from moekit.recipes.stored_settings import flat_settings
 from moekit.recipes.updates import StepResult
 
 _PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s, by NVIDIA's data sheets

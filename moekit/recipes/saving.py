@@ -26,13 +26,13 @@ from moekit.lm.consoles import print_lines, print_warnings
 from moekit.lm.openlm_optimizers import read_openlm_optimizer
 from moekit.parallel import fill, share
 from moekit.recipes.abandoned import abandon
-from moekit.recipes.configuration import flat_settings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.evaluate import sum_skipped
 from moekit.recipes.router_states import check_states
 from moekit.recipes.runs import Run
 from moekit.recipes.settings import OptimizerSettings
 from moekit.recipes.settings_checks import SMALLEST_FP16
+from moekit.recipes.stored_settings import flat_settings
 from moekit.recipes.weights import find_checkpoint, load_weights, naming
 
 _VERSION = "moekit"  # the key of a checkpoint's state that names the version that wrote it, as in exported files

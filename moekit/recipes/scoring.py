@@ -15,7 +15,6 @@ from moekit.lm.model import LanguageModel
 from moekit.parallel import World
 from moekit.recipes import report
 from moekit.recipes.budgets import DEFAULT_BATCH
-from moekit.recipes.configuration import flat_settings, write_config
 from moekit.recipes.construction import make_model
 from moekit.recipes.derived import derived_names
 from moekit.recipes.differences import model_warnings
@@ -27,6 +26,7 @@ from moekit.recipes.runs import run_folder, shared_corpus
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.setup import check_model, make_config, resolved_model, with_model_keys
 from moekit.recipes.sources import Corpus, read_set
+from moekit.recipes.stored_settings import flat_settings, write_config
 from moekit.recipes.weights import find_checkpoint, load_weights
 
 

@@ -19,7 +19,7 @@ from moekit.recipes import report
 from moekit.recipes.audits import audit
 from moekit.recipes.choices import experts_per_token
 from moekit.recipes.commands import command_line
-from moekit.recipes.configuration import code_of_file, flat_settings, kept_warnings, parse, remedies, write_config
+from moekit.recipes.configuration import code_of_file, kept_warnings, parse, remedies
 from moekit.recipes.construction import kernel_notes, run_layer, run_layout
 from moekit.recipes.derived import derived_names
 from moekit.recipes.finishing import Trained, finish, set_results_aside
@@ -35,6 +35,7 @@ from moekit.recipes.scoring import score
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
 from moekit.recipes.setup import check_model, make_config, make_recipe, overridden_flags
+from moekit.recipes.stored_settings import flat_settings, write_config
 from moekit.routing.token_rounding import rounding_of
 
 _ERRORS = (ValueError, OSError, ModuleNotFoundError, FloatingPointError, TypeError)

@@ -10,12 +10,12 @@ import torch
 from moekit.lm.checkpoints import load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.recipes.automatic import automatic
-from moekit.recipes.configuration import stored_model
 from moekit.recipes.language_models import language_model
 from moekit.recipes.layers import Recipe
 from moekit.recipes.names import RECIPES
 from moekit.recipes.routers import PREFIX
 from moekit.recipes.setup import make_config, make_evaluation_recipe, make_recipe, with_model_keys
+from moekit.recipes.stored_settings import stored_model
 from moekit.recipes.weights import newest_of, stored_config
 
 

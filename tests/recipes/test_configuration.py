@@ -11,18 +11,11 @@ from hypothesis import strategies as st
 
 from moekit.lm.configs import OF_METHOD
 from moekit.recipes import train
-from moekit.recipes.configuration import (
-    flat_settings,
-    kept_warnings,
-    parse,
-    parse_settings,
-    read_config,
-    unflatten,
-    write_config,
-)
+from moekit.recipes.configuration import kept_warnings, parse, parse_settings, read_config, unflatten
 from moekit.recipes.derived import _EXCLUDING, _SOURCES, derived_names
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import without_effect
+from moekit.recipes.stored_settings import flat_settings, write_config
 
 TRAIN_COMMAND = r"""
     --train-num-samples 1000000000 \

@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from moekit.recipes.configuration import flat_settings
 from moekit.recipes.differences import model_warnings
 from moekit.recipes.settings import ModelSettings, TrainSettings
 from moekit.recipes.setup import make_config, with_model_keys
+from moekit.recipes.stored_settings import flat_settings
 
 SAME = "these weights were trained with"
 

@@ -18,12 +18,12 @@ from moekit.lm.openlm_checkpoints import from_openlm, read_openlm
 from moekit.lm.tensor_files import read_safetensors, write_safetensors
 from moekit.parallel import one_process
 from moekit.recipes import hash_layer
-from moekit.recipes.configuration import flat_settings
 from moekit.recipes.export import export, main
 from moekit.recipes.language_models import language_model
 from moekit.recipes.names import find_recipe
 from moekit.recipes.settings import ModelSettings, TrainSettings
 from moekit.recipes.setup import make_config, make_recipe
+from moekit.recipes.stored_settings import flat_settings
 from moekit.recipes.trained import model_of
 from moekit.recipes.weights import load_weights
 

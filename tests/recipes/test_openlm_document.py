@@ -4,9 +4,10 @@ import re
 from dataclasses import fields
 from pathlib import Path
 
-from moekit.recipes.configuration import flat_settings, parse_settings
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import LegacySettings, without_effect
+from moekit.recipes.stored_settings import flat_settings
 
 TEXT = (Path(__file__).parents[2] / "docs/openlm.md").read_text(encoding="utf-8")
 SECTION = re.split(r"^## ", TEXT.split("\n## Every flag\n")[1], flags=re.MULTILINE)[0]

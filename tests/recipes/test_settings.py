@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from moekit.recipes.configuration import flat_settings, parse_settings
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.settings import DataSettings, OptimizerSettings, RunSettings, TrainSettings
+from moekit.recipes.stored_settings import flat_settings
 
 
 def failing_words(capsys, arguments):

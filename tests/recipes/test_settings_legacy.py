@@ -3,9 +3,10 @@ from typing import get_type_hints
 
 import pytest
 
-from moekit.recipes.configuration import flat_settings, parse_settings
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.settings_legacy import LegacySettings, without_effect
+from moekit.recipes.stored_settings import flat_settings
 
 REFUSED = ("train_data", "dataset_resampled", "dataset_type", "target_mask_left", "target_mask_individual")
 REFUSED += ("averagers", "remote_sync")
