@@ -1,6 +1,6 @@
 """What training does with what routers remember: lets them observe, moves them, and looks whether they are numbers.
 
-A NaN there stays, and no later step can mend it.
+NaN or infinity there stays, and no later step can mend it.
 """
 
 from collections.abc import Sequence
@@ -50,8 +50,8 @@ def update_router_states(model: LanguageModel, observed: Sequence[Tensor]) -> No
         layer.update_state(sums)
 
 
-def nan_in_states(model: LanguageModel) -> Tensor | None:
-    """Look for NaN in the states of all routers, without reading the device.
+def nonfinite_in_states(model: LanguageModel) -> Tensor | None:
+    """Look for NaN and infinity in the states of all routers, without reading the device.
 
     Args:
         model: whose MoE layers hold them.
@@ -64,22 +64,22 @@ def nan_in_states(model: LanguageModel) -> Tensor | None:
         >>> from moekit.recipes import deepseek_moe
         >>> from moekit.recipes.language_models import language_model
         >>> config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=4)
-        >>> nan_in_states(language_model(config, deepseek_moe(k=2)))
+        >>> nonfinite_in_states(language_model(config, deepseek_moe(k=2)))
         tensor(False)
     """
     states = [state.flatten() for _, layer in moe_layers(model) if (state := _numbers(layer)) is not None]
-    return torch.cat(states).isnan().any() if states else None
+    return torch.cat(states).isfinite().logical_not().any() if states else None
 
 
 def check_states(model: LanguageModel, *, step: int) -> None:
-    """Refuse states that have become NaN. Reads the device, if any router remembers numbers.
+    """Refuse states that have become NaN or infinite. Reads the device, if any router remembers numbers.
 
     Args:
         model: whose MoE layers hold them.
         step: optimizer steps done.
 
     Raises:
-        FloatingPointError: if one holds NaN and did not begin with it.
+        FloatingPointError: if one holds NaN or infinity and did not begin with it.
 
     Example:
         >>> from moekit.lm.configs import load_config
@@ -88,19 +88,21 @@ def check_states(model: LanguageModel, *, step: int) -> None:
         >>> config = load_config("moekit_tiny", moe_freq=2, moe_num_experts=4)
         >>> check_states(language_model(config, deepseek_moe(k=2)), step=1)
     """
-    found = nan_in_states(model)
+    found = nonfinite_in_states(model)
     if found is None or not found:
         return
     for block, layer in moe_layers(model):
         state, kind = _numbers(layer), layer.recipe.state
-        if state is None or kind is None or not state.isnan().any():
+        if state is None or kind is None or state.isfinite().all():
             continue
-        if not kind.init(num_choices(layer.recipe, layer.num_experts), device=state.device).isnan().any():
-            raise FloatingPointError(
-                f"the state {kind.name!r} of block {block} holds NaN after step {step}: its update made it so. No "
-                f"checkpoint has it. Mend recipe.state.update, or what recipe.state.observe returns, and start anew or "
-                f"resume from an older checkpoint"
-            )
+        first = kind.init(num_choices(layer.recipe, layer.num_experts), device=state.device)
+        for word, among in (("NaN", torch.isnan), ("infinity", torch.isinf)):
+            if among(state).any() and not among(first).any():
+                raise FloatingPointError(
+                    f"the state {kind.name!r} of block {block} holds {word} after step {step}: its update made it so. "
+                    f"No checkpoint has it. Mend recipe.state.update, or what recipe.state.observe returns, and start "
+                    f"anew or resume from an older checkpoint"
+                )
 
 
 def _numbers(layer: MoE) -> Tensor | None:

@@ -13,7 +13,7 @@ from moekit.parallel import all_sum, sum_gradients
 from moekit.recipes.budgets import final_rate, warmup_steps
 from moekit.recipes.optimizers import clip_gradients, gradient_norm, learning_rate
 from moekit.recipes.precisions import autocast
-from moekit.recipes.router_states import check_states, nan_in_states, update_router_states
+from moekit.recipes.router_states import check_states, nonfinite_in_states, update_router_states
 from moekit.recipes.runs import Run
 from moekit.recipes.steps import (
     LossRules,
@@ -134,7 +134,7 @@ def _of_targets(loss: StepLoss, tokens: Tokens) -> StepLoss:
 
 def _read(run: Run, loss: StepLoss, norm: Tensor, *, step: int) -> tuple[float, float]:
     """Read loss and norm in one wait for the device, and hear in it whether routers still remember numbers."""
-    lost = nan_in_states(run.model)
+    lost = nonfinite_in_states(run.model)
     numbers = [loss.total, norm] if lost is None else [loss.total, norm, lost]
     total, length, *found = torch.stack([each.double() for each in numbers]).tolist()
     if any(found):

@@ -54,8 +54,9 @@ def adaptive_l1(*, k: float, rate: float = 1.2, initial: float = 1e-8, loss: str
 
     A step is lambda * rate ** sign((1 - k/E) - sparsity). Sparsity is 1 - active / (E tokens), so E cancels: the
     coefficient grows where more than k experts a token are active, shrinks where fewer are, and stays at exactly k, or
-    without tokens. The paper has one coefficient for all layers, from the sparsity of all of them together; a layer
-    that keeps this state has its own.
+    without tokens. It stays a normal number of its dtype, 1.2e-38 to 3.4e38 in float32: much smaller ones would round
+    back to themselves, and infinity would stay. The paper has one coefficient for all layers, from the sparsity of all
+    of them together; a layer that keeps this state has its own.
 
     No host synchronisation. Deterministic on CUDA.
 
@@ -101,4 +102,6 @@ def _coefficient(num_experts: int, *, initial: float, device: torch.device | str
 
 def _update(coefficient: Tensor, observed: Tensor, *, k: float, rate: float) -> Tensor:
     active, tokens = observed.double()
-    return (coefficient.double() * rate ** torch.sign(active - k * tokens)).to(coefficient.dtype)
+    bounds = torch.finfo(coefficient.dtype)
+    moved = coefficient.double() * rate ** torch.sign(active - k * tokens)
+    return moved.clamp(bounds.tiny, bounds.max).to(coefficient.dtype)  # beyond them it could not come back

@@ -176,6 +176,8 @@ def recipe(update, first=0.0):
 
 lost = lambda: recipe(lambda state, sums: state * float("nan"))
 later = lambda: recipe(lambda state, sums: torch.where(state < 2, state + 1, float("nan")))
+grown = lambda: recipe(lambda state, sums: state + float("inf"))
+masked = lambda: recipe(lambda state, sums: state * float("nan"), first=float("-inf"))
 unset = lambda: recipe(lambda state, sums: state, first=float("nan"))
 """
 
@@ -187,12 +189,15 @@ unset = lambda: recipe(lambda state, sums: state, first=float("nan"))
         ("lost", 1, ("--steps", "1")),
         ("lost", 1, ("--save-every-n-steps", "1", "--on-nonfinite", "skip")),
         ("later", 3, ("--save-every-n-steps", "2")),
+        ("grown", 1, ()),
+        ("masked", 1, ()),
     ],
 )
-def test_a_state_that_becomes_nan_stops_the_run_and_is_not_saved(program, tmp_path, recipe, step, flags):
+def test_a_state_that_becomes_nan_or_infinite_stops_the_run_and_is_not_saved(program, tmp_path, recipe, step, flags):
     (tmp_path / "mine.py").write_text(REMEMBERING)
+    word = "infinity" if recipe == "grown" else "NaN"
     message = (
-        rf"the state 'memory' of block 0 holds NaN after step {step}: its update made it so\. No checkpoint has it"
+        rf"the state 'memory' of block 0 holds {word} after step {step}: its update made it so\. No checkpoint has it"
     )
     with pytest.raises(SystemExit, match=message):
         program("--recipe", f"{tmp_path}/mine.py:{recipe}", *flags)

@@ -123,6 +123,28 @@ def test_without_tokens_the_coefficient_stays() -> None:
     assert adaptive_l1(k=2).update(torch.tensor(0.5), torch.zeros(2)).item() == 0.5
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("active", [0.0, 70.0])
+def test_the_coefficient_comes_back_from_wherever_it_went(active: float, dtype: torch.dtype) -> None:
+    """Below the normal numbers times 1.2 rounds back to where it was, and infinity stays whatever it is divided by."""
+    state, bounds = adaptive_l1(k=6), torch.finfo(dtype)
+    edge = bounds.max if active else bounds.tiny
+    coefficient = torch.tensor(edge, dtype=dtype)
+    for _ in range(3):
+        coefficient = state.update(coefficient, torch.tensor([active, 10.0]))
+    assert coefficient.item() == edge
+    back = state.update(coefficient, torch.tensor([70.0 - active, 10.0]))
+    assert back.item() == pytest.approx(edge / 1.2 if active else edge * 1.2)
+
+
+def test_the_step_of_the_coefficient_is_one_graph() -> None:
+    torch._dynamo.reset()
+    update = adaptive_l1(k=6).update
+    compiled = torch.compile(lambda *given: update(*given), fullgraph=True, backend="aot_eager")
+    given = torch.tensor(1e-8), torch.tensor([70.0, 10.0])
+    assert torch.equal(compiled(*given), update(*given))
+
+
 def test_counts_of_parts_add_up_and_leave_padding_out() -> None:
     logits, mask = torch.randn(T, E), torch.arange(T) != 3
     routing = mask_tokens(relu_choice(logits), mask)
