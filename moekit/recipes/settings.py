@@ -36,7 +36,7 @@ class ModelSettings:
     """Coefficient of the load-balancing loss, averaged over MoE layers; by default the recipe's own."""
     moe_loss_scope: Literal["step", "micro-batch"] = "step"
     """Whose load must be balanced: a whole step's, over micro-batches and ranks (then --accum-freq above 1 costs one
-    more forward, and changes no gradient), or each micro-batch's of each rank, as in OpenLM."""
+    more forward where a loss uses it, and changes no gradient), or each micro-batch's of each rank, as in OpenLM."""
     recipe: str = "openlm"
     """MoE method: a name, or path/to/file.py:name."""
 

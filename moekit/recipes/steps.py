@@ -17,6 +17,7 @@ from moekit.recipes.layers import Recipe, weighted_sum
 from moekit.recipes.modules import MoE
 from moekit.recipes.router_states import observe_state
 from moekit.recipes.routing_sums import choice_counts, counts_alone, routing_sums, stacked
+from moekit.routing.scopes import uses_counts
 from moekit.types import LayerOutput
 
 
@@ -178,9 +179,10 @@ def take_gradient(
     The loss is a mean over the global batch, so its gradient is the same for any number of micro-batches and ranks, to
     rounding, wherever tokens are routed one by one: no capacity limit drops assignments (a limit counts within a
     micro-batch), and the router draws no random numbers and does not look at the whole batch. Losses that are no means
-    over tokens, as ``importance_loss``, are those of micro-batches. For the other balancing losses that takes the load
-    of the whole step: with several micro-batches it is counted by a forward without gradients before the first
-    backward; with several ranks it is summed over them.
+    over tokens, as ``importance_loss``, are those of micro-batches. Balancing losses that use the load take that of
+    the whole step: with several micro-batches it is counted by a forward without gradients before the first
+    backward; with several ranks it is summed over them. Neither happens if no loss with a weight uses it, see
+    ``moekit.routing.scopes.ignores_counts``.
 
     Args:
         model: whose MoE layers carry their recipe's coefficients.
@@ -209,7 +211,7 @@ def take_gradient(
     rules, world = rules or LossRules(), world or one_process()
     tokens = Tokens(*map(sum, zip(*map(count_tokens, batches), strict=True))) if tokens is None else tokens
     layers = [layer for _, layer in moe_layers(model)]
-    weighs = rules.whole_step and any(_weighs_losses(layer.recipe) for layer in layers)
+    weighs = rules.whole_step and any(_weighs_counts(layer.recipe) for layer in layers)
     counts = _count_ahead(model, batches, rules, world, masked) if weighs and len(batches) > 1 else None
     parts: list[list[Tensor]] = []  # of each micro-batch, as _joined lays them out
     names, backward_time = sorted({name for layer in layers for name in layer.recipe.losses}), 0.0
@@ -288,8 +290,12 @@ def _balancing(
     return sum(weighted) / max(len(layers), 1), means
 
 
-def _weighs_losses(recipe: Recipe) -> bool:
-    return any(recipe.coefficients.values()) or (recipe.state is not None and bool(recipe.state.scales))
+def _weighs_counts(recipe: Recipe) -> bool:
+    """Return whether a loss that may use counts of a larger batch has a weight."""
+    weighed = {name for name, weight in recipe.coefficients.items() if weight}
+    if recipe.state is not None:
+        weighed.add(recipe.state.scales)
+    return any(name in weighed and uses_counts(loss) for name, loss in recipe.losses.items())
 
 
 def _coefficients(layer: MoE) -> Mapping[str, float | Tensor]:

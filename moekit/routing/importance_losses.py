@@ -14,6 +14,7 @@ from moekit.routing.scopes import (
     check_decision,
     hidden,
     hidden_logits,
+    ignores_counts,
     mean_of_pools,
     real_tokens,
     sums_of_pools,
@@ -24,6 +25,7 @@ from moekit.routing.top_k import Score, scored
 from moekit.types import Logits, NoisyLogits, Routing
 
 
+@ignores_counts
 def importance_loss(
     logits: Logits,
     routing: Routing,
@@ -76,6 +78,7 @@ def importance_loss(
     return _squared_variation(values, token_mask, scope=scope, sequence_length=sequence_length)
 
 
+@ignores_counts
 def load_loss(
     logits: Logits,
     routing: Routing,

@@ -8,6 +8,7 @@ from moekit.routing.scopes import (
     check_decision,
     counts_of_pools,
     hidden_logits,
+    ignores_counts,
     mean_of_pools,
     real_tokens,
     sums_of_pools,
@@ -76,6 +77,7 @@ def load_balance_loss(
     return balance_of_pools(counts, sums, real, per_token=per_token)
 
 
+@ignores_counts
 def z_loss(
     logits: Logits,
     routing: Routing | None = None,

@@ -10,6 +10,7 @@ from moekit.routing.scopes import (
     Scope,
     check_decision,
     hidden_logits,
+    ignores_counts,
     mean_of_pools,
     real_tokens,
     sums_of_pools,
@@ -74,6 +75,7 @@ def weighted_l1_loss(
     return (weights * load[routing.expert_indices.clamp_min(0)]).sum() / tokens
 
 
+@ignores_counts
 def entropy_loss(
     logits: Logits,
     routing: Routing | None = None,

@@ -6,6 +6,8 @@ implies balance of the batch, and not the other way round.
 """
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +18,42 @@ from moekit.segments import tokens_per_expert as count_tokens
 from moekit.types import Logits, Routing
 
 Scope = Callable[[Tensor, int | None], Tensor]
+AnyLoss = TypeVar("AnyLoss", bound=Callable[..., Tensor])
+
+
+def ignores_counts(loss: AnyLoss) -> AnyLoss:
+    """Mark a loss whose value is the same for any ``tokens_per_expert``, so that training need not count them for it.
+
+    Args:
+        loss: to mark, for example by writing this as its decorator.
+
+    Returns:
+        The loss.
+
+    Example:
+        >>> from moekit.routing import load_balance_loss, z_loss
+        >>> uses_counts(load_balance_loss), uses_counts(z_loss)
+        (True, False)
+    """
+    vars(loss)["ignores_counts"] = loss  # itself: functools.wraps copies attributes to what may well use counts
+    return loss
+
+
+def uses_counts(loss: Callable[..., Tensor]) -> bool:
+    """Return whether a loss may depend on ``tokens_per_expert``: unless it, or what it is partial of, is marked.
+
+    Args:
+        loss: the loss, or a ``functools.partial`` of it.
+
+    Example:
+        >>> from moekit.routing import z_loss
+        >>> uses_counts(partial(z_loss)), uses_counts(lambda *given, **options: z_loss(*given, **options))
+        (False, True)
+    """
+    plain: Any = loss
+    while isinstance(plain, partial):
+        plain = plain.func
+    return getattr(plain, "ignores_counts", None) is not plain
 
 
 def whole_batch(values: Tensor, sequence_length: int | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from moekit.routing.scopes import (
     counts_of_pools,
     each_sequence,
     hidden_logits,
+    ignores_counts,
     real_tokens,
     sums_of_pools,
 )
@@ -16,6 +17,7 @@ from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
 
+@ignores_counts
 def sequence_balance_loss(
     logits: Logits,
     routing: Routing,

@@ -7,7 +7,19 @@ import torch
 import torch.nn.functional as F
 
 from moekit.lm.configs import load_config
-from moekit.recipes import deepseek_moe, deepseek_v2, deepseek_v3, dynamic_k, gshard, mixtral, olmoe, openlm, remoe
+from moekit.recipes import (
+    deepseek_moe,
+    deepseek_v2,
+    deepseek_v3,
+    dynamic_k,
+    gshard,
+    mixtral,
+    olmoe,
+    openlm,
+    remoe,
+    sparsely_gated,
+    steps,
+)
 from moekit.recipes.language_models import language_model, moe_layers, recompute_activations
 from moekit.recipes.layers import weighted_sum
 from moekit.recipes.router_states import update_router_states
@@ -332,6 +344,18 @@ def test_the_load_is_counted_ahead_only_where_it_matters(coefficient, whole_step
     calls = counted(model)
     take_gradient(model, torch.randint(512, (4, 9)).chunk(pieces), rules=LossRules(whole_step=whole_step))
     assert calls == expected
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "sparsely_gated", "remoe"])
+def test_only_losses_that_use_counts_have_the_load_counted_ahead(name, ragged, monkeypatch):
+    recipes = {**RECIPES, "sparsely_gated": sparsely_gated(k=2), "remoe": remoe(k=2)}
+    model = make(enlarge(recipes[name]))
+    calls = counted(model)
+    found = loss_and_gradients(model, ragged.chunk(2))
+    assert len(calls) == (4 if name == "remoe" else 2)
+    monkeypatch.setattr(steps, "uses_counts", lambda loss: True)  # as if all did
+    assert_same(found, loss_and_gradients(model, ragged.chunk(2)), 0.0)
+    assert calls[-4:] == [False, False, True, True]
 
 
 def test_the_counting_pass_computes_no_logits():

@@ -1,15 +1,21 @@
 """What every loss keeps: one signature, one graph, padding that changes nothing, float32 for float32."""
 
-from functools import partial
+import importlib
+import inspect
+import pkgutil
+from functools import partial, wraps
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from moekit import routing
 from moekit.routing import load_balance_loss, mask_tokens, top_k, z_loss
+from moekit.routing.heterogeneous import heterogeneous_balance_loss
 from moekit.routing.importance_losses import importance_loss, load_loss
 from moekit.routing.regularizers import entropy_loss, weighted_l1_loss
-from moekit.routing.scopes import each_sequence, each_token
+from moekit.routing.scopes import each_sequence, each_token, ignores_counts, uses_counts
 from moekit.routing.sequence_losses import sequence_balance_loss
 from moekit.types import NoisyLogits
 
@@ -28,6 +34,7 @@ LOSSES = {
     "entropy": entropy_loss,
     "entropy by token": partial(entropy_loss, scope=each_token),
 }
+ALL_LOSSES = {**LOSSES, "simple experts": partial(heterogeneous_balance_loss, num_simple=2)}
 
 
 def noisy_logits(dtype: torch.dtype = torch.float64) -> NoisyLogits:
@@ -90,6 +97,40 @@ def test_no_tokens_give_zero(name: str) -> None:
     empty = NoisyLogits(*(torch.zeros(0, E) for _ in range(3)))
     loss = LOSSES[name](empty, top_k(empty.logits, k=K), sequence_length=L)
     assert loss.item() == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ALL_LOSSES)
+def test_exactly_losses_that_are_marked_ignore_counts_of_a_larger_batch(name: str, masked: bool) -> None:
+    """Value and gradient, bit for bit: training counts no load for those."""
+    logits, mask = noisy_logits(torch.float32), torch.arange(T) < 9 if masked else None
+    routing, uneven = top_k(logits.logits, k=K), torch.arange(1.0, K * E + 1).view(K, E) ** 2
+    loss, found = ALL_LOSSES[name], []
+    for counts in (None, uneven, uneven.flip(1)):
+        value = loss(logits, routing, token_mask=mask, tokens_per_expert=counts, sequence_length=L)
+        (grad,) = torch.autograd.grad(value, logits.clean, retain_graph=True)
+        found.append(torch.cat([value.detach().view(1), grad.flatten()]))
+    assert [not each.equal(found[0]) for each in found[1:]] == [uses_counts(loss)] * 2
+
+
+def test_all_losses_are_here() -> None:
+    names = [each.name for each in pkgutil.iter_modules(routing.__path__)]
+    modules = [importlib.import_module(f"moekit.routing.{name}") for name in names if not name.endswith("_triton")]
+    functions = {value for module in modules for value in vars(module).values() if inspect.isfunction(value)}
+    options = {"token_mask", "tokens_per_expert", "sequence_length"}
+    losses = {function for function in functions if options <= inspect.signature(function).parameters.keys()}
+    assert losses == {getattr(loss, "func", loss) for loss in ALL_LOSSES.values()}
+
+
+def test_what_nobody_marked_counts_as_using_counts() -> None:
+    @wraps(z_loss)  # which copies attributes
+    def own(*given: Any, tokens_per_expert: Tensor | None = None, **options: Any) -> Tensor:
+        return load_balance_loss(*given, tokens_per_expert=tokens_per_expert, **options)
+
+    assert uses_counts(own)
+    assert uses_counts(partial(own))
+    assert not uses_counts(partial(partial(entropy_loss), scope=each_token))
+    assert not uses_counts(ignores_counts(lambda *given, **options: z_loss(*given)))
 
 
 @pytest.mark.parametrize("name", LOSSES)
