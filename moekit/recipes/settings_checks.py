@@ -149,11 +149,12 @@ def _check_length(optimizer: "OptimizerSettings", data: "DataSettings") -> None:
             f"--steps {optimizer.steps} and --train-num-samples {data.train_num_samples} both say how long to train; "
             "give one of the two"
         )
-    if optimizer.lr_cooldown_end is not None and optimizer.lr_cooldown_end > optimizer.lr:
-        raise ValueError(
-            f"--lr-cooldown-end {optimizer.lr_cooldown_end:g} is above --lr {optimizer.lr:g}, so the rate would rise; "
-            "give a smaller one"
-        )
+    for name in ("lr_cooldown_end", "force_min_lr"):
+        rate = getattr(optimizer, name)
+        if rate is not None and rate > optimizer.lr:
+            raise ValueError(
+                f"{flag_of(name)} {rate:g} is above --lr {optimizer.lr:g}, so the rate would rise; give a smaller one"
+            )
     if data.epochs is not None and data.train_num_samples is None:
         raise ValueError(
             f"--epochs {data.epochs} counts stretches of --train-num-samples tokens, which is not given; "

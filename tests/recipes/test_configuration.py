@@ -175,6 +175,7 @@ SPECIAL = {
     "resume": "a checkpoint.pt",
     "accum_freq": 2,
     "lr_cooldown_end": 1e-5,
+    "force_min_lr": 1e-5,
     "data_key": "json.gz",
 }
 NEEDS = {

@@ -209,10 +209,11 @@ def test_one_checkpoint_is_kept_or_several():
     settings_of(delete_previous_checkpoint=True, keep_checkpoints=1)
 
 
-def test_the_rate_may_end_where_it_is_and_not_above():
-    TrainSettings(optimizer=OptimizerSettings(lr=1e-3, lr_cooldown_end=1e-3))
-    with pytest.raises(ValueError, match=r"--lr-cooldown-end 0.002 is above --lr 0.001, so the rate would rise"):
-        TrainSettings(optimizer=OptimizerSettings(lr=1e-3, lr_cooldown_end=2e-3))
+@pytest.mark.parametrize("flag", ["--lr-cooldown-end", "--force-min-lr"])
+def test_the_rate_may_end_where_it_is_and_not_above(flag):
+    name = flag.removeprefix("--").replace("-", "_")
+    settings_of(lr=1e-3, **{name: 1e-3})
+    refuses(f"{flag} 0.002 is above --lr 0.001, so the rate would rise; give a smaller one", lr=1e-3, **{name: 2e-3})
 
 
 def test_an_eps_that_is_zero_in_half_precision_is_refused():
