@@ -1,7 +1,7 @@
 """Count-based baselines: what a model must beat to have learned more than which token follows which.
 
 Both score exactly what a language model is scored on: the targets ``sequences[:, 1:]``, each given its predecessor.
-The id -1 is padding: no target, and no predecessor.
+The id -1 is padding: no target, and what follows it is none.
 
 References:
     Stanley F. Chen and Joshua Goodman, "An Empirical Study of Smoothing Techniques for Language Modeling", Harvard
@@ -15,6 +15,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from moekit.lm.token_rows import real_targets
 
 _DISCOUNTS = tuple(step / 20 for step in range(2, 20))
 
@@ -61,7 +63,7 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
 
     With n(c, t) the times that t follows c in training, n(c) their sum and k(c) the number of different t:
 
-        p(t | c) = max(n(c, t) - d, 0) / n(c) + d k(c) / n(c) * q(t),    and q(t) where n(c) = 0 or c is padding
+        p(t | c) = max(n(c, t) - d, 0) / n(c) + d k(c) / n(c) * q(t),    and q(t) where n(c) = 0
 
     The discount d and the lower order q are those that score best on every twentieth training sequence, with counts
     from the others; then all of training is counted. q is either the unigram (absolute discounting) or in proportion
@@ -86,7 +88,7 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
         True
     """
     _check(train, held_out, vocab_size, alpha)
-    train = train[(train[:, 1:] >= 0).any(1)]
+    train = train[real_targets(train).any(1)]
     if len(train) < 2:
         raise ValueError(
             f"train has targets in {len(train)} of its sequences; expected at least 2 such, since one is needed to "
@@ -102,17 +104,15 @@ def bigram_loss(train: Tensor, held_out: Tensor, *, vocab_size: int, alpha: floa
 
 
 def _pairs(train: Tensor, scored: Tensor, vocab_size: int, alpha: float) -> _Pairs:
-    contexts, targets = _contexts(train, vocab_size), _targets(train)
-    counts = _bincount(contexts * vocab_size + targets, (vocab_size + 1) * vocab_size).view(-1, vocab_size)
-    unigram = counts.sum(0)
-    counts[vocab_size] = 0  # what follows padding follows no token
+    contexts, targets = _contexts(train), _targets(train)
+    counts = _bincount(contexts * vocab_size + targets, vocab_size * vocab_size).view(-1, vocab_size)
     seen = counts > 0
-    contexts, targets = _contexts(scored, vocab_size), _targets(scored)
+    contexts, targets = _contexts(scored), _targets(scored)
     return _Pairs(
         times=counts[contexts, targets].double(),
         total=counts.sum(1).double()[contexts],
         kinds=seen.sum(1).double()[contexts],
-        unigram=_add_alpha(unigram, alpha)[targets],
+        unigram=_add_alpha(counts.sum(0), alpha)[targets],
         continuation=_add_alpha(seen.sum(0), alpha)[targets],
     )
 
@@ -125,14 +125,12 @@ def _loss(pairs: _Pairs, *, discount: float, kneser_ney: bool) -> float:
 
 def _targets(sequences: Tensor) -> Tensor:
     """Return what is predicted, (num_targets,) int64."""
-    targets = sequences[:, 1:]
-    return targets[targets >= 0].long()
+    return sequences[:, 1:][real_targets(sequences)].long()
 
 
-def _contexts(sequences: Tensor, vocab_size: int) -> Tensor:
-    """Return what precedes each target, (num_targets,) int64; padding is V."""
-    contexts = sequences[:, :-1][sequences[:, 1:] >= 0].long()
-    return contexts.where(contexts >= 0, vocab_size)
+def _contexts(sequences: Tensor) -> Tensor:
+    """Return what precedes each target, (num_targets,) int64."""
+    return sequences[:, :-1][real_targets(sequences)].long()
 
 
 def _bincount(ids: Tensor, size: int) -> Tensor:
@@ -154,5 +152,5 @@ def _check(train: Tensor, held_out: Tensor, vocab_size: int, alpha: float) -> No
             raise ValueError(
                 f"{name} has ids from {low} to {high}; expected ids in [0, {vocab_size}), or -1 for padding"
             )
-    if not (held_out[:, 1:] >= 0).any():
-        raise ValueError("held_out has no target but padding; expected at least one token to score")
+    if not real_targets(held_out).any():
+        raise ValueError("held_out has no target but padding; expected at least one token behind a token to score")

@@ -83,7 +83,7 @@ class Batch(NamedTuple):
         ids: (b, seq_len + 1) int64; inputs are all but the last column, targets all but the first. -1 where there is no
             token, neither as input nor as target.
         num_inputs: how many inputs are tokens.
-        num_targets: how many targets are.
+        num_targets: how many targets are, and follow one.
         has_padding: whether there is any -1.
     """
 
@@ -105,7 +105,25 @@ def batch_of(ids: Tensor) -> Batch:
         3
     """
     there = ids >= 0
-    return Batch(ids, int(there[:, :-1].sum()), int(there[:, 1:].sum()), not bool(there.all()))
+    return Batch(ids, int(there[:, :-1].sum()), int(real_targets(ids).sum()), not bool(there.all()))
+
+
+def real_targets(ids: Tensor) -> Tensor:
+    """Return which targets are predicted: tokens that follow a token. What follows a hole has nothing to go by.
+
+    Args:
+        ids: (b, seq_len + 1) integers; -1 where there is no token.
+
+    Returns:
+        (b, seq_len) bool.
+
+    Example:
+        >>> import torch
+        >>> real_targets(torch.tensor([[5, -1, 7, 8, -1]]))
+        tensor([[False, False,  True, False]])
+    """
+    there = ids >= 0
+    return there[:, :-1] & there[:, 1:]
 
 
 def stop(error: ShardError, sequences: int) -> None:

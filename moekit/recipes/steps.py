@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moekit.lm.model import LanguageModel
-from moekit.lm.token_rows import batch_of
+from moekit.lm.token_rows import batch_of, real_targets
 from moekit.parallel import World, all_sum, gradient_sync, one_process
 from moekit.recipes.language_models import moe_layers
 from moekit.recipes.layers import Recipe, weighted_sum
@@ -26,7 +26,7 @@ class Tokens(NamedTuple):
 
     Attributes:
         inputs: that the model reads, padding not counted.
-        targets: that it predicts.
+        targets: that it predicts, each behind an input that is a token.
     """
 
     inputs: float
@@ -137,14 +137,15 @@ def split_ids(ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         ids: (B, L + 1) int64; -1 where there is no token.
 
     Returns:
-        inputs (B, L), 0 where there is no token; targets (B, L), -100 there; and the mask (B, L) of real inputs.
+        inputs (B, L), 0 where there is no token; targets (B, L), -100 there and where the input is none; and the mask
+        (B, L) of real inputs.
 
     Example:
         >>> split_ids(torch.tensor([[5, 6, -1]]))
         (tensor([[5, 6]]), tensor([[   6, -100]]), tensor([[True, True]]))
     """
-    inputs, targets = ids[:, :-1], ids[:, 1:]
-    return inputs.clamp_min(0), targets.masked_fill(targets < 0, -100), inputs >= 0
+    inputs = ids[:, :-1]
+    return inputs.clamp_min(0), ids[:, 1:].masked_fill(~real_targets(ids), -100), inputs >= 0
 
 
 def count_tokens(ids: Tensor) -> Tokens:

@@ -54,21 +54,20 @@ def naive_bigram(train, held_out, *, discount, kneser_ney, vocab_size):
     targets = torch.zeros(vocab_size, dtype=torch.float64)
     for row in train.tolist():
         for c, t in itertools.pairwise(row):
-            if t >= 0:
-                targets[t] += 1
             if t >= 0 and c >= 0:
+                targets[t] += 1
                 counts[c, t] += 1
     lower = ((counts > 0).sum(0) if kneser_ney else targets).double() + 1
     lower = lower / lower.sum()
     losses = []
     for row in held_out.tolist():
         for c, t in itertools.pairwise(row):
-            if t < 0:
+            if t < 0 or c < 0:
                 continue
-            n = counts[c].sum() if c >= 0 else 0
+            n = counts[c].sum()
             p = lower[t]
             if n:
-                p = max(counts[c, t] - discount, 0) / n + discount * (counts[c] > 0).sum() / n * lower[t]
+                p = max(counts[c, t] - discount, 0) / n + discount * (counts[c] > 0).sum().double() / n * lower[t]
             losses.append(-math.log(p))
     return sum(losses) / len(losses)
 
@@ -111,9 +110,9 @@ def test_smoothing_beats_added_counts_on_scarce_data():
 
 def test_padding_is_neither_a_token_nor_the_one_before():
     train = torch.tensor([[3, 0, 0, -1, 1, 2], [-1] * 6, [1, -1, -1, -1, -1, -1]])
-    held_out = torch.tensor([[3, 1, -1, 0], [-1, -1, -1, -1]])
-    probs = torch.tensor([3.0, 2.0, 2.0, 1.0]) / 8  # of the targets 0, 0, 1 and 2
-    expected = -float(probs[[1, 0]].log().mean())
+    held_out = torch.tensor([[3, 1, -1, 0, 2], [-1, -1, -1, -1, -1]])
+    probs = torch.tensor([3.0, 1.0, 2.0, 1.0]) / 7  # of the targets 0, 0 and 2
+    expected = -float(probs[[1, 2]].log().mean())
     assert unigram_loss(train, held_out, vocab_size=4) == pytest.approx(expected, abs=1e-6)
 
 
@@ -133,7 +132,7 @@ def test_bad_input(loss):
         (good[:0], good, r"train has the shape \(0, 3\)"),
         (good + 5, good, r"train has ids from 5 to 5; expected ids in \[0, 5\)"),
         (good, good - 2, r"held_out has ids from -2 to -2; expected ids in \[0, 5\), or -1 for padding"),
-        (good, good - 1, r"held_out has no target but padding; expected at least one token to score"),
+        (good, good - 1, r"held_out has no target but padding; expected at least one token behind a token to score"),
     ]:
         with pytest.raises(ValueError, match=message):
             loss(train, held_out, vocab_size=5)
@@ -157,6 +156,6 @@ def test_a_million_tokens_are_fast():
 
 def test_what_is_added_to_counts_of_contexts_is_alpha_too():
     """A pair that nobody saw: the lower order decides, which is Kneser-Ney's here."""
-    train = torch.tensor([[-1, 0], [-1, 0], [-1, 1], [0, 1]] * 20)
+    train = torch.tensor([[1, 0], [1, 0], [1, 0], [0, 1]] * 20)
     loss = bigram_loss(train, torch.tensor([[3, 2]]), vocab_size=4, alpha=0.5)
-    assert loss == pytest.approx(math.log(6), abs=1e-5)
+    assert loss == pytest.approx(math.log(8), abs=1e-5)

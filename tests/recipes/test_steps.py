@@ -107,6 +107,26 @@ def test_ids_are_cut_into_what_is_read_and_what_is_predicted():
     assert count_tokens(ids) == Tokens(inputs=4, targets=2)
 
 
+def test_a_token_behind_a_hole_is_read_and_not_predicted():
+    ids = torch.tensor([[5, -1, 7, 8], [-1, 4, -1, 3]])
+    inputs, targets, mask = split_ids(ids)
+    assert inputs.tolist() == [[5, 0, 7], [0, 4, 0]]
+    assert targets.tolist() == [[-100, -100, 8], [-100] * 3]
+    assert mask.tolist() == [[True, False, True], [False, True, False]]
+    assert count_tokens(ids) == Tokens(inputs=3, targets=1)
+
+
+def test_the_cross_entropy_is_a_mean_over_tokens_behind_tokens(batch):
+    model = make(mixtral())
+    batch[:, 5] = -1
+    found = take_gradient(model, [batch])
+    with torch.no_grad():
+        log_probs = torch.log_softmax(model(batch[:, :-1].clamp_min(0), token_mask=batch[:, :-1] >= 0).logits, -1)
+    places = [t for t in range(16) if t not in (4, 5)]
+    by_hand = -torch.stack([log_probs[b, t, batch[b, t + 1]] for b in range(3) for t in places]).double().mean()
+    torch.testing.assert_close(found.cross_entropy, by_hand, rtol=1e-6, atol=0)
+
+
 def test_the_cross_entropy_is_of_the_next_token(batch):
     model = make(mixtral())
     loss = take_gradient(model, [batch])
