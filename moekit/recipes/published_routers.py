@@ -281,7 +281,8 @@ def moe_plus_plus(
     """Compose MoE++'s layer: beside the networks, experts that return nothing, the token, or a learned constant.
 
     Causal. The residual that the paper hands from one layer's router to the next is left out, and so is its capacity
-    limit of 1.1.
+    limit of 1.1. Weights are probabilities as they are, as in the paper's equations; the authors' code (``gating`` in
+    ``moe_plus_plus_layer.py``) sets the weight of a null expert to 0 and then divides a token's two by their sum.
 
     Args:
         k: experts per token, simple ones included.
@@ -300,6 +301,7 @@ def moe_plus_plus(
 
     References:
         Jin et al., MoE++, 2024, https://arxiv.org/abs/2410.07348
+        SkyworkAI, MoE++/moe_plus_plus_layer.py, https://github.com/SkyworkAI/MoE-plus-plus
     """
     others = simple(null=null, copy=copy, constants=constants)
     return compose(
