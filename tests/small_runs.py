@@ -15,8 +15,9 @@ from moekit.lm.checkpoints import load_checkpoint
 from moekit.lm.shards import write_shards
 from moekit.lm.trackers import read_metrics
 from moekit.recipes import ablation_checks, report, runs, scoring, setup, train
+from moekit.recipes.configuration import _read, _words
 from moekit.recipes.names import RECIPES
-from moekit.recipes.settings import ModelSettings
+from moekit.recipes.settings import ModelSettings, TrainSettings
 
 SEQ_LEN = 64  # of the preset moekit_tiny
 TIMES = (
@@ -100,6 +101,11 @@ def write_state(checkpoint: Path, state: Mapping[str, Any]) -> None:
     """Change what a checkpoint holds beside tensors, with checksums that fit."""
     (checkpoint / "state.json").write_text(json.dumps(state))
     write_checksums(checkpoint, file_checksums(checkpoint))
+
+
+def unflatten(values: Mapping[str, Any]) -> TrainSettings:
+    """Turn what ``flat_settings`` listed back into settings, for example those in a checkpoint."""
+    return _read(_words(dict(values)), prog=None)
 
 
 def differing(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> list[str]:

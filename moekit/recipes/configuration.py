@@ -5,7 +5,7 @@ import re
 import reprlib
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -246,28 +246,6 @@ def _shown(value: Any) -> str:
     """Write the beginning of a value: aliases of YAML make few lines a structure without end."""
     shown = reprlib.repr(value)
     return shown if len(shown) <= _LONGEST else f"{shown[:_LONGEST]}..."
-
-
-def unflatten(values: Mapping[str, Any]) -> TrainSettings:
-    """Turn what ``flat_settings`` listed back into settings, for example those in a checkpoint.
-
-    Args:
-        values: name to value; what is left out takes its default.
-
-    Returns:
-        TrainSettings.
-
-    Raises:
-        ValueError: if a name is unknown or a value is bad.
-
-    Example:
-        >>> unflatten(flat_settings(TrainSettings())) == TrainSettings()
-        True
-    """
-    try:
-        return tyro.cli(TrainSettings, args=_words(dict(values)), console_outputs=False)
-    except SystemExit as error:
-        raise ValueError(f"these settings are not of this version of moekit: {dict(values)}") from error
 
 
 def _parse(path: Path) -> Any:

@@ -280,9 +280,10 @@ def moe_plus_plus(
 ) -> Recipe:
     """Compose MoE++'s layer: beside the networks, experts that return nothing, the token, or a learned constant.
 
-    Causal. The residual that the paper hands from one layer's router to the next is left out, and so is its capacity
-    limit of 1.1. Weights are probabilities as they are, as in the paper's equations; the authors' code (``gating`` in
-    ``moe_plus_plus_layer.py``) sets the weight of a null expert to 0 and then divides a token's two by their sum.
+    Causal. The residual that the paper hands from one layer's router to the next is left out, and so are its capacity
+    limit of 1.1 and, of the authors' code, the gate of two layers and the factor of k on what experts read. Weights are
+    probabilities as they are, as in the paper's equations; the authors' code (``gating`` in ``moe_plus_plus_layer.py``)
+    sets the weight of a null expert to 0 and then divides a token's two by their sum.
 
     Args:
         k: experts per token, simple ones included.

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moekit.routing.losses import balance_of_pools, counts_of_batch, shares
-from moekit.routing.scopes import hidden_logits, real_tokens, sums_of_pools
+from moekit.routing.scopes import check_decision, hidden_logits, real_tokens, sums_of_pools
 from moekit.routing.top_k import Score, softmax
 from moekit.types import Logits, Routing
 
@@ -41,7 +41,8 @@ def heterogeneous_balance_loss(
         Scalar float32.
 
     Raises:
-        ValueError: if ``num_simple`` is not between 0 and E, tau is not positive, or the logits are in half precision.
+        ValueError: if ``num_simple`` is not between 0 and E, tau is not positive, the logits are in half precision, or
+            the routing is not one of T tokens over E experts.
 
     Example:
         >>> from moekit.routing import round_robin
@@ -58,6 +59,7 @@ def heterogeneous_balance_loss(
             f"heterogeneous_balance_loss: num_simple = {num_simple} and tau = {tau} were given for {num_experts} "
             f"experts; expected 0 <= num_simple <= {num_experts} and tau > 0."
         )
+    check_decision("heterogeneous_balance_loss", logits, routing)
     counts = counts_of_batch(routing, token_mask, tokens_per_expert)
     scores = shares(hidden_logits("heterogeneous_balance_loss", logits, token_mask), score)
     networks = torch.arange(num_experts, device=scores.device) < num_experts - num_simple

@@ -16,7 +16,7 @@ import pytest
 import torch
 from ranks import run_ranks
 from rich.console import Console
-from small_runs import differing, files, losses, numbers, tensors_of, words, write_state
+from small_runs import differing, files, losses, numbers, tensors_of, unflatten, words, write_state
 from torch import nn
 
 from moekit import __version__
@@ -30,7 +30,7 @@ from moekit.lm.openlm_names import TIED, openlm_name
 from moekit.lm.tensor_files import write_safetensors
 from moekit.parallel import one_process
 from moekit.recipes import saving, train
-from moekit.recipes.configuration import parse_settings, unflatten
+from moekit.recipes.configuration import parse_settings
 from moekit.recipes.construction import make_model
 from moekit.recipes.export import export
 from moekit.recipes.language_models import moe_layers

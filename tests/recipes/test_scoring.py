@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from small_runs import SEQ_LEN, files, markov_sequences, numbers
+from small_runs import SEQ_LEN, files, markov_sequences, numbers, unflatten
 
 from moekit.lm.checkpoints import checkpoint_folder, read_state
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
@@ -17,7 +17,6 @@ from moekit.lm.tokenizers import ByteTokenizer, save_tokenizer
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import one_process
 from moekit.recipes import runs, scoring
-from moekit.recipes.configuration import unflatten
 from moekit.recipes.construction import make_model
 from moekit.recipes.export import export
 from moekit.recipes.precisions import resolved_precision
