@@ -33,9 +33,11 @@ def abandon(run: Path, *, after: int) -> list[Path]:
     """
     path = run / "checkpoints" / "results.jsonl"
     lines = path.read_bytes().split(b"\n") if path.exists() else []
-    named = [Path(values["checkpoint_path"]).name for line in lines if (values := _values(line))]
+    known = [_values(line) for line in lines]
+    named = [Path(values["checkpoint_path"]).name for values in known if values]
     moved = set_aside(run, after=after, taken=named)
-    new = [_renamed(line, path.parent, after=after, named=named) for line in lines]
+    read = zip(lines, known, strict=True)
+    new = [_renamed(line, values, path.parent, after=after, named=named) for line, values in read]
     if new != lines:
         write_whole(path, b"\n".join(new))
     return moved
@@ -50,9 +52,8 @@ def _values(line: bytes) -> dict[str, Any] | None:
     return values if isinstance(values, dict) and isinstance(values.get("checkpoint_path"), str) else None
 
 
-def _renamed(line: bytes, folder: Path, *, after: int, named: Sequence[str]) -> bytes:
+def _renamed(line: bytes, values: dict[str, Any] | None, folder: Path, *, after: int, named: Sequence[str]) -> bytes:
     """Let a line name where its checkpoint lies that was one of a later step; any other is as it was."""
-    values = _values(line)
     if values is None:
         return line
     checkpoint = Path(values["checkpoint_path"])

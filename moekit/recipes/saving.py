@@ -17,7 +17,6 @@ from moekit.lm.checkpoints import (
     latest_checkpoint,
     load_checkpoint,
     prune_checkpoints,
-    read_state,
     save_checkpoint,
     stored_shapes,
     training_tensors,
@@ -196,7 +195,6 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     tensors = training_tensors(run.model, run.optimizer)
     random, stored = position(run).random, stored_shapes(folder)
     saved = {name: state for name, state in random.items() if name in stored}
-    moments = _moment_warnings(run.settings.optimizer, read_state(folder), f"checkpoint {folder}")
     state = load_checkpoint(folder, {**tensors, **saved})
     try:
         known = {name: state[name] for name in Progress._fields if name != "trained_tokens"}
@@ -208,6 +206,7 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
             f"{state.get(_VERSION, 'none')}, this is {__version__}). Export its weights, or start anew"
         ) from error
     _check_progress(progress, folder)
+    moments = _moment_warnings(run.settings.optimizer, state, f"checkpoint {folder}")
     if batch_size != run.budget.batch_size:
         raise ValueError(
             f"checkpoint {folder} was trained with {batch_size} sequences per step over all ranks, and this launch has "
