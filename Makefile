@@ -27,8 +27,8 @@ test: setup lint  ## environment, checks, and all tests, two files at a time: ab
 	OMP_WAIT_POLICY=passive $(BIN)/python $(TESTS); tests=$$?; \
 	wait $$types; types=$$?; cat $(VENV)/types.txt; exit $$((tests > types ? tests : types))
 
-test-distributed: setup  ## all cases of the matrices over ranks and of compilation, about fifteen minutes
-	$(BIN)/python -m pytest tests/distributed tests/parallel tests/test_compile.py --full --kills 20 $(FLAGS)
+test-distributed: setup  ## all cases of the matrices over ranks, of compilation and of cards, about fifteen minutes
+	$(BIN)/python -m pytest tests/distributed tests/parallel tests/test_compile.py tests/experts/test_tiles.py --full --kills 20 $(FLAGS)
 
 # transformers asks for newer tokenizers and safetensors than moekit does; so theirs are put in once the rest is tested.
 # What old releases call may have been deprecated since by what they call it in.
