@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import tyro
 
-from moekit.recipes.derived import DERIVED, OF_LENGTH, derived_names, give_way, typed_flags
+from moekit.recipes.derived import DERIVED, derived_names, give_way, is_of_a_run, typed_flags
 from moekit.recipes.settings import TrainSettings
 from moekit.recipes.stored_settings import flat_settings
 from moekit.recipes.wording import flag_of
@@ -145,7 +145,7 @@ def kept_warnings(arguments: Sequence[str]) -> list[str]:
         []
     """
     path, typed, values = _file_and_flags(arguments)
-    if DERIVED in values or not values.keys() >= set(OF_LENGTH):  # a run's file has them all, though some are null
+    if DERIVED in values or not is_of_a_run(values):
         return []
     filled = derived_names(flat_settings(TrainSettings()), values)
     left = give_way(values, filled, arguments)

@@ -21,7 +21,7 @@ OF_EXCHANGE = (  # that --moe-expert-model-parallelism asks for
 OF_LENGTH = ("steps", "train_num_samples", "epochs", "batch_size", "global_batch_size", "model")
 _SOURCES = {  # what a run derives, and from which flags
     "warmup": OF_LENGTH,
-    "lr_cooldown_end": ("lr",),
+    "lr_cooldown_end": ("lr", "lr_scheduler"),
     **dict.fromkeys(OF_METHOD, ("recipe", "model")),
     "moe_top_k": ("recipe", "model", "moe_num_experts"),
     **dict.fromkeys((*OF_SHAPE, "moe_num_experts"), ("model",)),
@@ -45,11 +45,28 @@ def derived_names(given: Mapping[str, Any], filled: Mapping[str, Any]) -> list[s
     return [name for name, value in filled.items() if value is not None and value != given.get(name)]
 
 
+def is_of_a_run(values: Mapping[str, Any]) -> bool:
+    """Say whether a run wrote a file of settings: it has those of a run's length all, though some are null.
+
+    Args:
+        values: name, with underscores, to value, of the file.
+
+    Returns:
+        Whether it did.
+
+    Example:
+        >>> is_of_a_run({"steps": 60})
+        False
+    """
+    return values.keys() >= set(OF_LENGTH)
+
+
 def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Sequence[str]) -> dict[str, Any]:
     """Leave out of a file's settings what the flags on the command line say otherwise, if only by what they imply.
 
     A flag drops what was derived from the setting that it changes, and what the two exclude each other with, also where
-    that was given. What no flag touches stays, so that a run is repeated as it was when defaults have changed.
+    that was given; of a run with a constant rate, the end of a cosine. What no flag touches stays, so that a run is
+    repeated as it was when defaults have changed.
 
     Args:
         values: name, with underscores, to value, of the file.
@@ -72,6 +89,8 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
         dropped |= set(one) if given & set(other) else set()
     if typed.get("moe_freq") == "0":
         dropped |= set(OF_METHOD)
+    if typed.get("lr_scheduler", values.get("lr_scheduler") if is_of_a_run(values) else None) == "const":
+        dropped.add("lr_cooldown_end")  # older versions wrote it there, too
     if "no_fsdp" in typed:
         dropped |= {name for name in values if name.startswith("fsdp_")}
     if "no_moe_expert_model_parallelism" in typed:

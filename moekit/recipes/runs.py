@@ -179,7 +179,7 @@ def resolved(run: Run) -> TrainSettings:
         batch_size=None,
         global_batch_size=run.budget.batch_size,
         warmup=warmup_steps(given.optimizer, run.budget.steps),
-        lr_cooldown_end=final_rate(given.optimizer),
+        lr_cooldown_end=final_rate(given.optimizer) if given.optimizer.lr_scheduler == "cosine" else None,
         precision=resolved_precision(given.optimizer.precision, device),  # type: ignore[arg-type]
     )
     data = replace(given.data, workers=_workers(given, device))

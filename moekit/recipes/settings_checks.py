@@ -149,6 +149,11 @@ def _check_length(optimizer: "OptimizerSettings", data: "DataSettings") -> None:
             f"--steps {optimizer.steps} and --train-num-samples {data.train_num_samples} both say how long to train; "
             "give one of the two"
         )
+    if optimizer.lr_cooldown_end is not None and optimizer.lr_scheduler == "const":
+        raise ValueError(
+            f"--lr-cooldown-end {optimizer.lr_cooldown_end:g} is where --lr-scheduler cosine ends, and "
+            "--lr-scheduler const stays at --lr; leave out either"
+        )
     for name in ("lr_cooldown_end", "force_min_lr"):
         rate = getattr(optimizer, name)
         if rate is not None and rate > optimizer.lr:

@@ -456,6 +456,8 @@ def settled(path, *flags):
         (["--global-batch-size=8"], {"global_batch_size": 8, "warmup": None}),
         (["--lr", "1e-5"], {"lr": 1e-5, "lr_cooldown_end": None}),
         (["--lr", "1e-5", "--lr-cooldown-end", "1e-6"], {"lr": 1e-5, "lr_cooldown_end": 1e-6}),
+        (["--lr-scheduler", "const"], {"lr_cooldown_end": None}),
+        (["--lr-scheduler=cosine"], {"lr_cooldown_end": None}),
         (["--steps", "400"], {"steps": 400, "warmup": None}),
         (["--steps", "400", "--warmup", "7"], {"steps": 400, "warmup": 7}),
         (["--train-num-samples", "1024"], {"steps": None, "warmup": None}),
@@ -527,6 +529,21 @@ def test_a_file_from_before_there_were_derived_names_is_read(config):
 
 
 WHOLE = RUN | FILLED | {"train_num_samples": None, "epochs": None, "batch_size": None, "moe_num_experts": 8}
+
+
+@pytest.mark.parametrize("derived", [{}, {"derived": []}, {"derived": ["lr_cooldown_end"]}])
+def test_the_end_of_a_cosine_that_an_older_constant_run_wrote_is_left_out(config, derived):
+    path = config(WHOLE | {"lr_scheduler": "const"} | derived)
+    assert settled(path) == RUN | FILLED | {"lr_cooldown_end": None}
+    assert settled(path, "--lr-scheduler", "cosine", "--lr-cooldown-end", "1e-5") == RUN | FILLED | {
+        "lr_cooldown_end": 1e-5
+    }
+
+
+def test_the_end_of_a_cosine_in_a_written_file_of_a_constant_rate_is_refused(config, capsys):
+    with pytest.raises(SystemExit):
+        parse_settings(["--config", config({"lr_scheduler": "const", "lr_cooldown_end": 1e-4})])
+    assert "--lr-cooldown-end None leaves it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

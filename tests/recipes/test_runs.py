@@ -69,6 +69,8 @@ def test_what_was_left_to_defaults_is_filled_in(settings_of, opened):
     assert resolved(run._replace(settings=found)) == found
     gpu = run._replace(world=run.world._replace(device=torch.device("cuda")))
     assert resolved(gpu).data.workers == 1
+    constant = run._replace(settings=settings_of("--steps", "40", "--lr-scheduler", "const"))
+    assert resolved(constant).optimizer.lr_cooldown_end is None
     tokens = set_up(settings_of("--train-num-samples", str(8 * SEQ_LEN)), one_process(), SILENT)
     assert tokens.budget.steps == 2
     assert resolved(tokens).optimizer.steps is None  # the tokens say it

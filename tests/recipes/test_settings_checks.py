@@ -216,6 +216,12 @@ def test_the_rate_may_end_where_it_is_and_not_above(flag):
     refuses(f"{flag} 0.002 is above --lr 0.001, so the rate would rise; give a smaller one", lr=1e-3, **{name: 2e-3})
 
 
+def test_a_constant_rate_has_no_end_of_a_cosine():
+    message = "--lr-cooldown-end 0.0001 is where --lr-scheduler cosine ends, and --lr-scheduler const stays at --lr;"
+    refuses(message, lr_scheduler="const", lr_cooldown_end=1e-4)
+    settings_of(lr_scheduler="const")
+
+
 def test_an_eps_that_is_zero_in_half_precision_is_refused():
     with pytest.raises(ValueError, match=r"--eps 1e-08 is zero in fp16, .* give --eps 1e-4 or so"):
         TrainSettings(optimizer=OptimizerSettings(precision="fp16"))
