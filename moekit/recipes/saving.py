@@ -47,6 +47,8 @@ class Progress(NamedTuple):
         skipped_data: sequences left out as bad data before this launch, over all ranks, by reason.
         trained_tokens: targets trained on so far, over all ranks: no holes, no padding, no step that was left out; None
             if it is not known, of steps of another program or of an older version.
+        scaler: state of the gradient scaler before this launch, which one that scales no gradients hands on; empty if
+            none has been used.
     """
 
     step: int = 0
@@ -54,6 +56,7 @@ class Progress(NamedTuple):
     skipped_steps: int = 0
     skipped_data: Mapping[str, int] = {}
     trained_tokens: int | None = 0
+    scaler: Mapping[str, Any] = {}
 
 
 class Position(NamedTuple):
@@ -63,7 +66,7 @@ class Position(NamedTuple):
         stream: state of the batch stream.
         random: name to random state, of this rank.
         skipped: sequences that this rank left out as bad since the stream was opened, by reason.
-        scaler: state of the gradient scaler.
+        scaler: state of the gradient scaler; empty without one.
     """
 
     stream: Mapping[str, Any]
@@ -111,7 +114,7 @@ def save(run: Run, progress: Progress, at: Position | None = None) -> Path:
         "epoch": run.budget.epochs_ended(progress.step),
         "ends_epochs": run.budget.epochs_ending(progress.step),
         "stream": at.stream,
-        "scaler": at.scaler,
+        "scaler": at.scaler or progress.scaler,
         "batch_size": run.budget.batch_size,
         "settings": flat_settings(run.settings),
         "config": dataclasses.asdict(run.model.config),
@@ -199,7 +202,7 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     try:
         known = {name: state[name] for name in Progress._fields if name != "trained_tokens"}
         progress = Progress(**known, trained_tokens=state.get("trained_tokens"))
-        stream, scaler, batch_size = state["stream"], state["scaler"], state["batch_size"]
+        stream, batch_size = state["stream"], state["batch_size"]
     except KeyError as error:
         raise ValueError(
             f"checkpoint {folder} lacks {error}; it is of another version of moekit (it names "
@@ -216,8 +219,8 @@ def _restore_all(run: Run, folder: Path) -> tuple[Progress, list[str]]:
     _check_step(run, progress.step, f"checkpoint {folder} is of")
     with naming(f"checkpoint {folder}"):
         run.stream.load_state_dict(stream)
-    if scaler and run.scaler.is_enabled():
-        run.scaler.load_state_dict(scaler)
+    if progress.scaler:
+        run.scaler.load_state_dict(dict(progress.scaler))  # which a scaler that is off ignores
     _restore_random(run, saved, step=progress.step)
     return progress, [*model_warnings(run.settings.model, state, training=True), *moments]
 

@@ -509,6 +509,18 @@ def test_a_resumed_run_goes_on_with_its_loss_scale(program):
     assert expected["_growth_tracker"] > 1  # steps since the scale was changed: a new scaler has seen one
 
 
+def test_a_loss_scale_is_handed_on_by_launches_without_one(program):
+    flags = ("--save-every-n-steps", "2", "--precision")
+    folder = program("--steps", "2", *flags, "amp")
+    for steps in ("4", "5"):
+        program("--steps", steps, *flags, "fp32", "--resume", "latest")
+    kept = read_state(checkpoint_folder(folder, 2))["scaler"]
+    assert all(read_state(checkpoint_folder(folder, step))["scaler"] == kept for step in (4, 5))
+    program("--steps", "6", *flags, "amp", "--resume", "latest")
+    found = read_state(checkpoint_folder(folder, 6))["scaler"]
+    assert found == kept | {"_growth_tracker": kept["_growth_tracker"] + 1}
+
+
 def test_a_run_leaves_fp16_only_with_an_eps_that_hides_the_second_moments_that_were_lost(program, capsys):
     half = program("--precision", "fp16", "--eps", "1e-4", "--steps", "2")
     checkpoint = str(checkpoint_folder(half, 2))
