@@ -23,7 +23,7 @@ from moekit.lm.signals import StopRequest, exit_status, interrupted, stop_on_sig
 from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
-from moekit.recipes.ablation_failures import Failure, Held, attempt, failure_of, told_failures, told_held
+from moekit.recipes.ablation_failures import Failure, Held, attempt, failure_of, other_sets, told_failures, told_held
 from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
@@ -226,7 +226,9 @@ def ablate(
         outcome = _do_all(settings, jobs, console, stop)
         stop.ends_process = ends_process and outcome.stopped_by is not None
     outcome = outcome._replace(held=tuple(each for each in outcome.held if not each.job.results.exists()))
-    show(settings, _lines(jobs, outcome.failures), console)
+    if odd := other_sets(_lines(jobs, outcome.failures)):
+        outcome = outcome._replace(failures=(*outcome.failures, *odd))
+    show(settings, [line for _, line in _lines(jobs, outcome.failures)], console)
     if outcome.stopped_by is not None:
         print_lines(console, f"stopped; go on with:\n  {command}")
     return outcome
@@ -265,11 +267,11 @@ def _is_of(line: Mapping[str, Any], *, router: Any, seed: Any) -> bool:
     return (line.get("router"), line.get("seed")) == (router, seed)
 
 
-def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[dict[str, Any]]:
-    """List what is known of the runs, in their order."""
+def _lines(jobs: Sequence[Job], failures: Sequence[Failure]) -> list[tuple[Job, dict[str, Any]]]:
+    """List the runs of which something is known, in their order, each with its line."""
     failed = {(each.label, each.seed): each.line for each in failures}
     known = [job for job in jobs if (job.label, job.seed) in failed or job.results.exists()]
-    return [failed.get((job.label, job.seed)) or _line_or_failure(job) for job in known]
+    return [(job, failed.get((job.label, job.seed)) or _line_or_failure(job)) for job in known]
 
 
 def _line_or_failure(job: Job) -> dict[str, Any]:

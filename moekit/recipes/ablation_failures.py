@@ -1,7 +1,8 @@
 """What becomes of a run that raises an error, or that another process does: it is told at the end, and others go on."""
 
 import traceback
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -90,6 +91,31 @@ def attempt(job: Job, *, keep_checkpoints: bool) -> dict[str, Any] | Failure | H
         return failure_of(job, error)
     (job.folder / ERROR_FILE).unlink(missing_ok=True)
     return line
+
+
+def other_sets(runs: Sequence[tuple[Job, Mapping[str, Any]]]) -> list[Failure]:
+    """Find the runs that were not scored on the validation sets of most: all share their data, so a file was edited.
+
+    Args:
+        runs: each with its line of ``results.jsonl``.
+
+    Returns:
+        What is wrong with them.
+    """
+    named = [(job, tuple(sorted(line["validation"]))) for job, line in runs if "failed" not in line]
+    counts = Counter(names for _, names in named)
+    usual = max(counts, key=counts.__getitem__, default=())
+    return [
+        failure_of(
+            job,
+            ValueError(
+                f"{job.results} has scores of {', '.join(names)}; expected {', '.join(usual)}, as most runs of the "
+                f"table have. Delete it, and the run is done again"
+            ),
+        )
+        for job, names in named
+        if names != usual
+    ]
 
 
 def told_failures(failures: Sequence[Failure], *, runs: int) -> str:

@@ -371,6 +371,17 @@ def test_results_that_lack_what_a_table_needs_fail_their_run_alone(ablate, files
         )
 
 
+def test_a_run_that_was_scored_on_other_sets_fails_alone(ablate, files):
+    path = ablate("--routers", "top_k,switch") / "switch-seed0/results.json"
+    whole = json.loads(path.read_text())
+    path.write_text(json.dumps(whole | {"validation": {"prose": whole["validation"]["prose"]}}))
+    told = r"1 of 3 runs failed(.*\n)*.*switch-seed0/results\.json has scores of prose; expected code, prose, as most"
+    with pytest.raises(SystemExit, match=told):
+        ablate("--routers", "top_k,switch,relu")
+    table = (path.parent.parent / "table.md").read_text()
+    assert re.search(r"\| top_k \| \d\S* \| \d.*\n\| switch \| - \| - \| .*\| failed: ValueError \|", table)
+
+
 def test_a_table_is_printed_also_where_table_or_picture_cannot_be_written(ablate, files, monkeypatch, capsys):
     def broken(path, rows):
         raise ImportError("numpy.core.multiarray failed to import")
