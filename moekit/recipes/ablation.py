@@ -295,12 +295,12 @@ def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: C
     """
     if not lines:
         return
-    rows = summaries(lines)
+    rows, first = summaries(lines), next(iter(labelled(settings)))
     try:
-        write_whole(settings.folder / "table.md", markdown(rows))
+        write_whole(settings.folder / "table.md", markdown(rows, first=first))
         picture = picture_or_why(lambda: draw(settings.folder / "ablation.png", rows))
     finally:
-        console.print(printed(rows))  # also where it cannot be written
+        console.print(printed(rows, first=first))  # also where it cannot be written
     print_lines(console, f"table: {settings.folder / 'table.md'}", f"picture: {picture}")
 
 

@@ -53,17 +53,19 @@ def cells(row: Summary, rows: Sequence[Summary]) -> list[str]:
     ]
 
 
-def notes(rows: Sequence[Summary]) -> list[str]:
+def notes(rows: Sequence[Summary], *, first: str | None = None) -> list[str]:
     """Say what the columns are.
 
     Args:
         rows: at least one.
+        first: label of the first router that was asked for, of which there may be no row yet; None is that of the rows.
 
     Returns:
         Sentences, one a line.
     """
     told = [
         *_notes_on_losses(rows),
+        *_note_on_first(rows, first),
         "experts/token, max violation (worst layer; 0 is balanced) and dead experts (all layers): on all validation "
         "sets together, without simple experts, which cost nothing. dropped: in training, the mean of the steps that "
         "were logged. Means over seeds.",
@@ -96,16 +98,18 @@ def notes(rows: Sequence[Summary]) -> list[str]:
     return told
 
 
-def printed(rows: Sequence[Summary]) -> Table:
+def printed(rows: Sequence[Summary], *, first: str | None = None) -> Table:
     """Lay rows out for a terminal.
 
     Args:
         rows: at least one.
+        first: see ``notes``.
 
     Returns:
         A table to print.
     """
-    table = Table(title="routers", title_justify="left", caption="\n".join(notes(rows)), caption_justify="left")
+    caption = "\n".join(notes(rows, first=first))
+    table = Table(title="routers", title_justify="left", caption=caption, caption_justify="left")
     for heading in headings(rows):
         justify = "left" if heading in ("router", "causal", "verdict") else "right"
         table.add_column(heading.replace("/", "/\n").replace(" ", "\n"), justify=justify, overflow="fold")  # type: ignore[arg-type]
@@ -114,11 +118,12 @@ def printed(rows: Sequence[Summary]) -> Table:
     return table
 
 
-def markdown(rows: Sequence[Summary]) -> str:
+def markdown(rows: Sequence[Summary], *, first: str | None = None) -> str:
     """Write rows as a Markdown table with notes.
 
     Args:
         rows: at least one.
+        first: see ``notes``.
 
     Returns:
         The text.
@@ -127,7 +132,7 @@ def markdown(rows: Sequence[Summary]) -> str:
     rule = ["---" if name in ("router", "causal", "verdict") else "---:" for name in names]
     lines = [names, rule, *(cells(row, rows) for row in rows)]
     table = "".join(f"| {' | '.join(each.replace('*', chr(92) + '*') for each in line)} |\n" for line in lines)
-    return table + "\n" + "\n\n".join(note.replace("* not", "\\* not") for note in notes(rows)) + "\n"
+    return table + "\n" + "\n\n".join(note.replace("* not", "\\* not") for note in notes(rows, first=first)) + "\n"
 
 
 def draw(path: Path, rows: Sequence[Summary]) -> Path:
@@ -174,6 +179,12 @@ def _notes_on_losses(rows: Sequence[Summary]) -> list[str]:
             f"over different seeds are compared in the column vs {rows[0].label} alone."
         )
     return told
+
+
+def _note_on_first(rows: Sequence[Summary], first: str | None) -> list[str]:
+    if first in (None, rows[0].label):
+        return []
+    return [f"{first}, the first router, has no run that has ended yet: differences are from {rows[0].label} instead."]
 
 
 def _loss(spread: Spread, seeds: int, star: str, *, sign: str = "") -> str:
