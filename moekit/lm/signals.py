@@ -1,4 +1,4 @@
-"""Stopping a run between two steps."""
+"""Stopping a run between two steps, and a program with what it has begun cleaned up."""
 
 import signal
 import sys
@@ -70,6 +70,37 @@ def stop_on_signals() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         # not our handler, which Python takes away before it ends
         signal.signal(signal.SIGTERM, signal.SIG_IGN if request.ends_process else previous[signal.SIGTERM])
+
+
+@contextmanager
+def exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM end the program by an exception, as Ctrl-C does, so that files that are half written are removed.
+
+    Python's own answer ends the process where it stands. A second SIGTERM does nothing, so that it cannot come between.
+    The handler that was there before comes back at the end. Outside the main thread it stays as it is.
+
+    Raises:
+        SystemExit: with status 143, at SIGTERM.
+
+    Example:
+        >>> with exit_on_sigterm():
+        ...     signal.raise_signal(signal.SIGTERM)
+        Traceback (most recent call last):
+        SystemExit: 143
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise SystemExit(exit_status("SIGTERM"))
+
+    previous = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def interrupted(prog: str) -> SystemExit:

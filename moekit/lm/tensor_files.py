@@ -246,6 +246,9 @@ def _whole(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield unfinished
     except Exception as error:
         if isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError":  # as both libraries say it
-            cause = error.__context__ if isinstance(error.__context__, OSError) else error
+            cause = error.__context__ or error
+            if not isinstance(cause, Exception):  # Ctrl-C or SIGTERM, after which torch cannot end its file
+                raise cause from None
+            cause = cause if isinstance(cause, OSError) else error
             raise OSError(f"{path} could not be written: {str(cause).partition(chr(10))[0]}") from error
         raise

@@ -15,6 +15,7 @@ from moekit import __version__
 from moekit.lm.checkpoints import load_checkpoint, read_state
 from moekit.lm.model import LanguageModel
 from moekit.lm.openlm_checkpoints import to_openlm, write_openlm
+from moekit.lm.signals import exit_on_sigterm
 from moekit.lm.streams import print_text
 from moekit.lm.tensor_files import write_safetensors
 from moekit.recipes.language_models import moe_layers
@@ -46,11 +47,12 @@ def main(arguments: list[str] | None = None, *, prog: str = "moekit export") -> 
         prog: its name in messages.
 
     Raises:
-        SystemExit: with a message, if it cannot be done.
+        SystemExit: with a message, if it cannot be done; with status 143 at SIGTERM.
     """
     settings = tyro.cli(ExportSettings, args=arguments, prog=prog)
     try:
-        path = export(settings.checkpoint, settings.to, recipe=settings.recipe, overwrite=settings.overwrite)
+        with exit_on_sigterm():
+            path = export(settings.checkpoint, settings.to, recipe=settings.recipe, overwrite=settings.overwrite)
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise SystemExit(f"{prog}: {error}") from error
     print_text(f"{path}: {path.stat().st_size:,} bytes")

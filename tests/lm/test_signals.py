@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from moekit.lm.signals import StopRequest, stop_on_signals
+from moekit.lm.signals import StopRequest, exit_on_sigterm, stop_on_signals
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -135,6 +135,22 @@ def test_outside_the_main_thread_nobody_asks_and_handlers_stay(handlers):
     thread.start()
     thread.join()
     assert found == [(None, handlers)]
+    assert current() == handlers
+
+
+def test_a_second_sigterm_does_not_cut_short_what_the_first_has_cleaned_up(handlers):
+    cleaned = []
+
+    def program():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            cleaned.append(True)
+
+    with pytest.raises(SystemExit, match="143"), exit_on_sigterm():
+        program()
+    assert cleaned
     assert current() == handlers
 
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import resource
+import signal
 import stat
 import sys
 from contextlib import contextmanager
@@ -207,6 +208,26 @@ def most_bytes_in_a_file(number):
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_sigterm_leaves_no_half_of_a_file(suffix, tmp_path, monkeypatch):
+    folder, _ = make_run(tmp_path)
+
+    def mine(number, frame):
+        pass
+
+    before = signal.signal(signal.SIGTERM, mine)  # Python's own would end the tests
+    monkeypatch.setattr("moekit.lm.files.os.fsync", lambda _: [signal.raise_signal(signal.SIGTERM) for _ in range(2)])
+    (tmp_path / "to").mkdir()
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main([str(folder), "--to", str(tmp_path / f"to/a{suffix}")])
+        assert signal.getsignal(signal.SIGTERM) is mine
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert not list((tmp_path / "to").iterdir())
 
 
 def test_exports_under_two_names_have_the_same_bytes(tmp_path):
