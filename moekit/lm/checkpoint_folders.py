@@ -14,6 +14,7 @@ from moekit.lm.checkpoint_index import INDEX, missing_piece, one_line
 from moekit.lm.files import sync_folder
 
 STATE = "state.json"
+STEP = r"step_(\d{8,})"  # the names of ``checkpoint_folder``
 
 
 def checkpoint_folder(run: str | os.PathLike[str], step: int) -> Path:
@@ -202,7 +203,7 @@ def _checkpoints(run: str | os.PathLike[str]) -> dict[int, Path]:
     A folder of another name, such as a copy that somebody put aside, is none.
     """
     found: dict[int, Path] = {}
-    for form in (r"\.step_(\d{8,})\.replaced", r"step_(\d{8,})"):
+    for form in (rf"\.{STEP}\.replaced", STEP):
         for folder in (Path(run) / "checkpoints").glob("*"):
             name = re.fullmatch(form, folder.name)
             if name:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from moekit.lm.checkpoint_folders import STEP
 from moekit.lm.checkpoints import name_aside, places_aside, set_aside
 from moekit.lm.files import write_whole
 
@@ -57,7 +58,7 @@ def _renamed(line: bytes, values: dict[str, Any] | None, folder: Path, *, after:
     if values is None:
         return line
     checkpoint = Path(values["checkpoint_path"])
-    step = re.fullmatch(r"step_(\d{8,})", checkpoint.name)
+    step = re.fullmatch(STEP, checkpoint.name)
     if step is None or int(step[1]) <= after or _is_elsewhere(checkpoint, folder):
         return line
     name = _name_aside(int(step[1]), folder, named=named)
