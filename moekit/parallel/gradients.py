@@ -56,12 +56,23 @@ def squared_norm(parameters: Iterable[Tensor], world: World) -> Tensor:
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     if found:
         wide = reduce(torch.promote_types, (gradient.dtype for gradient, _ in found), torch.float32)
-        norms = torch.stack(torch._foreach_norm([gradient for gradient, _ in found], dtype=wide)).double()
+        norms = torch.stack(_norms([gradient for gradient, _ in found], wide)).double()
         shares = torch.tensor([1 / count for _, count in found], dtype=torch.float64)
         total = (norms.square() * shares.to(norms.device, non_blocking=True)).sum()
     if world.size > 1:
         dist.all_reduce(total)
     return total
+
+
+def _norms(gradients: Sequence[Tensor], wide: torch.dtype) -> Sequence[Tensor]:
+    """Compute the norm of each gradient; on a CPU of each row first, for it adds squares up one after the other.
+
+    In float32 the norm of 12 million numbers comes out 4e-4 too small so, and another where ranks hold parts of them.
+    """
+    if any(gradient.is_cpu for gradient in gradients):
+        gradients = [torch.linalg.vector_norm(gradient, dim=-1, dtype=wide) for gradient in gradients]
+        wide = torch.float64
+    return torch._foreach_norm(gradients, dtype=wide)
 
 
 def holders(tensor: Tensor, world_size: int) -> int:
