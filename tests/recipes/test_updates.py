@@ -246,7 +246,7 @@ def test_a_compiled_model_has_the_same_losses(program, monkeypatch):
 
     names, compile_function = [], torch.compile
     monkeypatch.setattr(torch, "compile", compile_quickly)
-    flags = ["--steps", "3", "--moe-freq", "1", "--val-num-samples", "256"]  # whole batches: those in part compile again
+    flags = ["--steps", "3", "--moe-freq", "1", "--val-num-samples", "256"]  # a part of a batch compiles again
     plain, compiled = program(*flags, name="a"), program(*flags, "--torchcompile", name="b")
     assert losses(numbers(compiled)) == pytest.approx(losses(numbers(plain)), rel=1e-4)
     assert names == ["_call_impl", "run_forward"]  # the model, for scores, and with its loss, for steps
