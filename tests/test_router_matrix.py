@@ -140,3 +140,14 @@ def test_soft_slots_equal_the_loops(slots: int, matmul) -> None:
     found, wanted = (torch.autograd.grad((y * cotangent).sum(), list(tensors.values())) for y in (output.y, expected))
     for name, one, other in zip(tensors, found, wanted, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_the_weights_of_a_router_are_no_view(router: str) -> None:
+    """FSDP2 warns of outputs of a block that are, at every step: who writes into such a one loses a gradient."""
+    case = ROUTERS[router]
+    x, gate, experts, extra, state = leaves(case)
+    layer = expert_layer(dispatcher=dropless(), experts=partial(swiglu, matmul=loop))
+    params = MoEParams(gate, experts, simple=extra)
+    output = moe_layer(x, params, case.recipe(layer), state=state, token_ids=IDS)
+    assert output.routing.weights._base is None

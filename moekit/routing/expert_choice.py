@@ -99,7 +99,7 @@ def expert_choice(
     preference = scores.detach() if real is None else scores.detach().masked_fill(~real.unsqueeze(1), -torch.inf)
     chosen = torch.topk(preference, num_taken, dim=-1).indices  # (G, E, C)
     # Along the tokens' own axis: Inductor's gradient of a gather from a transposed softmax is wrong on the CPU.
-    weights = scores.transpose(1, 2).gather(1, chosen.transpose(1, 2)).transpose(1, 2)
+    weights = scores.transpose(1, 2).gather(1, chosen.transpose(1, 2)).transpose(1, 2).contiguous()
     experts = torch.arange(logits.shape[1], device=logits.device).unsqueeze(-1).expand_as(chosen)
     if real is not None:
         taken = capacity(real.sum(-1)).view(-1, 1, 1)
