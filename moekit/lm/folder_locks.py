@@ -24,6 +24,7 @@ class FolderLock:
         folder: to lock. Nothing is done to it before ``take``.
         flag: that names the folder, for the message.
         is_left: whether an empty folder that was there before stays; one for locks alone does not, whoever made it.
+        waits: whether ``take`` waits some seconds for a process that is about to end.
 
     Example:
         >>> import tempfile
@@ -34,8 +35,8 @@ class FolderLock:
         (True, [])
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, flag: str, is_left: bool = True) -> None:
-        self.folder, self._flag, self._is_left = Path(folder), flag, is_left
+    def __init__(self, folder: str | os.PathLike[str], *, flag: str, is_left: bool = True, waits: bool = True) -> None:
+        self.folder, self._flag, self._is_left, self._waits = Path(folder), flag, is_left, waits
         self._made: list[Path] = []
         self._close: weakref.finalize[[int], FolderLock] | None = None
 
@@ -47,7 +48,7 @@ class FolderLock:
         self.let_go()
 
     def take(self) -> None:
-        """Make the folder if need be, and lock it; wait some seconds for a process that is about to end.
+        """Make the folder if need be, and lock it.
 
         Raises:
             BlockingIOError: if another process has it.
@@ -90,7 +91,7 @@ class FolderLock:
             self._close, self._made = close, missing
             return True
         close()
-        if holder is not None and last:
+        if holder is not None and (last or not self._waits):
             raise BlockingIOError(
                 f"{self.folder}: {holder} works in this folder; expected none, since two would undo each other's "
                 f"work. Wait until it has ended, end it, or choose another {self._flag}"

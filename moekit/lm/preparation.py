@@ -29,12 +29,14 @@ from torch import Tensor
 
 from moekit.lm import corpora
 from moekit.lm.corpora import Document
-from moekit.lm.shards import MANIFEST, pack, write_shards
+from moekit.lm.folder_locks import FolderLock
+from moekit.lm.shards import MANIFEST, pack, read_manifest, write_shards
 from moekit.lm.tokenizers import ByteTokenizer, Tokenizer, load_tokenizer, save_tokenizer, train_bpe
 
 FORMAT = 2  # raise it when the same documents would give other files
 TOKENIZER_CHARACTERS = 8_000_000  # a BPE learns little from more
 _RECORD = "prepared.json"
+_TOKENIZER = "tokenizer.json"
 
 
 class PreparedDomain(NamedTuple):
@@ -74,9 +76,9 @@ def prepare(
 ) -> PreparedCorpus:
     """Make tokenizer and shards on first use; find them at once on every later use.
 
-    Everything is made in a temporary folder that gets its name at the end. So a process that is killed leaves nothing
-    half done, and of two that work at the same time the second discards its copy. A damaged folder is made again, with
-    a warning.
+    Everything is made in a temporary folder that gets its name at the end, and is locked until then. So a process that
+    is killed leaves nothing half done, and of two that work at the same time the second discards its copy. A damaged
+    folder is made again, with a warning.
 
     The documents are split by `corpora.split`, the same for every tokenizer and sequence length. A BPE learns from the
     training documents alone, mixed by ``weights``.
@@ -97,7 +99,8 @@ def prepare(
         ValueError: if the tokenizer's name, ``seq_len``, the names of the domains, or the weights make no sense, or a
             domain has fewer than two documents.
         ModuleNotFoundError: if a package of the extra ``moekit[data]`` is needed and not installed.
-        OSError: if the cache cannot be made or written to, or there is no room in it.
+        OSError: if the cache cannot be made or written to, there is no room in it, or another program removes files
+            from it meanwhile.
     """
     vocab_size = _vocab_size(tokenizer_name)
     if seq_len < 1:
@@ -109,7 +112,7 @@ def prepare(
     say = progress or (lambda line: None)
     cache = corpora.cache_dir() if cache is None else Path(cache)
     folder = cache / _key(tokenizer_name, seq_len, domains, {name: weights[name] for name in names})
-    fault = _fault(folder)
+    fault = _fault(folder, names)
     if fault is not None:
         if folder.exists():
             warnings.warn(f"the cache {folder} is damaged: {fault}. It is made again.", stacklevel=2)
@@ -120,7 +123,7 @@ def prepare(
             documents = corpora.embedded() if domains is None else domains
             with _naming(cache):
                 _build(built, documents, weights, vocab_size, seq_len, say)
-                _install(built, folder)
+                _install(built, folder, names)
         say(f"prepared {folder}")
     return _open(folder, names)
 
@@ -178,14 +181,19 @@ def _build(
         tokenizer = train_bpe(
             _sample({name: train for name, (train, _) in splits.items()}, weights), vocab_size=vocab_size
         )
-    save_tokenizer(tokenizer, folder / "tokenizer.json")
+    save_tokenizer(tokenizer, folder / _TOKENIZER)
+    written = [folder / _TOKENIZER]
     for name, parts in splits.items():
         for part, documents in zip(PreparedDomain._fields, parts, strict=True):
             say(f"writing {name}/{part}")
             ids = tokenizer.encode_batch([document.text for document in documents])
             sequences = pack(ids, seq_len=seq_len, end_of_text=tokenizer.end_of_text)
-            write_shards(folder / name / part, _shuffled(sequences) if part == "train" else sequences)
-    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()}
+            manifest = write_shards(folder / name / part, _shuffled(sequences) if part == "train" else sequences)
+            written += [*(Path(shard.path) for shard in read_manifest(manifest)), manifest]
+    for path in written:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} was removed while the cache was prepared; start again")
+    files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in written}
     (folder / _RECORD).write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
 
 
@@ -207,13 +215,17 @@ def _sample(domains: Mapping[str, Sequence[Document]], weights: Mapping[str, flo
     return texts
 
 
-def _fault(folder: Path) -> str | None:
+def _fault(folder: Path, domains: Sequence[str]) -> str | None:
     """Say what is wrong with a prepared folder, or None if nothing is."""
     try:
-        files = json.loads((folder / _RECORD).read_text())["files"].items()
+        files = dict(json.loads((folder / _RECORD).read_text())["files"].items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{_RECORD} is missing or cannot be read"
-    for name, size in files:
+    manifests = [f"{name}/{part}/{MANIFEST}" for name in domains for part in PreparedDomain._fields]
+    for name in (_TOKENIZER, *manifests):
+        if name not in files:
+            return f"{_RECORD} does not name {name}"
+    for name, size in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -244,33 +256,35 @@ def _naming(cache: Path) -> Iterator[None]:
 def _temporary(folder: Path) -> Iterator[Path]:
     built = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
     try:
-        built.chmod(0o755)  # mkdtemp gives a folder to its owner alone, and a cache may be shared
-        yield built
+        with FolderLock(built, flag="MOEKIT_CACHE"):  # so that it is not swept
+            built.chmod(0o755)  # mkdtemp gives a folder to its owner alone, and a cache may be shared
+            yield built
     finally:
         shutil.rmtree(built, ignore_errors=True)
 
 
-def _install(built: Path, folder: Path) -> None:
-    if folder.exists() and _fault(folder) is not None:
+def _install(built: Path, folder: Path, names: Sequence[str]) -> None:
+    if folder.exists() and _fault(folder, names) is not None:
         with _temporary(folder) as grave, contextlib.suppress(FileNotFoundError):
             os.rename(folder, grave / "damaged")
     try:
         os.rename(built, folder)
     except OSError:  # another process was first
-        if _fault(folder) is not None:
+        if _fault(folder, names) is not None:
             raise
 
 
 def _sweep(cache: Path) -> None:
-    """Remove temporary folders that a killed process left a day ago or more."""
+    """Remove temporary folders that a killed process left a day ago or more; clocks differ, so a lock is heeded."""
     for left in cache.glob(".*-*.*"):
         with contextlib.suppress(OSError):
             if left.is_dir() and time.time() - left.stat().st_mtime > 86_400:
-                shutil.rmtree(left)
+                with FolderLock(left, flag="MOEKIT_CACHE", waits=False):
+                    shutil.rmtree(left)
 
 
 def _open(folder: Path, names: Sequence[str]) -> PreparedCorpus:
     domains = {
         name: PreparedDomain(*(folder / name / part / MANIFEST for part in PreparedDomain._fields)) for name in names
     }
-    return PreparedCorpus(folder, load_tokenizer(folder / "tokenizer.json"), domains)
+    return PreparedCorpus(folder, load_tokenizer(folder / _TOKENIZER), domains)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from stored_rows import stored_rows
 
-from moekit.lm import corpora, preparation
+from moekit.lm import corpora, folder_locks, preparation
 from moekit.lm.corpora import Document, split
 from moekit.lm.preparation import prepare
 from moekit.lm.shards import pack
@@ -90,9 +90,19 @@ def test_the_embedded_domains_are_the_default(tmp_path, monkeypatch):
     assert prepare(tokenizer_name="byte", seq_len=16).folder != prepared.folder
 
 
+def forget(folder, name):
+    """Remove a file, and the word of it too: a version that was swept while it worked noted what was left."""
+    (folder / name).unlink()
+    record = json.loads((folder / "prepared.json").read_text())
+    del record["files"][name]
+    (folder / "prepared.json").write_text(json.dumps(record))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
+        (lambda folder: forget(folder, "tokenizer.json"), r"prepared\.json does not name tokenizer\.json"),
+        (lambda folder: forget(folder, "sums/train/manifest.jsonl"), r"does not name sums/train/manifest\.jsonl"),
         (lambda folder: (folder / "sums/train/00000000.tar").unlink(), r"sums/train/00000000\.tar is missing"),
         (lambda folder: (folder / "sums/train/manifest.jsonl").unlink(), r"sums/train/manifest\.jsonl is missing"),
         (lambda folder: os.truncate(folder / "letters/train/00000000.tar", 700), "has 700 bytes, not"),
@@ -130,6 +140,37 @@ def test_leftovers_of_a_kill_without_mercy_are_swept_after_a_day(tmp_path):
     prepare(**SMALL, cache=tmp_path)
     assert fresh.exists()
     assert not old.exists()
+
+
+def test_a_folder_that_is_being_built_is_not_swept(tmp_path, monkeypatch):
+    """The other process runs where the clock is ahead; and it does not wait."""
+    monkeypatch.setattr(folder_locks.time, "sleep", lambda _: pytest.fail("it waited"))
+
+    def sweep(line):
+        if line == "writing letters/validation":
+            [built] = tmp_path.iterdir()
+            os.utime(built, (0, 0))
+            prepare(tokenizer_name="byte", seq_len=16, cache=tmp_path, domains=DOMAINS)
+            assert (built / "tokenizer.json").exists()
+
+    before = snapshot(prepare(**SMALL, cache=tmp_path / "alone").folder)
+    shutil.rmtree(tmp_path / "alone")
+    assert snapshot(prepare(**SMALL, cache=tmp_path, progress=sweep).folder) == before
+
+
+@pytest.mark.parametrize("removed", [".", "tokenizer.json", "letters/train/00000000.tar"])
+def test_what_was_removed_while_it_was_built_is_missed(tmp_path, removed):
+    """As where a file system knows no locks, or by hand."""
+
+    def remove(line):
+        if line == "writing sums/train":
+            [built] = tmp_path.iterdir()
+            shutil.rmtree(built) if removed == "." else (built / removed).unlink()
+
+    name = "tokenizer.json" if removed == "." else removed
+    with pytest.raises(OSError, match=rf"cannot write into .*{name} was removed while the cache was prepared; start"):
+        prepare(**SMALL, cache=tmp_path, progress=remove)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("damaged", [False, True])
