@@ -4,11 +4,14 @@ import contextlib
 import io
 import runpy
 import warnings
+from dataclasses import replace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
 from moekit.parallel import World
-from moekit.recipes import report
+from moekit.recipes import report, runs
+from moekit.recipes.configuration import parse_settings
+from moekit.recipes.runs import claimed
 from moekit.recipes.train import main
 
 
@@ -28,6 +31,15 @@ def run_commands(world: World, commands: list[list[str]]) -> list[Ended]:
 def run_drawn(world: World, words: list[str]) -> Ended:
     """Run a command line of the training program, with the picture at its end."""
     return _run(words)
+
+
+def claim_unnamed(world: World, words: list[str]) -> list[str]:
+    """Claim folders for two runs without a name, where clocks of ranks differ; return the folders' names."""
+    settings = parse_settings(words)
+    settings = replace(settings, run=replace(settings.run, name=None))
+    now = patch.object(runs.time, "strftime", lambda form: f"now{world.rank}")
+    with now, claimed(settings, world) as first, claimed(settings, world) as second:
+        return [first.name, second.name]
 
 
 def run_file(world: World, path: str, *words: str) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import chain, count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,7 +69,8 @@ class Run(NamedTuple):
 def claimed(settings: TrainSettings, world: World) -> Iterator[Path]:
     """Name a run's folder, and keep other launches out of it; what a launch that was killed left in it is removed.
 
-    Rank 0 locks it, see ``FolderLock``, and all ranks hear of a refusal.
+    Rank 0 locks it, see ``FolderLock``, and all ranks hear of a refusal. A run without a name takes another folder
+    where one is taken.
 
     Args:
         settings: of the run.
@@ -78,18 +80,22 @@ def claimed(settings: TrainSettings, world: World) -> Iterator[Path]:
         LOGS/NAME.
 
     Raises:
-        BlockingIOError: if another process has it.
+        BlockingIOError: if another process has the folder of that name.
         OSError: if the folder cannot be made.
         FileExistsError: if it holds a run and the settings do not resume it.
     """
-    lock = FolderLock(share(world, run_folder(settings)), flag="--name")
-    try:
-        trouble = share(world, _claim(lock, settings) if world.rank == 0 else None)
-        if trouble is not None:
+    named = settings.run.name is not None
+    for folder in _folders(settings):
+        lock = FolderLock(share(world, folder), flag="--name", waits=named)
+        try:
+            trouble = share(world, _claim(lock, settings) if world.rank == 0 else None)
+            if trouble is None:
+                yield lock.folder
+                return
+        finally:
+            lock.let_go()
+        if named or not isinstance(trouble, BlockingIOError | FileExistsError):
             raise trouble
-        yield lock.folder
-    finally:
-        lock.let_go()
 
 
 def _claim(lock: FolderLock, settings: TrainSettings) -> OSError | None:
@@ -100,10 +106,8 @@ def _claim(lock: FolderLock, settings: TrainSettings) -> OSError | None:
             return OSError(no_place(lock.folder, PermissionError(errno.EACCES, os.strerror(errno.EACCES))))
         _refuse_another_run(settings, lock.folder)  # of a launch that has ended meanwhile
         remove_leftovers(lock.folder / "checkpoints")
-    except (BlockingIOError, FileExistsError) as error:
-        return error
     except OSError as error:
-        return OSError(no_place(lock.folder, error))
+        return error if error.errno is None else OSError(no_place(lock.folder, error))  # None: in our words
     return None
 
 
@@ -213,7 +217,7 @@ def shared_corpus(settings: TrainSettings, world: World, console: Console) -> Co
 
 
 def run_folder(settings: TrainSettings) -> Path:
-    """Name the folder of a run.
+    """Name the folder of a run; one without a name has an empty or new one.
 
     Args:
         settings: of the run.
@@ -225,12 +229,22 @@ def run_folder(settings: TrainSettings) -> Path:
         FileExistsError: if it holds a run and the settings do not resume that one; a file of weights does not.
         NotADirectoryError: if there is a file in its place.
     """
+    return next(_folders(settings))
+
+
+def _folders(settings: TrainSettings) -> Iterator[Path]:
+    """Name the folders that a run may have: that of its name, or else those of this second which hold nothing."""
     run, recipe = settings.run, settings.model.recipe.rpartition(":")[2]
     preset = Path(settings.model.preset).stem
-    folder = run.logs / (run.name or f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
-    check_folder(folder, given=f"--logs {run.logs}")
-    _refuse_another_run(settings, folder)
-    return folder
+    first = run.logs / (run.name or f"{preset}-{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+    check_folder(first, given=f"--logs {run.logs}")
+    if run.name is not None:
+        _refuse_another_run(settings, first)
+        yield first
+        return
+    for folder in chain([first], (first.with_name(f"{first.name}-{number}") for number in count(2))):
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+            yield folder
 
 
 def _refuse_another_run(settings: TrainSettings, folder: Path) -> None:

@@ -168,7 +168,7 @@ class RunSettings:
     """The run."""
 
     name: str | None = None
-    """Name of the run; its folder is LOGS/NAME. By default made of model, recipe and the time."""
+    """Name of the run; its folder is LOGS/NAME. By default made of model, recipe and time, and numbered if taken."""
     logs: Path = Path("logs")
     """Folder of all runs."""
     config: Path | None = None

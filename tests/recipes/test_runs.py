@@ -4,9 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from ranks import run_ranks
 from rich.console import Console
 from small_runs import SEQ_LEN, words
 
+from moekit.lm import folder_locks
 from moekit.lm.batches import Batching, Reading, RowFormat
 from moekit.lm.folder_locks import FolderLock
 from moekit.parallel import World, one_process
@@ -151,3 +153,58 @@ def test_a_run_without_a_name_has_those_of_model_and_recipe(settings_of, tmp_pat
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError, match="is a file; expected a folder"):
         run_folder(replace(settings, run=replace(settings.run, logs=tmp_path / "file")))
+
+
+def unnamed(settings, **run):
+    return replace(settings, run=replace(settings.run, name=None, **run))
+
+
+def test_runs_without_a_name_that_start_in_one_second_have_folders_of_their_own(settings_of, monkeypatch):
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(runs.time, "sleep", lambda _: pytest.fail("it waited"))
+    settings, scores = unnamed(settings_of()), unnamed(settings_of("--resume", "x"))
+    scores = replace(scores, data=replace(scores.data, dataset_manifest=()))
+    assert scores.evaluates_only
+    with claimed(settings, one_process()) as first, claimed(settings, one_process()) as second:
+        (second / "config.json").write_text("{}")
+        with claimed(settings, one_process()) as third:
+            names = [each.name for each in (first, second, third)]
+            assert names == [f"{first.name}{end}" for end in ("", "-2", "-3")]
+            (first / "config.json").write_text("{}")
+    assert run_folder(settings) == run_folder(scores) == third
+    third.touch()
+    with claimed(settings, one_process()) as folder:
+        assert folder.name == f"{first.name}-4"
+
+
+def test_a_run_without_a_name_gives_way_to_one_that_was_done_meanwhile(settings_of, monkeypatch):
+    """It began and ended between the look at the folder and the lock."""
+    take = FolderLock.take
+
+    def late(lock):
+        monkeypatch.setattr(FolderLock, "take", take)
+        take(lock)
+        (lock.folder / "config.json").write_text("{}")
+
+    monkeypatch.setattr(runs.time, "strftime", lambda form: "now")
+    monkeypatch.setattr(FolderLock, "take", late)
+    with claimed(unnamed(settings_of()), one_process()) as folder:
+        assert folder.name.endswith("-now-2")
+    with FolderLock(folder.with_name(folder.name.removesuffix("-2")), flag="--name"):
+        pass
+
+
+def test_a_place_where_no_run_can_have_a_folder_is_not_tried_for_ever(settings_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_locks, "PATIENCE", 0)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    settings = unnamed(settings_of(), logs=tmp_path / "nowhere")
+    with pytest.raises(OSError, match=r"nowhere\S+ cannot be made or cleared"), claimed(settings, one_process()):
+        pytest.fail("there is no such place")
+
+
+@pytest.mark.distributed
+def test_all_ranks_of_a_run_without_a_name_have_one_folder(shards, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # there may be one card for both
+    first, other = run_ranks("launches:claim_unnamed", 2, words(shards, tmp_path / "logs"), limit=30)
+    assert first == other
+    assert [name.rpartition("now")[2] for name in first] == ["0", "0-2"]
