@@ -24,7 +24,7 @@ from moekit.lookup import unknown_name
 from moekit.parallel import under_torchrun
 from moekit.recipes.ablation_checks import check_data, check_recipe, check_words, refuse_other_recipes, settle_folder
 from moekit.recipes.ablation_failures import Failure, Held, attempt, failure_of, other_sets, told_failures, told_held
-from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs
+from moekit.recipes.ablation_runs import Job, is_gone, line_of, make_jobs, other_lines
 from moekit.recipes.ablation_summaries import summaries, tokens_per_second
 from moekit.recipes.ablation_tables import draw, markdown, printed
 from moekit.recipes.commands import command_line
@@ -201,7 +201,8 @@ def ablate(
 ) -> Outcome:
     """Do the runs that are not done, and write and print the table of those that are. One that fails stops no other.
 
-    A run that another process does is left to it: it is in the table if it is done by then, else it is told.
+    The table has all runs of the folder that are done, also those of other launches. A run that another process does
+    is left to it: it is in the table if it is done by then, else it is told.
 
     Args:
         settings: of the ablation.
@@ -228,7 +229,7 @@ def ablate(
     outcome = outcome._replace(held=tuple(each for each in outcome.held if not each.job.results.exists()))
     if odd := other_sets(_lines(jobs, outcome.failures)):
         outcome = outcome._replace(failures=(*outcome.failures, *odd))
-    show(settings, [line for _, line in _lines(jobs, outcome.failures)], console)
+    show(settings, _with_others(jobs, [line for _, line in _lines(jobs, outcome.failures)], console), console)
     if outcome.stopped_by is not None:
         print_lines(console, f"stopped; go on with:\n  {command}")
     return outcome
@@ -280,6 +281,16 @@ def _line_or_failure(job: Job) -> dict[str, Any]:
         return line_of(job)
     except ValueError as error:
         return failure_of(job, error).line
+
+
+def _with_others(jobs: Sequence[Job], lines: list[dict[str, Any]], console: Console) -> list[dict[str, Any]]:
+    """Add what other launches did in the folder: their routers come after those that were asked for."""
+    if not lines:
+        return []
+    others, wrong = other_lines(jobs, lines)
+    print_lines(console, *(f"not in the table: {each}" for each in wrong))
+    order = list(dict.fromkeys([*(job.label for job in jobs), *ROUTERS, *(line["router"] for line in others)]))
+    return sorted([*lines, *others], key=lambda line: order.index(line["router"]))
 
 
 def show(settings: AblationSettings, lines: Sequence[dict[str, Any]], console: Console) -> None:

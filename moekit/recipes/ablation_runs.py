@@ -170,6 +170,46 @@ def line_of(job: Job) -> dict[str, Any]:
     return line
 
 
+def other_lines(jobs: Sequence[Job], lines: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Say what the runs came to that other launches did in the folder of an ablation.
+
+    Args:
+        jobs: the own runs.
+        lines: what is known of those; a table can have other runs of the same recipes and validation sets alone.
+
+    Returns:
+        Lines in the manner of ``line_of``, by label and seed; and what is wrong with runs that are left out.
+    """
+    found: list[dict[str, Any]] = []
+    wrong: list[str] = []
+    recipes = {job.label: job.settings.model.recipe for job in jobs}
+    for label, seed, folder in _other_runs(jobs):
+        try:
+            recipe = recipes.setdefault(label, stored_recipe(folder) or label)
+            if (other := other_recipe(folder, recipe)) is not None:
+                raise ValueError(other)
+            line = line_of(Job(label, seed, _of_a_run(jobs[0].settings, recipe, seed=seed, name=folder.name)))
+            usual = next((each["validation"] for each in (*lines, *found) if "failed" not in each), None)
+            if usual is not None and "failed" not in line and set(usual) != set(line["validation"]):
+                raise ValueError(
+                    f"{folder / _RESULTS} has scores of {', '.join(sorted(line['validation']))}; expected "
+                    f"{', '.join(sorted(usual))}, as others have. Delete it, and do the run again"
+                )
+        except ValueError as error:
+            wrong.append(str(error))
+        else:
+            found.append(line)
+    return found, wrong
+
+
+def _other_runs(jobs: Sequence[Job]) -> list[tuple[str, int, Path]]:
+    """List label, seed and folder of the runs that are done beside these."""
+    own = {job.folder.name for job in jobs}
+    folders = {path.parent for path in jobs[0].settings.run.logs.glob(f"*-seed*/{_RESULTS}")}
+    parts = [(*folder.name.rpartition("-seed")[::2], folder) for folder in folders if folder.name not in own]
+    return sorted((label, int(seed), folder) for label, seed, folder in parts if seed.isdecimal())
+
+
 def record(run: Run, console: Console, *, progress: Progress, trained: Trained) -> None:
     """Score a run after its last step, and write what a table needs: the ``finishing`` of ``train``.
 

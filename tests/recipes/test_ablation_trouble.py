@@ -246,6 +246,14 @@ def test_a_run_that_failed_keeps_neither_model_nor_data(ablate, files, monkeypat
     assert alive == [[], [False], [False, False]]
 
 
+def rows_of(folder):
+    """Return the first cell of the table's rows, and the heading of the differences."""
+    heading, _, *rows = [
+        line.split(" | ") for line in (folder / "table.md").read_text().splitlines() if line[:1] == "|"
+    ]
+    return [row[0].removeprefix("| ") for row in rows], next(each for each in heading if each.startswith("vs "))
+
+
 @pytest.fixture
 def held(ablate, monkeypatch):
     """Have the folder of one run as another process would have it, beside a run that is done."""
@@ -268,7 +276,7 @@ def test_a_run_that_another_process_does_is_left_to_it_and_has_not_failed(ablate
     folder = tmp_path / "F"
     assert [line["router"] for line in read_metrics(folder / "results.jsonl")] == ["relu", "switch"]
     table = (folder / "table.md").read_text()
-    assert [row.split(" | ")[0] for row in table.splitlines() if row.startswith("| ")][2:] == ["| switch"]
+    assert rows_of(folder) == (["switch", "relu"], "vs switch")
     assert "failed" not in table
     instead = "top_k, the first router, has no run that has ended yet: differences are from switch instead."
     assert instead in table
@@ -289,9 +297,7 @@ def test_a_run_that_another_process_has_done_meanwhile_is_in_the_table(ablate, h
         return do(job, **options)
 
     monkeypatch.setattr(ablation_failures, "do", meanwhile)
-    folder = ablate("--routers", "top_k,switch")
-    rows = [line.split(" | ")[0] for line in (folder / "table.md").read_text().splitlines() if line.startswith("| ")]
-    assert rows[2:] == ["| top_k", "| switch"]
+    assert rows_of(ablate("--routers", "top_k,switch")) == (["top_k", "switch", "relu"], "vs top_k")
 
 
 def test_a_stop_wins_over_a_run_of_another_process_and_both_are_told(ablate, held, monkeypatch, capsys):
@@ -383,6 +389,43 @@ def test_a_run_that_was_scored_on_other_sets_fails_alone(ablate, files):
         ablate("--routers", "top_k,switch,relu")
     table = (path.parent.parent / "table.md").read_text()
     assert re.search(r"\| top_k \| \d\S* \| \d.*\n\| switch \| - \| - \| .*\| failed: ValueError \|", table)
+
+
+def test_a_table_has_the_runs_of_other_launches_after_those_that_were_asked_for(ablate, files):
+    folder = ablate("--routers", "switch,top_k")
+    assert rows_of(folder) == (["switch", "top_k"], "vs switch")
+    ablate("--routers", "relu", "--recipe", "r.py:half", "--seeds", "2")
+    assert rows_of(folder) == (["relu", "recipe-half", "top_k", "switch"], "vs relu")
+    ablate("--routers", "top_k,switch")
+    whole = (folder / "table.md").read_text()
+    assert rows_of(folder) == (["top_k", "switch", "relu", "recipe-half"], "vs top_k")
+    assert re.search(r"\| top_k \| \S+ \(1 of 2\) .*\n\| switch \| \S+ \(1 of 2\) .*\n\| relu \| \S+ ± \S+ \|", whole)
+    (folder / "expert_choice-seed0").mkdir()  # not done
+    (folder / "expert_choice-seedling").mkdir()
+    shutil.copy(folder / "top_k-seed0/results.json", folder / "expert_choice-seedling")
+    ablate("--routers", "top_k,switch")
+    assert (folder / "table.md").read_text() == whole
+
+
+def test_runs_of_other_launches_that_fit_no_table_are_left_out_and_told(ablate, files, capsys):
+    folder = ablate("--routers", "top_k,switch,relu", "--recipe", "r.py:half", "--seeds", "2")
+    edited = {name: folder / f"{name}-seed0/results.json" for name in ("switch", "relu")}
+    edited["switch"].write_text("{}")
+    whole = json.loads(edited["relu"].read_text())
+    edited["relu"].write_text(json.dumps(whole | {"validation": {"prose": whole["validation"]["prose"]}}))
+    shutil.rmtree(folder / "recipe-half-seed0")
+    capsys.readouterr()
+    ablate("--routers", "top_k", "--recipe", "s.py:half")
+    said = capsys.readouterr().out
+    left_out = [line for line in said.splitlines() if line.startswith("not in the table: ")]
+    expected = (
+        "recipe-half-seed1 holds a run of --recipe",
+        "relu-seed0/results.json has scores of prose; expected code, prose",
+        "switch-seed0/results.json is damaged",
+    )
+    assert [words in line for words, line in zip(expected, left_out, strict=True)] == [True] * 3
+    assert rows_of(folder) == (["top_k", "recipe-half", "switch", "relu"], "vs top_k")
+    assert not list(folder.glob("*/error.txt"))
 
 
 def test_a_table_is_printed_also_where_table_or_picture_cannot_be_written(ablate, files, monkeypatch, capsys):
