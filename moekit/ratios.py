@@ -26,7 +26,7 @@ def ratio_of(number: float | Ratio) -> Ratio:
         Ratio.
 
     Raises:
-        ValueError: if it is not finite.
+        ValueError: if it is not finite, or so large that its parts are not.
 
     Example:
         >>> ratio_of(1.1), ratio_of(8 / 7)
@@ -34,10 +34,11 @@ def ratio_of(number: float | Ratio) -> Ratio:
     """
     if isinstance(number, Ratio):
         return number
-    if not float("-inf") < number < float("inf"):
-        raise ValueError(f"{number} is no ratio of whole numbers; expected a finite number.")
-    parts = round(number * _PARTS)
-    return _reduced(1 if number > 0 and parts == 0 else parts, _PARTS)
+    parts = number * _PARTS
+    if not float("-inf") < parts < float("inf"):
+        raise ValueError(f"{number} is no ratio of whole numbers; expected a finite number, below 1e299 or so.")
+    whole = round(parts)
+    return _reduced(1 if number > 0 and whole == 0 else whole, _PARTS)
 
 
 def is_positive(number: float | Ratio) -> bool:

@@ -21,7 +21,7 @@ def test_a_decimal_is_what_was_written(decimal: tuple[int, int]) -> None:
     assert ratio_of(digits / 10**places) == Fraction(digits, 10**places).as_integer_ratio()
 
 
-@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan")])
+@pytest.mark.parametrize("number", [float("inf"), float("-inf"), float("nan"), 1e308, -1e308])
 def test_what_is_not_finite_is_refused(number: float) -> None:
     with pytest.raises(ValueError, match="is no ratio of whole numbers; expected a finite number"):
         ratio_of(number)

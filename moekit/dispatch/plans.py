@@ -12,6 +12,8 @@ from moekit.segments import first_of_groups, rows_of_assignments, sort_by_expert
 from moekit.types import DispatchPlan, Groups, Ratio, Routing
 
 Priority = Callable[[Routing], Tensor]
+_TOO_MANY = 2**31  # rows of a padded plan, whose sizes are int32
+_DROP_NOTHING = "To drop nothing, use the dropless dispatcher (on the command line: --moe-capacity-factor 0)."
 
 
 def dropless_plan(routing: Routing) -> DispatchPlan:
@@ -141,8 +143,9 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
         DispatchPlan of E * C rows; ``groups.capacity`` is C.
 
     Raises:
-        ValueError: if the capacity factor is not a positive, finite number, the parts of the routing do not fit each
-            other, or the priority returns no (N,) int64. That it names each assignment once is not looked at.
+        ValueError: if the capacity factor is not a positive, finite number, or makes 2**31 rows or more, the parts of
+            the routing do not fit each other, or the priority returns no (N,) int64. That it names each assignment once
+            is not looked at.
 
     Example:
         >>> from moekit.routing import top_k
@@ -155,6 +158,7 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
     """
     check_routing("padded_plan", routing)
     num_experts, rows_each = routing.num_experts, capacity(routing, capacity_factor=capacity_factor)
+    _check_rows(num_experts, rows_each, capacity_factor)
     experts = routing.expert_indices.flatten()
     if priority is by_position and routing.positions is None:  # the order that sorting keeps anyway
         order, sizes = sort_by_expert(experts, num_experts)
@@ -165,6 +169,14 @@ def padded_plan(routing: Routing, *, capacity_factor: float | Ratio, priority: P
         order = preferred[order]
     groups = Groups(torch.full_like(sizes, rows_each, dtype=torch.int32), rows_each)
     return DispatchPlan(first_of_groups(order, sizes, rows_each), groups)
+
+
+def _check_rows(num_experts: int, rows_each: int, capacity_factor: float | Ratio) -> None:
+    if num_experts * rows_each >= _TOO_MANY:
+        raise ValueError(
+            f"padded_plan: capacity_factor = {capacity_factor} gives {num_experts} experts {rows_each:,} rows each; "
+            f"expected fewer than {_TOO_MANY:,} rows in all. {_DROP_NOTHING}"
+        )
 
 
 def _check_order(preferred: Any, num_assignments: int) -> None:
@@ -232,10 +244,7 @@ def capacity(routing: Routing, *, capacity_factor: float | Ratio) -> int:
         Gale et al., MegaBlocks, 2022, whose released code has K in it, https://arxiv.org/abs/2211.15841
     """
     if not is_positive(capacity_factor):
-        raise ValueError(
-            f"capacity_factor = {capacity_factor}; expected a positive, finite number. To drop nothing, use the "
-            f"dropless dispatcher (on the command line: --moe-capacity-factor 0)."
-        )
+        raise ValueError(f"capacity_factor = {capacity_factor}; expected a positive, finite number. {_DROP_NOTHING}")
     factor, pool = ratio_of(capacity_factor), as_ratio(routing.pool)
     room = factor.numerator * pool.numerator // (factor.denominator * pool.denominator * routing.num_experts)
     return max(1, room)

@@ -65,6 +65,15 @@ def test_a_bad_capacity_factor_says_what_to_do(factor: float) -> None:
         padded_plan(routing, capacity_factor=factor)
 
 
+@pytest.mark.parametrize("factor", [2.0**29, 1e30])
+def test_more_rows_than_can_be_counted_are_refused(factor: float) -> None:
+    routing = round_robin(torch.zeros(4, 2, device="meta"), k=1)  # R = 4 * factor
+    message = r"padded_plan: capacity_factor = [\de.+]+ gives 2 experts [\d,]+ rows each; expected fewer than"
+    with pytest.raises(ValueError, match=rf"{message} 2,147,483,648 rows .*--moe-capacity-factor 0"):
+        padded_plan(routing, capacity_factor=factor)
+    assert padded_plan(routing, capacity_factor=2.0**29 - 1).assignments.shape[0] < 2**31
+
+
 @pytest.mark.parametrize("factor", [-1.0, float("inf"), float("nan")])
 def test_padded_checks_its_factor_when_it_is_composed(factor: float) -> None:
     with pytest.raises(ValueError, match=rf"capacity_factor = {factor}; expected a finite number >= 0, where 0 means"):
