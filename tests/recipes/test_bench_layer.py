@@ -219,6 +219,34 @@ def test_held_bytes_are_counted_once_and_without_leaves() -> None:
     assert fused.peak is None
 
 
+class Kept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x.sin())
+        return x * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize(
+    ("kept", "count", "compiled"),
+    [
+        (lambda x: x * 2, 0, 0),
+        (lambda x: (x.sigmoid().exp(), x * 2)[1], 0, 0),  # what the first two save is gone before the forward returns
+        (lambda x: x.sin().exp().sin() * 2, 1, 1),  # x is a leaf; both others save the same numbers
+        (lambda x: Kept.apply(x) * 2, 1, 0),  # compiled it is computed again
+    ],
+)
+def test_what_is_held_is_what_autograd_holds_when_the_forward_is_done(kept, count: int, compiled: int) -> None:
+    torch._dynamo.reset()
+    x = torch.randn(16, 16, requires_grad=True)
+    for run, expected in ((kept, count), (torch.compile(kept, backend="aot_eager"), compiled)):
+        held = measure_memory(Contender(partial(run, x), [x], torch.ones(16, 16))).held
+        assert held == expected * x.nbytes
+
+
 def test_fractions_compare_the_same_round() -> None:
     rounds = [Round(1.0, 4.0, 2.0), Round(10.0, 40.0, 20.0), Round(1.0, 2.0, 2.0)]
     bound = [Round(0.5, 3.0, 0.5), Round(5.0, 30.0, 5.0), Round(0.5, 1.0, 1.0)]  # a slow second round slows both

@@ -5,6 +5,7 @@ On CUDA it is the current device that is measured, which has to be that of the t
 
 import math
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -155,7 +156,8 @@ def queue_launches(run: Callable[[], object], count: int, *, ahead: int = 1) -> 
 def measure_memory(contender: Contender) -> Memory:
     """Measure what a row holds between forward and backward, and on CUDA its peak.
 
-    On CUDA by the allocator's counts; on the CPU by the tensors that autograd saves, a storage counted once.
+    On CUDA by the allocator's counts; on the CPU by the tensors that autograd holds when the forward is done, a storage
+    counted once.
 
     Args:
         contender: to run.
@@ -177,18 +179,24 @@ def measure_memory(contender: Contender) -> Memory:
     return Memory(held, torch.cuda.max_memory_allocated() - before)
 
 
+class _Saved:
+    """What autograd keeps in place of a tensor, for as long as it keeps it."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()  # a result with its history would keep itself
+
+
 def _saved(contender: Contender) -> int:
-    known = {leaf.untyped_storage().data_ptr() for leaf in contender.leaves}
-    storages: dict[int, int] = {}
-    kept: list[Tensor] = []  # so that no address is used twice
+    packed: list[weakref.ref[_Saved]] = []
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.detach())
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        packed.append(weakref.ref(saved))
+        return saved
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         y = contender.forward()
-    known.add(y.untyped_storage().data_ptr())
+    known = {tensor.untyped_storage().data_ptr() for tensor in (*contender.leaves, y)}
+    alive = [saved.tensor.untyped_storage() for each in packed if (saved := each()) is not None]
+    storages = {storage.data_ptr(): storage.nbytes() for storage in alive}
     return sum(size for at, size in storages.items() if at not in known)
