@@ -516,6 +516,15 @@ def test_the_program_refuses_what_makes_no_sense(words: str, message: str | None
         main(words.split())
 
 
+def test_a_link_to_the_other_file_is_refused(tmp_path) -> None:
+    file, link = tmp_path / "a.json", tmp_path / "link.json"
+    link.symlink_to(file)
+    words = f"bench layer --device cpu --shape 8,8,8,2,1 --rounds 1 --only dense --json {file} --markdown {link}"
+    with pytest.raises(SystemExit, match=rf"--json and --markdown are both {file}; give each a file of its own"):
+        main(words.split())
+    assert not file.exists()
+
+
 @pytest.mark.parametrize(("count", "found"), [(1, "1 CUDA device, cuda:0"), (2, "2 CUDA devices, cuda:0 to cuda:1")])
 def test_a_device_that_is_not_there_is_refused(count: int, found: str, monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

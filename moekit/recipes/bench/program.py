@@ -154,7 +154,7 @@ def _check_settings(settings: BenchLayerSettings, *, device: str, on_cuda: bool,
     files = [path for path in (settings.json, settings.markdown) if path is not None]
     for path in files:  # before an hour of measuring, not after
         check_file(path)
-    if len({path.absolute() for path in files}) < len(files):
+    if len({os.path.realpath(path) for path in files}) < len(files):
         raise ValueError(f"--json and --markdown are both {settings.json}; give each a file of its own.")
     if settings.precision and not (on_cuda and dtype == "float32"):
         raise ValueError(
