@@ -369,6 +369,7 @@ def test_a_report_has_a_table_for_each_load(report: Report) -> None:
         (stages,) = table.stages.values()  # for the kernels of fused_layer do not run here
         assert [stage.name for stage in stages] == ["gate", "route", "plan", "dispatch", "experts", "combine"]
         assert sum(shares(stages)) == pytest.approx(1)
+        assert stages[0].nbytes == (64 * 16 + 16 * 8 + 64 * 8) * 4  # the gate's matrix is read, too
         assert stages[4].teraflops == pytest.approx(SMALL.flops / min(stages[4].seconds) / 1e12)
         assert stages[5].gigabytes_per_second == pytest.approx(3 * 64 * 16 * 4 / min(stages[5].seconds) / 1e9)
 

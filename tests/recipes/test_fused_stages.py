@@ -50,6 +50,9 @@ def test_the_work_of_the_stages_is_that_of_the_layer() -> None:
     works = fused_stages(case)
     of_gate = 3 * 2 * 48 * 16 * 4
     assert sum(work.flops for work in works.values()) == 3 * SHAPE.flops + of_gate
+    assert works["gate"].nbytes == (48 * 16 + 16 * 4 + 48 * 4) * 4
+    back = (3 * 48 * 16 + 2 * 16 * 4 + 2 * 48 * 4 + 96) * 4 + 96 * 8  # weights, and experts' numbers in int64
+    assert works["router and gate, back"].nbytes == back
     assert works["copy"].nbytes == (1 + 2) * 48 * 16 * 4
     assert works["up"].nbytes == (96 * 16 + 2 * 4 * 16 * 32 + 3 * 96 * 32) * 4
     dead = fused_stages(make_case(SHAPE, "dead", device=DEVICE, dtype=torch.float32))

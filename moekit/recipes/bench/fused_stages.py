@@ -38,10 +38,10 @@ def fused_stages(case: Case) -> dict[str, Work]:
     decision = routing.expert_indices.nbytes + routing.weights.nbytes
     flops = 2 * case.shape.tokens * gate.numel()
     return {
-        "gate": Work(partial(linear_gate, x, gate), x.nbytes + logits.nbytes, flops),
+        "gate": Work(partial(linear_gate, x, gate), x.nbytes + gate.nbytes + logits.nbytes, flops),
         "route": Work(partial(case.route, logits), logits.nbytes + decision),
         **experts,
-        "router and gate, back": Work(go_back, 3 * x.nbytes + 2 * logits.nbytes + decision, 2 * flops),
+        "router and gate, back": Work(go_back, 3 * x.nbytes + 2 * (gate.nbytes + logits.nbytes) + decision, 2 * flops),
     }
 
 

@@ -110,7 +110,9 @@ def composed_stages(case: Case) -> dict[str, Work]:
     live = int(plan.groups.sizes.count_nonzero())  # experts with rows, whose matrices are read
     moved, matrices = x.nbytes + rows.nbytes, sum(w[0].nbytes for w in experts) * live
     return {
-        "gate": Work(partial(linear_gate, x, gate), x.nbytes + logits.nbytes, 2 * shape.tokens * gate.numel()),
+        "gate": Work(
+            partial(linear_gate, x, gate), x.nbytes + gate.nbytes + logits.nbytes, 2 * shape.tokens * gate.numel()
+        ),
         "route": Work(partial(case.route, logits), logits.nbytes + decision),
         "plan": Work(partial(dispatcher.plan, routing), decision + plan.assignments.nbytes),
         "dispatch": Work(partial(dispatcher.dispatch, x, routing, plan), moved),
