@@ -118,9 +118,12 @@ def _describe_package(package: Package) -> str:
             warnings.simplefilter("ignore")
             importlib.import_module(package.name)
         return f"{package.name:<11} {importlib.metadata.version(package.name)}"
+    except SystemExit as error:
+        reason = f"its import ends the program: {first_line(error)}"
     except Exception as error:  # a broken package may raise anything when it is imported, and that is the answer
-        reason, remedy = first_line(error), f"pip install {package.install}"
-        return f"{package.name:<11} not usable: {reason}. Without it: {package.purpose}. Mend: {remedy}"
+        reason = first_line(error)
+    remedy = f"pip install {package.install}"
+    return f"{package.name:<11} not usable: {reason}. Without it: {package.purpose}. Mend: {remedy}"
 
 
 def _try_backend(matmul: GroupedMatmul, *, device: str, dtype: torch.dtype) -> str | None:

@@ -34,10 +34,13 @@ def test_a_missing_package_is_reported_with_what_is_lost_and_how_to_mend_it(monk
     assert line.endswith("Without it: the picture. Mend: pip install 'moekit[plots]'")
 
 
-def test_a_broken_package_is_reported_and_does_not_stop_the_doctor(monkeypatch, tmp_path):
-    (tmp_path / "broken_package.py").write_text("raise RuntimeError('wrong CUDA version.\\nmore')\n")
+@pytest.mark.parametrize(
+    ("raised", "told"), [("raise RuntimeError", ""), ("import sys; sys.exit", "its import ends the program: ")]
+)
+def test_a_broken_package_is_reported_and_does_not_stop_the_doctor(monkeypatch, tmp_path, raised, told):
+    (tmp_path / "broken_package.py").write_text(f"{raised}('wrong CUDA version.\\nmore')\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert "broken_package not usable: wrong CUDA version. Without" in _describe_package(
+    assert f"broken_package not usable: {told}wrong CUDA version. Without" in _describe_package(
         Package("broken_package", "all", "it")
     )
 
