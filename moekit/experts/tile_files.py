@@ -98,7 +98,11 @@ def read_tiles(path: str | os.PathLike[str]) -> Table:
         >>> len(read_tiles(Path(__file__).with_name("tiles.json"))) == len(shipped())
         True
     """
-    return parse_tiles(Path(path).read_text(encoding="utf-8"), name=str(path))
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no UTF-8 text: {error}. {_MEND}") from error
+    return parse_tiles(text, name=str(path))
 
 
 def parse_tiles(text: str, *, name: str) -> Table:
@@ -120,7 +124,7 @@ def parse_tiles(text: str, *, name: str) -> Table:
     """
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # beside syntax errors: integers of more than 4300 digits
         raise ValueError(f"{name}: no JSON: {error}. {_MEND}") from error
     fields = _fields(content, ("format", "entries"), name)
     if fields["format"] in _OLDER:

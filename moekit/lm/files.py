@@ -105,7 +105,7 @@ def read_object(path: Path, *, expected: str, mend: str) -> dict[str, Any]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}), expected {expected}{mend}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{path} is damaged: it holds {str(found)[:60]!r}, expected {expected}{mend}")

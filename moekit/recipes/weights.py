@@ -158,7 +158,7 @@ def _described(path: Path) -> dict[str, Any]:
         return {}
     try:
         return {name: json.loads(metadata[name]) for name in ("settings", "config", "step") if name in metadata}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: its metadata are no JSON: {error}. Export the checkpoint again.") from error
 
 

@@ -408,6 +408,8 @@ def test_tables_do_not_answer_for_each_other() -> None:
 def test_what_is_no_table_is_refused(tmp_path) -> None:
     for text, words in {
         "{": r"t\.json: no JSON: .*line 1 column 2.*",
+        "[" * 100_000: r"t\.json: no JSON: maximum recursion depth exceeded",
+        "1" * 5000: r"t\.json: no JSON: Exceeds the limit",
         "[]": r"t\.json: \[\]; expected an object of the fields format, entries\.",
         '{"format": "moekit tiles 0", "entries": []}': rf't\.json, format: "moekit tiles 0"; expected "{FORMAT}"\.',
         f'{{"format": "{FORMAT}", "entries": 3}}': r"t\.json, entries: 3; expected a list\.",
@@ -421,6 +423,9 @@ def test_what_is_no_table_is_refused(tmp_path) -> None:
         parse_tiles('{"format": "moekit tiles 2", "entries": []}', name="t.json")
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         read_tiles(tmp_path / "none.json")
+    (tmp_path / "binary.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match=r"binary\.json: no UTF-8 text: .* in position 0: .*" + MEND):
+        read_tiles(tmp_path / "binary.json")
 
 
 def test_tiles_of_one_height_each() -> None:

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from moekit.lm.files import sync_folder, write_whole
+from moekit.lm.files import read_object, sync_folder, write_whole
 
 
 @pytest.mark.parametrize(("content", "expected"), [("häß\n", "häß\n".encode()), (b"\x00\xff", b"\x00\xff"), ("", b"")])
@@ -17,6 +17,12 @@ def test_text_is_utf8_and_bytes_are_bytes(tmp_path, content, expected):
 
 def test_a_path_may_be_text(tmp_path):
     assert write_whole(f"{tmp_path}/a", "x") == tmp_path / "a"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[" * 100_000, b"1" * 5000, b"\xff", b"[]"])
+def test_what_is_no_object_is_named(tmp_path, content):
+    with pytest.raises(ValueError, match=r"plan\.json is damaged.*, expected a plan\. Make it again"):
+        read_object(write_whole(tmp_path / "plan.json", content), expected="a plan", mend=". Make it again")
 
 
 def test_what_was_there_is_replaced(tmp_path):
