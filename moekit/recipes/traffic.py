@@ -16,6 +16,7 @@ from moekit.recipes.traffic_tables import Prediction, byte_table, cheapest_lines
 
 _GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 _H100 = h100_machine()
+_TOO_LARGE = 2**63  # for a whole number: products of all of them are floats still
 
 
 def _microseconds(seconds: float) -> float:
@@ -197,13 +198,17 @@ def _prediction(sent: list[Sent] | None, machine: Machine) -> Prediction | None:
 def _check(settings: TrafficSettings) -> None:
     may_be_zero = {"node_latency", "network_latency", "start"}
     gpus = settings.gpus
-    if min(gpus, default=0) < 1 or len(set(gpus)) < len(gpus):
+    if min(gpus, default=0) < 1 or max(gpus) >= _TOO_LARGE or len(set(gpus)) < len(gpus):
         given = " ".join(map(str, gpus)) or "given no numbers"
-        raise ValueError(f"--gpus is {given}; expected numbers of GPUs, each once and more than 0")
+        raise ValueError(f"--gpus is {given}; expected numbers of GPUs, each once and more than 0, below 2^63")
     for name, value in vars(settings).items():
-        if name != "gpus" and not (math.isfinite(value) and (value > 0 or (value == 0 and name in may_be_zero))):
+        if name == "gpus":
+            continue
+        fits = value < _TOO_LARGE if isinstance(value, int) else math.isfinite(value)
+        if not (fits and (value > 0 or (value == 0 and name in may_be_zero))):
             wanted = "a finite number, 0 or more" if name in may_be_zero else "a finite number above 0"
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {wanted}")
+            limit = ", below 2^63" if isinstance(value, int) else ""
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; expected {wanted}{limit}")
     if settings.top_k > settings.experts:
         raise ValueError(f"--top-k is {settings.top_k}; expected 1 to {settings.experts}, the number of experts")
 

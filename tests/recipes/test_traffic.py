@@ -72,6 +72,9 @@ def test_flags_change_the_shape_and_the_links(capsys):
     [
         (["--top-k", "65"], r"--top-k is 65; expected 1 to 64, the number of experts"),
         (["--tokens", "0"], r"--tokens is 0; expected a finite number above 0"),
+        (["--tokens", f"1{'0' * 320}"], r"--tokens is 10+; expected a finite number above 0, below 2\^63"),
+        (["--hidden", str(2**63)], r"--hidden is 9223372036854775808; expected a finite number above 0, below 2\^63"),
+        (["--gpus", "8", f"1{'0' * 320}"], r"--gpus is 8 10+; expected numbers of GPUs, each once and .*below 2\^63"),
         (["--gpus", "8", "-1"], r"--gpus is 8 -1; expected numbers of GPUs, each once and more than 0"),
         (["--gpus", "4", "2", "4"], r"--gpus is 4 2 4; expected numbers of GPUs, each once"),
         (["--gpus"], r"--gpus is given no numbers; expected numbers of GPUs"),
