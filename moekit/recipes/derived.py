@@ -65,8 +65,8 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
     """Leave out of a file's settings what the flags on the command line say otherwise, if only by what they imply.
 
     A flag drops what was derived from the setting that it changes, and what the two exclude each other with, also where
-    that was given; of a run with a constant rate, the end of a cosine. What no flag touches stays, so that a run is
-    repeated as it was when defaults have changed.
+    that was given; of a run with a constant rate, the end of a cosine and its lower limit. What no flag touches stays,
+    so that a run is repeated as it was when defaults have changed.
 
     Args:
         values: name, with underscores, to value, of the file.
@@ -90,7 +90,7 @@ def give_way(values: Mapping[str, Any], derived: Collection[str], arguments: Seq
     if typed.get("moe_freq") == "0":
         dropped |= set(OF_METHOD)
     if typed.get("lr_scheduler", values.get("lr_scheduler") if is_of_a_run(values) else None) == "const":
-        dropped.add("lr_cooldown_end")  # older versions wrote it there, too
+        dropped |= {"lr_cooldown_end", "force_min_lr"}  # older versions wrote them there, too
     if "no_fsdp" in typed:
         dropped |= {name for name in values if name.startswith("fsdp_")}
     if "no_moe_expert_model_parallelism" in typed:

@@ -154,6 +154,11 @@ def _check_length(optimizer: "OptimizerSettings", data: "DataSettings") -> None:
             f"--lr-cooldown-end {optimizer.lr_cooldown_end:g} is where --lr-scheduler cosine ends, and "
             "--lr-scheduler const stays at --lr; leave out either"
         )
+    if optimizer.force_min_lr and optimizer.lr_scheduler == "const":
+        raise ValueError(
+            f"--force-min-lr {optimizer.force_min_lr:g} is how far --lr-scheduler cosine may fall, and --lr-scheduler "
+            "const stays at --lr; leave out either"
+        )
     for name in ("lr_cooldown_end", "force_min_lr"):
         rate = getattr(optimizer, name)
         if rate is not None and rate > optimizer.lr:

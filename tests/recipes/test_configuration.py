@@ -540,10 +540,21 @@ def test_the_end_of_a_cosine_that_an_older_constant_run_wrote_is_left_out(config
     }
 
 
-def test_the_end_of_a_cosine_in_a_written_file_of_a_constant_rate_is_refused(config, capsys):
+def test_the_lower_limit_that_an_older_constant_run_was_given_is_left_out(config):
+    constant = config(WHOLE | {"lr_scheduler": "const", "force_min_lr": 1e-5, "derived": DERIVED})
+    assert parse_settings(["--config", constant]).optimizer.force_min_lr == 0
+    cosine = config(WHOLE | {"force_min_lr": 1e-5, "derived": DERIVED})
+    assert parse_settings(["--config", cosine, "--lr-scheduler", "const"]).optimizer.force_min_lr == 0
+    assert parse_settings(["--config", cosine]).optimizer.force_min_lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "without"), [("lr_cooldown_end", "--lr-cooldown-end None"), ("force_min_lr", "--force-min-lr=0.0")]
+)
+def test_the_end_of_a_cosine_in_a_written_file_of_a_constant_rate_is_refused(config, capsys, name, without):
     with pytest.raises(SystemExit):
-        parse_settings(["--config", config({"lr_scheduler": "const", "lr_cooldown_end": 1e-4})])
-    assert "--lr-cooldown-end None leaves it out" in capsys.readouterr().err
+        parse_settings(["--config", config({"lr_scheduler": "const", name: 1e-4})])
+    assert f"{without} leaves it out" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

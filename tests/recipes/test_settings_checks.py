@@ -216,9 +216,13 @@ def test_the_rate_may_end_where_it_is_and_not_above(flag):
     refuses(f"{flag} 0.002 is above --lr 0.001, so the rate would rise; give a smaller one", lr=1e-3, **{name: 2e-3})
 
 
-def test_a_constant_rate_has_no_end_of_a_cosine():
-    message = "--lr-cooldown-end 0.0001 is where --lr-scheduler cosine ends, and --lr-scheduler const stays at --lr;"
-    refuses(message, lr_scheduler="const", lr_cooldown_end=1e-4)
+@pytest.mark.parametrize(
+    ("name", "said"), [("lr_cooldown_end", "is where {} ends"), ("force_min_lr", "is how far {} may fall")]
+)
+def test_a_constant_rate_has_no_end_of_a_cosine(name, said):
+    flag, said = f"--{name.replace('_', '-')}", said.format("--lr-scheduler cosine")
+    message = f"{flag} 0.0001 {said}, and --lr-scheduler const stays at --lr; leave out either"
+    refuses(message, lr_scheduler="const", **{name: 1e-4})
     settings_of(lr_scheduler="const")
 
 
