@@ -24,8 +24,8 @@ __all__ = [
 def open_stream(reading: Reading, *, workers: int = 0) -> Stream:
     """Stream this rank's batches of one or several sources, in an order that ranks and workers do not change.
 
-    If the lanes are a multiple of the ranks, and the batch size of the lanes, a rank reads shards of its own alone, but
-    for the end of each pass. See `moekit.lm.orders.Order` for the order. No global random number generator is used.
+    If the lanes are a multiple of the ranks, a rank reads shards of its own alone, but for the end of each pass. See
+    `moekit.lm.orders.Order` for the order. No global random number generator is used.
 
     Args:
         reading: what is read; of longer sequences, a window drawn from the seed.

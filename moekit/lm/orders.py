@@ -1,14 +1,14 @@
-"""Which sequence comes next: the order of the data, planned in integers before a byte is read.
+"""Which sequences come next: the order of the data, planned in integers before a byte is read.
 
-The order is a pure function of the sequences per shard, the weights, the seed and the number of lanes. Ranks and
-workers do not enter it: each of them walks through the whole order and reads what is its own.
+The order is a pure function of the sequences per shard, the weights, the seed, the number of lanes and the batch size.
+Ranks and workers do not enter it: each of them walks through the whole order and reads what is its own.
 """
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moekit.lm.permutations import Address, block_permutation, visits
+from moekit.lm.permutations import Address, block_permutation, shuffled, visits
 
 __all__ = [
     "Address",
@@ -28,12 +28,13 @@ class DataExhausted(ValueError):
 class Order:
     """The order in which a run takes its sequences, from one or several sources of shards.
 
-    The next sequence comes from the source that is furthest behind its share (of equals, the first), so the weights
-    hold whatever the sizes are: after any number of sequences to within one with up to three sources, and with more
-    to little more than one. A source visits its shards in an order drawn for each pass, and reads several shards at
-    once, one per lane. Slot s of an optimizer step is served by lane s modulo ``lanes``. A lane without a shard claims
-    the next one of the pass; if none is left, the sequence comes from the lane that has most left (of equals, the
-    first). So a pass has every sequence exactly once, and ends before the next begins.
+    Each sequence comes from the source that is furthest behind its share (of equals, the first), so the weights hold
+    whatever the sizes are: after any number of steps to within one sequence with up to three sources, and with more to
+    little more than one. Which of them has which slot of its step is drawn, for ranks and micro-batches take slots at
+    regular distances, and would have sources of their own. A source visits its shards in an order drawn for each pass,
+    and reads several shards at once, one per lane: the n-th sequence is served by lane n modulo ``lanes``. A lane
+    without a shard claims the next one of the pass; if none is left, the sequence comes from the lane that has most
+    left (of equals, the first). So a pass has every sequence exactly once, and ends before the next begins.
 
     Args:
         counts: sequences per shard, for each source; shards without any are skipped.
@@ -49,8 +50,8 @@ class Order:
 
     Example:
         >>> order = Order([[2, 2], [3]], seed=0, lanes=2)
-        >>> [tuple(order.next(slot)) for slot in range(3)]
-        [(0, 0, 0, 1, 0), (1, 1, 0, 0, 0), (0, 0, 0, 1, 1)]
+        >>> [tuple(address) for address in order.step(3)]
+        [(0, 0, 0, 1, 0), (0, 1, 0, 0, 0), (1, 0, 0, 0, 0)]
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Order:
         self.weights = [float(weight) for weight in weights or map(sum, counts)]
         self._shares = _shares(self.weights)
         self._taken = [0] * len(counts)
+        self._seed, self._lanes = seed, lanes
         self._sources = [
             _SourceOrder(number, shards, seed=seed, lanes=lanes, max_passes=max_passes)
             for number, shards in enumerate(counts)
@@ -90,21 +92,6 @@ class Order:
         """How many sequences each source has given so far."""
         return tuple(self._taken)
 
-    def next(self, slot: int) -> Address:
-        """Return the address of the next sequence.
-
-        Args:
-            slot: place of the sequence within the global batch of its optimizer step.
-
-        Raises:
-            DataExhausted: if the sequence belongs to a source that may not be gone through again; the order stays
-                where it is.
-        """
-        chosen = _furthest_behind(self._shares, self._taken)
-        address = self._sources[chosen].next(slot)
-        self._taken[chosen] += 1
-        return address
-
     def step(self, batch_size: int) -> tuple[Address, ...]:
         """Return the addresses of the next global batch, in slot order.
 
@@ -112,14 +99,26 @@ class Order:
             batch_size: sequences in it, over all ranks.
 
         Raises:
-            DataExhausted: if there are fewer left; the order stays where it is.
+            DataExhausted: if there are fewer left in a source that may not be gone through again; the order stays where
+                it is.
         """
-        before = self.state_dict()
+        before, done = self.state_dict(), sum(self._taken)
         try:
-            return tuple(map(self.next, range(batch_size)))
+            return tuple(
+                self._sources[source].next((done + slot) % self._lanes)
+                for slot, source in enumerate(self._next_sources(batch_size, done))
+            )
         except DataExhausted:
             self.load_state_dict(before)
             raise
+
+    def _next_sources(self, number: int, done: int) -> list[int]:
+        """Choose the sources of the next step, and draw who has which slot."""
+        chosen = []
+        for _ in range(number):
+            chosen.append(_furthest_behind(self._shares, self._taken))
+            self._taken[chosen[-1]] += 1
+        return shuffled(chosen, f"{self._seed}/slots/{done}")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position, made of ints, lists and dicts alone."""
@@ -149,14 +148,14 @@ class _SourceOrder:
         self._max_passes = max_passes
         self._start(0)
 
-    def next(self, slot: int) -> Address:
+    def next(self, lane: int) -> Address:
         if self._max_passes is not None and self.data_pass >= self._max_passes:
             raise DataExhausted(
                 f"source {self._source} is used up: its {sum(self._counts):,} sequences were taken in "
                 f"{self.data_pass} passes and no more are allowed. Go over the data again with --multiple-data-passes, "
                 "or ask for less with --train-num-samples or --epochs"
             )
-        lane = self._serving(slot % self._lanes)
+        lane = self._serving(lane)
         shard = self._shards[lane]
         address = Address(self._source, lane, self.data_pass, shard, self._counts[shard] - self._left[lane])
         self._left[lane] -= 1
@@ -222,15 +221,15 @@ def _is_within(number: Any, most: float, *, least: int = 0) -> bool:
 def _sequences_needed(num_sequences: int, weights: Sequence[float]) -> list[int]:
     """Count how many sequences of each source a run takes of ``num_sequences``.
 
-    Exact for a single source and up to 2 million sequences, by going through the rule; above that the bound
-    ceil(share * n) + number of sources, which the rule never exceeds.
+    Exact for a single source and up to 2 million sequences, by going through the rule; above that a bound: of k sources
+    the one that is furthest behind lacks 1 / k of a sequence or more, so that none gets past share * n + 1 - 1 / k.
     """
     _check_weights(weights, num_sources=len(weights))
     shares = _shares(weights)
     if len(weights) == 1:
         return [num_sequences]
     if num_sequences > _EXACT_UP_TO:
-        return [math.ceil(share * num_sequences) + len(shares) for share in shares]
+        return [math.floor(share * num_sequences + 1 - 1 / len(shares)) for share in shares]
     taken = [0] * len(shares)
     for _ in range(num_sequences):
         taken[_furthest_behind(shares, taken)] += 1
@@ -290,8 +289,11 @@ def _check_weights(weights: Sequence[float] | None, *, num_sources: int) -> None
         raise ValueError(
             f"there are {len(weights)} weights, {list(weights)}, for {num_sources} manifests; expected one per manifest"
         )
-    if not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(f"weights are {list(weights)}; expected positive numbers. Leave out a source you do not want")
+    if not all(0 < weight < math.inf for weight in weights) or sum(weights) == math.inf:
+        raise ValueError(
+            f"weights are {list(weights)}; expected positive numbers, of a finite sum. Leave out a source that you do "
+            "not want"
+        )
 
 
 def _shares(weights: Sequence[float]) -> list[float]:

@@ -1,6 +1,7 @@
 """Permutations of shards and of members, drawn from a seed and a place alone, and from no global generator."""
 
 import hashlib
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -74,6 +75,12 @@ def permutation(size: int, key: str) -> list[int]:
     generator = torch.Generator().manual_seed(drawn(key))
     order: list[int] = torch.randperm(size, generator=generator).tolist()
     return order
+
+
+def shuffled(items: Sequence[int], key: str) -> list[int]:
+    """Put integers into an order that depends on a text alone, without torch, whose threads a training loop needs."""
+    drawn_keys = struct.unpack(f"<{len(items)}Q", hashlib.shake_128(key.encode()).digest(8 * len(items)))
+    return [items[i] for i in sorted(range(len(items)), key=drawn_keys.__getitem__)]
 
 
 def drawn(key: str) -> int:

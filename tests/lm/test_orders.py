@@ -15,7 +15,9 @@ LANES = st.integers(1, 16)
 
 
 def draw(order, number, batch_size=8):
-    return [order.next(index % batch_size) for index in range(number)]
+    """Take so many sequences, in whole steps and a smaller one."""
+    whole, rest = divmod(number, batch_size)
+    return [address for size in [batch_size] * whole + [rest] for address in order.step(size)]
 
 
 @settings(max_examples=60)
@@ -37,7 +39,7 @@ def test_every_pass_has_every_sequence_once_before_the_next_begins(counts, lanes
 def test_a_lane_serves_its_slots_until_no_shard_is_left_and_then_the_fullest_helps(counts, lanes, batch_size, seed):
     unclaimed, left, read = sum(map(bool, counts)), [0] * lanes, {}
     for index, address in enumerate(draw(Order([counts], seed=seed, lanes=lanes), sum(counts), batch_size)):
-        slot_lane = index % batch_size % lanes
+        slot_lane = index % lanes
         if not left[slot_lane] and unclaimed:
             unclaimed -= 1
             left[slot_lane] = counts[address.shard]
@@ -125,7 +127,7 @@ def test_the_position_is_small_whatever_the_data():
 def test_shares_hold_to_one_sequence_at_every_length(weights, counts):
     order, share = Order(counts, weights, seed=0), weights[1] / sum(weights)
     second = 0
-    for n, address in enumerate(draw(order, 2000), start=1):
+    for n, address in enumerate(draw(order, 2000, 1), start=1):
         second += address.source
         assert abs(second - n * share) <= 0.5 + 1e-9
     assert order.taken == (2000 - second, second)
@@ -135,7 +137,7 @@ def test_shares_hold_to_one_sequence_at_every_length(weights, counts):
 @given(st.tuples(*[st.floats(0.01, 1)] * 3))
 def test_shares_of_three_sources_hold_to_one_sequence_at_every_length(weights):
     order, taken = Order([[7], [5, 4], [9]], weights, seed=0), [0, 0, 0]
-    for n, address in enumerate(draw(order, 120), start=1):
+    for n, address in enumerate(draw(order, 120, 1), start=1):
         taken[address.source] += 1
         for number, weight in zip(taken, weights, strict=True):
             assert abs(number - n * weight / sum(weights)) <= 1 + 1e-9
@@ -144,8 +146,37 @@ def test_shares_of_three_sources_hold_to_one_sequence_at_every_length(weights):
 def test_the_order_of_sources_stays_what_saved_positions_were_made_under():
     """Another order would be silent: a run that goes on would read other sequences than it left."""
     orders = Order([[9], [9]], [0.1, 0.9], seed=0), Order([[9], [9], [9]], [0.5, 0.3, 0.2], seed=0)
-    found = ["".join(str(address.source) for address in draw(order, 20)) for order in orders]
+    found = ["".join(str(address.source) for address in draw(order, 20, 1)) for order in orders]
     assert found == ["11110111111111011111", "01200102100120010210"]
+
+
+def test_sources_of_a_step_are_those_of_single_ones_and_who_has_which_slot_is_drawn():
+    single, several = Order([[9], [9]], seed=0, lanes=3), Order([[9], [9]], seed=0, lanes=3)
+    one_by_one = [address.source for address in draw(single, 24, 1)]
+    steps = [[address.source for address in several.step(6)] for _ in range(4)]
+    assert [sorted(step) for step in steps] == [sorted(one_by_one[first : first + 6]) for first in range(0, 24, 6)]
+    assert len(set(map(tuple, steps))) > 1
+    other = Order([[9], [9]], seed=1, lanes=3)
+    assert [[address.source for address in other.step(6)] for _ in range(4)] != steps
+
+
+@pytest.mark.parametrize("weights", [(0.5, 0.5), (0.75, 0.25), (1, 1, 1, 1)])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_every_rank_and_every_lane_has_something_of_every_source(weights, ranks):
+    """Sources in turn would have given every rank its own, and with it experts that drop much of it."""
+    order, seen = Order([[10] * 40] * len(weights), weights, seed=0, lanes=8), Counter()
+    for _ in range(20):
+        seen.update((slot % ranks, address.source) for slot, address in enumerate(order.step(16)))
+    for (_, source), number in seen.items():
+        assert number == pytest.approx(320 / ranks * weights[source] / sum(weights), rel=0.6)
+    assert len(seen) == ranks * len(weights)
+    lanes = {(address.source, address.lane) for address in draw(order, 200)}
+    assert len(lanes) == 8 * len(weights)
+
+
+def test_small_batches_are_served_by_all_lanes():
+    order = Order([[10] * 40], seed=0, lanes=8)
+    assert [address.lane for address in draw(order, 24, 3)] == [*range(8)] * 3
 
 
 def test_shares_of_many_sources_hold():
@@ -181,7 +212,7 @@ def test_two_passes_are_allowed_if_two_are():
     order = Order([[3, 2]], seed=0, max_passes=2)
     assert Counter(address.data_pass for address in order.step(10)) == {0: 5, 1: 5}
     with pytest.raises(DataExhausted, match="its 5 sequences were taken in 2 passes"):
-        order.next(0)
+        order.step(1)
 
 
 def test_a_position_beyond_the_last_pass_that_is_allowed_has_nothing_left():
@@ -191,7 +222,7 @@ def test_a_position_beyond_the_last_pass_that_is_allowed_has_nothing_left():
     order = Order([[3, 2]], seed=0, max_passes=1)
     order.load_state_dict(position.state_dict())
     with pytest.raises(DataExhausted, match="its 5 sequences were taken in 2 passes"):
-        order.next(0)
+        order.step(1)
 
 
 @pytest.mark.parametrize("other", [{"seed": 1}, {"counts": [[0, 40, 40, 40]]}, {"lanes": 2}])
@@ -261,10 +292,11 @@ def test_the_global_generator_is_left_alone():
         ({"counts": [[]]}, "source 0 holds 0 sequences in 0 shards"),
         ({"counts": [[3, -1]]}, "source 0 holds 2 sequences in 2 shards; expected at least one"),
         ({"weights": [1.0, 2.0]}, r"there are 2 weights, \[1.0, 2.0\], for 1 manifests; expected one per manifest"),
-        ({"weights": [0.0]}, r"weights are \[0.0\]; expected positive numbers. Leave out"),
+        ({"weights": [0.0]}, r"weights are \[0.0\]; expected positive numbers, of a finite sum. Leave out"),
         ({"weights": [-1.0]}, "expected positive numbers"),
         ({"weights": [math.nan]}, "expected positive numbers"),
         ({"weights": [math.inf]}, "expected positive numbers"),
+        ({"counts": [[3], [3]], "weights": [1.7e308, 1e308]}, "expected positive numbers, of a finite sum"),
         ({"lanes": 0}, "lanes is 0; expected at least 1"),
         ({"max_passes": 0}, "max_passes is 0; expected at least 1"),
     ],
@@ -283,7 +315,8 @@ def test_needs_are_what_the_order_takes(number, weights):
 
 
 def test_needs_of_long_runs_are_a_bound():
-    assert _sequences_needed(4_000_000, [0.725, 0.275]) == [2_900_002, 1_100_002]
+    assert _sequences_needed(4_000_000, [0.725, 0.275]) == [2_900_000, 1_100_000]
+    check_budget(["a", "b", "c"], [[1_500_000], [1_500_000], [7]], num_sequences=3_000_007, max_passes=1)
     assert _sequences_needed(4_000_000, [3.0]) == [4_000_000]
 
 
