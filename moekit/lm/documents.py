@@ -1,11 +1,13 @@
 """Documents in text and JSON-lines files, read in pieces of whole documents whose borders depend on the files alone.
 
 A text file is one document. In JSON lines (``.jsonl``, ``.ndjson``, ``.json``) every line is an object with the text
-under a key. Either may be compressed (``.gz``). Suffixes may be in capitals.
+under a key. Either may be compressed (``.gz``). Suffixes may be in capitals. A link's own suffixes count, unless
+those of the file that it leads to say more of this.
 """
 
 import glob
 import gzip
+import itertools
 import json
 import os
 import zlib
@@ -68,26 +70,27 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
             and globs.
 
     Returns:
-        Absolute paths, each once, sorted.
+        Absolute paths, each file once, sorted. Of several names of a file the one whose suffixes say most is taken.
 
     Raises:
         FileNotFoundError: if a pattern matches no file.
         ValueError: if it is a URL, or a file has a format that is not read.
     """
-    found: set[Path] = set()
+    found: dict[Path, set[Path]] = {}  # the names of each file
     for pattern in patterns:
         if "://" in pattern:
             raise ValueError(f"the input {pattern} is a URL; expected local files. Copy it here first")
         # A file whose name has brackets is itself, not a glob.
         matches = [Path(each) for each in ([pattern] if Path(pattern).exists() else glob.glob(pattern, recursive=True))]
-        files = {file for match in matches if match.exists() for file in _below(match.resolve(), seen=set())}
+        files = [file for match in matches if match.exists() for file in _below(match, seen=set())]
         if not files:
             raise FileNotFoundError(f"the input {pattern!r} matches no file; expected a file, a folder or a glob")
-        found |= files
-    for file in found:
+        for file in files:
+            found.setdefault(file.resolve(), set()).add(_telling_name(file))
+    for file in itertools.chain.from_iterable(found.values()):
         if file.suffix.lower() in OTHER_FORMATS:
             raise ValueError(f"{file} is {file.suffix}; expected text or JSON lines, plain or .gz. Convert it first")
-    return sorted(found)
+    return sorted(min(names, key=lambda name: (-_says(name), name.is_symlink(), name)) for names in found.values())
 
 
 def in_capitals(file: Path) -> bool:
@@ -156,19 +159,40 @@ def _below(path: Path, *, seen: set[Path]) -> Iterator[Path]:
     """Yield the files at or below a path; links may lead in circles, so a folder that was seen is passed over."""
     if path.is_file():
         yield path
-    elif path.is_dir() and path not in seen:
-        seen.add(path)
-        for name in os.listdir(path):
-            child = path / name
+    elif path.is_dir() and (folder := path.resolve()) not in seen:
+        seen.add(folder)
+        for name in os.listdir(folder):
+            child = folder / name
             if not name.startswith(".") and child.exists():  # not if a link leads nowhere, or to itself by others
-                yield from _below(child.resolve(), seen=seen)
+                yield from _below(child, seen=seen)
+
+
+def _telling_name(file: Path) -> Path:
+    """Follow a link to its file; return the name on the way whose suffixes say most of how to read it, the first."""
+    names = [file.parent.resolve() / file.name]
+    while names[-1].is_symlink():
+        target = names[-1].parent / names[-1].readlink()
+        names.append(target.parent.resolve() / target.name)
+    return max(names, key=_says)
+
+
+def _says(name: Path) -> int:
+    """Count the suffixes of a name that say how its file is read."""
+    suffix, packed = _kind(name)
+    return packed + (suffix in (*JSON_LINES, *OTHER_FORMATS))
+
+
+def _kind(name: Path) -> tuple[str, bool]:
+    """Return the suffix that says what a file holds, in small letters, and whether it is compressed."""
+    packed = name.suffix.lower() == ".gz"
+    return (name.with_suffix("") if packed else name).suffix.lower(), packed
 
 
 def _blocks(files: Iterable[Path], size: int) -> Iterator[tuple[Block, int]]:
     before = 0
     for path in files:
-        packed = path.suffix.lower() == ".gz"
-        lines_of = (path.with_suffix("") if packed else path).suffix.lower() in JSON_LINES
+        suffix, packed = _kind(path)
+        lines_of = suffix in JSON_LINES
         with open(path, "rb") as raw:
             file = gzip.GzipFile(fileobj=raw) if packed else raw
             first = 1 if lines_of else 0

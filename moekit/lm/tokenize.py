@@ -46,7 +46,7 @@ class Command:
 
     input: tuple[str, ...]
     """Text files, one document each, and JSON lines (.jsonl, .ndjson, .json), plain or .gz; or folders, or globs.
-    Links to folders are followed."""
+    Links are followed; a link's own suffix counts."""
     output: Path
     """Folder of the shards and their manifest. Nothing in it is ever overwritten."""
     tokenizer: str
@@ -126,7 +126,7 @@ def tokenize(command: Command, executor: Executor, *, most: int, progress: Progr
     files = find_files(command.input)
     folder = command.output.resolve()
     parts = folder / plans.PARTS
-    inside = [file for file in files if file.is_relative_to(folder)]
+    inside = [file for file in files if file.resolve().is_relative_to(folder)]
     if inside:
         raise ValueError(f"the input {inside[0]} lies in the output {folder}; give another --output")
     tokenizer = _tokenizer(command)

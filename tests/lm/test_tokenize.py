@@ -164,6 +164,41 @@ def test_linked_folders_are_followed_once(corpus, tmp_path):
     assert found == find_files([str(corpus)]) == find_files([f"{corpus}/*"])
 
 
+def test_the_suffix_of_a_link_says_how_its_file_is_read(tmp_path):
+    blobs, snapshot = tmp_path / "hub" / "blobs", tmp_path / "hub" / "snapshots" / "main"
+    blobs.mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    (blobs / "5c1").write_text(json_lines(LINES[:3]))
+    (blobs / "5c2").write_bytes(gzip.compress(json_lines(LINES[3:5]).encode()))
+    for name, blob in [("train.jsonl", "5c1"), ("again.jsonl", "5c1"), ("more.json.gz", "5c2")]:
+        (snapshot / name).symlink_to(f"../../blobs/{blob}")
+    for number, (given, documents) in enumerate(
+        [(snapshot / "train.jsonl", 3), (snapshot, 5), (tmp_path / "hub", 5), (snapshot / "more.json.gz", 2)]
+    ):
+        assert run(command(given, tmp_path / f"out{number}")).tally.documents == documents
+    assert find_files([str(tmp_path / "hub")]) == [snapshot / "again.jsonl", snapshot / "more.json.gz"]
+    (snapshot / "table.parquet").symlink_to("../../blobs/5c1")
+    with pytest.raises(ValueError, match=r"snapshots/main/table\.parquet is \.parquet; expected text or JSON lines"):
+        find_files([str(snapshot)])
+
+
+def test_a_link_whose_file_has_more_telling_suffixes_is_read_as_that(tmp_path):
+    (tmp_path / "5c1").write_text(json_lines(LINES[:3]))
+    (tmp_path / "train.jsonl").symlink_to("5c1")
+    (tmp_path / "train.v2").symlink_to("train.jsonl")
+    (tmp_path / "latest").symlink_to("train.v2")
+    (tmp_path / "notes.gz").symlink_to("note.json.gz")
+    (tmp_path / "note.json.gz").write_bytes(b"")
+    given = [f"{tmp_path}/latest", f"{tmp_path}/notes.gz"]
+    assert find_files(given) == [tmp_path / "note.json.gz", tmp_path / "train.jsonl"]
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "inside").write_text("a text")
+    (tmp_path / "link.jsonl").symlink_to("out/inside")
+    with pytest.raises(ValueError, match=r"link\.jsonl lies in the output"):
+        run(command(tmp_path / "link.jsonl", out))
+
+
 def test_suffixes_may_be_in_capitals(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
