@@ -88,8 +88,10 @@ def find_files(patterns: Iterable[str]) -> list[Path]:
         for file in files:
             found.setdefault(file.resolve(), set()).add(_telling_name(file))
     for file in itertools.chain.from_iterable(found.values()):
-        if file.suffix.lower() in OTHER_FORMATS:
-            raise ValueError(f"{file} is {file.suffix}; expected text or JSON lines, plain or .gz. Convert it first")
+        suffix, packed = _kind(file)
+        if suffix in OTHER_FORMATS:
+            given = "".join(file.suffixes[-1 - packed :])
+            raise ValueError(f"{file} is {given}; expected text or JSON lines, plain or .gz. Convert it first")
     return sorted(min(names, key=lambda name: (-_says(name), name.is_symlink(), name)) for names in found.values())
 
 

@@ -199,6 +199,13 @@ def test_a_link_whose_file_has_more_telling_suffixes_is_read_as_that(tmp_path):
         run(command(tmp_path / "link.jsonl", out))
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".TAR.Gz", ".tgz", ".parquet.gz", ".zst.gz"])
+def test_other_formats_are_refused_compressed_ones_too(tmp_path, suffix):
+    (tmp_path / f"docs.1{suffix}").write_bytes(b"")
+    with pytest.raises(ValueError, match=rf"docs\.1{suffix} is {suffix}; expected text or JSON lines, plain or \.gz"):
+        find_files([str(tmp_path)])
+
+
 def test_suffixes_may_be_in_capitals(tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
