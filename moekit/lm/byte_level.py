@@ -8,11 +8,19 @@ References:
     https://github.com/openai/gpt-2, ``src/encoder.py``, function ``bytes_to_unicode``: the printable characters.
 """
 
-from collections.abc import Mapping
+import functools
+import itertools
+import unicodedata
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 NEVER_IN_UTF8 = frozenset({0xC0, 0xC1, *range(0xF5, 0x100)})
 """Bytes that no UTF-8 text has, so that a vocabulary may lack them."""
+
+_PROBE = (
+    "Two  spaces, three   and eight        of them,\ttabs\t\tand\nlines\r\n\n  of CAPITALS, ÉTÉ, été, cafe\u0301, "
+    "0123456789, \u00bd \ufb01 中文 \U0001f469\u200d\U0001f4bb\u00a0\u3000\ufeff\x00"
+) + "".join(map(chr, range(0x20, 0x7F)))
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -39,7 +47,7 @@ def check_byte_level(content: Mapping[str, Any]) -> None:
     model = content["model"]
     if model.get("type", "BPE") != "BPE":  # early files of GPT-2 leave the type out
         raise ValueError(f"its model is {model['type']!r}, not 'BPE'")
-    if not any(_turns_to_bytes(content.get(part)) for part in ("pre_tokenizer", "normalizer")):
+    if not any(_has(content.get(part), "ByteLevel") for part in ("pre_tokenizer", "normalizer")):
         raise ValueError("its BPE is not byte-level: neither pre_tokenizer nor normalizer is 'ByteLevel'")
     for affix in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(affix):
@@ -82,15 +90,64 @@ def token_texts(backend: Any) -> list[bytes]:
     vocabulary = backend.get_vocab(with_added_tokens=True)
     texts = [b""] * (max(vocabulary.values()) + 1)
     for token, i in vocabulary.items():
-        known = all(char in alphabet for char in token)
-        texts[i] = bytes(alphabet[char] for char in token) if known else token.encode()
+        texts[i] = _token_text(token, alphabet)
     for i, added in backend.get_added_tokens_decoder().items():
         texts[i] = added.content.encode()
     return texts
 
 
-def _turns_to_bytes(part: Mapping[str, Any] | None) -> bool:
+def check_texts_come_back(
+    content: Mapping[str, Any], backend: Any, *, encode_batch: Callable[[Sequence[str]], list[list[int]]]
+) -> None:
+    """Encode texts of every kind, with the added tokens that are not special, and check that their ids stand for them.
+
+    A tokenizer whose normalizer composes characters (NFC) may give back the composed form.
+
+    Args:
+        content: the parsed ``tokenizer.json``.
+        backend: a ``tokenizers.Tokenizer`` made of it.
+        encode_batch: maps texts to their ids, without special tokens.
+
+    Raises:
+        ValueError: if a text comes back as another one.
+
+    Example:
+        >>> import json, tokenizers
+        >>> from moekit.lm.tokenizers import BpeTokenizer, train_bpe
+        >>> backend = tokenizers.Tokenizer.from_str(train_bpe(["a"], vocab_size=257).to_json())
+        >>> backend.normalizer = tokenizers.normalizers.Strip()
+        >>> tokenizer = BpeTokenizer(backend)
+        >>> check_texts_come_back(json.loads(tokenizer.to_json()), backend, encode_batch=tokenizer.encode_batch)
+        Traceback (most recent call last):
+        ValueError: '  \\nTwo  spaces, three   ' comes back as 'Two  spaces, three   and'
+    """
+    added = backend.get_added_tokens_decoder().values()
+    ordinary = "".join(f" {token.content} " for token in added if not token.special)
+    texts = [_PROBE, f"  \n{_PROBE}{ordinary}\t  "]  # one for spaces that are added in front, one for those cut off
+    form = functools.partial(unicodedata.normalize, "NFC") if _has(content.get("normalizer"), "NFC") else str
+    for text, ids in zip(texts, encode_batch(texts), strict=True):
+        given, found = form(text), form(_decoded(backend, ids))
+        if given != found:
+            same = (a == b for a, b in zip(given, found, strict=False))
+            start = max(0, sum(itertools.takewhile(bool, same)) - 12)
+            raise ValueError(f"{given[start : start + 24]!a} comes back as {found[start : start + 24]!a}")
+
+
+def _decoded(backend: Any, ids: Iterable[int]) -> str:
+    """Decode a few ids, without a table of all."""
+    alphabet, added = _byte_alphabet(), backend.get_added_tokens_decoder()
+    texts = (added[i].content.encode() if i in added else _token_text(backend.id_to_token(i), alphabet) for i in ids)
+    return b"".join(texts).decode("utf-8", errors="replace")
+
+
+def _token_text(token: str, alphabet: Mapping[str, int]) -> bytes:
+    known = all(char in alphabet for char in token)
+    return bytes(alphabet[char] for char in token) if known else token.encode()
+
+
+def _has(part: Mapping[str, Any] | None, kind: str) -> bool:
+    """Say whether a pre-tokenizer or normalizer is of a kind, or has a member that is."""
     if part is None:
         return False
     members = part.get("pretokenizers") or part.get("normalizers") or []
-    return part.get("type") == "ByteLevel" or any(map(_turns_to_bytes, members))
+    return part.get("type") == kind or any(_has(member, kind) for member in members)

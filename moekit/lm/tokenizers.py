@@ -2,7 +2,7 @@
 
 In those made here, id 0 is end-of-text, as in OpenLM's shards, and any text comes back exactly from
 ``decode(encode(text))``. A file from elsewhere may have end-of-text at any id, and may normalize text (GPT-NeoX's
-composes Unicode characters, NFC), so that the normal form comes back.
+composes Unicode characters, NFC), so that the normal form comes back. One that changes text otherwise is refused.
 """
 
 import functools
@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from moekit.lm.byte_level import check_byte_level, token_texts, without_surprises
+from moekit.lm.byte_level import check_byte_level, check_texts_come_back, token_texts, without_surprises
 from moekit.lm.files import write_whole
 
 END_OF_TEXT = "<|endoftext|>"
@@ -237,7 +237,8 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_of_text: str | None = No
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if the file is no such tokenizer, has no such token, or one that a document may have.
+        ValueError: if the file is no such tokenizer, has no such token, or one that a document may have; or if it loses
+            text, or adds some.
         ModuleNotFoundError: if it is a BPE and the package ``tokenizers`` is not installed.
     """
     text = Path(path).read_bytes()
@@ -258,7 +259,15 @@ def load_tokenizer(path: str | os.PathLike[str], *, end_of_text: str | None = No
             f"{path} is no tokenizer that save_tokenizer wrote, nor a tokenizer.json of a byte-level BPE: {error}. "
             "Write it again, or give another"
         ) from error
-    return _with_end_of_text(path, backend, token)
+    tokenizer = _with_end_of_text(path, backend, token)
+    try:
+        check_texts_come_back(content, backend, encode_batch=tokenizer.encode_batch)
+    except ValueError as error:
+        raise ValueError(
+            f"the tokenizer {path} does not give texts back: {error}. Look in it for a normalizer other than NFC, "
+            "add_prefix_space, a Split with Removed, and added tokens with lstrip or rstrip; mend it, or give another"
+        ) from error
+    return tokenizer
 
 
 def _with_end_of_text(path: str | os.PathLike[str], backend: Any, token: str) -> BpeTokenizer:

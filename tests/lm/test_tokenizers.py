@@ -308,6 +308,88 @@ def test_tokenizers_that_would_lose_text_are_refused(tmp_path):
             load_tokenizer(path)
 
 
+def added_token(**changes):
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
+    return {"id": 284, "content": "<tool>", **flags, **changes}
+
+
+def split_off(pattern, behavior, *, invert=False):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+def changed_file(path, *, normalizer="as it is", before=(), added=(), **byte_level):
+    """Change a foreign tokenizer.json: its normalizer, what comes before the bytes, its added tokens."""
+    content = json.loads(foreign_file(path).read_text())
+    if normalizer != "as it is":
+        content["normalizer"] = normalizer
+    last = {**content["pre_tokenizer"], **byte_level}
+    content["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [*before, last]}
+    # The library panics at tokens of spaces that its normalizer strips.
+    content["added_tokens"] = [*({**token, "normalized": False} for token in content["added_tokens"]), *added]
+    path.write_text(json.dumps(content))
+    return path
+
+
+STRIP = {"type": "Strip", "strip_left": True, "strip_right": True}
+
+
+@pytest.mark.parametrize(
+    ("changes", "lost"),
+    [
+        ({"normalizer": STRIP}, r"'  \\nTwo  spaces.*' comes back as 'Two  spaces"),
+        ({"normalizer": {**STRIP, "strip_left": False}}, r"d\\xfa  ?\\t  ' comes back as '.*d\\xfa'"),
+        ({"normalizer": {"type": "Lowercase"}}, "'Two  .*' comes back as 'two  "),
+        ({"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Lowercase"}]}}, "as 'two  "),
+        ({"normalizer": {"type": "NFD"}}, r"'f CAPITALS, \\xc9.*' comes back as 'f CAPITALS, E\\u0301"),
+        ({"normalizer": {"type": "NFKC"}}, r"cafe\\u0301, .*' comes back as '.*caf\\xe9, "),
+        ({"add_prefix_space": True}, "'Two .*' comes back as ' Two "),
+        ({"before": [split_off(r"\s+", "Removed")]}, "'Two  spaces.*' comes back as 'Twospaces"),
+        ({"before": [split_off("\t", "Removed")]}, r"\\ttabs.*' comes back as '.*,tabs"),
+        ({"before": [{"type": "CharDelimiterSplit", "delimiter": "|"}]}, r"z{\|}~' comes back as '.*z{}~"),
+        ({"added": [added_token(lstrip=True)]}, "  <tool> .*' comes back as '.*[^ ]<tool> "),
+        ({"added": [added_token(rstrip=True)]}, "<tool> .*' comes back as '.*<tool>"),
+    ],
+)
+def test_tokenizers_that_change_texts_are_refused(tmp_path, changes, lost):
+    path = changed_file(tmp_path / "tokenizer.json", **changes)
+    with pytest.raises(
+        ValueError, match=rf"tokenizer {re.escape(str(path))} does not give texts back: .*{lost}.* mend it, or"
+    ):
+        load_tokenizer(path)
+
+
+WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"normalizer": {"type": "NFC"}, "before": [split_off(WORDS, "Isolated")], "use_regex": False},  # as Qwen's
+        {"normalizer": None, "before": [split_off(WORDS, "Isolated")], "use_regex": False},  # as Llama 3's
+        {
+            "normalizer": None,
+            "before": [split_off(WORDS, "Removed", invert=True)],
+            "use_regex": False,
+        },  # all is a match
+        {"normalizer": None, "before": [{"type": "Digits", "individual_digits": True}]},
+        {"normalizer": {"type": "Sequence", "normalizers": [{"type": "NFC"}]}},
+        {"added": [added_token(), added_token(id=285, content="\u0958"), added_token(id=286, content="  ")]},
+        {"added": [added_token(special=True, lstrip=True, rstrip=True)]},
+    ],
+)
+def test_tokenizers_that_keep_texts_are_read(tmp_path, changes):
+    tokenizer = load_tokenizer(changed_file(tmp_path / "tokenizer.json", **changes))
+    text = "  As  <tool>  it's,\r\n\tÉté 12345 "
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_loading_makes_no_table_of_all_ids(tmp_path):
+    assert "_texts" not in vars(load_tokenizer(foreign_file(tmp_path / "tokenizer.json")))
+
+
 def split_by(path, regex):
     """Write a tokenizer.json that splits texts by a regex before its bytes."""
     content = json.loads(foreign_file(path).read_text())
