@@ -109,13 +109,16 @@ def _report(
     training: _Training, due: _Due, result: StepResult, progress: Progress, at: Position, *, data_time: float
 ) -> None:
     run, recorder, clock, _ = training
-    if due.report:  # first what all ranks do together, then what may fail on one
-        scores, trouble = _attempt(partial(validate, run, tokens=_SHORT_VALIDATION)) if due.validate else ({}, None)
-        total = progress._replace(skipped_data=skipped_data(run, progress, at))
-        recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=scores)
-        if trouble is not None:
-            raise trouble
+    if not due.report:
+        recorder.data(progress.step)
+        return
+    # First what all ranks do together, then what may fail on one.
+    scores, trouble = _attempt(partial(validate, run, tokens=_SHORT_VALIDATION)) if due.validate else ({}, None)
+    total = progress._replace(skipped_data=skipped_data(run, progress, at))
     recorder.data(progress.step)
+    recorder.step(result, total, speed=clock.lap(), data_time=data_time, validation=scores)
+    if trouble is not None:
+        raise trouble
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, Exception | None]:

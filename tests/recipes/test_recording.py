@@ -9,10 +9,10 @@ from small_runs import SEQ_LEN, TIMES, differing, losses, markov_sequences, numb
 
 from moekit.lm.checkpoints import checkpoint_folder, read_state
 from moekit.lm.ngrams import unigram_loss
-from moekit.lm.shards import write_shards
+from moekit.lm.shards import ShardError, write_shards
 from moekit.lm.trackers import read_metrics
 from moekit.parallel import one_process
-from moekit.recipes import recording
+from moekit.recipes import loop, recording
 from moekit.recipes.budgets import Budget
 from moekit.recipes.recording import Clock
 from moekit.recipes.train import main
@@ -120,6 +120,21 @@ def test_the_data_log_names_each_sequence_of_each_step(program, interrupt_after)
     assert sum(name == "prose" for name, _, _, _ in read) == 24, "three quarters"
     assert {shard for _, _, shard, _ in read} <= {"00000000.tar", "00000001.tar", "00000002.tar"}
     assert {data_pass for _, data_pass, _, _ in read} == {0}
+
+
+def test_a_step_whose_validation_fails_is_in_the_data_log(program, monkeypatch):
+    def fail(run, *, tokens):
+        raise ShardError("it is cut short")
+
+    flags = ["--log-data", "--val-every-n-steps", "3", "--steps", "4"]
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "validate", fail)
+        with pytest.raises(SystemExit, match="it is cut short"):
+            program(*flags)
+    folder = program(*flags, "--resume", "latest")
+    for name in ("metrics.jsonl", "data.jsonl"):
+        lines = [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2, 3, 4], name
 
 
 def test_without_the_flag_there_is_no_data_log(program):
