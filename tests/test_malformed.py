@@ -79,25 +79,31 @@ class Content(NamedTuple):
 
 
 def _tar_members(path: Path) -> tuple[list[tuple[str, bytes]], bool]:
-    """Read the regular members up to the first fault, and whether there is one."""
+    """Read the members up to the first fault, and whether there is one; what is no regular file is empty."""
     members: list[tuple[str, bytes]] = []
     end = 0  # of the last one; where tarfile itself stands behind it depends on Python's version
     try:
         raw = path.read_bytes()
         with tarfile.open(path, "r:") as file:
             for entry in file:
-                end = entry.offset_data + (0 if entry.isdir() else -(-entry.size // 512) * 512)
+                end = entry.offset_data + -(-_stored_bytes(entry, raw) // 512) * 512
                 if entry.isdir():
                     continue
-                if not entry.isreg() or entry.issparse() or not 0 <= entry.size <= 2**26:
+                if not 0 <= entry.size <= 2**26:
                     return members, True
-                found = file.extractfile(entry)
-                assert found is not None
-                members.append((entry.name, found.read()))
+                found = file.extractfile(entry) if entry.isreg() and not entry.issparse() else None
+                members.append((entry.name, b"" if found is None else found.read()))
         rest = raw[end:]
         return members, len(rest) < 512 or any(rest)
     except (OSError, tarfile.TarError, ValueError, OverflowError):
         return members, True
+
+
+def _stored_bytes(entry: tarfile.TarInfo, raw: bytes) -> int:
+    """Say how many bytes follow a header; a sparse file is larger than they are, and a link or a folder has none."""
+    if entry.issparse():
+        return int(tarfile.nti(raw[entry.offset_data - 388 : entry.offset_data - 376]))  # type: ignore[attr-defined]
+    return entry.size if entry.isreg() or entry.type not in tarfile.SUPPORTED_TYPES else 0
 
 
 def _is_sequence(name: str, content: bytes) -> bool:

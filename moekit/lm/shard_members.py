@@ -51,7 +51,7 @@ class ShardError(ValueError):
 
 def shard_members(
     path: str, *, data_key: str | None = None, allow_commands: bool = False
-) -> Generator[tuple[str, bytes]]:
+) -> Generator[tuple[str, bytes | None]]:
     """Stream the members of a shard in file order, holding one at a time.
 
     Args:
@@ -61,12 +61,13 @@ def shard_members(
         allow_commands: run ``pipe:COMMAND`` in a shell.
 
     Yields:
-        Name and content of each member. What is open is closed with the generator.
+        Name and content of each member; None stands for the content of a link, or of anything else that is no regular
+        file. What is open is closed with the generator.
 
     Raises:
         ShardError: "broken shard" if it is missing, unreadable, no tar, damaged, cut short, even between two members,
-            or claims a member larger than 64 MiB, or headers of one larger than 1 MiB; "bad member" if a member is no
-            regular file, or if there are members and none has the extension ``data_key``.
+            or claims a member larger than 64 MiB, or headers of one larger than 1 MiB; "bad member" if there are
+            members and none has the extension ``data_key``.
         ValueError: if ``data_key`` is none of the three, or ``path`` is a command that is not allowed.
         ModuleNotFoundError: as `moekit.lm.urls.open_url`.
     """
@@ -88,7 +89,7 @@ def shard_members(
         )
 
 
-def parse_member(name: str, content: bytes) -> list[int]:
+def parse_member(name: str, content: bytes | None) -> list[int]:
     """Parse the content of a member into token ids.
 
     ``.json`` and ``.json.gz`` hold a JSON list of ints. ``.txt`` holds a list of ints as Python prints it, in which
@@ -96,7 +97,7 @@ def parse_member(name: str, content: bytes) -> list[int]:
 
     Args:
         name: of the member; its extension says how to read the content.
-        content: as stored, at most 64 MiB when decompressed.
+        content: as stored, at most 64 MiB when decompressed; None if the member is no regular file.
 
     Returns:
         The ids as they are written, in [-2^63, 2^63).
@@ -120,7 +121,9 @@ def parse_member(name: str, content: bytes) -> list[int]:
     return tokens
 
 
-def _json_text(name: str, content: bytes) -> bytes:
+def _json_text(name: str, content: bytes | None) -> bytes:
+    if content is None:
+        raise ValueError("it is no regular file")
     if name.endswith(".json"):
         return content
     if name.endswith(".json.gz"):
@@ -135,7 +138,7 @@ def _json_text(name: str, content: bytes) -> bytes:
     raise ValueError("its name ends in none of .json, .json.gz, .txt")
 
 
-def _all_members(path: str, *, allow_commands: bool) -> Generator[tuple[str, bytes]]:
+def _all_members(path: str, *, allow_commands: bool) -> Generator[tuple[str, bytes | None]]:
     url = resolve_url(path, allow_commands=allow_commands)
     try:
         with open_url(url, allow_commands=allow_commands) as stream:
@@ -147,12 +150,10 @@ def _all_members(path: str, *, allow_commands: bool) -> Generator[tuple[str, byt
                     _check_size(member)
                     blocks.left = MAX_MEMBER_BYTES
                     if not member.isdir():
-                        yield member.name, _content(path, tar, member)
+                        yield member.name, _content(tar, member)
                     blocks.left = _MAX_HEADER_BYTES
                     tar.members.clear()  # type: ignore[attr-defined]  # tarfile keeps all headers otherwise
             _check_end(blocks)
-    except ShardError:
-        raise
     except OSError as error:
         # A store that does not answer says nothing about the data: leaving them out would change the run.
         if is_remote(url) and not isinstance(error, FileNotFoundError):
@@ -210,9 +211,9 @@ def _check_size(header: tarfile.TarInfo) -> None:
         )
 
 
-def _content(path: str, tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes | None:
     if not member.isreg() or member.issparse():
-        raise ShardError(f"member {member.name!r} of shard {path} is no regular file; expected token ids", "bad member")
+        return None
     file = tar.extractfile(member)
     assert file is not None
     content = file.read()

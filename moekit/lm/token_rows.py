@@ -13,7 +13,7 @@ from moekit.lm.shard_members import DATA_KEYS, ShardError, parse_member
 NO_TOKEN = -1  # OpenLM's padding, and what stands in for bad data: no input, and no target
 _END_OF_DOCUMENT = -2
 
-Member = tuple[str, bytes]  # name and content
+Member = tuple[str, bytes | None]  # name and content; see `moekit.lm.shard_members.shard_members`
 BadData = Callable[[ShardError, int], None]
 """What to do about bad data: given the error, and how many sequences it concerns."""
 

@@ -226,13 +226,19 @@ def test_endless_extended_headers_are_an_error(tmp_path):
     assert error.reason == "broken shard"
 
 
-def test_folders_are_passed_over_and_links_are_errors(tmp_path):
-    folder, link = entry("d", b"", type=tarfile.DIRTYPE), entry("b.json", b"", type=tarfile.SYMTYPE, linkname="a.json")
-    members, error = members_of(tmp_path, tar_of(folder, entry("d/a.json"), link))
-    assert members == [("d/a.json", b"[1, 2]")]
-    assert error.reason == "bad member"
-    assert "member 'b.json' of shard" in str(error)
-    assert "is no regular file" in str(error)
+def test_folders_are_passed_over_and_links_have_no_content(tmp_path):
+    folder = entry("d", b"", type=tarfile.DIRTYPE)
+    links = [
+        entry(name, b"", type=kind, linkname="d/a.json")
+        for name, kind in (("b.json", tarfile.SYMTYPE), ("b.cls", tarfile.LNKTYPE))
+    ]
+    content = tar_of(folder, entry("d/a.json"), *links, entry("c.json", b"[3]"))
+    expected = [("d/a.json", b"[1, 2]"), ("b.json", None), ("b.cls", None), ("c.json", b"[3]")]
+    assert members_of(tmp_path, content) == (expected, None)
+    assert members_of(tmp_path, content, data_key="json") == ([expected[0], expected[1], expected[3]], None)
+    with pytest.raises(ShardError, match=r"member 'b\.json' cannot be read: it is no regular file") as caught:
+        parse_member("b.json", None)
+    assert caught.value.reason == "bad member"
 
 
 def test_a_missing_shard_is_broken(tmp_path):

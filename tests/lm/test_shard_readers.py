@@ -16,13 +16,15 @@ FORMAT = RowFormat(seq_len=3, vocab_size=1000)
 
 
 def write(path, members, *, promised=None, cut=None):
-    """Write a tar of (name, content) members; ``cut`` bytes are all that is left of it."""
+    """Write a tar of members: tokens, bytes, or None for a link; ``cut`` bytes are all that is left of it."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for number, tokens in enumerate(members):
-            content = tokens if isinstance(tokens, bytes) else json.dumps(tokens).encode()
+            content = tokens if isinstance(tokens, bytes) else json.dumps(tokens or []).encode()
             member = tarfile.TarInfo(f"{number:04d}.json")
             member.size = len(content)
+            if tokens is None:
+                member.type, member.linkname, member.size = tarfile.SYMTYPE, "0000.json", 0
             tar.addfile(member, io.BytesIO(content))
     path.write_bytes(buffer.getvalue()[:cut])
     return Shard(str(path), len(members) if promised is None else promised)
@@ -140,6 +142,7 @@ BAD = [
     ([1, -3, 3, 4], "id outside vocabulary", "has the id -3 at position 1"),
     (b"[1, 2", "bad member", "cannot be read"),
     ([1, 2, 3, "x"], "bad member", "member .* cannot be read"),
+    (None, "bad member", "it is no regular file"),
 ]
 
 
