@@ -118,8 +118,6 @@ def _is_sequence(name: str, content: bytes) -> bool:
 
 
 def _shard_content(path: Path, promised: int | None) -> Content:
-    if promised == 0:
-        return Content(0, 0)  # by the manifest it is not to be read
     members, broken = _tar_members(path)
     usable = [_is_sequence(*each) for each in members[:promised]]
     if promised is None:

@@ -4,6 +4,7 @@ A reader is given the addresses of a lane as the order has them, or some of them
 block of members. Bad data is never passed over silently.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import partial
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from moekit.lm.permutations import BLOCK, Address, block_permutation, drawn
 from moekit.lm.shard_members import shard_members
 from moekit.lm.shards import Shard, ShardError
-from moekit.lm.token_rows import NO_TOKEN, BadData, Batching, Member, member_row
+from moekit.lm.token_rows import NO_TOKEN, BadData, Batching, Member, bad_data_policy, member_row
 
 
 class MemberStream:
@@ -71,6 +72,37 @@ class MemberStream:
             on_bad(ShardError(message, "surplus sequences"), surplus)
         elif surplus == 0 and end.reason == "broken shard":
             on_bad(end, 1)
+
+
+def unread_data(shards: Sequence[Shard], batching: Batching) -> dict[str, int]:
+    """Look into the shards that are empty by their manifest, which no order visits, for sequences that would be lost.
+
+    Args:
+        shards: of any sources; those with sequences are not opened.
+        batching: says how shards are opened, and what to do about bad data.
+
+    Returns:
+        Reason to number of sequences.
+
+    Raises:
+        ShardError: if there are any and they are not to be skipped.
+
+    Example:
+        >>> import tempfile
+        >>> from moekit.lm.shards import read_manifest, write_shards
+        >>> from moekit.lm.token_rows import RowFormat
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     [shard] = read_manifest(write_shards(folder, [[1, 2], [3, 4]]))
+        ...     unread_data([shard._replace(num_sequences=0)], Batching(1, RowFormat(1, 5), on_bad="skip"))
+        {'surplus sequences': 2}
+    """
+    skipped = Counter[str]()
+    on_bad = bad_data_policy(batching.on_bad, skipped)
+    for shard in shards:
+        if not shard.num_sequences:
+            members = shard_members(shard.path, data_key=batching.data_key, allow_commands=batching.allow_commands)
+            MemberStream(shard.path, members, promised=0).finish(on_bad)
+    return dict(skipped)
 
 
 class RowReader:

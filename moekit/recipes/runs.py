@@ -20,6 +20,7 @@ from moekit.lm.consoles import print_lines
 from moekit.lm.files import check_folder
 from moekit.lm.folder_locks import FolderLock
 from moekit.lm.model import LanguageModel
+from moekit.lm.shard_readers import unread_data
 from moekit.parallel import Grid, World, share, wait
 from moekit.recipes.budgets import Budget, final_rate, make_budget, warmup_steps
 from moekit.recipes.construction import make_model
@@ -163,6 +164,35 @@ def _open_stream(settings: TrainSettings, world: World, corpus: Corpus, *, batch
         max_passes=corpus.max_passes,
     )
     return open_stream(reading, workers=_workers(settings, world.device))
+
+
+def unread(run: Run) -> dict[str, int]:
+    """Look into training shards that are empty by their manifest, for no step reads them.
+
+    Rank 0 does, and all ranks, which call it together, hear of it.
+
+    Args:
+        run: the run.
+
+    Returns:
+        What is left out with them: reason to number of sequences.
+
+    Raises:
+        ShardError: if they hold any, and ``--on-bad-data`` is not skip.
+        OSError: if one behind a URL cannot be read.
+    """
+    found, trouble = dict[str, int](), None
+    if run.world.rank == 0:
+        shards = [shard for source in run.corpus.sources for shard in source.shards]
+        batching = batching_of(run.settings.data, run.model.config, run.world, batch_size=run.budget.batch_size)
+        try:
+            found = unread_data(shards, batching)
+        except (ValueError, OSError, ImportError) as error:
+            trouble = error
+    found, trouble = share(run.world, (found, trouble))
+    if trouble is not None:
+        raise trouble
+    return found
 
 
 def resolved(run: Run) -> TrainSettings:

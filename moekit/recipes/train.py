@@ -29,7 +29,7 @@ from moekit.recipes.loop import Ended, loop
 from moekit.recipes.names import users_fault
 from moekit.recipes.precisions import deterministic, precision_words
 from moekit.recipes.recording import recording
-from moekit.recipes.runs import Run, claimed, resolved, set_up
+from moekit.recipes.runs import Run, claimed, resolved, set_up, unread
 from moekit.recipes.saving import Progress, go_back, restore, save
 from moekit.recipes.scoring import score
 from moekit.recipes.settings import TrainSettings
@@ -213,7 +213,7 @@ def _launched(
     with deterministic(settings.run.deterministic), own as folder:
         run = set_up(settings, world, console, folder=folder)
         try:
-            started = restore(run, console)
+            started = _started(run, console)
             if world.rank == 0:
                 filled = resolved(run)
                 names = derived_names(flat_settings(settings), flat_settings(filled))
@@ -237,6 +237,12 @@ def _launched(
             _print_stop(run, console, ended._replace(by="SIGINT"), command=command)
             return Launch(run.folder, "SIGINT")
         return Launch(run.folder, None)
+
+
+def _started(run: Run, console: Console) -> Progress:
+    """Go on from the checkpoint that the settings name, if any; what no step reads is counted once in a run."""
+    left_out, started = unread(run), restore(run, console)
+    return started if started.step else started._replace(skipped_data=left_out)
 
 
 def _train_and_save(run: Run, console: Console, started: Progress, *, command: str, ends_process: bool) -> Ended:

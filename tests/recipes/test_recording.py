@@ -1,4 +1,5 @@
 import json
+import shutil
 import time
 from itertools import pairwise
 from types import SimpleNamespace
@@ -311,6 +312,21 @@ def test_bad_data_are_left_out_and_counted(bad_data, tmp_path, capsys):
     scored = [row for number, row in enumerate(markov_sequences(6, first=0, seed=2)) if number != 2]
     assert results["unigram"] == unigram_loss(torch.stack(good), torch.stack(scored), vocab_size=512)
     assert all(torch.tensor(losses(lines)).isfinite())
+
+
+def test_sequences_of_a_shard_that_is_empty_by_its_manifest_are_counted_once(program, shards, tmp_path):
+    folder = shutil.copytree(shards.train[0].parent, tmp_path / "data")
+    lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
+    lines[-1]["num_sequences"] = 0
+    (folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    flags = ["--dataset-manifest", str(folder / "manifest.jsonl"), "--val-manifest", "--train-data-mix-weights", "1"]
+    with pytest.raises(SystemExit, match=r"holds 8 sequences; its manifest says 0\..*add --on-bad-data skip"):
+        program(*flags)
+    assert not (tmp_path / "logs" / "a" / "config.json").exists()
+    flags += ["--on-bad-data", "skip", "--steps"]
+    program(*flags, "1")
+    lines = numbers(program(*flags, "2", "--resume", "latest"))
+    assert [line["skipped_data"] for line in lines] == 2 * [{"surplus sequences": 8}]
 
 
 def test_holes_and_padding_are_no_tokens(bad_data, tmp_path, capsys):
