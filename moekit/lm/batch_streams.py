@@ -27,6 +27,8 @@ class Stream:
     def __init__(self, reading: Reading, *, workers: int) -> None:
         self._order = reading.order()
         self._origin = _origin(reading, self._order)
+        # As older versions wrote them: shards of one name in two folders could not be told apart.
+        self._older = {"shards": [_digest(shards, [shard.file_name for shard in shards]) for shards in reading.sources]}
         self._batches = _Batches(self._order, reading, workers=workers)
 
     @property
@@ -74,7 +76,7 @@ class Stream:
                 f"the saved position is damaged: it is {str(state)[:80]}; expected what state_dict returns"
             )
         for key, value in self._origin.items():
-            if origin.get(key) != value:
+            if origin.get(key) not in (value, self._older.get(key, value)):
                 raise ValueError(
                     f"the saved position is for {key} {origin.get(key)}; this stream has {value}. Resume with the same "
                     "data, sequence length, weights (--train-data-mix-weights), seed (--seed) and lanes "
@@ -95,13 +97,13 @@ def _origin(reading: Reading, order: Order) -> dict[str, Any]:
         "lanes": reading.lanes,
         "seq_len": reading.batching.row_format.seq_len,
         "num_sequences": [sum(shard.num_sequences for shard in source) for source in reading.sources],
-        "shards": [_digest(source) for source in reading.sources],
+        "shards": [_digest(shards, [shard.full_name for shard in shards]) for shards in reading.sources],
     }
 
 
-def _digest(shards: Sequence[Shard]) -> str:
+def _digest(shards: Sequence[Shard], names: Sequence[str]) -> str:
     # By name and not by path: data may be moved as a whole.
-    lines = "".join(f"{str(shard.path).rpartition('/')[2]} {shard.num_sequences}\n" for shard in shards)
+    lines = "".join(f"{name} {shard.num_sequences}\n" for name, shard in zip(names, shards, strict=True))
     return hashlib.blake2b(lines.encode(), digest_size=8).hexdigest()
 
 

@@ -173,7 +173,7 @@ class RowReader:
         shard = self._open.get(lane)
         if shard is None or not shard.holds(address):
             self._open.pop(lane, None)
-            path, promised = self._sources[address.source][address.shard]
+            path, promised, _ = self._sources[address.source][address.shard]
             members = MemberStream(str(path), self._open_members(str(path)), promised=promised)
             shard = self._open[lane] = _OpenShard(members, address, promised, seed=self._seed)
         return shard

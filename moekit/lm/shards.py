@@ -45,10 +45,22 @@ class Shard(NamedTuple):
     Attributes:
         path: the tar file, a local path or a URL.
         num_sequences: how many sequences it holds, by the manifest.
+        name: of the file, relative to the manifest's folder; "" is the last part of ``path``.
     """
 
     path: str
     num_sequences: int
+    name: str = ""
+
+    @property
+    def full_name(self) -> str:
+        """What tells the shard from others of its manifest wherever both lie."""
+        return self.name or self.file_name
+
+    @property
+    def file_name(self) -> str:
+        """The last part of the path, which shards in several folders may share."""
+        return str(self.path).rpartition("/")[2]
 
 
 def read_manifest(path: str | os.PathLike[str], *, allow_commands: bool = False) -> list[Shard]:
@@ -83,7 +95,7 @@ def read_manifest(path: str | os.PathLike[str], *, allow_commands: bool = False)
     shards = [_manifest_line(url, number, line) for number, line in enumerate(lines, start=1) if line.strip()]
     if not shards:
         raise ValueError(f"manifest {url} is empty; expected one JSON line per shard. {_HOW_TO_MAKE_ONE}")
-    _check_names(url, [shard.path for shard in shards])
+    _check_names(url, [shard.name for shard in shards])
     return [shard._replace(path=join_url(folder, shard.path)) for shard in shards]
 
 
@@ -105,7 +117,8 @@ def _manifest_line(manifest: str, number: int, line: str) -> Shard:
             "manifest, neither absolute nor with '..'. Move the manifest to its shards"
         )
     name = posixpath.normpath(name)
-    return Shard(name if name.endswith(".tar") else f"{name}.tar", count)
+    name = name if name.endswith(".tar") else f"{name}.tar"
+    return Shard(name, count, name)
 
 
 def _check_names(manifest: str, names: list[str]) -> None:

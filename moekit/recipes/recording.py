@@ -126,7 +126,8 @@ class Recorder:
     def data(self, step: int) -> None:
         """Write down which sequences a step read, in the order of the global batch.
 
-        Each is the name of its source, the pass over it, the shard, and the member's place in the tar, from 0.
+        Each is the name of its source, the pass over it, the shard as the manifest names it, and the member's place in
+        the tar, from 0, among the members with the extension of ``--data-key``; without that, among all but folders.
 
         Args:
             step: optimizer steps done.
@@ -146,7 +147,7 @@ class Recorder:
         block, offset = divmod(address.position, BLOCK)
         size = min(BLOCK, shard.num_sequences - block * BLOCK)
         member = block * BLOCK + self._block(block, size, address=address._replace(position=0))[offset]
-        return [source.name, address.data_pass, shard.path.rsplit("/", 1)[-1], member]
+        return [source.name, address.data_pass, shard.full_name, member]
 
 
 @contextmanager

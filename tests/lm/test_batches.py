@@ -1,5 +1,6 @@
 import errno
 import gc
+import hashlib
 import json
 import multiprocessing
 import os
@@ -270,6 +271,24 @@ def test_data_may_be_moved(sources, tmp_path):
     resumed = stream_of(moved)
     resumed.load_state_dict(stream.state_dict())
     assert len(set(ids(resumed, 3))) == 12
+
+
+def test_shards_of_one_name_in_two_folders_are_told_apart(tmp_path):
+    for name, first in (("x", 0), ("y", 8)):
+        write(tmp_path / name, [8], first=first)
+    manifest = tmp_path / "manifest.jsonl"
+    lines = [json.dumps({"shard": f"{name}/00000000", "num_sequences": 8}) for name in "xy"]
+    manifest.write_text("\n".join(lines))
+    shards = read_manifest(manifest)
+    saved = stream_of([shards]).state_dict()
+    with pytest.raises(ValueError, match="is for shards"):
+        stream_of([shards[::-1]]).load_state_dict(saved)
+    older = hashlib.blake2b(b"00000000.tar 8\n" * 2, digest_size=8).hexdigest()  # without the folders
+    saved["origin"]["shards"] = [older]
+    stream = stream_of([shards])
+    stream.load_state_dict(saved)
+    assert sorted(ids(stream, 4)) == list(range(16))
+    assert stream.state_dict()["origin"]["shards"] != [older]
 
 
 def test_the_last_pass_ends_with_an_error_and_the_position_stays(sources):

@@ -39,7 +39,8 @@ def fresh():
 
 @pytest.mark.parametrize("url", [URL, f"pipe:aws s3 cp {URL} -"])
 def test_manifest_and_shards_are_read(url):
-    assert read_manifest(url) == [Shard("s3://bucket/data/00000000.tar", 4), Shard("s3://bucket/data/00000001.tar", 3)]
+    files = (("00000000.tar", 4), ("00000001.tar", 3))
+    assert read_manifest(url) == [Shard(f"s3://bucket/data/{name}", count, name) for name, count in files]
     assert stored_rows(url) == ROWS.tolist()
     assert list(read_shard("pipe:aws s3 cp s3://bucket/data/00000001.tar -")) == ROWS[4:].tolist()
 
@@ -128,7 +129,7 @@ def test_a_folder_is_no_file():
 def test_a_shard_that_is_missing_fails_when_it_is_read(client):
     client.put_object(Bucket="bucket", Key="gap/m.jsonl", Body=b'{"shard": "0", "num_sequences": 1}\n')
     (shard,) = read_manifest("s3://bucket/gap/m.jsonl")
-    assert shard == Shard("s3://bucket/gap/0.tar", 1)
+    assert shard == Shard("s3://bucket/gap/0.tar", 1, "0.tar")
     with pytest.raises(ShardError, match=r"there is nothing at s3://bucket/gap/0\.tar"):
         list(read_shard(shard.path))
 

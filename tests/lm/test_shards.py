@@ -36,7 +36,8 @@ def test_manifest_keys_and_final_newline(tmp_path, key, end):
         (tmp_path / f"{name}.tar").touch()
     path = tmp_path / "m.jsonl"
     path.write_text("\n".join(json.dumps({"shard": name, key: count}) for name, count in (("b", 2), ("a", 1))) + end)
-    assert [tuple(shard) for shard in read_manifest(path)] == [(f"{tmp_path}/b.tar", 2), (f"{tmp_path}/a.tar", 1)]
+    expected = [(f"{tmp_path}/b.tar", 2, "b.tar"), (f"{tmp_path}/a.tar", 1, "a.tar")]
+    assert [tuple(shard) for shard in read_manifest(path)] == expected
 
 
 def test_missing_manifest_says_how_to_make_one(tmp_path):
@@ -128,14 +129,14 @@ def test_a_name_may_have_its_extension_and_a_folder(tmp_path):
     tar_of(tmp_path / "part" / "0.tar", {"a.json": b"[1, 2]"})
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"shard": "part/0.tar", "num_sequences": 1}')
-    assert read_manifest(path) == [Shard(f"{tmp_path}/part/0.tar", 1)]
+    assert read_manifest(path) == [Shard(f"{tmp_path}/part/0.tar", 1, "part/0.tar")]
 
 
 def test_line_separators_of_unicode_do_not_cut_a_line(tmp_path):
     (tmp_path / "a\u2028b.tar").touch()
     path = tmp_path / "manifest.jsonl"
     path.write_text(json.dumps({"shard": "a\u2028b", "num_sequences": 1}, ensure_ascii=False), encoding="utf-8")
-    assert read_manifest(path) == [Shard(f"{tmp_path}/a\u2028b.tar", 1)]
+    assert read_manifest(path) == [Shard(f"{tmp_path}/a\u2028b.tar", 1, "a\u2028b.tar")]
 
 
 def test_no_command_is_a_manifest(tmp_path):

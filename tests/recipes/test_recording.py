@@ -123,6 +123,20 @@ def test_the_data_log_names_each_sequence_of_each_step(program, interrupt_after)
     assert {data_pass for _, data_pass, _, _ in read} == {0}
 
 
+def test_the_data_log_names_shards_as_the_manifest_does(program, shards, tmp_path):
+    lines = []
+    for name in ("x", "y"):
+        (tmp_path / name).mkdir()
+        shutil.copy(shards.train[0].parent / "00000000.tar", tmp_path / name)
+        lines.append(json.dumps({"shard": f"{name}/00000000", "num_sequences": 20}))
+    (tmp_path / "manifest.jsonl").write_text("\n".join(lines))
+    data = ["--dataset-manifest", str(tmp_path / "manifest.jsonl"), "--val-manifest", "--train-data-mix-weights", "1"]
+    folder = program(*data, "--log-data", "--steps", "5", "--batch-size", "8")
+    read = [json.loads(line)["sequences"] for line in (folder / "data.jsonl").read_text().splitlines()]
+    places = {(shard, member) for step in read for _, _, shard, member in step}
+    assert places == {(f"{name}/00000000.tar", member) for name in "xy" for member in range(20)}
+
+
 def test_a_step_whose_validation_fails_is_in_the_data_log(program, monkeypatch):
     def fail(run, *, tokens):
         raise ShardError("it is cut short")
