@@ -10,6 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from moekit.lm.initialization import output_std, truncated_normal_
+from moekit.lm.norms import LayerNorm
 from moekit.lm.rotary import half_split_rotary
 
 
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         n_heads: int,
         *,
         qk_norm: bool = False,
-        norm: Callable[[int], nn.Module] = nn.LayerNorm,
+        norm: Callable[[int], nn.Module] = LayerNorm,
         rotate: Callable[[Tensor], Tensor] = half_split_rotary,
     ) -> None:
         super().__init__()

@@ -13,7 +13,23 @@ from moekit.lookup import look_up
 EPS = 1e-5
 
 
-class LowPrecisionLayerNorm(nn.LayerNorm):
+class LayerNorm(nn.LayerNorm):
+    """A LayerNorm whose gradients of gain and bias are exact on the CPU too, also of tokens in 16 bits.
+
+    There torch adds them up row by row in the dtype of the tokens, so that a long batch loses most of a sum. Here such
+    tokens are normalized in float32, and the result is rounded.
+
+    Example:
+        >>> LayerNorm(4)(torch.ones(2, 4, dtype=torch.bfloat16)).dtype
+        torch.bfloat16
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalize x (..., D) over its last axis."""
+        return _layer_norm(x, self, self.weight, self.bias)
+
+
+class LowPrecisionLayerNorm(LayerNorm):
     """A LayerNorm that runs in the autocast dtype, where autocast would run it in float32.
 
     Outside autocast it is the ordinary LayerNorm.
@@ -33,7 +49,7 @@ class LowPrecisionLayerNorm(nn.LayerNorm):
             return super().forward(x)
         weight, bias = (None if p is None else p.to(dtype) for p in (self.weight, self.bias))
         with outside_autocast(device):
-            return F.layer_norm(x.to(dtype), self.normalized_shape, weight, bias, self.eps)
+            return _layer_norm(x.to(dtype), self, weight, bias)
 
 
 class RMSNorm(nn.RMSNorm):
@@ -53,10 +69,17 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
+def _layer_norm(x: Tensor, norm: nn.LayerNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or weight is None:
+        return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
+    bias = None if bias is None else bias.float()
+    return F.layer_norm(x.float(), norm.normalized_shape, weight.float(), bias, norm.eps).to(x.dtype)
+
+
 NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "default_layer_norm": partial(nn.LayerNorm, eps=EPS),
-    "gain_only_layer_norm": partial(nn.LayerNorm, eps=EPS, bias=False),
-    "no_wb_layer_norm": partial(nn.LayerNorm, eps=EPS, elementwise_affine=False),
+    "default_layer_norm": partial(LayerNorm, eps=EPS),
+    "gain_only_layer_norm": partial(LayerNorm, eps=EPS, bias=False),
+    "no_wb_layer_norm": partial(LayerNorm, eps=EPS, elementwise_affine=False),
     "lp_layer_norm": partial(LowPrecisionLayerNorm, eps=EPS),
     "gain_only_lp_layer_norm": partial(LowPrecisionLayerNorm, eps=EPS, bias=False),
     "rms_norm": partial(RMSNorm, eps=EPS),
