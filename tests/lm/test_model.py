@@ -8,7 +8,7 @@ from torch import nn
 
 from moekit.lm.configs import load_config
 from moekit.lm.feed_forward import make_feed_forward
-from moekit.lm.model import Block, LanguageModel, count_parameters, init_weights
+from moekit.lm.model import Block, Embedding, LanguageModel, count_parameters, init_weights
 from moekit.types import LayerOutput
 
 TINY = load_config("moekit_tiny", vocab_size=31)
@@ -268,6 +268,30 @@ def test_compiles_to_one_graph_under_autocast(norm):
     ids = torch.randint(31, (2, 9))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(ids).logits, model(ids).logits, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_frequent_ids_in_half_precision_is_near_float64(dtype, ids_dtype, compiled):
+    torch.manual_seed(0)
+    ids = torch.randint(3, (4, 4096), dtype=ids_dtype)
+    grad = (0.1 * torch.randn(4, 4096, 8) + 0.01).to(dtype)
+    embedding = LanguageModel(dataclasses.replace(TINY, hidden_dim=8, n_heads=1, n_layers=1)).to(dtype).tok_embeddings
+    exact = nn.Embedding.from_pretrained(embedding.weight.detach().double(), freeze=False)
+    y = (torch.compile(embedding, fullgraph=True, backend="aot_eager") if compiled else embedding)(ids)
+    assert torch.equal(y, exact(ids).to(dtype))
+    y.backward(grad)
+    exact(ids).backward(grad.double())
+    assert embedding.weight.grad.dtype is dtype
+    assert (embedding.weight.grad - exact.weight.grad).norm() < 5e-3 * exact.weight.grad.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", [-1, 5])
+def test_an_id_outside_the_vocabulary_is_refused(dtype, wrong):
+    with pytest.raises(IndexError, match="out of range"):
+        Embedding(5, 2).to(dtype)(torch.tensor([[0, wrong]]))
 
 
 def test_learns_to_copy_the_previous_token():
