@@ -96,8 +96,8 @@ def make_corpus(settings: TrainSettings, config: ModelConfig, *, say: Callable[[
         Corpus.
 
     Raises:
-        ValueError: if the numbers of manifests and weights differ, or the tokenizer that the settings name is none or
-            has more ids than the model.
+        ValueError: if the numbers of manifests and weights differ, two sources share a shard and there is one pass, or
+            the tokenizer that the settings name is none or has more ids than the model.
         FileNotFoundError: if a manifest is not there.
     """
     data = settings.data
@@ -213,10 +213,25 @@ def _named(data: DataSettings, tokenizer_of: _TokenizerOf) -> Corpus:
     names = _names(manifests or held_out)
     read = [read_manifest(manifest, allow_commands=data.allow_pipe_commands) for manifest in manifests]
     sources = tuple(Source(*triple) for triple in zip(names, manifests, read, strict=False))
+    if not data.multiple_data_passes:
+        _check_once(sources)
     sets = [_validation_set(name, url, data, tokenizer_of) for name, url in zip(names, held_out, strict=False)]
     weights = data.train_data_mix_weights or (1.0,) * len(manifests)
     passes = None if data.multiple_data_passes else 1
     return Corpus(sources, weights, (*sets, *_tars(data, names, tokenizer_of)), passes, None)
+
+
+def _check_once(sources: Sequence[Source]) -> None:
+    """Refuse a shard of two sources, which one pass would go through twice."""
+    seen: dict[str, str] = {}
+    for source in sources:
+        paths = {shard.path if is_remote(shard.path) else os.path.realpath(shard.path) for shard in source.shards}
+        for path in sorted(paths & seen.keys()):
+            raise ValueError(
+                f"--dataset-manifest {seen[path]} {source.manifest}: both name the shard {path}; in one pass no data "
+                "may repeat. Name it once, or add --multiple-data-passes; more of it: --train-data-mix-weights"
+            )
+        seen |= dict.fromkeys(paths, source.manifest)
 
 
 def _check_tokenizer(data: DataSettings) -> None:

@@ -1,5 +1,6 @@
 import errno
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -46,6 +47,25 @@ def test_named_manifests_become_sources_and_validation_sets(shards):
 
 def test_several_passes_are_without_end(shards):
     assert corpus(dataset_manifest=shards.train, multiple_data_passes=True).max_passes is None
+
+
+@pytest.mark.parametrize("kind", ["the same", "a link to its folder", "another list"])
+def test_no_shard_is_of_two_sources_in_one_pass(shards, tmp_path, kind):
+    first = second = shards.train[0]
+    if kind == "a link to its folder":
+        (tmp_path / "link").symlink_to(first.parent)
+        second = tmp_path / "link" / first.name
+    elif kind == "another list":
+        first = tmp_path / "one" / "first.jsonl"
+        shutil.copytree(shards.train[0].parent, first.parent)
+        second = first.with_name("second.jsonl")
+        lines = (first.parent / "manifest.jsonl").read_text().splitlines()
+        first.write_text("\n".join(lines[:2]))
+        second.write_text("\n".join(lines[1:]))
+    named = re.escape(f"--dataset-manifest {first} {second}: both name the shard ")
+    with pytest.raises(ValueError, match=named + r".*0000000[01]\.tar; in one pass no data may repeat\. Name it once"):
+        corpus(dataset_manifest=(first, second))
+    assert len(corpus(dataset_manifest=(first, second), multiple_data_passes=True).sources) == 2
 
 
 def test_folders_of_one_name_are_numbered_and_validation_may_lack(tmp_path):
