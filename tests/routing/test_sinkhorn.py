@@ -153,6 +153,12 @@ def test_a_shift_of_a_token_changes_nothing() -> None:
     torch.testing.assert_close(sinkhorn_scales(logits + shifts), sinkhorn_scales(logits))
 
 
+def test_scales_of_many_tokens_are_exact() -> None:
+    logits = torch.randn(1_000_003, 2, generator=torch.Generator().manual_seed(0))
+    scales, expected = (sinkhorn_scales(z, num_iterations=2, tolerance=0.0) for z in (logits, logits.double()))
+    torch.testing.assert_close(scales.double(), expected, rtol=3e-6, atol=0.0)
+
+
 def test_autocast_and_repetition_change_nothing() -> None:
     logits = torch.randn(T, E)
     expected, scales = sinkhorn(logits, k=K), sinkhorn_scales(logits)
