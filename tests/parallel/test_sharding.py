@@ -161,6 +161,17 @@ def test_the_norm_of_large_gradients_does_not_depend_on_how_they_are_cut():
         assert squared_norm(parameters, one_process()).item() == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.parametrize("shape", [(2_000_001,), (2, 1_000_001)])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_norm_of_gradients_of_long_rows_is_exact(shape, transposed):
+    x = torch.zeros(shape[::-1] if transposed else shape, requires_grad=True)
+    x.grad = torch.randn(x.shape)
+    rows = x.t().detach().requires_grad_() if transposed else x
+    rows.grad = x.grad.t() if transposed else x.grad
+    expected = x.grad.double().square().sum().item()
+    assert squared_norm([rows], one_process()).item() == pytest.approx(expected, rel=1e-6)
+
+
 def test_whole_tensors_stay_as_they_are():
     tensor = torch.randn(2)
     assert whole(tensor) is tensor
