@@ -99,8 +99,8 @@ def _lost(routing: Routing, plan: DispatchPlan, counts: Tensor) -> tuple[Tensor,
     weights = routing.weights.flatten().masked_fill(routing.expert_indices.flatten() < 0, 0.0)
     weights = torch.cat([weights, weights.new_zeros(1)])  # the last one stands for padding rows, index -1
     total, kept = weights.sum(), weights[plan.assignments].sum()
-    kept_rows = (plan.assignments >= 0).sum()
-    drop_rate = 1 - kept_rows / counts.sum().clamp_min(1)
+    dropped = counts.sum() - (plan.assignments >= 0).sum()  # in integers: of millions, a few are no number beside 1
+    drop_rate = dropped / counts.sum().clamp_min(1)
     some = counts.sum() > 0
     mass_lost = torch.where(some & (total != 0), 1 - kept / torch.where(total == 0, 1.0, total), 0.0)
     return torch.where(some, drop_rate, 0.0), mass_lost.clamp_min(0.0)

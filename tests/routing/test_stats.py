@@ -36,6 +36,14 @@ def test_dropless_loses_nothing() -> None:
     assert stats.mass_lost.item() == pytest.approx(0, abs=1e-6)
 
 
+def test_one_dropped_assignment_of_many_is_told_exactly() -> None:
+    routing = round_robin(torch.zeros(300_000, 4), k=2)
+    plan = dropless_plan(routing)
+    plan.assignments[0] = -1
+    stats = routing_stats(torch.zeros(300_000, 4), routing, plan)
+    assert stats.drop_rate.item() == pytest.approx(1 / 600_000, rel=1e-6)  # by float32's 1 - 599,999 / 600,000 1.001 of it
+
+
 def test_perfect_balance() -> None:
     routing = round_robin(torch.zeros(8, 4), k=2)
     stats = routing_stats(torch.zeros(8, 4), routing, padded_plan(routing, capacity_factor=1.0))
