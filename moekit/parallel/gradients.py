@@ -12,7 +12,7 @@ from moekit.parallel.grids import Grid
 from moekit.parallel.processes import World
 from moekit.parallel.spread_tensors import is_spread, local
 
-_LONGEST_ROW = 4096  # of squares that a CPU adds up one after the other, in float32 to 1e-6
+_LONGEST_ROW = 4096  # of squares that a CPU adds up one after the other
 
 
 def sum_gradients(parameters: Iterable[Tensor], grid: Grid) -> None:

@@ -41,7 +41,7 @@ def test_one_dropped_assignment_of_many_is_told_exactly() -> None:
     plan = dropless_plan(routing)
     plan.assignments[0] = -1
     stats = routing_stats(torch.zeros(300_000, 4), routing, plan)
-    assert stats.drop_rate.item() == pytest.approx(1 / 600_000, rel=1e-6)  # by float32's 1 - 599,999 / 600,000 1.001 of it
+    assert stats.drop_rate.item() == pytest.approx(1 / 600_000, rel=1e-6)  # 1.001 of it by 1 - 599,999 / 600,000
 
 
 def test_perfect_balance() -> None:
