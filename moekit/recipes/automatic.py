@@ -97,13 +97,11 @@ def tiles_of(path: Path | None, *, flag: str) -> Callable[[LayerSize], LayerTile
     """
     if path is None:
         return layer_tiles
-    expected = f"expected a file that `moekit tune --write` wrote. Give one, or leave {flag} out."
     try:
         return from_table(read_tiles(path))
     except OSError as error:
+        expected = f"expected a file that `moekit tune --write` wrote. Give one, or leave {flag} out."
         raise ValueError(f"{flag} {path}: {error.strerror}; {expected}") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{flag} {path}: it is no text; {expected}") from error
     except ValueError as error:  # which begins with the path
         raise ValueError(f"{flag} {error}") from error
 

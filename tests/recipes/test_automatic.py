@@ -165,7 +165,10 @@ def test_tiles_are_those_of_the_file(tmp_path) -> None:
             None,
             r"^--tiles \S+/t\.json: No such file or directory; expected a file that .* Give one, or leave --tiles out",
         ),
-        (b"\xff\xfe", r"^--tiles \S+/t\.json: it is no text; expected a file that `moekit tune --write` wrote\. Give"),
+        (
+            b"\xff\xfe",
+            r"^--tiles \S+/t\.json: no UTF-8 text: .* or remove it and let moekit tune --write make it again",
+        ),
         (b"{", r"^--tiles \S+/t\.json: no JSON: .* or remove it and let moekit tune --write make it again\.$"),
         (b'{"format": "moekit tiles 1", "entries": []}', r"^--tiles \S+/t\.json, format: .*; expected \"moekit tiles"),
     ],
