@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moekit.autocast import in_autocast
 from moekit.experts import _grouped_cpu
-from moekit.experts.checks import check_product
+from moekit.experts.checks import KERNEL_DTYPES, check_dtypes, check_product
 from moekit.experts.tiles import compute_capability
 from moekit.operators import is_transformed, operator, refuse_tangents
 from moekit.types import Groups
@@ -103,8 +103,8 @@ def grouped(rows: Tensor, groups: Groups, w: Tensor) -> Tensor:
 
     Raises:
         ValueError: if the shapes do not fit, the tensors are on several devices, or of two dtypes, in autocast too; on
-            CUDA, if rows of D or F numbers are no multiple of 16 bytes, or there are more than 1,023 groups of
-            bfloat16 from Hopper on.
+            CUDA, if they are of another dtype, if rows of D or F numbers are no multiple of 16 bytes, or there are
+            more than 1,023 groups of bfloat16 from Hopper on.
         NotImplementedError: on the CPU, if a tensor has a tangent, for a gradient in forward mode, or inside
             ``torch.vmap``.
 
@@ -191,6 +191,7 @@ class _ContiguousGradient(torch.autograd.Function):
 
 
 def _check_kernel(rows: Tensor, w: Tensor) -> None:
+    check_dtypes("grouped", rows, w, allowed=KERNEL_DTYPES)  # as torch's kernel and its loop take
     if rows.dtype == torch.bfloat16 and w.shape[0] > _MOST_GROUPS and compute_capability(rows.device) >= (9, 0):
         raise ValueError(
             f"grouped: {w.shape[0]} groups; CUDA's grouped_mm takes at most {_MOST_GROUPS} in bfloat16. Use the matmul "

@@ -78,6 +78,8 @@ def check_settings(settings: "TrainSettings") -> None:
     _check_texts(settings)
     _check_batch(optimizer)
     _check_length(optimizer, data)
+    if not settings.evaluates_only:
+        _check_eps(optimizer)
     _check_data(settings)
     check_refused(settings.legacy)
     _check_dense(model)
@@ -140,6 +142,14 @@ def _check_batch(optimizer: "OptimizerSettings") -> None:
         raise ValueError(
             f"--accum-freq is {optimizer.accum_freq}, which does not divide --batch-size {optimizer.batch_size}; "
             "choose one that does"
+        )
+
+
+def _check_eps(optimizer: "OptimizerSettings") -> None:
+    if optimizer.precision == "fp16" and optimizer.eps < SMALLEST_FP16:
+        raise ValueError(
+            f"--eps {optimizer.eps:g} is zero in fp16, in which --precision fp16 keeps the optimizer's state; "
+            "give --eps 1e-4 or so, or use --precision amp"
         )
 
 
@@ -208,11 +218,6 @@ def _check_parallel(parallel: "ParallelSettings", optimizer: "OptimizerSettings"
         raise ValueError("--fsdp-hybrid and --fsdp-hybrid-o2 exclude each other; give one of the two")
     if parallel.fsdp_amp and parallel.fsdp_pure_bf16:
         raise ValueError("--fsdp-amp reduces gradients in float32 and --fsdp-pure-bf16 in bf16; give one of the two")
-    if optimizer.precision == "fp16" and optimizer.eps < SMALLEST_FP16:
-        raise ValueError(
-            f"--eps {optimizer.eps:g} is zero in fp16, in which --precision fp16 keeps the optimizer's state; "
-            "give --eps 1e-4 or so, or use --precision amp"
-        )
     for name in ("fsdp", "moe_weight_parallelism", "moe_expert_model_parallelism"):
         if getattr(parallel, name) and optimizer.precision == "amp":
             raise ValueError(

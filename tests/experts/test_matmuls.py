@@ -224,6 +224,11 @@ def test_cuda_alignment_error_names_the_width() -> None:
         _check_kernel(torch.zeros(2, 8, dtype=torch.bfloat16), torch.zeros(1, 8, 12, dtype=torch.bfloat16))
 
 
+def test_a_dtype_that_torchs_product_lacks_on_cuda_is_refused_with_what_takes_it() -> None:
+    with pytest.raises(ValueError, match=r"torch\.float64, torch\.float64; expected .* `loop`, which take any"):
+        _check_kernel(torch.zeros(2, 8, dtype=torch.float64), torch.zeros(1, 8, 8, dtype=torch.float64))
+
+
 def test_more_groups_than_torchs_product_takes_are_refused_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("moekit.experts.matmuls.compute_capability", lambda device: (9, 0))
     for dtype in (torch.float16, torch.bfloat16):

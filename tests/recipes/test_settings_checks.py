@@ -230,3 +230,11 @@ def test_an_eps_that_is_zero_in_half_precision_is_refused():
     with pytest.raises(ValueError, match=r"--eps 1e-08 is zero in fp16, .* give --eps 1e-4 or so"):
         TrainSettings(optimizer=OptimizerSettings(precision="fp16"))
     TrainSettings(optimizer=OptimizerSettings(precision="fp16", eps=1e-7))
+
+
+def test_what_only_scores_has_no_optimizer_whose_eps_could_be_zero():
+    TrainSettings(
+        data=DataSettings(val_data=("held_out.txt",)),
+        optimizer=OptimizerSettings(precision="fp16"),
+        run=RunSettings(resume="logs/a/checkpoints/step_00000002"),
+    )
