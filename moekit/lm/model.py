@@ -14,7 +14,7 @@ from moekit.lm.attention import Attention
 from moekit.lm.configs import ModelConfig
 from moekit.lm.feed_forward import FeedForward, GatedFeedForward, make_feed_forward
 from moekit.lm.initialization import truncated_normal_
-from moekit.lm.norms import make_norm
+from moekit.lm.norms import adds_in_16_bits, make_norm
 from moekit.lm.rotary import make_rotary
 from moekit.types import LayerOutput
 
@@ -107,7 +107,7 @@ class Embedding(nn.Embedding):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Look up ids (...) int64 or int32 in [0, V): (..., D)."""
-        if self.weight.device.type != "cpu" or self.weight.dtype not in (torch.bfloat16, torch.float16):
+        if not adds_in_16_bits(self.weight):
             return super().forward(ids)
         rows = self.weight.index_select(0, ids.flatten().long())  # int32 would be added in 16 bits
         return rows.view(*ids.shape, self.embedding_dim)

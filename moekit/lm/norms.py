@@ -69,8 +69,21 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(wide, self.normalized_shape, eps=self.eps).to(x.dtype) * self.weight
 
 
+def adds_in_16_bits(x: Tensor) -> bool:
+    """Say whether some of torch's backwards add up gradients of such a tensor in its own 16 bits: on a CPU they do.
+
+    Args:
+        x: any tensor.
+
+    Example:
+        >>> adds_in_16_bits(torch.ones(1)), adds_in_16_bits(torch.ones(1).half())
+        (False, True)
+    """
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16)
+
+
 def _layer_norm(x: Tensor, norm: nn.LayerNorm, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16) or weight is None:
+    if not adds_in_16_bits(x) or weight is None:
         return F.layer_norm(x, norm.normalized_shape, weight, bias, norm.eps)
     bias = None if bias is None else bias.float()
     return F.layer_norm(x.float(), norm.normalized_shape, weight.float(), bias, norm.eps).to(x.dtype)
