@@ -132,7 +132,7 @@ def _whole_lines(text: bytes, path: Path) -> Iterator[_Line]:
             continue
         try:
             metrics = json.loads(line.decode("utf-8"))
-        except ValueError:
+        except (ValueError, RecursionError):
             metrics = None
         if not isinstance(metrics, dict):
             raise ValueError(

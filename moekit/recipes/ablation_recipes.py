@@ -68,7 +68,7 @@ def stored_recipe(folder: Path) -> str | None:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error}); expected the settings of a run. Remove {folder}") from error
     found = values.get("recipe") if isinstance(values, dict) else None
     return None if found is None else str(found)

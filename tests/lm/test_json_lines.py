@@ -93,7 +93,9 @@ def test_a_file_is_cut_whole_or_not_at_all(path, monkeypatch):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("garbage", [b'{"step": 20, "lo{"step": 20}', b"\0" * 9, b"\xff\xfe", b"20", b"NaN"])
+@pytest.mark.parametrize(
+    "garbage", [b'{"step": 20, "lo{"step": 20}', b"\0" * 9, b"\xff\xfe", b"20", b"NaN", b"[" * 99_999]
+)
 def test_garbage_in_the_middle_is_an_error_that_names_file_and_line(path, garbage):
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], garbage, *lines[1:]]))

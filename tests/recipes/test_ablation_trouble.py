@@ -175,9 +175,10 @@ def test_a_run_folder_without_a_word_of_its_recipe_is_taken_and_a_damaged_one_is
     for text in ("{}", "[]"):
         (tmp_path / "config.json").write_text(text)
         assert other_recipe(tmp_path, "mixtral") is None
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"config\.json is damaged .*; expected the settings of a run\. Remove "):
-        other_recipe(tmp_path, "mixtral")
+    for damaged in ("{", "[" * 99_999):
+        (tmp_path / "config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"config\.json is damaged .*; expected the settings of a run\. Remove "):
+            other_recipe(tmp_path, "mixtral")
 
 
 @pytest.mark.parametrize(
