@@ -58,7 +58,10 @@ class Family(NamedTuple):
         recipe: configuration -> Recipe. A ValueError says what a configuration asks for that the recipe does not do.
         to_params: (state dict of the block, configuration) -> Block. A ValueError names entries that are missing, or
             that the family does not know.
-        from_params: (Block, configuration) -> state dict of the block; the inverse, exactly.
+        from_params: (Block, configuration) -> state dict of the block; the inverse, exactly, but for rows that
+            transformers holds and never uses (LongCat-Flash's of zero experts), which are zero.
+
+    Neither shares memory with what it was given, and gradients go through both.
 
     Example:
         >>> from types import SimpleNamespace
@@ -107,7 +110,7 @@ def _to_block(state_dict: Mapping[str, Tensor], config: Any, *, layout: Layout) 
             f"the state dict has {sorted(left)}, which this family does not know. Pass the state dict of the sparse "
             f"MoE block alone; if it is, then the block has a part that the recipe lacks."
         )
-    return Block(MoEParams(gate, experts, shared, shared_gate), state)
+    return _apart(Block(MoEParams(gate, experts, shared, shared_gate), state), _places(state_dict))
 
 
 def _from_block(block: Block, config: Any, *, layout: Layout) -> dict[str, Tensor]:
@@ -119,7 +122,23 @@ def _from_block(block: Block, config: Any, *, layout: Layout) -> dict[str, Tenso
             raise ValueError(f"the block has {name}, and its family has no place for it; expected None.")
         if piece is not None:
             state_dict |= piece.write(value, config)
-    return state_dict
+    places = _places(block)
+    return {name: _apart(tensor, places) for name, tensor in state_dict.items()}
+
+
+def _places(tensors: Any) -> set[int]:
+    """Say where in memory the tensors of a mapping or a nested tuple lie."""
+    if isinstance(tensors, Tensor):
+        return {tensors.untyped_storage().data_ptr()}
+    each = tensors.values() if isinstance(tensors, Mapping) else tensors or ()
+    return set().union(*map(_places, each))
+
+
+def _apart(tensors: Any, places: set[int]) -> Any:
+    """Copy what lies in one of the places, for some layouts are read as views, and most are not."""
+    if isinstance(tensors, Tensor):
+        return tensors.clone() if _places(tensors) & places else tensors
+    return None if tensors is None else type(tensors)(*(_apart(each, places) for each in tensors))
 
 
 _HALVES = at.halves("experts.gate_up_proj", "experts.down_proj")

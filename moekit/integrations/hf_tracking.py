@@ -104,10 +104,10 @@ class RoutingRecorder:
         return TensorDict(fields, batch_size=(len(self.steps), len(self.layers)))
 
     def _check_steps(self) -> None:
-        if not self.steps:
+        if not any(self.steps):
             raise ValueError(
                 "traces: nothing was recorded. Call the model first, inside `with track_routing(model)`, in the thread "
-                "that opened it."
+                "that opened it, and not compiled."
             )
         for number, step in enumerate(self.steps):
             called = tuple(call.layer for call in step)
@@ -126,7 +126,7 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
     the end. A call of ``model`` that returns is a step, and a call within a call, as by a hook, is a step of its own.
     Layers that gradient checkpointing runs again in the backward pass are not counted again: that is outside of the
     call. Calls of other threads are not recorded: each thread opens a context of its own. No host synchronisation. Not
-    for compiled models: hooks are not part of a graph that was captured before.
+    for compiled models, whose graphs have no hooks: a context in which one was called warns at its end.
 
     Args:
         model: any module with transformers experts modules in it.
@@ -168,6 +168,12 @@ def track_routing(model: nn.Module, *, mask_padding: bool = True) -> Iterator[Ro
         warnings.warn(
             f"track_routing: nothing was recorded, and the model was called {calls.elsewhere} times in other threads, "
             f"as `generate` is for a streamer; open the context in the thread that calls the model.",
+            stacklevel=3,
+        )
+    if recorder.steps and not any(recorder.steps):
+        warnings.warn(
+            f"track_routing: nothing was recorded: the model was called {len(recorder.steps)} times, and none of its "
+            f"experts modules, as a compiled model calls none. Record the model that was not compiled.",
             stacklevel=3,
         )
 

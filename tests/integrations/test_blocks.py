@@ -125,6 +125,34 @@ def test_there_and_back_is_exact(name: str) -> None:
     block.load_state_dict(back)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_converted_shares_no_memory_either_way(name: str) -> None:
+    """Or a copy from the middle of training would be of later weights in parts."""
+    block, config = build(CASES[name], name)
+    state_dict = block.state_dict()
+    mine = FAMILIES[name].to_params(state_dict, config)
+    back = FAMILIES[name].from_params(mine, config)
+    before = {key: tensor.clone() for key, tensor in back.items()}
+    with torch.no_grad():
+        for tensor in tensors_of(mine):
+            tensor.add_(1)
+    for key, tensor in before.items():
+        assert torch.equal(back[key], tensor), key
+    again = FAMILIES[name].to_params(back, config)
+    expected = [tensor.clone() for tensor in tensors_of(again)]
+    with torch.no_grad():
+        for tensor in back.values():
+            tensor.add_(1)
+    assert all(map(torch.equal, tensors_of(again), expected))
+
+
+def tensors_of(pieces: Any) -> list[Tensor]:
+    """List the tensors of a nested tuple."""
+    if isinstance(pieces, Tensor):
+        return [pieces]
+    return [tensor for each in pieces or () for tensor in tensors_of(each)]
+
+
 def test_phi_in_training_draws_the_same_experts_and_gradients(monkeypatch) -> None:
     # transformers throws one draw away: rand_like(...).uniform_(). Without it both take the same numbers in turn.
     case, (x, cotangent) = CASES["phimoe"], inputs()

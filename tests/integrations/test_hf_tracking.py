@@ -224,6 +224,17 @@ def test_a_context_that_saw_only_other_threads_says_so(model) -> None:
             in_another_thread(lambda: [model(input_ids=tokens(1, 3)) for _ in range(2)])
 
 
+def test_a_context_in_which_no_experts_module_ran_says_so(model, monkeypatch) -> None:
+    """As of a compiled model, whose graph calls none; without waiting for a compiler."""
+    monkeypatch.setattr(model, "forward", lambda input_ids: input_ids)
+    with pytest.warns(UserWarning, match=r"called 1 times, and none of its experts modules"):  # noqa: SIM117
+        with track_routing(model) as recorder:
+            model(input_ids=tokens(1, 3))
+    with pytest.raises(ValueError, match=r"traces: nothing was recorded"):
+        recorder.traces()
+    assert recorder.stats() == {}
+
+
 def test_what_was_recorded_and_cleared_was_recorded(model) -> None:
     with track_routing(model) as recorder:
         model(input_ids=tokens(1, 3))
