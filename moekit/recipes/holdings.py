@@ -150,8 +150,11 @@ def _cut_axes(settings: TrainSettings, layout: Layout) -> dict[str, tuple[int, .
 
 
 def _expert_elements(parameter: torch.Tensor, layout: Layout, shards: int, taken: tuple[int, ...]) -> int:
-    """Count the elements of a parameter (E, ., .) that the fullest rank holds."""
+    """Count the elements of a parameter (E, ...) that the fullest rank holds."""
     own = parameter.numel() // (layout.expert_ranks * layout.hidden)
+    if parameter.ndim != 3:  # FSDP cuts these along their experts
+        experts = parameter.shape[0] // layout.expert_ranks
+        return own // experts * -(-experts // shards)
     return _fullest(parameter, own, shard_axis(parameter.shape, shards, taken=taken), shards)
 
 

@@ -65,8 +65,13 @@ def byte_table(gpus: Sequence[int], predictions: Predictions, *, network: bool) 
     table = _table(f"megabytes that a GPU sends {where}", gpus)
     for name, row in predictions.items():
         sent = [None if found is None else found.sent.network if network else found.sent.node for found in row]
-        table.add_row(name, *("-" if size is None else f"{size / 1e6:,.0f}" for size in sent))
+        table.add_row(name, *("-" if size is None else _megabytes(size) for size in sent))
     return table
+
+
+def _megabytes(size: float) -> str:
+    """Write bytes as megabytes: what is not zero does not look so."""
+    return f"{size / 1e6:,.0f}" if size >= 1e7 else f"{size / 1e6:.3g}"
 
 
 def cheapest(predictions: Predictions, column: int) -> str:

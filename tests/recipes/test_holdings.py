@@ -7,7 +7,7 @@ from torch import nn
 
 from moekit.parallel import Layout, replicated, spread_experts
 from moekit.recipes.configuration import parse_settings
-from moekit.recipes.holdings import Holding, _expert_words, _rank_table, holding_table, plan_holdings
+from moekit.recipes.holdings import Holding, _expert_elements, _expert_words, _rank_table, holding_table, plan_holdings
 from moekit.recipes.language_models import language_model
 from moekit.recipes.setup import make_config, make_recipe
 from moekit.recipes.train import main
@@ -97,6 +97,14 @@ def test_half_precision_halves_everything(precision):
     for what, row in full.items():
         assert half[what].total == row.total
         assert half[what].bytes * 2 == row.bytes
+
+
+def test_vectors_of_experts_are_cut_along_the_experts():
+    """As FSDP does, which cuts matrices along an axis that has equal parts."""
+    layout = Layout(6, replicas=2)
+    matrix, vector = torch.empty(3, 4, 8), torch.empty(3, 8)
+    assert [_expert_elements(p, layout, 2, ()) for p in (matrix, vector)] == [3 * 4 * 8 // 2, 2 * 8]
+    assert _expert_elements(torch.empty(6, 8), Layout(6, replicas=2, experts=2), 2, ()) == 2 * 8
 
 
 def test_a_dense_model_has_no_experts():

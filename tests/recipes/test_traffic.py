@@ -57,6 +57,13 @@ def test_defaults_are_those_of_the_machine_in_numbers_that_can_be_read(capsys):
     assert max(map(len, defaults)) < 7
 
 
+def test_little_that_is_sent_is_not_nothing(capsys):
+    small = "--tokens 128 --width 64 --hidden 32 --experts 16 --top-k 4 --gpus 4 --gpus-per-node 2"
+    moekit(["traffic", *small.split()])
+    _, inside, network = tables(capsys.readouterr().out)
+    assert 0 < float(inside["all_to_all"][0]) < float(network["all_to_all"][0]) < 1
+
+
 def test_flags_change_the_shape_and_the_links(capsys):
     words = "--tokens 1024 --width 512 --hidden 256 --experts 8 --top-k 2 --element-bytes 4 --matrices 2 --gpus 8 16"
     main([*words.split(), "--network-bandwidth", "25", "--gpus-per-node", "4", "--chunks", "2"])
