@@ -46,6 +46,8 @@ def write_whole(path: str | os.PathLike[str], content: str | bytes) -> Path:
 def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Do what ``write_whole`` does, for whoever writes by a path: the one that this yields."""
     place = Path(os.path.realpath(path))
+    if not replaceable(place):
+        raise OSError(errno.EINVAL, "Not an ordinary file, which is replaced as a whole", os.fspath(path))
     ending = f".{secrets.token_hex(4)}"  # of this call: threads write one file, too
     stem = os.fsencode(place.name)[: _MOST_NAME_BYTES - 1 - len(ending)].decode(errors="ignore")
     unfinished = place.with_name(f".{stem}{ending}")
@@ -62,6 +64,20 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             error.filename = os.fspath(path)
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def replaceable(path: str | os.PathLike[str]) -> bool:
+    """Say whether a file can take this place: not where there is a device, a pipe or a socket, which would be lost.
+
+    Args:
+        path: of the file; a folder is told by the system.
+
+    Example:
+        >>> replaceable("report.json"), replaceable(os.devnull)
+        (True, False)
+    """
+    place = Path(path)
+    return place.is_file() or place.is_dir() or not place.exists()
 
 
 def check_folder(folder: Path, *, given: str) -> None:

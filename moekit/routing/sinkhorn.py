@@ -136,6 +136,11 @@ def _over_tokens(tokens: Tensor, kernel: Tensor) -> Tensor:
     In float32 scales of a million tokens are off by 1e-4 and more so. Compiled code keeps the one product.
     """
     if not kernel.is_cpu or torch.compiler.is_compiling() or len(kernel) <= _BLOCK:
-        return tokens @ kernel
+        return _product(tokens, kernel)
     blocks = zip(tokens.split(_BLOCK), kernel.split(_BLOCK), strict=True)
-    return torch.stack([block @ rows for block, rows in blocks]).sum(0)
+    return torch.stack([_product(block, rows) for block, rows in blocks]).sum(0)
+
+
+def _product(vector: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply as ``@`` does, which reshapes its result in place: checkpointing that keeps products refuses that."""
+    return (vector.unsqueeze(0) @ matrix)[0]

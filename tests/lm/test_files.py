@@ -88,6 +88,15 @@ def test_a_folder_in_its_place_is_an_error_and_stays(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.skipif(os.name == "nt", reason="there are no named pipes in folders")
+def test_a_pipe_in_its_place_is_an_error_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "a")
+    with pytest.raises(OSError, match=r"Not an ordinary file, .*a'$"):
+        write_whole(tmp_path / "a", "new")
+    assert (tmp_path / "a").is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
 def test_the_content_is_on_the_disk_before_the_file_has_its_name(tmp_path, monkeypatch):
     synced, sync, replace = [], os.fsync, os.replace
 

@@ -491,6 +491,8 @@ def test_nothing_is_cut_at_120_columns(seconds: float) -> None:
         ("bench layer --rounds 0 --shape 8,8,8,2,1", r"rounds = 0; expected at least 1"),
         ("bench layer --json nowhere/a.json", r"nowhere/a.json: there is no folder nowhere; make it first"),
         ("bench layer --markdown /", r"/: it is a folder; give the name of a file"),
+        ("bench layer --json /dev/null", r"/dev/null: it is a device or a pipe, .* give the name of a file"),
+        ("bench layer --load --rounds 1", r"--load has nothing after it; expected some of uniform, "),
         (
             "bench layer --json a.md --markdown a.md",
             r"--json and --markdown are both a.md; give each a file of its own",

@@ -3,6 +3,7 @@ from functools import partial
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from moekit.routing import sigmoid, softmax, top_k
 from moekit.routing.sinkhorn import sinkhorn, sinkhorn_scales
@@ -192,3 +193,20 @@ def test_errors_say_what_was_given() -> None:
         sinkhorn_scales(logits, tolerance=float("nan"))
     with pytest.raises(ValueError, match=r"selection bias has shape \(3,\); expected one number per expert, \(5,\)"):
         sinkhorn(logits, k=1, bias=torch.zeros(3))
+
+
+@pytest.mark.parametrize("num_tokens", [6, 5000])  # in one product, and in blocks
+def test_checkpointing_that_keeps_products_takes_it(num_tokens: int) -> None:
+    """It refuses a product that is changed in place afterwards, as torch does to that of a vector and a matrix."""
+
+    def policy(context: object, operator: object, *_: object, **__: object) -> CheckpointPolicy:
+        kept = operator is torch.ops.aten.mm.default
+        return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+    logits = torch.randn(num_tokens, 4, generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for options in ({}, {"context_fn": partial(create_selective_checkpoint_contexts, policy)}):
+        leaf = logits.clone().requires_grad_()
+        weights = checkpoint(lambda z: sinkhorn(z * 1.0, k=2).weights, leaf, use_reentrant=False, **options)
+        gradients.append(torch.autograd.grad(weights.square().sum(), leaf)[0])
+    assert torch.equal(*gradients)

@@ -12,7 +12,7 @@ import tyro
 from rich.console import Console
 
 from moekit.lm.consoles import print_lines, wide_console
-from moekit.lm.files import write_whole
+from moekit.lm.files import replaceable, write_whole
 from moekit.recipes.automatic import tiles_of
 from moekit.recipes.bench.devices import device_of
 from moekit.recipes.bench.layer import Report, bench_layer
@@ -81,7 +81,7 @@ def check_file(path: Path) -> None:
         path: of the file.
 
     Raises:
-        ValueError: if its folder is not there, it is a folder itself, or it cannot be written.
+        ValueError: if its folder is not there, it is no file but something else, or it cannot be written.
 
     Example:
         >>> check_file(Path("report.json"))
@@ -90,6 +90,8 @@ def check_file(path: Path) -> None:
         raise ValueError(f"{path}: there is no folder {path.parent}; make it first.")
     if path.is_dir():
         raise ValueError(f"{path}: it is a folder; give the name of a file.")
+    if not replaceable(path):
+        raise ValueError(f"{path}: it is a device or a pipe, and is replaced as a whole; give the name of a file.")
     if not all(os.access(each, os.W_OK) for each in (path.parent, path) if each.exists()):
         raise ValueError(f"{path}: it cannot be written; give a place that can.")
 
@@ -151,6 +153,8 @@ def _check_settings(settings: BenchLayerSettings, *, device: str, on_cuda: bool,
     unknown = set(settings.load) - set(LOADS)
     if unknown:
         raise ValueError(f"--load {', '.join(sorted(unknown))}; expected some of {', '.join(LOADS)}.")
+    if not settings.load:
+        raise ValueError(f"--load has nothing after it; expected some of {', '.join(LOADS)}, or leave it out.")
     files = [path for path in (settings.json, settings.markdown) if path is not None]
     for path in files:  # before an hour of measuring, not after
         check_file(path)
