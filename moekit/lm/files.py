@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import secrets
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,8 +77,11 @@ def replaceable(path: str | os.PathLike[str]) -> bool:
         >>> replaceable("report.json"), replaceable(os.devnull)
         (True, False)
     """
-    place = Path(path)
-    return place.is_file() or place.is_dir() or not place.exists()
+    try:
+        mode = os.stat(path).st_mode  # one look, for another process may make the file meanwhile
+    except OSError:
+        return True
+    return stat.S_ISREG(mode) or stat.S_ISDIR(mode)
 
 
 def check_folder(folder: Path, *, given: str) -> None:
